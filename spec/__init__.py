@@ -1,0 +1,1 @@
+"""Speculators for frozen language models: features, heads, training, acceptance, decoding."""

@@ -1,0 +1,262 @@
+"""The base model: where it is, what identifies it, its hidden states, its own answers."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from spec import files
+from spec.config import Model
+from spec.errors import SpecError
+from spec.kv_cache import make_cache
+
+log = logging.getLogger(__name__)
+
+BUCKET = 64
+"""Sequences are padded to a multiple of this: a bf16 result depends on the padded length, so it must follow from
+the sequence alone and never from what shares its batch."""
+
+_WEIGHTS = (".safetensors", ".bin")
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+class BaseError(SpecError):
+    """A base model that cannot be used: says which, what was found and what would fit."""
+
+
+def bucket(length: int) -> int:
+    """The padded length of a sequence of `length` tokens."""
+    return -(-length // BUCKET) * BUCKET
+
+
+def choose_device() -> torch.device:
+    """CUDA (this worker's), else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve(name: str, revision: str | None) -> Path:
+    """The folder of a model named by a local path or a hub id; a hub model is downloaded when it is not here yet.
+
+    Raises:
+        BaseError: a folder without config, tokenizer or weights; a name that is neither a folder nor on the hub.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise BaseError(f"model.partial_pretrain: no folder {name!r}; give a folder or a hub id such as owner/name")
+        from huggingface_hub import snapshot_download  # only where a hub is used
+
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
+        except Exception as error:
+            raise BaseError(
+                f"model.partial_pretrain: {name!r} is no local folder and could not be downloaded ({error})"
+            ) from None
+    if not (folder / "config.json").is_file():
+        raise BaseError(f"{folder}: no config.json; this is not a model folder")
+    if not _weight_files(folder):
+        raise BaseError(f"{folder}: no weights (*.safetensors or *.bin); copy them beside config.json")
+    return folder
+
+
+def downloaded_revision(folder: Path, params: Model) -> str | None:
+    """The commit that a hub model's folder holds (hub caches name folders by it); None for a local folder."""
+    return None if Path(params.partial_pretrain).is_dir() else folder.name
+
+
+def identify(folder: Path) -> dict[str, Any]:
+    """Digests of what the base's states depend on: `weights` (with its configuration) and `tokenizer`."""
+    weights = [folder / "config.json", *_weight_files(folder)]
+    tokenizer = sorted(p for p in folder.iterdir() if p.name.startswith(_TOKENIZER) and p.is_file())
+    digests = files.digest_files([*weights, *tokenizer])
+    return {
+        "weights": files.digest_json({p.name: digests[str(p)] for p in weights}),
+        "tokenizer": files.digest_json({p.name: digests[str(p)] for p in tokenizer}),
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS and p.is_file())
+    safe = [p for p in found if p.suffix == ".safetensors"]
+    return safe or found
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BaseError(f"{folder}: no tokenizer could be loaded ({error})") from None
+
+
+@dataclass(frozen=True)
+class Base:
+    """A causal language model ready to run; `digest` is identify's weights digest."""
+
+    model: Any
+    tokenizer: Any
+    digest: str
+    device: torch.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the vectors that lm_head reads."""
+        return int(self.lm_head.shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows V of lm_head (the padded vocabulary, not len(tokenizer))."""
+        return int(self.lm_head.shape[0])
+
+    @property
+    def lm_head(self) -> torch.Tensor:
+        """The output matrix [V, d]."""
+        weight: torch.Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """The input table [>= V, d]."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        found: set[int] = set()
+        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
+            found.update(value if isinstance(value, list) else [] if value is None else [value])
+        return frozenset(found)
+
+
+def load(
+    params: Model, folder: Path, digest: str, device: torch.device | None = None, dtype: str | None = None
+) -> Base:
+    """Load a base for inference.
+
+    Args:
+        params: dtype and trust_remote_code are read.
+        folder: as resolve gives it.
+        digest: as identify gives it under "weights".
+        device: default choose_device().
+        dtype: instead of params.dtype.
+
+    Raises:
+        BaseError: weights that do not load.
+    """
+    device = device or choose_device()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype or params.dtype), trust_remote_code=params.trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BaseError(f"{folder}: the weights could not be loaded ({error})") from None
+    model = model.to(device).eval().requires_grad_(False)
+    base = Base(model, load_tokenizer(folder, params.trust_remote_code), digest, device)
+    _check_states(base)
+    return base
+
+
+@torch.inference_mode()
+def _check_states(base: Base) -> None:
+    """lm_head must read exactly what hidden_states returns, else every head would learn from the wrong vector."""
+    read: list[torch.Tensor] = []
+    hook = base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ids = torch.arange(4, device=base.device)[None] % base.vocab_size
+    try:
+        base.model(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    if not read or not torch.equal(read[0], hidden_states(base.model, ids)):
+        raise BaseError(
+            f"{type(base.model).__name__}: lm_head does not read the model's last hidden state, "
+            "so these heads cannot be trained for it"
+        )
+
+
+def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """States after the final norm, [B, S, d], of right-padded ids [B, S].
+
+    Attention is causal, so that padding on the right changes no state of a real token.
+    """
+    states: torch.Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+@torch.inference_mode()
+def answer(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_token: Callable[[int], object] = lambda count: None,
+) -> list[list[int]]:
+    """Let the base continue each prompt until a stop token (kept) or max_new_tokens.
+
+    Prompts are padded on the left to a common bucketed length; give prompts of one bucket together, so that an
+    answer does not depend on its company. Finished rows leave the batch.
+
+    Args:
+        base: the model.
+        prompts: token ids, none empty.
+        max_new_tokens: at most this many tokens each.
+        temperature: 0 is greedy; else softmax sampling, seeded per call.
+        seed: of the sampling.
+        on_token: called with the number of tokens written at each step.
+    """
+    width = bucket(max(map(len, prompts)))
+    device, rows = base.device, len(prompts)
+    pad = base.tokenizer.pad_token_id or 0
+    ids = torch.full((rows, width), pad, device=device)
+    mask = torch.zeros(rows, width, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, width - len(prompt) :] = 1
+    generator = torch.Generator(device).manual_seed(seed)
+    stops = torch.tensor(sorted(base.stop_ids), device=device)
+    cache = make_cache(base.model.config)
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    active = torch.arange(rows, device=device)
+    positions = (mask.cumsum(1) - 1).clamp_(min=0)
+    with_positions = "position_ids" in inspect.signature(base.model.forward).parameters
+    for _ in range(max_new_tokens):
+        logits = base.model(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **({"position_ids": positions} if with_positions else {}),
+        ).logits[:, -1]
+        if temperature:
+            tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            tokens = logits.argmax(-1)
+        for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
+            answers[row].append(token)
+        on_token(len(tokens))
+        going = ~torch.isin(tokens, stops)
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if not going.all():
+            keep = going.nonzero()[:, 0]
+            if not len(keep):
+                break
+            active, ids, positions, mask = active[keep], ids[keep], positions[keep], mask[keep]
+            cache.batch_select_indices(keep)
+    return answers

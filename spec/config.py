@@ -1,0 +1,384 @@
+"""params.yaml as one typed, validated, immutable object; the only module that reads it.
+
+Keys that a file leaves out take the guide's defaults, which are the defaults below. The repository's own
+params.yaml lists every key with the values that won on the embedded default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from spec.errors import SpecError
+
+
+class ConfigError(SpecError):
+    """Parameters that cannot be used: says which key, what was found and what would fit."""
+
+
+Dims = tuple[int, ...]
+
+
+def parse_dims(value: object) -> Dims:
+    """Read a width (``512``) or a dot-separated stack of widths (``"1024.2048"``).
+
+    Raises:
+        ValueError: a float (YAML reads an unquoted 1024.2560 as a number and drops its last zero), or an
+            entry that is not a positive integer.
+    """
+    if isinstance(value, float):
+        raise ValueError(
+            f"{value!r} is a number with a fraction; a list of widths must be quoted: "
+            "'\"1024.2048\"' in YAML and on the command line of dvc"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | str | tuple | list):
+        raise ValueError(f'{value!r} is neither an integer nor a dot-separated list such as "1024.2048"')
+    if isinstance(value, int):
+        entries: list[object] = [value]
+    else:
+        entries = list(value.split(".") if isinstance(value, str) else value)
+    try:
+        dims = tuple(int(str(entry)) for entry in entries)
+    except ValueError:
+        raise ValueError(f'{value!r} is not an integer or a dot-separated list such as "1024.2048"') from None
+    if not dims or min(dims) < 1:
+        raise ValueError(f"{value!r} has a width below 1")
+    return dims
+
+
+def format_dims(dims: Dims) -> int | str:
+    """Write widths as parse_dims reads them: an int for one width, else "1024.2048"."""
+    return dims[0] if len(dims) == 1 else ".".join(map(str, dims))
+
+
+def _paths(value: object) -> object:
+    """One path or a list of them, with ~ and $VARIABLES expanded; None is no file."""
+    if value is None:
+        return ()
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple) or not all(isinstance(e, str) and e for e in entries):
+        raise ValueError(f"{value!r} is neither a path nor a list of paths")
+    return tuple(_expand(e) for e in entries)
+
+
+def _expand(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - keeps hub ids and URLs untouched
+
+
+def _strings(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _command(value: object) -> object:
+    return tuple(shlex.split(value)) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
+DimsField = Annotated[Dims, BeforeValidator(parse_dims)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of parameters: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Data(Section):
+    """Where the text is, and how much of it makes a batch (batch sizes count sequences)."""
+
+    train_files: Paths = ("data/prompts/train.parquet",)
+    val_files: Paths = ("data/prompts/val.parquet",)
+    eval_files: Paths = ("data/prompts/eval.parquet",)
+    prompt_key: str | None = None
+    response_key: str | None = None
+    max_length: Annotated[int, Field(ge=4)] = 1024
+    max_samples: Positive | None = None
+    train_batch_size: Positive = 32
+    micro_batch_size_per_gpu: Positive = 4
+
+    def files(self, split: str) -> tuple[str, ...]:
+        """The files or folders of a split ("train", "val" or "eval")."""
+        return {"train": self.train_files, "val": self.val_files, "eval": self.eval_files}[split]
+
+
+class Speculator(Section):
+    """The draft heads (heads.md gives the mathematics)."""
+
+    method: Literal["sum_rnn", "sum_lstm", "medusa"] = "sum_rnn"
+    n_predict: Annotated[int, Field(ge=1, le=32)] = 5
+    inner_dim: DimsField = (1024,)
+    emb_dim: DimsField = (1024,)
+    proj_dim: DimsField = (1024,)
+    scale_input: bool = False
+    tie_weights: bool = True
+    tie_lstm_embs: bool = False
+    init: str = "random"
+    draft_vocab_size: Positive | None = None
+
+    @model_validator(mode="after")
+    def _addable(self) -> Speculator:
+        if self.method == "medusa":
+            return self
+        if self.emb_dim[-1] != self.proj_dim[-1]:
+            raise ValueError(
+                f"emb_dim ends in {self.emb_dim[-1]} and proj_dim in {self.proj_dim[-1]}: the token embedding and "
+                "the projected state are added, so their last widths must be equal"
+            )
+        if self.method == "sum_lstm" and not self.tie_weights:
+            raise ValueError("method sum_lstm shares its weights over the heads: set tie_weights to true")
+        return self
+
+
+class Model(Section):
+    """The base model, and how it is trained beside the speculator."""
+
+    partial_pretrain: Annotated[str, BeforeValidator(lambda v: _expand(v) if isinstance(v, str) else v)] = "models/base"
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    trust_remote_code: bool = False
+    freeze_base_model: bool = True
+    speculator_loss_coeff: Annotated[float, Field(ge=0)] = 1.0
+    speculator: Speculator = Speculator()
+
+
+class Respond(Section):
+    """Who writes the answers, and how."""
+
+    source: Literal["base", "data"] = "base"
+    engine: Literal["transformers"] = "transformers"
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Positive = 64
+    seed: int = 0
+
+
+class Features(Section):
+    """The cache of hidden states."""
+
+    store: Annotated[str | None, BeforeValidator(lambda v: _expand(v) if isinstance(v, str) else v)] = None
+    codec: Literal["none", "zstd"] = "zstd"
+    segment_tokens: Positive = 65536
+
+
+class Optim(Section):
+    """Loss, optimizer and schedule."""
+
+    lr: Rate = 1e-4
+    base_lr: Rate = 1e-5
+    loss: Literal["ce", "kl"] = "ce"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_ratio: Fraction = 0.05
+    clip_grad: Rate = 1.0
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Trainer(Section):
+    """The run: workers, length, checkpoints, logging."""
+
+    launcher: Annotated[tuple[str, ...], BeforeValidator(_command)] = (
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node=1",
+    )
+    total_epochs: Positive = 1
+    save_freq: Positive = 1000
+    test_freq: Positive = 500
+    early_stop: Positive | None = None
+    logger: Annotated[tuple[Literal["console", "mlflow"], ...], BeforeValidator(_strings)] = (
+        "console",
+        "mlflow",
+    )
+    seed: int = 0
+    experiment_name: str = "speculator"
+    tracking_uri: str | None = None
+
+
+class Decode(Section):
+    """Where drafts come from when text is generated."""
+
+    draft: Literal["head", "ngram", "hybrid"] = "hybrid"
+    ngram_min: Positive = 3
+    ngram_max: Positive = 4
+    draft_len: Positive | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Decode:
+        if self.ngram_min > self.ngram_max:
+            raise ValueError(f"ngram_min {self.ngram_min} is above ngram_max {self.ngram_max}")
+        return self
+
+
+class Evaluate(Section):
+    """How much is measured with the real decoding loop."""
+
+    max_prompts: Positive = 16
+    max_new_tokens: Positive = 128
+
+
+class Config(Section):
+    """Every parameter of a run."""
+
+    data: Data = Data()
+    model: Model = Model()
+    respond: Respond = Respond()
+    features: Features = Features()
+    optim: Optim = Optim()
+    trainer: Trainer = Trainer()
+    decode: Decode = Decode()
+    evaluate: Evaluate = Evaluate()
+
+
+_RAW = ("model.speculator.inner_dim", "model.speculator.emb_dim", "model.speculator.proj_dim")
+"""Overrides kept as text: read as numbers, 1024.2560 would become 1024.256."""
+
+
+def load(path: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> Config:
+    """Read and validate a parameter file, with ``key=value`` overrides on top.
+
+    Args:
+        path: YAML 1.2, the dialect that dvc writes (``5e-05`` is a number).
+        overrides: dotted keys, such as ``model.speculator.n_predict=3``; values are read as YAML.
+
+    Raises:
+        ConfigError: a file that is missing or no mapping, an unknown key, a wrong type, an impossible value.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such parameter file; run from the project's folder or name one with --params")
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text()) or {}
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return from_mapping(tree, source=str(path))
+
+
+def from_mapping(tree: Mapping[str, Any], source: str = "parameters") -> Config:
+    """Validate nested parameters; a section that is absent or null takes its defaults."""
+    try:
+        return Config.model_validate(_without_nulls(tree))
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n" + "\n".join(map(_explain, error.errors()))) from None
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """Every parameter by its dotted key, as plain values; widths as format_dims writes them."""
+    flat: dict[str, object] = {}
+
+    def visit(prefix: str, section: Section) -> None:
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            key = f"{prefix}{name}"
+            if isinstance(value, Section):
+                visit(f"{key}.", value)
+            elif key in _RAW:
+                flat[key] = format_dims(value)
+            elif key == "trainer.launcher":
+                flat[key] = shlex.join(value)
+            else:
+                flat[key] = list(value) if isinstance(value, tuple) else value
+
+    visit("", config)
+    return flat
+
+
+def save(config: Config, path: Path) -> None:
+    """Write every parameter to a YAML file that load reads back to an equal Config."""
+    tree: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    with path.open("w") as file:
+        YAML().dump(tree, file)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.lr=5e-5")
+    if key in _RAW:
+        value: object = _unquote(text)
+        value = int(value) if isinstance(value, str) and value.isdigit() else value
+    else:
+        try:
+            value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
+        except YAMLError:
+            value = text
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {section} is a value, not a section")
+        node = child
+    node[name] = value
+
+
+def _unquote(text: str) -> str:
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections that are null count as absent; null values inside stay."""
+    sections = {name: {} if value is None and name in Config.model_fields else value for name, value in tree.items()}
+    model = sections.get("model")
+    if isinstance(model, dict) and model.get("speculator", {}) is None:
+        sections["model"] = {**model, "speculator": {}}
+    return sections
+
+
+def _explain(error: Any) -> str:
+    """One line on one wrong key: where, what was found, what would fit."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _fields(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"  {key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
+    return f"  {key}: {message[0].lower()}{message[1:]}{found}"
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    section: type[Section] = Config
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return list(section.model_fields)

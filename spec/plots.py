@@ -1,0 +1,52 @@
+"""The pictures of a run: what MLflow shows and results/ keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+
+
+def curves(path: Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> None:
+    """Lines over a common axis: name -> (x values, y values)."""
+    figure, axes = _axes(x, y)
+    for name, (xs, ys) in lines.items():
+        axes.plot(xs, ys, marker="o" if len(xs) < 20 else None, markersize=4, label=name)
+    _save(figure, axes, path)
+
+
+def bars(path: Path, groups: Mapping[str, Mapping[str, float]], y: str, baseline: float | None = None) -> None:
+    """Bars side by side: group -> name -> value; a dashed line where nothing is gained."""
+    figure, axes = _axes("", y)
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    width = 0.8 / max(len(names), 1)
+    for index, name in enumerate(names):
+        places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
+        heights = [values.get(name, 0.0) for values in groups.values()]
+        drawn = axes.bar(places, heights, width * 0.95, label=name)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=8)
+    axes.set_xticks(range(len(groups)), list(groups))
+    if baseline is not None:
+        axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
+    _save(figure, axes, path)
+
+
+def _axes(x: str, y: str) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)

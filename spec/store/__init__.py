@@ -1,0 +1,1 @@
+"""Content-addressed, immutable segments of hidden states and answers, in Zarr."""

@@ -1,0 +1,66 @@
+"""Training checkpoints: atomic, complete or absent."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spec import files, heads
+from spec.heads import Speculator
+
+_STATE = "training.pt"
+_PREFIX = "global_step_"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run: `folder/global_step_N/` holds the speculator in its own format, and the newest
+    also the optimizer's state, from which the same command goes on.
+
+    Attributes:
+        folder: of this run.
+        key: digest of everything that the run's result depends on; another run's state is never taken up.
+    """
+
+    folder: Path
+    key: str
+
+    def save(self, step: int, speculator: Speculator, state: dict[str, Any]) -> Path:
+        """Write a checkpoint; older ones keep their speculator and lose their optimizer state."""
+        target = self.folder / f"{_PREFIX}{step}"
+        temporary = self.folder / f".{target.name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        heads.save(speculator, temporary)
+        with files.replacing(temporary / _STATE) as path:
+            torch.save({"key": self.key, "step": step, **state}, path)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for older in self._steps():
+            if older < step:
+                (self.folder / f"{_PREFIX}{older}" / _STATE).unlink(missing_ok=True)
+        return target
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that this run can go on from, and its state."""
+        for step in reversed(self._steps()):
+            path = self.folder / f"{_PREFIX}{step}"
+            if (path / _STATE).is_file():
+                state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+                if state["key"] == self.key:
+                    return path, state
+        return None
+
+    def finish(self) -> None:
+        """The run is complete: nothing is left to resume."""
+        for step in self._steps():
+            (self.folder / f"{_PREFIX}{step}" / _STATE).unlink(missing_ok=True)
+
+    def _steps(self) -> list[int]:
+        found = (re.fullmatch(rf"{_PREFIX}(\d+)", path.name) for path in self.folder.glob(f"{_PREFIX}*"))
+        return sorted(int(match[1]) for match in found if match)

@@ -1,0 +1,62 @@
+"""Which of several workers this process is, as torchrun (or any launcher that sets its variables) says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spec.base import choose_device
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of `world` that work together; rank 0 speaks for all."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker writes and logs."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every worker's tensor, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def this_worker() -> Worker:
+    """This process's place, from RANK and WORLD_SIZE; alone where they are not set."""
+    return Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), choose_device())
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Worker]:
+    """This worker, connected with the others: NCCL on CUDA, gloo elsewhere."""
+    worker = this_worker()
+    if worker.world > 1:
+        if worker.device.type == "cuda":
+            torch.cuda.set_device(worker.device)
+        dist.init_process_group("nccl" if worker.device.type == "cuda" else "gloo")
+    try:
+        yield worker
+    finally:
+        if worker.world > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,164 @@
+"""What every stage's command shares: options, errors, progress, workers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from spec import config as config_module
+from spec import files
+from spec.config import Config
+from spec.errors import SpecError
+
+SOURCES = Path("data/sources.json")
+SPLITS = ("train", "val", "eval")
+
+
+def tokens_path(split: str) -> Path:
+    """What tokenize writes."""
+    return Path(f"data/tokens/{split}.parquet")
+
+
+def responses_path(split: str) -> Path:
+    """What respond writes."""
+    return Path(f"data/responses/{split}.parquet")
+
+
+def features_path(split: str) -> Path:
+    """What cache writes."""
+    return Path(f"data/features/{split}.json")
+
+
+def stage(body: Callable[..., None]) -> click.Command:
+    """A click command around ``body(config, **options)``, with --params and -S, whose errors are one clear message."""
+
+    @functools.wraps(body)
+    def run(params: Path, overrides: tuple[str, ...], **options: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+        for noisy in ("httpx", "urllib3", "alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        with clear_errors():
+            body(config_module.load(params, overrides), **options)
+
+    name = body.__module__.rpartition(".")[2] if body.__module__ != "__main__" else Path(sys.argv[0]).stem
+    command = click.command(name, help=body.__doc__)(run)
+    command.params += [
+        click.Option(["--params"], type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True),
+        click.Option(["-S", "--set", "overrides"], multiple=True, metavar="KEY=VALUE", help="Override a parameter."),
+    ]
+    return command
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn errors that users can mend into one message without a traceback."""
+    try:
+        yield
+    except SpecError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            where = error.filename or "the disk"
+            raise click.ClickException(f"no space left on {where}; free some and run the same command again") from error
+        raise
+
+
+def progress(total: int, unit: str, label: str, shown: bool = True) -> tqdm[Any]:
+    """A progress bar with a rate and an end; a line every ten seconds where there is no terminal."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        unit=f" {unit}",
+        unit_scale=True,
+        desc=label,
+        mininterval=0.2 if terminal else 10,
+        dynamic_ncols=terminal,
+        disable=not shown,
+    )
+
+
+def store_root(config: Config) -> Path:
+    """Where hidden states and answers are kept."""
+    return Path(config.features.store) if config.features.store else files.cache_dir() / "store"
+
+
+def need_space(path: Path, needed: int, what: str) -> None:
+    """Stop before any work when the disk cannot hold what is to be written.
+
+    Raises:
+        SpecError: says what is needed, what is free, and what to change.
+    """
+    free = files.free_bytes(path)
+    if needed > free:
+        raise SpecError(
+            f"{what} needs up to {size(needed)} in {path}, where {size(free)} are free; "
+            "free some, or set features.store to a larger disk"
+        )
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def say(message: str) -> None:
+    """Tell the user something, on standard output."""
+    click.echo(message)
+
+
+def run_workers(config: Config, module: str, plan: Any) -> None:
+    """Run ``python -m module --worker`` under trainer.launcher, give it config and plan, and wait for it.
+
+    SIGTERM and SIGINT are passed on, so that workers can save before they leave.
+
+    Raises:
+        SpecError: the launcher could not be started, or a worker failed (it has said why).
+    """
+    launcher = list(config.trainer.launcher) or [sys.executable]
+    if launcher[0] == "torchrun":
+        launcher[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PROJECT), environment.get("PYTHONPATH")]))
+    # In the working directory, since workers may run on other machines that share it.
+    with tempfile.TemporaryDirectory(prefix=".workers-", dir=".") as folder:
+        params, plan_path = Path(folder) / "params.yaml", Path(folder) / "plan.json"
+        config_module.save(config, params)
+        plan_path.write_text(json.dumps(plan))
+        command = [*launcher, "-m", module, "--params", str(params), "--worker", str(plan_path)]
+        try:
+            process = subprocess.Popen(command, env=environment)
+        except OSError as error:
+            raise SpecError(f"trainer.launcher: {launcher[0]!r} could not be started ({error.strerror})") from None
+        previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in _SIGNALS}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    if status:
+        raise SpecError(f"a worker failed (exit status {status}); its message is above")
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PROJECT = Path(__file__).resolve().parent.parent
+
+worker_option = click.option("--worker", type=click.Path(path_type=Path), hidden=True)
+"""Marks a process that trainer.launcher started; names its plan."""

@@ -1,0 +1,40 @@
+"""fetch: resolve the base and the files of every split, download what is missing, write down what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spec import base, corpus, embedded, files
+from spec.config import Config
+from stages import common
+
+
+@common.stage
+def fetch(config: Config) -> None:
+    """Resolve the base and the data, download what is missing, and write data/sources.json."""
+    model = config.model
+    if embedded.is_embedded(model.partial_pretrain):
+        embedded.ensure(model.partial_pretrain, files.cache_dir())
+    folder = base.resolve(model.partial_pretrain, model.revision)
+    splits: dict[str, dict[str, str]] = {}
+    for split in common.SPLITS:
+        for path in config.data.files(split):
+            if embedded.is_embedded(path):
+                embedded.ensure(path, files.cache_dir())
+        found = corpus.list_files(config.data.files(split))
+        splits[split] = files.digest_files(found)
+    sources: dict[str, Any] = {
+        "base": {
+            "name": model.partial_pretrain,
+            "revision": base.downloaded_revision(folder, model),
+            **base.identify(folder),
+        },
+        "files": splits,
+    }
+    files.write_json(common.SOURCES, sources)
+    count = sum(map(len, splits.values()))
+    common.say(f"fetch: base {model.partial_pretrain} and {count} data files are here -> {common.SOURCES}")
+
+
+if __name__ == "__main__":
+    fetch()

@@ -1,0 +1,84 @@
+"""generate: text from the base, sped up by a speculator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import torch
+
+from spec.config import Decode
+from spec.drafting import Source
+from stages import common
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("models/speculator"), show_default=True)
+@click.option("--prompt", required=True, help="What to ask; the base's chat template is put around it.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--draft", type=click.Choice(get_args(Source)), default="hybrid", show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=None, help="Of sampling.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+def generate(
+    checkpoint: Path,
+    prompt: str,
+    max_new_tokens: int,
+    draft: Source,
+    temperature: float,
+    seed: int | None,
+    dtype: str,
+    base: str | None,
+    raw: bool,
+) -> None:
+    """Answer a prompt with a base and its speculator, streaming, and say how fast it was."""
+    from spec import corpus
+    from spec.decoding import LanguageModelWithSpeculator
+
+    with common.clear_errors():
+        decode = Decode(draft="hybrid" if draft == "none" else draft)
+        model = LanguageModelWithSpeculator.from_pretrained(checkpoint, base=base, dtype=dtype, decode=decode)
+        tokenizer = model.base.tokenizer
+        if raw:
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            corpus.install_plain_template(tokenizer)
+            messages = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        result = model.generate(
+            ids,
+            max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            seed=seed,
+            draft=draft,
+            streamer=_Screen(tokenizer),
+        )
+    rates = " ".join(f"{rate:.2f}" for rate in result.acceptance_rates) or "-"
+    click.echo(
+        f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s, {result.tokens_per_step:.2f} tokens "
+        f"per step, acceptance by position {rates}",
+        err=True,
+    )
+
+
+class _Screen:
+    """Prints text as soon as it is certain; the prompt is not repeated."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from transformers import TextStreamer
+
+        self._streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._streamer.next_tokens_are_prompt:
+            self._streamer.put(value)
+            return
+        for token in value:
+            self._streamer.put(token[None])
+
+    def end(self) -> None:
+        self._streamer.end()
