@@ -39,6 +39,14 @@ def bucket(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
+def prompt_bucket(length: int) -> int:
+    """The padded length of a prompt to be answered: a power of two, so that rare long prompts share a batch.
+
+    A batch costs nearly the same for few rows as for many while it writes, and padding costs only its prefill.
+    """
+    return max(BUCKET, 1 << (length - 1).bit_length())
+
+
 def choose_device() -> torch.device:
     """CUDA (this worker's), else MPS, else the CPU."""
     if torch.cuda.is_available():
@@ -219,7 +227,7 @@ def answer(
         seed: of the sampling.
         on_token: called with the number of tokens written at each step.
     """
-    width = bucket(max(map(len, prompts)))
+    width = prompt_bucket(max(map(len, prompts)))
     device, rows = base.device, len(prompts)
     pad = base.tokenizer.pad_token_id or 0
     ids = torch.full((rows, width), pad, device=device)

@@ -280,6 +280,30 @@ def load(path: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> Con
     return from_mapping(tree, source=str(path))
 
 
+def from_overrides(overrides: Sequence[str]) -> Config:
+    """The guide's defaults with ``key=value`` overrides on top.
+
+    Raises:
+        ConfigError: as load.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _override(tree, override)
+    return from_mapping(tree)
+
+
+def with_values(config: Config, values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """A config with values of some sections replaced, validated again.
+
+    Raises:
+        ConfigError: as load.
+    """
+    tree = _tree(config)
+    for section, entries in values.items():
+        tree[section] |= entries
+    return from_mapping(tree)
+
+
 def from_mapping(tree: Mapping[str, Any], source: str = "parameters") -> Config:
     """Validate nested parameters; a section that is absent or null takes its defaults."""
     try:
@@ -311,6 +335,12 @@ def flatten(config: Config) -> dict[str, object]:
 
 def save(config: Config, path: Path) -> None:
     """Write every parameter to a YAML file that load reads back to an equal Config."""
+    with path.open("w") as file:
+        YAML().dump(_tree(config), file)
+
+
+def _tree(config: Config) -> dict[str, Any]:
+    """Nested plain values."""
     tree: dict[str, Any] = {}
     for key, value in flatten(config).items():
         *sections, name = key.split(".")
@@ -318,8 +348,7 @@ def save(config: Config, path: Path) -> None:
         for section in sections:
             node = node.setdefault(section, {})
         node[name] = value
-    with path.open("w") as file:
-        YAML().dump(tree, file)
+    return tree
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

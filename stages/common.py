@@ -136,7 +136,7 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
     if launcher[0] == "torchrun":
         launcher[:1] = [sys.executable, "-m", "torch.distributed.run"]
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PROJECT), environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), environment.get("PYTHONPATH")]))
     # In the working directory, since workers may run on other machines that share it.
     with tempfile.TemporaryDirectory(prefix=".workers-", dir=".") as folder:
         params, plan_path = Path(folder) / "params.yaml", Path(folder) / "plan.json"
@@ -158,7 +158,7 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parent.parent
 
 worker_option = click.option("--worker", type=click.Path(path_type=Path), hidden=True)
 """Marks a process that trainer.launcher started; names its plan."""

@@ -41,7 +41,7 @@ def respond(config: Config, worker: Path | None) -> None:
         keys,
         [len(prompt) for prompt in prompts],
         collection.find(),
-        base.bucket,
+        base.prompt_bucket,
         config.respond.batch_size,
         cost=lambda length: 1,
     )

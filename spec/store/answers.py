@@ -23,7 +23,7 @@ def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, 
         "max_new_tokens": params.max_new_tokens,
         "temperature": params.temperature,
         "seed": params.seed if params.temperature else None,
-        "producer": f"{params.engine}, padded to {base_model.BUCKET}",
+        "producer": f"{params.engine}, padded to powers of two",
     }
 
 

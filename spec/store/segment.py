@@ -77,7 +77,7 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        group = zarr.create_group(temporary, attributes=dict(attributes))
+        group = zarr.create_group(temporary, attributes={**attributes, "arrays": list(arrays)})
         compressors = [ZstdCodec(level=1), Crc32cCodec()] if codec == "zstd" else [Crc32cCodec()]
         for key, array in arrays.items():
             rows = -(-max(len(array), 1) // _CHUNK_ROWS) * _CHUNK_ROWS
@@ -119,7 +119,8 @@ def read(folder: Path, name: str) -> dict[str, NDArray[Any]]:
     try:
         group = zarr.open_group(folder / name, mode="r")
         arrays = {}
-        for key, array in group.arrays():
+        for key in group.attrs["arrays"]:
+            array = group[key]
             if array.size and not (folder / name / key / "c").exists():
                 raise FileNotFoundError(f"{key} has no data")
             arrays[key] = np.asarray(array[...])

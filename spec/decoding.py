@@ -1,0 +1,383 @@
+"""Speculative decoding: draft, verify in one forward of the base, accept; the answer is the base's own.
+
+The loop is LanguageModelWithSpeculator.stream; everything else is around it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec import acceptance, heads
+from spec import base as bases
+from spec.base import Base
+from spec.config import Decode, Model
+from spec.drafting import DecodingError, Drafter, Source
+from spec.heads import Speculator
+from spec.kv_cache import make_cache
+
+__all__ = ["DecodingError", "Generation", "LanguageModelWithSpeculator", "Step", "Streamer", "probabilities"]
+
+Pick = Callable[[Tensor, int], Tensor]
+"""Logits [S, V] behind S tokens, and the place in the answer of what follows the first of them -> tokens [S]."""
+
+
+class Streamer(Protocol):
+    """transformers' streamers, such as TextStreamer."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt at first, then tokens as they come, [S]."""
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward of the base.
+
+    Attributes:
+        tokens: what it added to the answer.
+        drafted: tokens drafted for it.
+        accepted: how many of them entered the answer.
+    """
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer and what it took. The prefill, which gives the first token, is no step.
+
+    Attributes:
+        tokens: the answer, its stop token included.
+        drafted: tokens drafted at each step.
+        accepted: how many of them entered the answer.
+        prefill_seconds: wall clock to the first token.
+        decode_seconds: from there to the last.
+    """
+
+    tokens: list[int]
+    drafted: list[int]
+    accepted: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def steps(self) -> int:
+        """Forwards of the base behind the prefill."""
+        return len(self.accepted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """As spec.acceptance defines it: 1 + accepted drafts / steps."""
+        return acceptance.tokens_per_step([self.walk])
+
+    @property
+    def acceptance_rates(self) -> list[float]:
+        """For i = 1, 2, .. the share of steps in which at least i drafts were accepted (as spec.acceptance)."""
+        return acceptance.acceptance([self.walk], max(self.drafted, default=0))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the answer by the wall clock, prefill included."""
+        return len(self.tokens) / (self.prefill_seconds + self.decode_seconds)
+
+    @property
+    def walk(self) -> acceptance.Walk:
+        """The steps, for the figures of spec.acceptance."""
+        return acceptance.Walk(np.asarray(self.accepted, np.int64), looping=acceptance.loops(self.tokens))
+
+
+class LanguageModelWithSpeculator:
+    """A base model that writes several tokens a forward where a draft foresees them.
+
+    The answer does not depend on the draft: greedy or sampled, it is what the base alone writes (in float32 token
+    for token; in bfloat16 a forward of several tokens rounds differently from one of a single token, so that near
+    ties may fall the other way). One sequence at a time.
+
+    Args:
+        base: the language model.
+        speculator: of this base, on its device, in the dtype that it is to draft in; None drafts by n-grams alone.
+        decode: where drafts come from.
+
+    Raises:
+        DecodingError: the base's cache cannot drop rejected drafts.
+        CheckpointError: the speculator is of other widths than the base.
+    """
+
+    def __init__(self, base: Base, speculator: Speculator | None = None, decode: Decode | None = None) -> None:
+        _check_croppable(base.model)
+        if speculator is not None:
+            heads.check_base(
+                speculator.config, base.vocab_size, base.hidden_size, base.digest, allow_other_weights=True
+            )
+        self.base = base
+        self.speculator = None if speculator is None else heads.fuse(speculator).eval()
+        self.decode = decode or Decode()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        base: str | Path | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        decode: Decode | None = None,
+        trust_remote_code: bool = False,
+        allow_other_weights: bool = False,
+    ) -> LanguageModelWithSpeculator:
+        """Load a speculator and the base that it was trained for.
+
+        Args:
+            checkpoint: the speculator's folder.
+            base: folder or hub id of the base, where it is no longer where the checkpoint says.
+            dtype: of base and speculator; bfloat16 by default.
+            device: CUDA where there is one, by default.
+            decode: where drafts come from.
+            trust_remote_code: run code from the base's folder.
+            allow_other_weights: accept a base of the same widths but other weights, such as a fine-tune.
+
+        Raises:
+            FileNotFoundError, CheckpointError: no usable checkpoint, or one of another base.
+            BaseError: the base is not found or does not load.
+            DecodingError: the base's cache cannot drop rejected drafts.
+        """
+        config = heads.read_config(checkpoint)
+        revision = None if base is not None else config.base_revision
+        folder = bases.resolve(str(base or config.base_model_name_or_path), revision)
+        digest = bases.identify(folder)["weights"]
+        name = str(dtype or torch.bfloat16).removeprefix("torch.")
+        params = Model.model_validate({"dtype": name, "trust_remote_code": trust_remote_code})
+        loaded = bases.load(params, folder, digest, None if device is None else torch.device(device))
+        heads.check_base(config, loaded.vocab_size, loaded.hidden_size, digest, allow_other_weights=allow_other_weights)
+        speculator = heads.load(checkpoint, loaded.device, getattr(torch, name))
+        return cls(loaded, speculator, decode)
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int],
+        max_new_tokens: int = 256,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        draft: Source | None = None,
+        streamer: Streamer | None = None,
+    ) -> Generation:
+        """Answer a prompt; see stream for the parameters, for errors, and for tokens as they come.
+
+        Args:
+            streamer: shown the prompt and then the tokens of each step, as transformers' generate does it.
+        """
+        started = time.perf_counter()
+        stream = self.stream(
+            input_ids,
+            max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            draft=draft,
+        )
+        if streamer is not None:
+            streamer.put(torch.as_tensor(input_ids).cpu())
+        steps: list[Step] = []
+        for step in stream:
+            steps.append(step)
+            if len(steps) == 1:
+                prefilled = time.perf_counter()
+            if streamer is not None:
+                streamer.put(torch.tensor(step.tokens))
+        ended = time.perf_counter()
+        if streamer is not None:
+            streamer.end()
+        return Generation(
+            tokens=[token for step in steps for token in step.tokens],
+            drafted=[step.drafted for step in steps[1:]],
+            accepted=[step.accepted for step in steps[1:]],
+            prefill_seconds=prefilled - started,
+            decode_seconds=ended - prefilled,
+        )
+
+    def stream(
+        self,
+        input_ids: Tensor | Sequence[int],
+        max_new_tokens: int = 256,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        draft: Source | None = None,
+    ) -> Iterator[Step]:
+        """Answer a prompt, and yield what each forward of the base adds: the prefill one token, each step at least one.
+
+        The answer ends with a stop token of the base, after max_new_tokens, or where the base has no more positions.
+
+        Args:
+            input_ids: the prompt, [S] or [1, S].
+            max_new_tokens: at most this many tokens.
+            do_sample: draw from the base's distribution; else take the likeliest token.
+            temperature: see probabilities.
+            top_k: see probabilities.
+            top_p: see probabilities.
+            seed: of sampling. The answer follows from it and the prompt, whatever is drafted; None draws a new one.
+            draft: instead of decode.draft; "none" is plain decoding.
+
+        Raises:
+            DecodingError: an empty prompt, more than one, or one longer than the base has positions; parameters out
+                of range; heads asked for that are not there.
+        """
+        prompt = _one_prompt(input_ids)
+        if max_new_tokens < 1:
+            raise DecodingError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        drafter = Drafter(self.decode, None if self.speculator is None else self.speculator.config.n_predict, draft)
+        positions = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+        if len(prompt) > positions:
+            raise DecodingError(f"the prompt has {len(prompt)} tokens, but the base has {positions} positions")
+        limit = min(max_new_tokens, positions - len(prompt) + 1)  # the last token of an answer is not read
+        pick = _sampler(limit + 1, temperature, top_k, top_p, seed, self.base.device) if do_sample else _greedy
+        return self._steps(prompt, limit, positions - len(prompt), pick, drafter)
+
+    @torch.inference_mode()
+    def _steps(self, prompt: list[int], limit: int, room: int, pick: Pick, drafter: Drafter) -> Iterator[Step]:
+        """The loop. At most `limit` tokens are written, and `room` read behind the prompt."""
+        model, speculator, stops = self.base.model, self.speculator, self.base.stop_ids
+        cache = make_cache(model.config)
+        read: list[Tensor] = []
+
+        def keep(module: object, args: tuple[Tensor, ...]) -> None:
+            read[:] = args[:1]
+
+        def forward(tokens: Tensor, last: int) -> tuple[Tensor, Tensor]:  # [S] -> [last, V], [last, d]
+            logits = model(
+                input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=last
+            ).logits  # the model's own, after any scaling or capping
+            return logits[0], read[0][0]
+
+        def from_heads(k: int) -> Tensor:  # [k]
+            assert speculator is not None  # Drafter has seen to it
+            return speculator.draft(state, token, k)[0]
+
+        with model.get_output_embeddings().register_forward_pre_hook(keep):  # the states, from the same forward
+            logits, state = forward(torch.tensor(prompt, device=self.base.device), 1)
+            token = pick(logits, 0)  # [1], written behind state [1, d]
+            run = token.tolist()
+            yield Step(run, 0, 0)
+            drafter.extend(prompt)
+            cache.activate_past_recording()  # sliding windows: keep what a crop may bring back
+            written = 1
+            while written < limit and run[-1] not in stops:
+                drafter.extend(run)
+                # Draft: what might follow the newest token.
+                draft = drafter.draft(min(limit - written, room - written), from_heads)
+                k = len(draft)
+                inputs = torch.cat([token, torch.as_tensor(draft, dtype=token.dtype, device=token.device)])  # [1 + k]
+                # Verify: what the base writes behind the newest token and behind each draft.
+                logits, states = forward(inputs, 1 + k)
+                chosen = pick(logits, written)  # [1 + k]
+                read_ids, wanted = torch.stack([inputs, chosen]).tolist()
+                # Accept drafts up to the first that the base would not have written; its own token comes behind them.
+                accepted = _matching(read_ids[1:], wanted)
+                cache.crop(accepted - k)
+                token, state = chosen[accepted : accepted + 1], states[accepted : accepted + 1]
+                run = _until_stop(wanted[: accepted + 1][: limit - written], stops)
+                written += len(run)
+                yield Step(run, k, min(accepted, len(run)))
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that is sampled from, [.., V] -> [.., V] in float32; the filters in transformers' order.
+
+    Args:
+        logits: the base's.
+        temperature: divides them.
+        top_k: keep this many of the likeliest tokens (and ties with the last); 0 keeps all.
+        top_p: then keep the fewest of the likeliest tokens that together have at least this probability.
+    """
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        likeliest, order = logits.softmax(-1).sort(-1, descending=True)
+        beyond = likeliest.cumsum(-1) - likeliest >= top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits.softmax(-1)
+
+
+def _greedy(logits: Tensor, place: int) -> Tensor:
+    return logits.max(-1).indices  # argmax, a quarter of its time in bfloat16 on a CPU
+
+
+def _sampler(length: int, temperature: float, top_k: int, top_p: float, seed: int | None, device: torch.device) -> Pick:
+    """Sampling where the token at each place of the answer follows from a uniform number of its own.
+
+    A token is the inverse of the cumulative distribution p at that number, and a draft d is accepted where the two
+    are equal. So d is accepted with probability p(d), and else a token is drawn from p without d, renormalised:
+    speculative rejection sampling (Leviathan et al. 2022, https://arxiv.org/abs/2211.17192; Chen et al. 2023,
+    https://arxiv.org/abs/2302.01318) for a draft that is certain of its token, without their second draw.
+    """
+    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise DecodingError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a temperature above 0 (for the "
+            "likeliest token set do_sample to false), top_k of at least 0 (0: all), and 0 < top_p <= 1"
+        )
+    drawn = 1 - np.random.default_rng(seed).random(length)  # (0, 1]: a token of probability 0 is never met
+    uniform = torch.tensor(drawn, dtype=torch.float32, device=device)
+
+    def pick(logits: Tensor, place: int) -> Tensor:
+        cumulative = probabilities(logits, temperature, top_k, top_p).cumsum(-1)  # [S, V]
+        levels = uniform[place : place + len(logits), None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, levels)[:, 0]
+
+    return pick
+
+
+def _matching(draft: list[int], wanted: list[int]) -> int:
+    """How many tokens of the draft come before the first that is not the wanted one."""
+    pairs = zip(draft, wanted, strict=False)
+    return next((i for i, (drafted, token) in enumerate(pairs) if drafted != token), len(draft))
+
+
+def _until_stop(tokens: list[int], stops: frozenset[int]) -> list[int]:
+    """The tokens through the first stop token."""
+    end = next((i for i, token in enumerate(tokens, 1) if token in stops), len(tokens))
+    return tokens[:end]
+
+
+def _one_prompt(input_ids: Tensor | Sequence[int]) -> list[int]:
+    ids = torch.as_tensor(input_ids)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1:
+        raise DecodingError(f"input_ids has shape {list(ids.shape)}, expected one prompt: [S] or [1, S]")
+    if not len(ids):
+        raise DecodingError("the prompt is empty: the base needs a token to go on from, such as its bos token")
+    prompt: list[int] = ids.tolist()
+    return prompt
+
+
+def _check_croppable(model: Any) -> None:
+    """Refuse models whose memory of the past cannot forget its last tokens, as recurrent states cannot."""
+    fixed = {type(layer).__name__ for layer in make_cache(model.config).layers if not layer.is_croppable}
+    if fixed or model._is_stateful:
+        raise DecodingError(
+            f"{type(model).__name__} keeps {', '.join(sorted(fixed)) or 'a recurrent state'}, from which rejected "
+            "drafts cannot be removed: speculative decoding needs a model with attention in every layer"
+        )

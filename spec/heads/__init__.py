@@ -1,0 +1,35 @@
+"""Speculators: small networks that draft a base model's next tokens from its hidden state (torch alone).
+
+``build`` makes one from a ``SpeculatorConfig``, ``init_random`` or ``init_from_base`` gives it its first weights,
+``save`` and ``load`` keep it, ``fuse`` readies it for drafting.
+"""
+
+from spec.heads.build import build
+from spec.heads.checkpoint import CheckpointError, check_base, load, read_config, save
+from spec.heads.config import Method, SpeculatorConfig
+from spec.heads.fuse import fuse, fused_projection
+from spec.heads.init import init_from_base, init_random
+from spec.heads.medusa import Medusa
+from spec.heads.speculator import Carry, Speculator
+from spec.heads.sum_lstm import SumLstm
+from spec.heads.sum_rnn import SumRnn
+
+__all__ = [
+    "Carry",
+    "CheckpointError",
+    "Medusa",
+    "Method",
+    "Speculator",
+    "SpeculatorConfig",
+    "SumLstm",
+    "SumRnn",
+    "build",
+    "check_base",
+    "fuse",
+    "fused_projection",
+    "init_from_base",
+    "init_random",
+    "load",
+    "read_config",
+    "save",
+]

@@ -1,0 +1,26 @@
+"""From a config to its network."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spec.heads.config import Method, SpeculatorConfig
+from spec.heads.medusa import Medusa
+from spec.heads.speculator import Speculator
+from spec.heads.sum_lstm import SumLstm
+from spec.heads.sum_rnn import SumRnn
+
+METHODS: dict[Method, type[Speculator]] = {"sum_rnn": SumRnn, "sum_lstm": SumLstm, "medusa": Medusa}
+
+
+def build(config: SpeculatorConfig, token_map: Tensor | None = None) -> Speculator:
+    """The config's network on the CPU in float32, its weights not yet those of init_random or init_from_base.
+
+    Args:
+        config: the network's shape.
+        token_map: [K] ascending full ids; needed exactly where config.draft_vocab_size is K.
+
+    Raises:
+        ValueError: a token_map that does not fit the config.
+    """
+    return METHODS[config.method](config, token_map)

@@ -1,0 +1,187 @@
+"""The interface that all speculators share."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spec.heads.config import SpeculatorConfig
+from spec.heads.layers import RMSNorm, rms_normalize
+
+Carry = tuple[Tensor, ...]
+
+
+class Speculator(nn.Module):
+    """Draft heads over a frozen base model's hidden states.
+
+    At position t the base's state h_t (after its final norm: the vector that lm_head reads) has already produced
+    x_{t+1}. Head i reads x_{t+1+i} and predicts x_{t+2+i}; so head 0 never learns x_{t+1}.
+
+    P counts positions, of one sequence or of many: every position is on its own. d is the base's hidden size, V its
+    vocabulary, n the number of heads, K the draft vocabulary.
+
+    Args:
+        config: the network's shape.
+        token_map: [K] ascending ids of the draft vocabulary in the full one; exactly where config.draft_vocab_size
+            is set.
+
+    Raises:
+        ValueError: a token_map that does not fit config.draft_vocab_size.
+    """
+
+    head: Callable[[int], nn.Linear]
+    """The Linear of head i, [V or K, head width]; the same one for every i where heads are tied."""
+
+    token_map: Tensor | None
+    """[K] the full id of each draft id, or None where heads draft from the whole vocabulary."""
+
+    draft_index: Tensor | None
+    """[V] the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary."""
+
+    def __init__(self, config: SpeculatorConfig, token_map: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("token_map", _checked(token_map, config))
+        self.register_buffer("draft_index", None, persistent=False)
+        self._index_draft_vocabulary()
+        # The index is not in checkpoints: it has to follow the token_map that comes from one.
+        self.register_load_state_dict_post_hook(_reindex)  # type: ignore[no-untyped-call]
+
+    @abstractmethod
+    def start(self, states: Tensor) -> Carry:
+        """What head 0 needs of the base's states [P, d]; they are cast to the speculator's dtype."""
+
+    @abstractmethod
+    def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
+        """Run head i up to its Linear.
+
+        Args:
+            i: the head, from 0; heads run in order.
+            carry: from start (i = 0) or from head i-1.
+            tokens: [P] ids x_{t+1+i} in the full vocabulary.
+
+        Returns:
+            The carry for head i+1, and the vector [P, head width] that head i's Linear reads.
+        """
+
+    def logits(self, i: int, hidden: Tensor) -> Tensor:
+        """Head i's logits for x_{t+2+i}: [P, head width] -> [P, V], or [P, K] with a draft vocabulary."""
+        logits: Tensor = self.head(i)(hidden)
+        return logits
+
+    def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """All heads' logits with the true tokens as inputs (teacher forcing).
+
+        Args:
+            states: [P, d] the base's states h_t.
+            tokens: [P, n] ids; column i holds x_{t+1+i}.
+
+        Returns:
+            [n, P, V], or [n, P, K] with a draft vocabulary; entry i predicts x_{t+2+i}.
+        """
+        n = self.config.n_predict
+        if tokens.shape[-1] != n:
+            raise ValueError(f"tokens has {tokens.shape[-1]} columns, expected n_predict = {n}")
+        carry = self.start(states)
+        out = []
+        for i in range(n):
+            carry, hidden = self.step(i, carry, tokens[:, i])
+            out.append(self.logits(i, hidden))
+        return torch.stack(out)
+
+    @torch.inference_mode()
+    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
+        """Draft greedily: each head reads the draft of the one before.
+
+        Args:
+            states: [P, d] the base's states h_t.
+            tokens: [P] x_{t+1}, the tokens that the base produced from these states.
+            n: number of drafts, n_predict by default.
+
+        Returns:
+            [P, n] drafts of x_{t+2}, x_{t+3}, ..., as ids of the full vocabulary.
+
+        Raises:
+            ValueError: n is below 1 or above n_predict.
+        """
+        if n is None:
+            n = self.config.n_predict
+        elif not 1 <= n <= self.config.n_predict:
+            raise ValueError(f"asked for {n} drafts, but the speculator has n_predict = {self.config.n_predict} heads")
+        carry = self.start(states)
+        drafts = []
+        for i in range(n):
+            carry, hidden = self.step(i, carry, tokens)
+            tokens = self.logits(i, hidden).argmax(-1)
+            if self.token_map is not None:
+                tokens = self.token_map[tokens]
+            drafts.append(tokens)
+        return torch.stack(drafts, 1)
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """The logits' index of each full id [..] -> [..]: -1 for an id outside the draft vocabulary."""
+        return tokens if self.draft_index is None else self.draft_index[tokens]
+
+    def num_parameters(self) -> int:
+        """Number of parameters, each shared one counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def undecayed(self) -> frozenset[str]:
+        """Names of the parameters that weight decay must leave alone: the norms' here."""
+        return frozenset(
+            f"{name}.{parameter}"
+            for name, module in self.named_modules()
+            if isinstance(module, RMSNorm)
+            for parameter, _ in module.named_parameters()
+        )
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        """The states as the first projection reads them: with scale_input, rms_normalize(h) / sqrt(2)."""
+        states = states.to(self.head(0).weight.dtype)
+        return rms_normalize(states) / math.sqrt(2) if self.config.scale_input else states
+
+    def _index_draft_vocabulary(self) -> None:
+        if self.token_map is None:
+            return
+        index = self.token_map.new_full((self.config.vocab_size,), -1)
+        index[self.token_map] = torch.arange(len(self.token_map), device=index.device)
+        self.draft_index = index
+
+
+def _reindex(module: nn.Module, keys: object) -> None:
+    assert isinstance(module, Speculator)
+    module._index_draft_vocabulary()
+
+
+def mixing_weight(config: SpeculatorConfig) -> float:
+    """Alpha, by which the token embedding is multiplied before it is added to the projected state.
+
+    It lets the base's state keep half of the magnitude up to the last head (fms-extras, ArcticTraining:
+    ``emb_weight / state_weight``). Their formula counts on an embedding of variance 1/w, which is true of a table
+    at initialisation; a stack ends in a Linear over unit variance, so there the factor w is left out.
+    """
+    state_weight: float = 0.5 ** (0.5 / config.n_predict)
+    width = config.sum_width if len(config.emb_dim) == 1 else 1
+    return math.sqrt((1 - state_weight**2) * width / 2) / state_weight
+
+
+def _checked(token_map: Tensor | None, config: SpeculatorConfig) -> Tensor | None:
+    K, V = config.draft_vocab_size, config.vocab_size
+    if K is None or token_map is None:
+        if K is not None:
+            raise ValueError(f"draft_vocab_size is {K}, so a token_map of {K} ids is needed")
+        if token_map is not None:
+            raise ValueError(f"a token_map of {len(token_map)} ids was given, but draft_vocab_size is None")
+        return None
+    token_map = token_map.to(torch.int64).clone()
+    if token_map.shape != (K,):
+        raise ValueError(f"token_map has shape {list(token_map.shape)}, expected [{K}] (draft_vocab_size)")
+    if not bool((token_map[1:] > token_map[:-1]).all()):
+        raise ValueError("token_map is not in ascending order without repeats")
+    if int(token_map[0]) < 0 or int(token_map[-1]) >= V:
+        raise ValueError(f"token_map spans {int(token_map[0])}..{int(token_map[-1])}, expected ids in 0..{V - 1}")
+    return token_map

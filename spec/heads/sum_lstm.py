@@ -1,0 +1,100 @@
+"""The LSTM speculator (Arctic's sum_lstm)."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spec.heads.config import SpeculatorConfig
+from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, hidden_stack, linear, projection_stack
+from spec.heads.speculator import Carry, Speculator, mixing_weight
+
+Gates: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class SumLstm(Speculator):
+    """An LSTM cell whose four gates each read ``proj(s) + alpha * emb(x_{t+1+i})``; all weights are tied.
+
+    ``c = c * sigmoid(forget) + GELU(cell_ln(cell)) * sigmoid(input)``; ``s = GELU(state_ln(c)) * sigmoid(output)``,
+    then the inner stack; ``logits_i = head(s)``. It starts from s = h_t and c = 0. All gates read the same s; the
+    projections of the first head (from the base's width) are their own, later heads share theirs.
+
+    forget_proj of the first head multiplies c = 0, so its gradient is exactly zero. It stays because the public
+    layout has it.
+    """
+
+    def __init__(self, config: SpeculatorConfig, token_map: Tensor | None = None) -> None:
+        super().__init__(config, token_map)
+        w, inner = config.sum_width, config.inner_dim
+        self.alpha = mixing_weight(config)
+        self.forget_emb = self._embedding()
+        tied = config.tie_lstm_embs
+        self.input_emb = self.forget_emb if tied else self._embedding()
+        self.output_emb = self.forget_emb if tied else self._embedding()
+        self.cell_emb = self.forget_emb if tied else self._embedding()
+        self.forget_proj = self._projections()
+        self.input_proj = self._projections()
+        self.output_proj = self._projections()
+        self.cell_proj = self._projections()
+        self.cell_ln = PerHead([RMSNorm(w)])
+        self.state_ln = PerHead([RMSNorm(w)])
+        self.adapter = PerHead([adapter(w, inner[0])])
+        self.inner = PerHead([hidden_stack(inner)])
+        # The public state dict has a key for every head, tied or not.
+        self.head = PerHead([linear(inner[-1], config.head_rows)] * config.n_predict)
+
+    def start(self, states: Tensor) -> Carry:
+        """See Speculator."""
+        state = self._scaled(states)
+        return state, state.new_zeros(len(state), self.config.sum_width)
+
+    def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
+        """See Speculator."""
+        state, cell = carry
+        forget, input_, output, candidate = (
+            torch.add(proj(i)(state), emb, alpha=self.alpha)
+            for proj, emb in zip(self.projections(), self.embed(tokens), strict=True)
+        )
+        return self.update(cell, (forget, input_, output, candidate))
+
+    def update(self, cell: Tensor, gates: Gates) -> tuple[Carry, Tensor]:
+        """The cell [P, w] and the gates' sums [P, w] (forget, input, output, cell) -> next carry, hidden [P, inner]."""
+        forget, input_, output, candidate = gates
+        cell = cell * torch.sigmoid(forget) + F.gelu(self.cell_ln(0)(candidate)) * torch.sigmoid(input_)
+        state = F.gelu(self.state_ln(0)(cell)) * torch.sigmoid(output)
+        state = self.inner(0)(self.adapter(0)(state))
+        return (state, cell), state
+
+    def projections(self) -> tuple[PerHead[nn.Module], ...]:
+        """The gates' projections, in the order in which serving engines fuse them: forget, input, output, cell."""
+        return self.forget_proj, self.input_proj, self.output_proj, self.cell_proj
+
+    def embed(self, tokens: Tensor) -> Gates:
+        """Each gate's embedding of the tokens, [P] -> four of [P, w], in the order of projections."""
+        forget: Tensor = self.forget_emb(0)(tokens)
+        if self.config.tie_lstm_embs:  # one look-up: four would make four gradients the size of the table
+            return forget, forget, forget, forget
+        return forget, self.input_emb(0)(tokens), self.output_emb(0)(tokens), self.cell_emb(0)(tokens)
+
+    def undecayed(self) -> frozenset[str]:
+        """The norms, and forget_proj of the first head: without a gradient, decay alone would move it."""
+        idle = (name for name, _ in self.named_parameters() if name.startswith("forget_proj.0."))
+        return super().undecayed() | frozenset(idle)
+
+    def _embedding(self) -> PerHead[nn.Module]:
+        return PerHead([_unwrapped(embedding_stack(self.config.vocab_size, self.config.emb_dim))])
+
+    def _projections(self) -> PerHead[nn.Module]:
+        first = _unwrapped(projection_stack(self.config.hidden_size, self.config.proj_dim))
+        later = _unwrapped(projection_stack(self.config.inner_dim[-1], self.config.proj_dim))
+        # A single head never reaches the second projection, which data-parallel training takes for an error.
+        later.requires_grad_(self.config.n_predict > 1)
+        return PerHead([first, later])
+
+
+def _unwrapped(stack: nn.Sequential) -> nn.Module:
+    """The public keys have no index of a stack here: a stack of one module is that module."""
+    return stack[0] if len(stack) == 1 else stack

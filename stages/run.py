@@ -1,0 +1,99 @@
+"""run: every stage in a folder of its own, from the guide's defaults; what run_speculator_training.sh calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pyarrow.parquet as pq
+
+from spec import config as config_module
+from spec import corpus, embedded
+from spec.config import Config
+from spec.errors import SpecError
+from stages import common
+
+_STAGES = ("fetch", "tokenize", "respond", "cache", "train", "evaluate")
+_WORK = ("data", "results", "models/speculator")
+_GSM8K = "$HOME/data/gsm8k"
+
+
+@click.command()
+@click.option("--nproc-per-node", type=click.IntRange(min=1), required=True, help="Workers on this machine.")
+@click.option("--save-path", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> None:
+    """Run every stage, from the guide's defaults, and leave the checkpoint in SAVE_PATH.
+
+    Nothing is inherited from an earlier call but what the store holds: hidden states and answers of the same base
+    are never computed twice. The data defaults to $HOME/data/gsm8k (as the guide's example prepares it) where that
+    is there, else to the embedded prompts.
+    """
+    with common.clear_errors():
+        config = _config(nproc_per_node, overrides)
+        save_path.mkdir(parents=True, exist_ok=True)
+        for name in _WORK:
+            shutil.rmtree(save_path / name, ignore_errors=True)
+        (save_path / "data").mkdir()
+        defaults = Config().data
+        if config.data.eval_files == defaults.eval_files and config.data.val_files != defaults.val_files:
+            config = _halve_val(config, save_path / "data")
+        shutil.copy(common.PROJECT / embedded.LOCK, save_path / embedded.LOCK)
+        config_module.save(config, save_path / "params.yaml")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(common.PROJECT), os.environ.get("PYTHONPATH", "")])}
+    for stage in _STAGES:
+        status = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=save_path, env=environment).returncode
+        if status:
+            sys.exit(status)
+    for name in ("pytorch_model.bin", "config.json"):
+        shutil.copy2(save_path / "models/speculator" / name, save_path / name)
+    for run_folder in (save_path / "checkpoints").iterdir():
+        for step in run_folder.glob("global_step_*"):
+            shutil.rmtree(save_path / step.name, ignore_errors=True)
+            step.rename(save_path / step.name)
+    shutil.rmtree(save_path / "checkpoints")
+    common.say(f"run: the speculator is in {save_path} (pytorch_model.bin, config.json, global_step_*)")
+
+
+def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:
+    """The guide's defaults with the caller's overrides; relative paths are the caller's, not the save path's."""
+    gsm8k = Path(os.path.expandvars(_GSM8K))
+    defaults = [f"trainer.launcher=torchrun --standalone --nproc-per-node={nproc_per_node}"]
+    if all((gsm8k / name).is_file() for name in ("train.parquet", "test.parquet")):
+        defaults += [f"data.train_files={gsm8k}/train.parquet", f"data.val_files={gsm8k}/test.parquet"]
+        common.say(f"run: data defaults to {gsm8k}")
+    config = config_module.from_overrides([*defaults, *overrides])
+    absolute = {
+        name: [_absolute(path) for path in getattr(config.data, name)]
+        for name in ("train_files", "val_files", "eval_files")
+    }
+    model = {"partial_pretrain": _absolute(config.model.partial_pretrain)}
+    return config_module.with_values(config, {"data": absolute, "model": model})
+
+
+def _halve_val(config: Config, folder: Path) -> Config:
+    """A caller's own val files in two: even rows choose the checkpoint, odd rows are what is reported."""
+    halves: dict[str, list[str]] = {"val": [], "eval": []}
+    for number, path in enumerate(corpus.list_files(config.data.val_files)):
+        table = pq.read_table(path)
+        if len(table) < 2:
+            raise SpecError(f"{path} has {len(table)} rows; give data.eval_files, or val files of two rows and more")
+        for first, split in enumerate(halves):
+            target = folder / split / f"{number}-{path.name}"
+            target.parent.mkdir(exist_ok=True)
+            pq.write_table(table.take(list(range(first, len(table), 2))), target)
+            halves[split].append(str(target.relative_to(folder.parent)))
+    common.say("run: no data.eval_files given, so even rows of data.val_files choose the checkpoint, odd rows report")
+    return config_module.with_values(config, {"data": {f"{split}_files": files for split, files in halves.items()}})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() and not embedded.is_embedded(path) else path
+
+
+if __name__ == "__main__":
+    run()

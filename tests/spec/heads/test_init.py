@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spec.heads import Speculator, build, init_from_base, init_random
+from spec.heads.init import principal_directions
+
+from .reference import config, inputs
+
+
+def tables(rows: int = 23, d: int = 12) -> tuple[Tensor, Tensor]:
+    """Embedding and lm_head with a common offset and a few strong directions, as real ones have."""
+    g = torch.Generator().manual_seed(7)
+    spread = torch.linspace(3, 0.3, d)
+    return tuple(torch.randn(rows, d, generator=g) * spread + 2 * torch.randn(d, generator=g) for _ in range(2))  # type: ignore[return-value]
+
+
+def same(a: Speculator, b: Speculator) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+def test_random_weights_have_the_public_spread(method: str) -> None:
+    c = config(method, hidden_size=48, vocab_size=400, inner_dim=(64,), emb_dim=(64,), proj_dim=(64,))
+    speculator = build(c)
+    for style, h in (("arctic", None), ("fms", 64)):
+        init_random(speculator, 0, style)  # type: ignore[arg-type]
+        for name, p in speculator.named_parameters():
+            if "ln" in name:
+                assert torch.equal(p, torch.full_like(p, float(name.endswith("weight"))))
+            else:
+                assert p.std().item() == pytest.approx(1 / math.sqrt(h or min(p.shape)), rel=0.1)
+                assert abs(p.mean().item()) < 0.01
+
+
+def test_random_weights_follow_the_seed() -> None:
+    a, b = build(config()), build(config())
+    init_random(a, 3)
+    torch.rand(5)
+    init_random(b, 3)
+    assert same(a, b)
+    init_random(b, 4)
+    assert not same(a, b)
+
+
+def test_medusa_is_not_drawn_at_random() -> None:
+    with pytest.raises(ValueError, match="use init_from_base"):
+        init_random(build(config("medusa")))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_medusa_starts_as_the_base(tie: bool) -> None:
+    kept = torch.tensor([1, 4, 22])
+    for K, token_map in ((None, None), (3, kept)):
+        c = config("medusa", draft_vocab_size=K, tie_weights=tie, num_hidden_layers=2)
+        speculator = build(c, token_map)
+        embedding, lm_head = tables()
+        init_from_base(speculator, embedding, lm_head)
+        states, tokens = inputs(c)
+        expected = states @ (lm_head if token_map is None else lm_head[token_map]).T
+        for logits in speculator(states, tokens):
+            torch.testing.assert_close(logits, expected)
+
+
+def test_equal_widths_copy_the_tables() -> None:
+    """Up to the mean row and one factor; the embedding also up to a rotation, which keeps all its inner products."""
+    c = config(inner_dim=(12,), emb_dim=(12,), proj_dim=(12,))
+    speculator = build(c)
+    embedding, lm_head = tables()
+    init_from_base(speculator, embedding, lm_head)
+    w = speculator.state_dict()
+    rows = lm_head - lm_head.mean(0)
+    torch.testing.assert_close(w["head.0.weight"], rows / rows.square().sum(1).mean().sqrt())
+    rows = embedding - embedding.mean(0)
+    rows = rows / rows.square().sum(1).mean().sqrt()
+    torch.testing.assert_close(w["emb.0.0.weight"] @ w["emb.0.0.weight"].T, rows @ rows.T)
+    assert torch.equal(w["proj.0.0.weight"], torch.eye(12))
+    assert torch.equal(w["proj.1.0.weight"], torch.eye(12))
+
+
+def test_narrower_heads_keep_what_varies_most() -> None:
+    c = config()  # 8 of 12
+    speculator = build(c)
+    embedding, lm_head = tables()
+    init_from_base(speculator, embedding, lm_head)
+    w = speculator.state_dict()
+    states = torch.randn(4, 12)
+    exact = states @ (lm_head - lm_head.mean(0)).T
+    through = states @ w["proj.0.0.weight"].T @ w["head.0.weight"].T
+    through *= (exact * through).sum() / through.square().sum()
+    assert (exact - through).square().mean() < 0.1 * exact.square().mean()
+
+
+def test_wider_heads_have_no_dead_columns() -> None:
+    c = config(inner_dim=(20,), emb_dim=(20,), proj_dim=(20,))
+    speculator = build(c)
+    init_from_base(speculator, *tables())
+    for name, p in speculator.named_parameters():
+        if name.startswith(("head", "emb")):
+            assert p.square().sum(0).min() > 0.01
+            assert p.square().sum(1).mean().item() == pytest.approx(1, rel=0.25)
+
+
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+@pytest.mark.parametrize("width", [(8,), (12,), (20,), (6, 8)])
+@pytest.mark.parametrize("size", [None, 9])
+def test_the_first_loss_is_sane(method: str, width: tuple[int, ...], size: int | None) -> None:
+    kept = None if size is None else torch.arange(0, 18, 2)
+    c = config(method, inner_dim=width, emb_dim=width, proj_dim=width, tie_lstm_embs=True, draft_vocab_size=size)
+    speculator = build(c, kept)
+    embedding, lm_head = tables()
+    init_from_base(speculator, embedding, lm_head)
+    states, tokens = inputs(c, positions=200)
+    logits = speculator(states, tokens)
+    targets = torch.randint(logits.shape[-1], logits.shape[:-1])
+    assert F.cross_entropy(logits.flatten(0, 1), targets.flatten()) < math.log(logits.shape[-1]) + 0.6
+
+
+def test_tied_bases_do_not_start_by_repeating_their_input() -> None:
+    _, table = tables(200)
+    c = config(vocab_size=200, scale_input=True)
+    speculator = build(c)
+    init_from_base(speculator, table, table)
+    states, tokens = inputs(c, positions=200)
+    for i, logits in enumerate(speculator(states, tokens)):
+        assert (logits.argmax(-1) == tokens[:, i]).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
+def test_deterministic(method: str) -> None:
+    a, b = build(config(method)), build(config(method))
+    init_from_base(a, *tables())
+    torch.rand(5)
+    init_from_base(b, *tables())
+    assert same(a, b)
+
+
+def test_untied_heads_are_all_filled() -> None:
+    speculator = build(config(tie_weights=False))
+    init_from_base(speculator, *tables())
+    w = speculator.state_dict()
+    assert torch.equal(w["head.0.weight"], w["head.2.weight"])
+    assert torch.equal(w["proj.2.0.weight"], torch.eye(8))
+
+
+def test_half_precision_tables_and_weights() -> None:
+    speculator = build(config()).to(torch.bfloat16)
+    init_from_base(speculator, *(t.to(torch.bfloat16) for t in tables()))
+    assert all(p.isfinite().all() for p in speculator.parameters())
+
+
+def test_tables_of_another_base_are_refused() -> None:
+    embedding, lm_head = tables()
+    with pytest.raises(ValueError, match=r"lm_head has shape \[24, 12\], expected \[23, 12\]"):
+        init_from_base(build(config()), embedding, tables(24)[1])
+    with pytest.raises(ValueError, match=r"embedding has shape \[23, 11\]"):
+        init_from_base(build(config()), embedding[:, :11], lm_head)
+
+
+def test_principal_directions_are_orthonormal_and_ordered() -> None:
+    rows = tables()[0]
+    Q = principal_directions(rows, 5)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(5), atol=1e-5, rtol=0)
+    variance = (rows @ Q).square().sum(0)
+    assert torch.equal(variance, variance.sort(descending=True).values)
+    assert variance.sum() > (rows[:, :5]).square().sum() - 1e-3

@@ -1,0 +1,504 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from spec import acceptance
+from spec.base import Base, answer, hidden_states, identify
+from spec.config import Decode
+from spec.decoding import DecodingError, LanguageModelWithSpeculator, probabilities
+from spec.drafting import Source, drafts_along
+from spec.heads import CheckpointError, Method, Speculator, SpeculatorConfig, SumRnn, build, init_from_base, save
+
+V, D = 12, 16
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": None,  # its embedding would be zero, and the logits behind it equal
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, max_position_embeddings=256),
+    "gpt2": GPT2Config(
+        vocab_size=V, n_embd=D, n_layer=2, n_head=2, n_positions=64, bos_token_id=None, eos_token_id=None
+    ),
+    "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=6),
+    "gemma2": Gemma2Config(
+        **SHAPE,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=6,
+        final_logit_softcapping=1.0,
+        query_pre_attn_scalar=8,
+    ),
+}
+SOURCES: tuple[Source, ...] = ("head", "ngram", "hybrid")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as these run many times slower on several threads that share their cores with others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# derandomize: models in float32 whose answers are compared token for token; now and then random ones have a near tie.
+
+
+@lru_cache
+def tiny(kind: str = "llama", seed: int = 0) -> Base:
+    """A random model. Its weights are large enough for its answers to be varied, small enough for some to loop."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(12)
+    return with_stops(Base(model, None, "digest", CPU))
+
+
+def with_stops(base: Base, stops: Sequence[int] = ()) -> Base:
+    """The same model, ending answers at these tokens."""
+    base.model.generation_config.eos_token_id = list(stops)
+    base.model.generation_config.pad_token_id = 0
+    return Base(base.model, SimpleNamespace(pad_token_id=0, eos_token_id=None), base.digest, base.device)
+
+
+def speculator_config(n: int = 3, method: Method = "sum_rnn", **changed: Any) -> SpeculatorConfig:
+    values: dict[str, Any] = {"hidden_size": D, "vocab_size": V, "inner_dim": (8,), "emb_dim": (8,), "proj_dim": (8,)}
+    values |= {"base_model_name_or_path": "tiny", "base_digest": "digest"}
+    return SpeculatorConfig(method=method, n_predict=n, **(values | changed))
+
+
+@lru_cache
+def head(base: str, seed: int, method: Method, n: int) -> Speculator:
+    model = tiny(base, seed).model
+    made = build(speculator_config(n, method))
+    init_from_base(made, model.get_input_embeddings().weight, model.get_output_embeddings().weight, seed)
+    return made
+
+
+class Scripted(SumRnn):
+    """Knows the answer, and drafts so many right tokens before a wrong one at each step."""
+
+    def __init__(self, n: int, answer: Sequence[int], right: Sequence[int]) -> None:
+        super().__init__(speculator_config(n))
+        self.answer, self.right = answer, iter(right)
+        self.written = 0
+        self.expected: list[int] = []
+
+    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
+        assert states.shape == (1, D)
+        assert n is not None
+        assert tokens.tolist() == [self.answer[self.written - 1]]
+        right = min(next(self.right), n)
+        self.expected.append(right)
+        truth = self.answer[self.written : self.written + n]
+        return torch.tensor([[t if i < right else (t + 1) % V for i, t in enumerate(truth)]])
+
+    def generate(self, base: Base, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The answer, while what is written is shown to draft."""
+        lm = LanguageModelWithSpeculator(base, self, Decode(draft="head"))
+        tokens: list[int] = []
+        accepted = []
+        for step in lm.stream(prompt, max_new_tokens):
+            tokens += step.tokens
+            accepted.append(step.accepted)
+            self.written = len(tokens)
+        assert accepted == [0, *self.expected]
+        return tokens
+
+
+def plain(base: Base, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    return LanguageModelWithSpeculator(base).generate(prompt, max_new_tokens, draft="none").tokens
+
+
+def transformers_greedy(base: Base, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    written = base.model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    tokens: list[int] = written[0, len(prompt) :].tolist()
+    return tokens
+
+
+prompts = st.lists(st.integers(0, V - 1), min_size=1, max_size=24)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(list(CONFIGS)),
+    seed=st.integers(0, 2),
+    method=st.sampled_from(["sum_rnn", "sum_lstm", "medusa"]),
+    source=st.sampled_from(SOURCES),
+    n=st.integers(1, 5),
+    prompt=prompts,
+    max_new_tokens=st.integers(1, 32),
+    stop=st.none() | st.integers(0, 31),
+)
+def test_speculative_greedy_is_plain_greedy(
+    kind: str,
+    seed: int,
+    method: Method,
+    source: Source,
+    n: int,
+    prompt: list[int],
+    max_new_tokens: int,
+    stop: int | None,
+) -> None:
+    base = tiny(kind, seed)
+    expected = plain(with_stops(base), prompt, max_new_tokens)
+    if stop is not None:  # a token of the answer, and so in the middle of a run where drafts are accepted
+        base = with_stops(base, [expected[stop % len(expected)]])
+        expected = expected[: expected.index(expected[stop % len(expected)]) + 1]
+        assert plain(base, prompt, max_new_tokens) == expected
+    decode = Decode(draft=source, ngram_min=1, ngram_max=3)
+    made = LanguageModelWithSpeculator(base, head(kind, seed, method, n), decode).generate(prompt, max_new_tokens)
+    assert made.tokens == expected
+    assert transformers_greedy(base, prompt, max_new_tokens) == expected
+    assert sum(a + 1 for a in made.accepted) - (len(expected) - 1) in (0, 1), "the last token may be a draft"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_answers_are_those_of_the_training_data(kind: str) -> None:
+    base = tiny(kind)
+    prompt = [3, 1, 4, 1, 5]
+    lm = LanguageModelWithSpeculator(base, head(kind, 0, "sum_rnn", 3))
+    assert [lm.generate(prompt, 20).tokens] == answer(base, [prompt], 20)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(list(CONFIGS)),
+    n=st.integers(1, 5),
+    prompt=prompts,
+    max_new_tokens=st.integers(1, 32),
+    right=st.lists(st.integers(0, 5), min_size=32, max_size=32),
+)
+def test_any_pattern_of_acceptance_is_lossless(
+    kind: str, n: int, prompt: list[int], max_new_tokens: int, right: list[int]
+) -> None:
+    base = with_stops(tiny(kind))
+    expected = plain(base, prompt, max_new_tokens)
+    assert Scripted(n, expected, right).generate(base, prompt, max_new_tokens) == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_head_that_knows_the_answer_has_every_draft_accepted(n: int) -> None:
+    base = with_stops(tiny())
+    expected = plain(base, [1, 2], 31)
+    oracle = Scripted(n, expected, [n] * 31)
+    assert oracle.generate(base, [1, 2], 31) == expected
+    assert len(oracle.expected) == math.ceil(30 / (n + 1))
+
+
+def test_a_head_that_knows_nothing_has_no_draft_accepted() -> None:
+    base = with_stops(tiny())
+    expected = plain(base, [1, 2], 31)
+    assert Scripted(3, expected, [0] * 31).generate(base, [1, 2], 31) == expected
+
+
+def test_loops_are_foreseen_by_n_grams() -> None:
+    base = with_stops(markov([1, 2, 3, 4, 0]))
+    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", ngram_min=2))
+    made = lm.generate([0, 1, 2, 3, 4, 0, 1], 29)
+    assert made.tokens == [i % 5 for i in range(2, 31)]
+    assert made.drafted == made.accepted == [6, 6, 6, 6]
+    assert made.tokens_per_step == 7
+    assert made.acceptance_rates == [1.0] * 6
+
+
+def test_a_stop_token_ends_the_answer_inside_an_accepted_run() -> None:
+    base = with_stops(markov([1, 2, 3, 4, 0]), [3, 4])
+    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", ngram_min=2))
+    made = lm.generate([0, 1, 2, 3, 4, 0], 20)
+    assert made.tokens == [1, 2, 3]
+    assert (made.drafted, made.accepted) == ([6], [2])
+    assert lm.generate([0, 1, 2], 20).tokens == [3], "the first token may be the last"
+
+
+def test_figures_of_a_generation() -> None:
+    base = with_stops(tiny())
+    lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
+    made = lm.generate([1, 2], 31)
+    assert len(made.tokens) == 31
+    assert made.steps == len(made.drafted) == len(made.accepted)
+    assert made.tokens_per_step == 1 + sum(made.accepted) / made.steps
+    assert made.tokens_per_second == 31 / (made.prefill_seconds + made.decode_seconds)
+    assert min(made.prefill_seconds, made.decode_seconds) > 0
+    greedy = lm.generate([1, 2], 31, draft="none")
+    assert (greedy.steps, greedy.tokens_per_step, greedy.acceptance_rates) == (30, 1.0, [])
+    assert lm.generate([1, 2], 1).tokens_per_step == 1.0
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
+@torch.inference_mode()
+def test_the_walk_on_paper_is_the_real_loop(method: Method, source: Source) -> None:
+    for seed, stop in itertools.product(range(3), (False, True)):
+        base = with_stops(tiny("llama", seed))
+        speculator = head("llama", seed, method, 3)
+        decode = Decode(draft=source, ngram_min=1, ngram_max=3)
+        prompt = [2, 7, 1, 8, 2, 8]
+        if stop:
+            base = with_stops(base, [plain(base, prompt, 30)[20]])
+        made = LanguageModelWithSpeculator(base, speculator, decode).generate(prompt, 30)
+        ids = torch.tensor(prompt + made.tokens)
+        states = hidden_states(base.model, ids[None])[0, len(prompt) - 1 : -1]
+        drafts = speculator.draft(states, ids[len(prompt) :]).numpy()
+        on_paper = acceptance.Answer(ids.numpy().astype(np.int32), len(prompt), drafts, 0)
+        matches = on_paper.matches(drafts_along(ids.tolist(), len(prompt), decode, drafts))
+        assert made.accepted == acceptance.walk(matches, on_paper.length).tolist()
+
+
+class Markov(nn.Module):
+    """A causal LM whose logits depend on the last token alone; fast enough for many draws."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.config = LlamaConfig(num_hidden_layers=1)  # for the cache, which stays empty
+        self.generation_config = SimpleNamespace()
+        self.embedding = nn.Embedding.from_pretrained(torch.eye(len(logits)))
+        self.lm_head = nn.Linear(len(logits), len(logits), bias=False)
+        self.lm_head.weight.data.copy_(logits.T)
+        self._is_stateful = False
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.lm_head(self.embedding(input_ids[:, -logits_to_keep:])))
+
+
+def markov(following: Sequence[int]) -> Base:
+    """Follows each token with one other."""
+    logits = torch.eye(len(following))[list(following)]
+    return Base(Markov(logits), None, "digest", CPU)
+
+
+class Fixed(SumRnn):
+    """Drafts the same tokens at every step."""
+
+    def __init__(self, base: Base, tokens: Sequence[int]) -> None:
+        super().__init__(speculator_config(len(tokens), hidden_size=base.hidden_size, vocab_size=base.vocab_size))
+        self.tokens = torch.tensor([list(tokens)])
+
+    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
+        return self.tokens[:, :n]
+
+
+@pytest.mark.parametrize("settings_", [{}, {"temperature": 0.6, "top_k": 4, "top_p": 0.85}])
+def test_sampled_sequences_have_the_distribution_of_plain_sampling(settings_: dict[str, Any]) -> None:
+    """Chi-square against the exact probability of each of the 125 sequences of three tokens."""
+    draws, length, start = 4000, 3, 0
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
+    base = with_stops(Base(Markov(logits), None, "digest", CPU))
+    lm = LanguageModelWithSpeculator(base, Fixed(base, [1, 1]), Decode(draft="head"))
+    transition = probabilities(logits, **settings_).double()
+    expected = {
+        sequence: draws
+        * float(torch.stack([transition[a, b] for a, b in itertools.pairwise((start, *sequence))]).prod())
+        for sequence in itertools.product(range(5), repeat=length)
+    }
+    observed = dict.fromkeys(expected, 0)
+    accepted = 0
+    for seed in range(draws):
+        made = lm.generate([start], length, do_sample=True, seed=seed, **settings_)
+        observed[tuple(made.tokens)] += 1  # type: ignore[index]
+        accepted += sum(made.accepted)
+    assert all(observed[s] == 0 for s, e in expected.items() if e == 0)
+    assert accepted > draws / 10, "drafts are accepted, so that the test tests something"
+    # Sequences that are rare are counted together, as the approximation by chi-square needs it.
+    common = [s for s, e in expected.items() if e >= 5]
+    cells = [(observed[s], expected[s]) for s in common]
+    rest = draws - sum(e for _, e in cells)
+    if rest >= 5:
+        cells.append((draws - sum(o for o, _ in cells), rest))
+    statistic = sum((o - e) ** 2 / e for o, e in cells)
+    freedom = len(cells) - 1
+    assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p = 0.001
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["llama", "gpt2"]),
+    source=st.sampled_from(SOURCES),
+    prompt=prompts,
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.3, 1.0, 1.5]),
+    top_k=st.sampled_from([0, 1, 3, 50]),
+    top_p=st.sampled_from([0.45, 0.9, 1.0]),
+)
+def test_a_seed_gives_one_answer_whatever_is_drafted(
+    kind: str, source: Source, prompt: list[int], seed: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    base = with_stops(tiny(kind, 1), [5])
+    lm = LanguageModelWithSpeculator(base, head(kind, 1, "medusa", 4), Decode(ngram_min=1))
+    asked: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked |= {"seed": seed, "max_new_tokens": 20}
+    expected = lm.generate(prompt, draft="none", **asked).tokens
+    assert lm.generate(prompt, draft=source, **asked).tokens == expected
+    if top_k == 1:
+        assert expected == plain(base, prompt, 20)
+
+
+def test_without_a_seed_answers_differ() -> None:
+    lm = LanguageModelWithSpeculator(with_stops(Base(Markov(torch.zeros(5, 5)), None, "digest", CPU)))
+    answers = {tuple(lm.generate([0], 40, do_sample=True, draft="ngram").tokens) for _ in range(3)}
+    assert len(answers) == 3
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=16), min_size=2, max_size=9, unique=True),
+    st.sampled_from([0.3, 1.0, 2.0]),
+    st.integers(0, 10),
+    st.floats(0.05, 1.0),
+)
+def test_probabilities_are_those_of_transformers(row: list[float], temperature: float, k: int, p: float) -> None:
+    logits = torch.tensor([row])
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if k:
+        expected = TopKLogitsWarper(k)(None, expected)
+    cumulative = expected.softmax(-1).sort(descending=True).values.cumsum(-1)
+    assume(not (cumulative - p).abs().lt(1e-5).any())  # on the edge rounding decides
+    if p < 1:
+        expected = TopPLogitsWarper(p)(None, expected)
+    torch.testing.assert_close(probabilities(logits, temperature, k, p), expected.softmax(-1))
+
+
+def test_a_streamer_and_a_stream_are_given_every_token_as_it_comes() -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.shown: list[list[int]] = []
+            self.ended = 0
+
+        def put(self, value: Tensor) -> None:
+            self.shown.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended += 1
+
+    base = with_stops(tiny())
+    lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
+    recorder = Recorder()
+    made = lm.generate(torch.tensor([[1, 2]]), 20, streamer=recorder)
+    assert recorder.shown[0] == [1, 2]
+    assert recorder.shown[1:] == [step.tokens for step in lm.stream([1, 2], 20)]
+    assert [token for tokens in recorder.shown[1:] for token in tokens] == made.tokens
+    assert recorder.ended == 1
+
+
+def test_streams_of_one_model_do_not_disturb_each_other_and_leave_no_hook() -> None:
+    base = with_stops(tiny())
+    lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
+    expected = [lm.generate(prompt, 20) for prompt in ([1, 2], [5])]
+    first, second = lm.stream([1, 2], 20), lm.stream([5], 20)
+    pairs = list(itertools.zip_longest(first, second))
+    for made, steps in zip(expected, zip(*pairs, strict=True), strict=True):
+        assert [step.accepted for step in steps if step][1:] == made.accepted
+        assert [token for step in steps if step for token in step.tokens] == made.tokens
+    abandoned = lm.stream([1, 2], 20)
+    next(abandoned)
+    del abandoned
+    assert not base.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_an_answer_ends_where_the_base_has_no_more_positions() -> None:
+    base = with_stops(tiny("gpt2"))
+    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", ngram_min=1))
+    prompt = [1, 2, 3] * 20
+    assert lm.generate(prompt, 50).tokens == plain(base, prompt, 50) == transformers_greedy(base, prompt, 5)
+    assert len(lm.generate([1] * 64, 50).tokens) == 1
+    with pytest.raises(DecodingError, match=r"65 tokens.*64 positions"):
+        lm.generate([1] * 65, 1)
+
+
+def test_bad_requests_are_refused() -> None:
+    base = with_stops(tiny())
+    lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
+    for ids in ([], torch.empty(1, 0, dtype=torch.long)):
+        with pytest.raises(DecodingError, match="empty"):
+            lm.generate(ids)
+    with pytest.raises(DecodingError, match=r"\[2, 3\]"):
+        lm.generate(torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(DecodingError, match="max_new_tokens is 0"):
+        lm.generate([1], 0)
+    for bad in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(DecodingError, match="temperature"):
+            lm.stream([1], do_sample=True, **bad)  # type: ignore[arg-type]
+    with pytest.raises(DecodingError, match="no speculator"):
+        LanguageModelWithSpeculator(base).stream([1])
+    with pytest.raises(DecodingError, match="draft_len is 4"):
+        LanguageModelWithSpeculator(base, lm.speculator, Decode(draft="head", draft_len=4)).stream([1])
+    with pytest.raises(CheckpointError, match="vocab_size"):
+        LanguageModelWithSpeculator(base, build(speculator_config(vocab_size=V + 1)))
+
+
+def test_a_model_that_cannot_forget_is_refused() -> None:
+    config = MambaConfig(vocab_size=V, hidden_size=D, state_size=4, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(DecodingError, match=r"MambaForCausalLM.*rejected drafts"):
+        LanguageModelWithSpeculator(with_stops(Base(model, None, "digest", CPU)))
+
+
+def test_from_pretrained_loads_the_base_that_the_checkpoint_names(tmp_path: Path) -> None:
+    base = with_stops(tiny(), [0])
+    base.model.save_pretrained(tmp_path / "base")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0").save_pretrained(tmp_path / "base")
+    trained = head("llama", 0, "sum_rnn", 3)
+    digest = identify(tmp_path / "base")["weights"]
+    named = build(speculator_config(base_model_name_or_path=str(tmp_path / "base"), base_digest=digest))
+    named.load_state_dict(trained.state_dict())
+    save(named, tmp_path / "speculator")
+
+    lm = LanguageModelWithSpeculator.from_pretrained(tmp_path / "speculator", dtype="float32", device="cpu")
+    expected = LanguageModelWithSpeculator(base, trained).generate([1, 2], 20)
+    made = lm.generate([1, 2], 20)
+    assert (made.tokens, made.accepted) == (expected.tokens, expected.accepted)
+    assert lm.base.stop_ids == {0}
+    rounded = LanguageModelWithSpeculator.from_pretrained(tmp_path / "speculator", device="cpu")
+    assert rounded.base.lm_head.dtype == next(iter(rounded.speculator.parameters())).dtype == torch.bfloat16  # type: ignore[union-attr]
+
+    other = build(speculator_config(base_model_name_or_path=str(tmp_path / "base"), base_digest="another"))
+    other.load_state_dict(trained.state_dict())
+    save(other, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="another"):
+        LanguageModelWithSpeculator.from_pretrained(tmp_path / "other", device="cpu")
+    LanguageModelWithSpeculator.from_pretrained(tmp_path / "other", device="cpu", allow_other_weights=True)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    LanguageModelWithSpeculator.from_pretrained(tmp_path / "speculator", device="cpu", base=tmp_path / "moved")

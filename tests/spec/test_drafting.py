@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec.config import Decode
+from spec.drafting import NGRAM_LENGTH, DecodingError, Drafter, NgramIndex, Source, drafts_along, ngram_draft
+
+ids = st.lists(st.integers(0, 3), max_size=40)
+
+
+def by_definition(tokens: list[int], minimum: int, maximum: int, length: int) -> list[int]:
+    """The longest suffix's latest earlier occurrence, found by looking everywhere, continued token by token."""
+    for n in range(maximum, minimum - 1, -1):
+        for start in range(len(tokens) - n - 1, -1, -1):
+            if tokens[start : start + n] == tokens[len(tokens) - n :]:
+                grown = list(tokens)
+                for i in range(length):
+                    grown.append(grown[start + n + i])
+                return grown[len(tokens) :]
+    return []
+
+
+@given(ids, st.integers(1, 4), st.integers(0, 4), st.integers(0, 9))
+def test_ngram_draft_is_its_definition(tokens: list[int], minimum: int, more: int, length: int) -> None:
+    expected = by_definition(tokens, minimum, minimum + more, length)
+    assert ngram_draft(tokens, minimum, minimum + more, length) == expected
+    assert ngram_draft(np.array(tokens, np.int32), minimum, minimum + more, length) == expected
+
+
+@given(ids, st.integers(1, 4), st.integers(0, 4), st.data())
+def test_an_index_that_grows_equals_one_made_at_once(
+    tokens: list[int], minimum: int, more: int, data: st.DataObject
+) -> None:
+    index = NgramIndex(minimum, minimum + more)
+    done = 0
+    while done < len(tokens):
+        step = data.draw(st.integers(1, 7))
+        index.extend(tokens[done : done + step])
+        done = min(done + step, len(tokens))
+        assert index.draft(5) == ngram_draft(tokens[:done], minimum, minimum + more, 5)
+
+
+def test_ngram_draft_examples() -> None:
+    assert ngram_draft([1, 2, 3, 4, 2, 3], 2, 4, 3) == [4, 2, 3]
+    assert ngram_draft([1, 2, 3, 4, 2, 3], 3, 4, 3) == []
+    assert ngram_draft([1, 2, 5, 9, 1, 2, 6, 9, 1, 2], 2, 3, 2) == [6, 9], "the most recent of two"
+    assert ngram_draft([7, 1, 2, 5, 8, 1, 2, 6, 7, 1, 2], 2, 3, 1) == [5], "the longest before the most recent"
+    assert ngram_draft([4, 7, 8, 7, 8, 7], 2, 3, 6) == [8, 7, 8, 7, 8, 7], "a loop goes on"
+    assert ngram_draft([5, 5, 5], 2, 4, 4) == [5, 5, 5, 5], "occurrences may overlap"
+    assert ngram_draft([], 1, 2, 4) == ngram_draft([3], 1, 2, 4) == []
+
+
+@pytest.mark.parametrize(("minimum", "maximum"), [(0, 2), (3, 2)])
+def test_impossible_sizes_are_refused(minimum: int, maximum: int) -> None:
+    with pytest.raises(DecodingError, match=f"{minimum} to {maximum}"):
+        NgramIndex(minimum, maximum)
+
+
+def heads(length: int) -> list[int]:
+    return [100 + i for i in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("source", "draft_len", "seen", "limit", "expected"),
+    [
+        ("none", None, [1, 1, 1], 9, []),
+        ("head", None, [1, 1, 1], 9, heads(3)),
+        ("head", 2, [1, 1, 1], 9, heads(2)),
+        ("head", None, [1, 1, 1], 1, heads(1)),
+        ("head", None, [1, 1, 1], 0, []),
+        ("ngram", None, [1, 1, 1], 9, [1] * NGRAM_LENGTH),
+        ("ngram", 8, [1, 1, 1], 9, [1] * 8),
+        ("ngram", None, [1, 1, 1], 2, [1, 1]),
+        ("ngram", None, [1, 2, 3], 9, []),
+        ("hybrid", None, [1, 1, 1], 9, [1] * NGRAM_LENGTH),
+        ("hybrid", None, [1, 2, 3], 9, heads(3)),
+        ("hybrid", 8, [1, 2, 3], 9, heads(3)),
+        ("hybrid", 2, [1, 2, 3], 9, heads(2)),
+        ("hybrid", None, [1, 1, 1], 0, []),
+        ("hybrid", None, [1, 2, 3], 0, []),
+    ],
+)
+def test_what_a_step_drafts(
+    source: Source, draft_len: int | None, seen: list[int], limit: int, expected: list[int]
+) -> None:
+    decode = Decode(ngram_min=2, ngram_max=3, draft_len=draft_len)
+    drafter = Drafter(decode, n_predict=3, source=source)
+    drafter.extend(seen)
+    assert drafter.draft(limit, heads) == expected
+
+
+def test_heads_that_are_not_there_are_refused() -> None:
+    for source in ("head", "hybrid"):
+        with pytest.raises(DecodingError, match="no speculator"):
+            Drafter(Decode(draft=source), None)
+    with pytest.raises(DecodingError, match=r"draft_len is 4.*n_predict 3"):
+        Drafter(Decode(draft="head", draft_len=4), 3)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.integers(0, 2), min_size=2, max_size=20),
+    st.data(),
+    st.sampled_from(["none", "head", "ngram", "hybrid"]),
+)
+def test_drafts_along_an_answer_are_those_of_a_drafter_that_reads_it(
+    tokens: list[int], data: st.DataObject, source: Source
+) -> None:
+    start = data.draw(st.integers(1, len(tokens) - 1))
+    decode = Decode(ngram_min=2, ngram_max=3)
+    rows = 10 + np.arange((len(tokens) - start) * 3).reshape(-1, 3)
+    expected = []
+    for j, row in enumerate(rows):
+        drafter = Drafter(decode, 3, source)
+        drafter.extend(tokens[: start + j + 1])
+        expected.append(drafter.draft(99, lambda k, row=row: row[:k].tolist()))
+    assert list(drafts_along(np.array(tokens), start, decode, rows, source)) == expected
