@@ -156,7 +156,12 @@ class LanguageModelWithSpeculator:
         """
         config = heads.read_config(checkpoint)
         revision = None if base is not None else config.base_revision
-        folder = bases.resolve(str(base or config.base_model_name_or_path), revision)
+        try:
+            folder = bases.resolve(str(base or config.base_model_name_or_path), revision)
+        except bases.BaseError as error:
+            raise bases.BaseError(
+                f"the base of {checkpoint} is not found, say with base= where it is: {error}"
+            ) from None
         digest = bases.identify(folder)["weights"]
         name = str(dtype or torch.bfloat16).removeprefix("torch.")
         params = Model.model_validate({"dtype": name, "trust_remote_code": trust_remote_code})

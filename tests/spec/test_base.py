@@ -1,0 +1,305 @@
+"""The frozen base beside transformers' own generate and forward, and every folder that is no base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import CHATML, HIDDEN_SIZE, VOCAB_SIZE, make_base
+
+from spec import base as base_model
+from spec.base import Base, BaseError, answer, bucket, hidden_states, identify, load, prompt_bucket, resolve
+from spec.config import Model
+
+CPU = torch.device("cpu")
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def bases(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
+    """Positions that are learned, and positions that are rotations."""
+    folder = make_base(tmp_path_factory.mktemp("bases") / "qwen2", "qwen2")
+    return {"gpt2": base, "qwen2": load(Model(), folder, "digest", CPU, dtype="float32")}
+
+
+@pytest.fixture
+def folder(base_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny base to be spoilt."""
+    return shutil.copytree(base_folder, tmp_path / "model")
+
+
+def prompts(count: int, longest: int = 90, seed: int = 0) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, 290, generator.integers(1, longest)).tolist() for _ in range(count)]
+
+
+def generate(base: Base, prompt: list[int], count: int) -> list[int]:
+    """The answer by transformers' own loop."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    out = base.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_answers_are_those_of_generate(bases: dict[str, Base], family: str) -> None:
+    base = bases[family]
+    asked = prompts(12)
+    answers = answer(base, asked, NEW)
+    assert answers == [generate(base, prompt, NEW) for prompt in asked]
+    assert len({len(tokens) for tokens in answers}) > 2  # some end early, or this proves little
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_answers_do_not_depend_on_their_company(bases: dict[str, Base], family: str) -> None:
+    base = bases[family]
+    asked = prompts(8, longest=64)
+    together = answer(base, asked, NEW)
+    assert [answer(base, [prompt], NEW)[0] for prompt in asked] == together
+    assert answer(base, asked[::-1], NEW) == together[::-1]
+
+
+def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(base: Base) -> None:
+    answers = answer(base, prompts(12), NEW)
+    assert any(tokens[-1] in base.stop_ids for tokens in answers)
+    for tokens in answers:
+        assert not base.stop_ids & set(tokens[:-1])
+        assert len(tokens) == NEW or tokens[-1] in base.stop_ids
+
+
+def test_finished_rows_leave_the_batch(base: Base) -> None:
+    asked = prompts(12)
+    rows: list[int] = []
+    answers = answer(base, asked, NEW, on_token=rows.append)
+    assert rows == [sum(len(tokens) > step for tokens in answers) for step in range(len(rows))]
+    assert rows[-1] < rows[0] == len(asked)
+    assert sum(rows) == sum(map(len, answers))
+
+
+def test_the_loop_ends_when_every_row_has(base: Base) -> None:
+    asked = [p for p, tokens in zip(prompts(12), answer(base, prompts(12), NEW), strict=True) if len(tokens) < NEW]
+    steps: list[int] = []
+    answers = answer(base, asked, 200, on_token=steps.append)
+    assert len(steps) == max(map(len, answers)) < NEW
+
+
+def test_sampling_follows_the_seed(base: Base) -> None:
+    asked = prompts(4)
+    drawn = answer(base, asked, NEW, temperature=1.0, seed=1)
+    assert answer(base, asked, NEW, temperature=1.0, seed=1) == drawn
+    assert answer(base, asked, NEW, temperature=1.0, seed=2) != drawn
+    assert drawn != answer(base, asked, NEW)
+    assert answer(base, asked, NEW, temperature=1e-4, seed=1) == answer(base, asked, NEW)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_samples_have_the_softmaxs_frequencies(base: Base, temperature: float) -> None:
+    (prompt,) = prompts(1, longest=8)
+    count = 800
+    drawn = Counter(tokens[0] for tokens in answer(base, [prompt] * count, 1, temperature, seed=3))
+    logits = base.model(torch.tensor([prompt])).logits[0, -1]
+    expected = (logits / temperature).softmax(-1)
+    assert expected.max() < 0.95
+    for token in expected.topk(5).indices.tolist():
+        p = float(expected[token])
+        assert abs(drawn[token] / count - p) < 4.5 * (p * (1 - p) / count) ** 0.5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_lm_head_reads_the_hidden_states(bases: dict[str, Base], family: str) -> None:
+    base = bases[family]
+    ids = torch.tensor(prompts(1, longest=90)).reshape(1, -1)
+    with torch.no_grad():
+        states = hidden_states(base.model, ids)
+        padded = hidden_states(base.model, torch.nn.functional.pad(ids, (0, 7), value=5))
+        torch.testing.assert_close(states @ base.lm_head.T, base.model(ids).logits)
+    assert states.shape == (*ids.shape, HIDDEN_SIZE)
+    torch.testing.assert_close(padded[:, : ids.shape[1]], states)  # padding on the right changes nothing
+
+
+def test_shapes_are_those_of_lm_head_not_of_the_tokenizer(base: Base) -> None:
+    assert (base.vocab_size, base.hidden_size) == (VOCAB_SIZE, HIDDEN_SIZE)
+    assert len(base.tokenizer) < base.vocab_size
+    assert base.lm_head.shape == base.embedding.shape == (VOCAB_SIZE, HIDDEN_SIZE)
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize(("model", "tokenizer", "stops"), [(5, 2, {2, 5}), ([5, 6], None, {5, 6}), (None, 2, {2})])
+def test_stop_tokens_of_model_and_tokenizer(base: Base, model: Any, tokenizer: Any, stops: set[int]) -> None:
+    class Stub:
+        generation_config = type("G", (), {"eos_token_id": model})
+        eos_token_id = tokenizer
+
+    assert replace(base, model=Stub(), tokenizer=Stub()).stop_ids == stops
+
+
+@given(st.integers(1, 5000))
+def test_buckets(length: int) -> None:
+    padded = bucket(length)
+    assert padded % base_model.BUCKET == 0
+    assert length <= padded < length + base_model.BUCKET
+    padded = prompt_bucket(length)
+    assert padded == base_model.BUCKET or padded & (padded - 1) == 0 and padded < 2 * length
+    assert padded >= max(length, base_model.BUCKET)
+
+
+def test_dtype_is_the_parameters_unless_told_otherwise(base_folder: Path) -> None:
+    loaded = load(Model(), base_folder, "digest", CPU)
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.digest == "digest"
+    assert load(Model(), base_folder, "digest", CPU, dtype="float32").model.dtype == torch.float32
+
+
+def test_a_model_whose_lm_head_reads_something_else_is_refused(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = base_model.hidden_states
+    monkeypatch.setattr(base_model, "hidden_states", lambda model, ids: real(model, ids) * 2)
+    with pytest.raises(BaseError, match="lm_head does not read the model's last hidden state"):
+        load(Model(), base_folder, "digest", CPU)
+
+
+def test_resolve_takes_a_folder(base_folder: Path) -> None:
+    assert resolve(str(base_folder), None) == base_folder
+    assert base_model.downloaded_revision(base_folder, Model(partial_pretrain=str(base_folder))) is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("config.json", "no config.json"), ("model.safetensors", "no weights.*safetensors")]
+)
+def test_resolve_names_what_a_folder_lacks(folder: Path, missing: str, words: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(BaseError, match=words):
+        resolve(str(folder), None)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./owner/name", "/no/where", "a/b/c"])
+def test_resolve_refuses_what_is_neither_folder_nor_hub_id(name: str) -> None:
+    with pytest.raises(BaseError, match=r"no folder .*owner/name"):
+        resolve(name, None)
+
+
+def test_resolve_tells_of_a_hub_that_does_not_answer() -> None:
+    with pytest.raises(BaseError, match=r"'owner/no-such-model' is no local folder and could not be downloaded"):
+        resolve("owner/no-such-model", None)
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def too_narrow(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 16}))
+
+
+def without_a_matrix(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights[next(name for name in weights if name.endswith("h.1.mlp.c_fc.weight"))]
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(
+            no_tokenizer,
+            marks=pytest.mark.xfail(
+                strict=True, reason="transformers makes an empty tokenizer where there is none, and load says nothing"
+            ),
+        ),
+        pytest.param(
+            truncated,
+            marks=pytest.mark.xfail(
+                strict=True, reason="load lets safetensors' own SafetensorError through, a traceback for a user"
+            ),
+        ),
+        too_narrow,
+        pytest.param(
+            without_a_matrix,
+            marks=pytest.mark.xfail(
+                strict=True, reason="transformers draws a missing matrix at random, and load says nothing"
+            ),
+        ),
+    ],
+)
+def test_a_folder_that_does_not_load_is_refused(folder: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(folder)
+    with pytest.raises(BaseError, match=str(folder)):
+        load(Model(), folder, "digest", CPU)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def replace_text(old: str, new: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "changed"),
+    [
+        ("model.safetensors", flip, {"weights"}),
+        ("config.json", replace_text('"activation_function": "gelu_new"', '"activation_function": "gelu"'), {"weights"}),
+        ("tokenizer.json", replace_text("<|endoftext|>", "<|endoftexx|>"), {"tokenizer"}),
+        ("chat_template.jinja", replace_text(CHATML[:20], CHATML[:20] + " "), {"tokenizer"}),
+        ("README.md", lambda path: path.write_text("a model"), set()),
+        pytest.param(
+            "generation_config.json",
+            replace_text('"eos_token_id": 2', '"eos_token_id": 5'),
+            {"tokenizer"},
+            marks=pytest.mark.xfail(
+                strict=True, reason="generation_config.json's stop tokens end answers, and no identity holds them"
+            ),
+        ),
+    ],
+)
+def test_identity_follows_what_states_and_answers_depend_on(
+    folder: Path, name: str, change: Callable[[Path], None], changed: set[str]
+) -> None:
+    before = identify(folder)
+    assert identify(folder) == before
+    change(folder / name)
+    after = identify(folder)
+    assert {key for key in before if before[key] != after[key]} == changed
+
+
+def test_identity_does_not_depend_on_where_the_folder_is(folder: Path, base_folder: Path) -> None:
+    assert identify(folder) == identify(base_folder)
+
+
+def test_safetensors_go_before_bin(folder: Path) -> None:
+    before = identify(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"another format")
+    assert identify(folder) == before
+    (folder / "model.safetensors").unlink()
+    assert identify(folder)["weights"] != before["weights"]
+    assert resolve(str(folder), None) == folder

@@ -1,0 +1,333 @@
+"""Parameters: the guide's defaults, overrides, and every kind of value that stops a stage."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from spec import config as config_module
+from spec.config import Config, ConfigError, flatten, format_dims, from_mapping, from_overrides, load, parse_dims, save
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GUIDE = {
+    "model.speculator.n_predict": 5,
+    "model.speculator.inner_dim": 1024,
+    "model.speculator.emb_dim": 1024,
+    "model.speculator.proj_dim": 1024,
+    "model.speculator.scale_input": False,
+    "model.speculator.tie_weights": True,
+    "model.speculator.tie_lstm_embs": False,
+    "model.speculator.method": "sum_rnn",
+    "model.speculator_loss_coeff": 1.0,
+    "model.freeze_base_model": True,
+    "optim.lr": 1e-4,
+    "trainer.total_epochs": 1,
+    "trainer.save_freq": 1000,
+    "trainer.test_freq": 500,
+    "data.micro_batch_size_per_gpu": 4,
+}
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(text)
+    return path
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+@pytest.mark.parametrize(("key", "value"), GUIDE.items())
+def test_the_guides_defaults_hold_where_a_file_lacks_a_key(key: str, value: object, tmp_path: Path) -> None:
+    assert flatten(load(written(tmp_path, "")))[key] == value
+    assert flatten(load(written(tmp_path, "model:\n  speculator:\noptim:\n")))[key] == value
+
+
+def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
+    found = flatten(load(written(tmp_path, "model: {speculator: {n_predict: 3}}\n")))
+    assert found == flatten(Config()) | {"model.speculator.n_predict": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.speculator.n_predict=3", 3),
+        ("model.speculator.inner_dim=512", 512),
+        ("model.speculator.inner_dim=1024.2048", "1024.2048"),
+        ("model.speculator.inner_dim=1024.2560", "1024.2560"),
+        ('model.speculator.inner_dim="1024.2048"', "1024.2048"),
+        ("model.speculator.inner_dim='1024.2048'", "1024.2048"),
+        ("model.speculator.method=sum_lstm", "sum_lstm"),
+        ("model.speculator.scale_input=true", True),
+        ("model.freeze_base_model=false", False),
+        ("model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("model.revision=null", None),
+        ("optim.lr=5e-5", 5e-5),
+        ("optim.lr=5e-05", 5e-5),
+        ("optim.lr=1e-4", 1e-4),
+        ("optim.lr=1", 1.0),
+        ("optim.betas=[0.9, 0.999]", [0.9, 0.999]),
+        (" optim.schedule = wsd", "wsd"),
+        ("data.max_samples=", None),
+        ("data.train_files=a.parquet", ["a.parquet"]),
+        ("data.train_files=[a", ["[a"]),
+        ("data.train_files=[a.parquet, b.parquet]", ["a.parquet", "b.parquet"]),
+        ("trainer.logger=console", ["console"]),
+        ("trainer.logger=[console, mlflow]", ["console", "mlflow"]),
+        ("trainer.launcher=srun -N 2 'a b'", "srun -N 2 'a b'"),
+        ("trainer.tracking_uri=http://host:5000/?a=b", "http://host:5000/?a=b"),
+    ],
+)
+def test_overrides_reach_any_key(override: str, value: object, tmp_path: Path) -> None:
+    key = override.partition("=")[0].strip()
+    changed = flatten(Config()) | {key: value}
+    assert flatten(from_overrides([override])) == changed
+    assert flatten(load(written(tmp_path, "optim:\nmodel: {speculator: null}\n"), [override])) == changed
+
+
+def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path) -> None:
+    path = written(tmp_path, "optim: {lr: 1, clip_grad: 2}\n")
+    config = load(path, ["optim.lr=2", "optim.lr=3"])
+    assert (config.optim.lr, config.optim.clip_grad) == (3.0, 2.0)
+
+
+def test_the_guides_lstm_example() -> None:
+    dims = [f'model.speculator.{name}="1024.2048"' for name in ("inner_dim", "emb_dim", "proj_dim")]
+    others = ["model.speculator.method=sum_lstm", "model.speculator.tie_lstm_embs=true", "optim.lr=5e-5"]
+    config = from_overrides([*dims, *others])
+    speculator = config.model.speculator
+    assert speculator.inner_dim == speculator.emb_dim == speculator.proj_dim == (1024, 2048)
+    assert config.optim.lr == 5e-5
+
+
+@pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0E-4", "1e-04"])
+def test_numbers_in_a_file(text: str, tmp_path: Path) -> None:
+    assert load(written(tmp_path, f"optim:\n  lr: {text}\n")).optim.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"optim": {"learning_rate": 1}}, ["optim.learning_rate: unknown key", "known here: lr, base_lr"]),
+        ({"model": {"speculator": {"n_predct": 3}}}, ["model.speculator.n_predct", "did you mean n_predict?"]),
+        ({"optimm": {"lr": 1}}, ["optimm: unknown key", "did you mean optim?"]),
+        ({"model": {"speculator": {"n_predict": 0}}}, ["model.speculator.n_predict", "greater than or equal to 1", "0"]),
+        ({"model": {"speculator": {"n_predict": "3"}}}, ["model.speculator.n_predict", "integer", "found '3'"]),
+        ({"model": {"speculator": {"n_predict": 3.5}}}, ["model.speculator.n_predict", "found 3.5"]),
+        ({"model": {"speculator": {"n_predict": True}}}, ["model.speculator.n_predict", "found True"]),
+        ({"model": {"speculator": {"tie_weights": "yes"}}}, ["tie_weights", "boolean", "found 'yes'"]),
+        ({"model": {"speculator": {"method": "sum_mlp"}}}, ["method", "sum_rnn", "sum_lstm", "found 'sum_mlp'"]),
+        ({"model": {"dtype": "int8"}}, ["model.dtype", "bfloat16", "found 'int8'"]),
+        ({"optim": {"lr": "fast"}}, ["optim.lr", "number", "found 'fast'"]),
+        ({"optim": {"lr": 0}}, ["optim.lr", "greater than 0", "found 0"]),
+        ({"optim": {"lr": float("nan")}}, ["optim.lr", "found nan"]),
+        ({"optim": {"betas": [0.9]}}, ["optim.betas"]),
+        ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "found 1.5"]),
+        ({"data": {"train_files": 3}}, ["data.train_files", "3 is neither a path nor a list of paths"]),
+        ({"data": {"train_files": ["a", ""]}}, ["data.train_files", "neither a path nor a list of paths"]),
+        ({"data": {"max_length": 3}}, ["data.max_length", "found 3"]),
+        ({"trainer": {"logger": "tensorboard"}}, ["trainer.logger", "console", "found 'tensorboard'"]),
+        ({"trainer": {"launcher": "srun 'a"}}, ["trainer.launcher", "o closing quotation"]),
+        ({"decode": {"ngram_min": 5}}, ["decode", "ngram_min 5 is above ngram_max 4"]),
+        ({"data": 5}, ["data", "found 5"]),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_what_would_fit(tree: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_mapping(tree, "here.yaml")
+    message = str(error.value)
+    assert message.startswith("here.yaml:\n")
+    for word in words:
+        assert word in message
+
+
+def test_all_errors_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        from_mapping({"optim": {"lr": -1, "clip": 2}, "dat": {}})
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    assert all(sum(key in line for line in lines) == 1 for key in ("optim.lr", "optim.clip", "dat"))
+
+
+@pytest.mark.parametrize("key", ["inner_dim", "emb_dim", "proj_dim"])
+def test_widths_that_yaml_read_as_a_fraction_are_refused(key: str, tmp_path: Path) -> None:
+    """An unquoted 1024.2560 would silently become 1024.256."""
+    with pytest.raises(ConfigError, match=rf"{key}: 1024.256 is a number.*must be quoted.*\"1024.2048\""):
+        load(written(tmp_path, f"model:\n  speculator:\n    {key}: 1024.2560\n"))
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, "", "0", "512.", ".512", "512.x", "512.0", "512,1024", True, None, {}, [], [512, 1.5], 1024.0]
+)
+def test_widths_that_make_no_network(value: object) -> None:
+    with pytest.raises(ValueError, match="width|integer|quoted"):
+        parse_dims(value)
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=4).map(tuple))
+def test_widths_are_read_as_they_are_written(dims: tuple[int, ...]) -> None:
+    assert parse_dims(format_dims(dims)) == parse_dims(list(dims)) == dims
+
+
+def test_widths_that_cannot_be_added() -> None:
+    with pytest.raises(ConfigError, match=r"emb_dim ends in 512 and proj_dim in 1024.*added"):
+        from_overrides(["model.speculator.emb_dim=1024.512"])
+    assert from_overrides(["model.speculator.emb_dim=512.1024"]).model.speculator.emb_dim == (512, 1024)
+    assert from_overrides(["model.speculator.emb_dim=512", "model.speculator.method=medusa"])
+
+
+def test_sum_lstm_shares_its_weights() -> None:
+    with pytest.raises(ConfigError, match=r"sum_lstm.*set tie_weights to true"):
+        from_overrides(["model.speculator.method=sum_lstm", "model.speculator.tie_weights=false"])
+
+
+@pytest.mark.xfail(strict=True, reason="optim.betas takes 1.0, which AdamW refuses with a traceback in every worker")
+def test_betas_that_adam_refuses() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.betas"):
+        from_mapping({"optim": {"betas": [0.9, 1.0]}})
+
+
+def test_home_and_variables_expand_where_paths_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = from_overrides(
+        [
+            "data.train_files=$HOME/a.parquet",
+            "data.val_files=[~/b.parquet, '${HOME}/c']",
+            "model.partial_pretrain=~/models/base",
+            "features.store=$HOME/store",
+        ]
+    )
+    assert config.data.train_files == ("/home/someone/a.parquet",)
+    assert config.data.val_files == ("/home/someone/b.parquet", "/home/someone/c")
+    assert config.model.partial_pretrain == "/home/someone/models/base"
+    assert config.features.store == "/home/someone/store"
+    assert config.data.files("val") == config.data.val_files
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- a\n", "must hold a mapping.*list"), ("a: [1\n", "not valid YAML"), ("a: 1\na: 2\n", "not valid YAML")],
+)
+def test_files_that_are_no_parameters(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(written(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such parameter file.*--params"):
+        load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lr", "not an override; write key=value"),
+        ("=3", "not an override"),
+        ("optim.lr.x=1", "lr is a value, not a section"),
+        ("optimizer.lr=1", "did you mean optim"),
+    ],
+)
+def test_overrides_that_cannot_be_used(override: str, words: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "optim: {lr: 1}\n")
+    with pytest.raises(ConfigError, match=words):
+        load(path, [override])
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(ValidationError):
+        Config().optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_values_of_a_section_can_be_replaced() -> None:
+    config = from_overrides(["optim.lr=0.5", "data.max_samples=9"])
+    changed = config_module.with_values(config, {"data": {"train_files": ["x"]}, "model": {"dtype": "float32"}})
+    expected = flatten(config) | {"data.train_files": ["x"], "model.dtype": "float32"}
+    assert flatten(changed) == expected
+    with pytest.raises(ConfigError, match="model.dtype"):
+        config_module.with_values(config, {"model": {"dtype": "float8"}})
+
+
+nasty = st.sampled_from(["null", "yes", "1e5", "5e-05", "0o7", "1_000", "a: b", "# x", "- a", "'", '"', "{a}", "%a", "!"])
+words = nasty | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$~"), min_size=1, max_size=8)
+count = st.integers(1, 10**7)
+rate = st.floats(1e-9, 1e3)
+fraction = st.floats(0, 0.999)
+dims = st.lists(st.integers(1, 4096), min_size=1, max_size=3).map(lambda dims: ".".join(map(str, dims)))
+paths = words | st.lists(words, max_size=3) | st.none()
+
+
+@st.composite
+def speculators(draw: st.DrawFn) -> dict[str, Any]:
+    method = draw(st.sampled_from(["sum_rnn", "sum_lstm", "medusa"]))
+    emb = draw(dims)
+    last = emb.rpartition(".")[2]
+    return {
+        "method": method,
+        "n_predict": draw(st.integers(1, 32)),
+        "inner_dim": draw(dims),
+        "emb_dim": emb,
+        "proj_dim": draw(st.just(last) | dims.map(lambda first: f"{first}.{last}")),
+        "tie_weights": method == "sum_lstm" or draw(st.booleans()),
+        "init": draw(words),
+        "draft_vocab_size": draw(st.none() | count),
+    }
+
+
+trees = st.fixed_dictionaries(
+    {
+        "data": st.fixed_dictionaries(
+            {"train_files": paths, "prompt_key": st.none() | words, "max_samples": st.none() | count}
+        ),
+        "model": st.fixed_dictionaries({"partial_pretrain": words, "speculator": speculators()}),
+        "optim": st.fixed_dictionaries(
+            {"lr": rate, "clip_grad": rate, "betas": st.lists(fraction, min_size=2, max_size=2)}
+        ),
+        "features": st.fixed_dictionaries({"store": st.none() | words, "codec": st.sampled_from(["none", "zstd"])}),
+        "trainer": st.fixed_dictionaries(
+            {
+                "launcher": st.lists(words | st.just(""), max_size=3).map(shlex.join),
+                "logger": st.lists(st.sampled_from(["console", "mlflow"]), max_size=2),
+                "early_stop": st.none() | count,
+                "seed": st.integers(-5, 2**63),
+                "experiment_name": words,
+            }
+        ),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=trees)
+def test_what_is_saved_loads_back_equal(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    config = from_mapping(tree)
+    path = tmp_path_factory.getbasetemp() / "saved.yaml"
+    save(config, path)
+    assert load(path) == config
+
+
+def test_params_yaml_lists_every_key_and_no_other() -> None:
+    """dvc's -S refuses a key that the file lacks."""
+    tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    assert set(leaves(tree)) == set(flatten(Config()))
+    load(ROOT / "params.yaml")
+
+
+def test_dvc_yaml_names_parameters_that_exist() -> None:
+    known = set(flatten(Config()))
+    stages = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+    named = [param for stage in stages.values() for param in stage["params"]]
+    assert named
+    missing = [p for p in named if p not in known and not any(key.startswith(f"{p}.") for key in known)]
+    assert missing == []

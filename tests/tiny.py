@@ -1,0 +1,201 @@
+"""Small things that tests build: a base model with its tokenizer, prompts, a store of made-up features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, Qwen2Config
+
+from spec.corpus import TokenSequence
+from spec.store import features
+from spec.store.collection import Collection, item_key, plan
+from spec.store.manifest import Manifest
+
+Family = Literal["gpt2", "qwen2"]
+
+VOCAB_SIZE = 304
+"""Rows of the tiny base's lm_head; its tokenizer has fewer tokens, as that of most bases has."""
+
+HIDDEN_SIZE = 32
+END = "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DOMAINS = ("maths", "code", "chat")
+
+
+def make_base(folder: Path, family: Family = "gpt2", seed: int = 0) -> Path:
+    """Write a random causal language model with a tokenizer of its own, as save_pretrained lays it out.
+
+    Its weights are large enough for its answers to be varied, and its end-of-turn token is likely enough for some of
+    them to end within a few dozen tokens.
+
+    Args:
+        folder: made where it is missing.
+        family: architecture.
+        seed: of the weights.
+    """
+    tokenizer = _tokenizer()
+    assert len(tokenizer) < VOCAB_SIZE
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if family == "gpt2":
+        config: Any = GPT2Config(
+            vocab_size=VOCAB_SIZE,
+            n_embd=HIDDEN_SIZE,
+            n_layer=2,
+            n_head=2,
+            n_positions=512,
+            initializer_range=0.3,
+            **special,
+        )
+    else:
+        config = Qwen2Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+            **special,
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 1.5
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a few merges and ChatML's special tokens."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<|endoftext|>", "<|im_start|>", END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator((text for row in _rows(0, 24) for text in row.values()), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=END, pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def write_prompts(folder: Path, train: int = 24, val: int = 8, eval: int = 8) -> dict[str, Path]:
+    """Write train.parquet, val.parquet and eval.parquet (question, answer, domain), no row twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, start = {}, 0
+    for split, count in {"train": train, "val": val, "eval": eval}.items():
+        paths[split] = folder / f"{split}.parquet"
+        pq.write_table(pa.Table.from_pylist(_rows(start, count)), paths[split])
+        start += count
+    return paths
+
+
+def _rows(start: int, count: int) -> list[dict[str, str]]:
+    """Rows start .. start + count, the domains in turn; their prompts fall into two buckets of length."""
+    rows = []
+    for i in range(start, start + count):
+        domain = DOMAINS[i % len(DOMAINS)]
+        question, answer = {
+            "maths": (f"What is {i} plus {i + 3}?", f"{i} plus {i + 3} is {2 * i + 3}."),
+            "code": (f"Write a function that adds {i} to its argument.", f"def add(x):\n    return x + {i}"),
+            "chat": (f"Name {i} things that are as blue as the sky above the sea. " * (1 + i % 2), "The sky, the sea."),
+        }[domain]
+        rows.append({"question": question, "answer": answer, "domain": domain})
+    return rows
+
+
+def sequence(mask: Sequence[int], ids: Sequence[int] | None = None, domain: str = "a") -> TokenSequence:
+    """A sequence with this mask; its last run of ones, if it reaches the end, is the last answer."""
+    answer = 0
+    while answer < len(mask) and mask[len(mask) - 1 - answer]:
+        answer += 1
+    tokens = np.arange(len(mask)) if ids is None else np.asarray(ids)
+    return TokenSequence(tokens.astype(np.int32), np.asarray(mask, np.uint8), domain, len(mask) - answer)
+
+
+def chain(count: int, vocab_size: int, seed: int = 0, longest: int = 24) -> list[TokenSequence]:
+    """Sequences in which each token follows from the one before, so that heads can learn all there is in seconds."""
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for i in range(count):
+        length, prompt = int(generator.integers(8, longest)), int(generator.integers(2, 5))
+        ids = [int(generator.integers(vocab_size))]
+        while len(ids) < length:
+            ids.append((5 * ids[-1] + 3) % vocab_size)
+        sequences.append(sequence([0] * prompt + [1] * (length - prompt), ids, DOMAINS[i % len(DOMAINS)]))
+    return sequences
+
+
+def states_of(row: TokenSequence, hidden_size: int = 8) -> NDArray[np.float32]:
+    """Made-up states [T, hidden_size] that follow from the ids."""
+    seed = [int(x) for x in row.ids]
+    return np.random.default_rng([len(seed), *seed]).standard_normal((len(row), hidden_size)).astype(np.float32)
+
+
+def store_features(
+    root: Path,
+    rows: Sequence[TokenSequence],
+    *,
+    vocab_size: int = 24,
+    hidden_size: int = 8,
+    dtype: str = "float32",
+    segment_tokens: int = 64,
+    codec: str = "none",
+    states: Callable[[TokenSequence], NDArray[np.float32]] = states_of,
+) -> Manifest:
+    """Put made-up features of rows into a store, in the layout of features.produce, and return their manifest."""
+    base = {"name": "made-up", "revision": None, "weights": "w", "tokenizer": "t"}
+    collection = Collection(root, "features", features.identity({"weights": "w", "tokenizer": "t"}, dtype))
+    collection.create()
+    keys = [item_key(row.ids, row.mask) for row in rows]
+    for group in plan(keys, [len(row) for row in rows], collection.find(), lambda length: 0, segment_tokens):
+        kept = [states(rows[i])[features.kept_positions(rows[i].mask)] for i in group]
+        flat = torch.from_numpy(np.concatenate(kept)).to(getattr(torch, dtype))
+        arrays = {
+            "states": (flat.view(torch.uint16) if flat.dtype.itemsize == 2 else flat).numpy(),
+            "ids": np.concatenate([rows[i].ids for i in group]),
+            "mask": np.concatenate([rows[i].mask for i in group]),
+            "state_offsets": np.cumsum([0, *map(len, kept)], dtype=np.int64),
+            "token_offsets": np.cumsum([0, *(len(rows[i]) for i in group)], dtype=np.int64),
+        }
+        collection.write([keys[i] for i in group], arrays, {"dtype": dtype}, codec)
+    places, records = collection.find(), collection.records()
+    used = list(dict.fromkeys(places[key][0] for key in keys))
+    domains = sorted({row.domain for row in rows})
+    return Manifest(
+        identity=collection.identity,
+        base=base,
+        dtype=dtype,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        segments=used,
+        digests=[records[name].digest for name in used],
+        segment=[used.index(places[key][0]) for key in keys],
+        row=[places[key][1] for key in keys],
+        prompt_length=[row.prompt_length for row in rows],
+        written=[row.prompt_length > 0 for row in rows],
+        domain=[domains.index(row.domain) for row in rows],
+        domains=domains,
+        tokens=sum(map(len, rows)),
+        positions=sum(int(row.mask[1:].sum()) for row in rows),
+    )
