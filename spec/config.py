@@ -159,6 +159,13 @@ class Model(Section):
     speculator_loss_coeff: Annotated[float, Field(ge=0)] = 1.0
     speculator: Speculator = Speculator()
 
+    @field_validator("freeze_base_model")
+    @classmethod
+    def _frozen(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("joint training of base and speculator is not there yet: set it to true")
+        return value
+
 
 class Respond(Section):
     """Who writes the answers, and how."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,11 +96,13 @@ class Drafter:
         source: instead of decode.draft.
 
     Raises:
-        DecodingError: heads are asked for without a speculator, or more of them than were trained.
+        DecodingError: an unknown source; heads asked for without a speculator, or more of them than were trained.
     """
 
     def __init__(self, decode: Decode, n_predict: int | None, source: Source | None = None) -> None:
         source = source or decode.draft
+        if source not in get_args(Source):
+            raise DecodingError(f"draft is {source!r}, expected one of {', '.join(get_args(Source))}")
         self._ngrams: NgramIndex | None = None
         self._head_length = 0
         self._ngram_length = decode.draft_len or NGRAM_LENGTH

@@ -21,7 +21,7 @@ from stages import common
 @common.stage
 def cache(config: Config, worker: Path | None) -> None:
     """Run the base over what the store lacks, and write data/features/SPLIT.json."""
-    sources = files.read_json(common.SOURCES)
+    sources = common.read_sources()
     responses = {split: corpus.read(common.responses_path(split)) for split in common.SPLITS}
     sequences = [row for rows in responses.values() for row in rows]
     keys = [item_key(row.ids, row.mask) for row in sequences]

@@ -43,6 +43,18 @@ def features_path(split: str) -> Path:
     return Path(f"data/features/{split}.json")
 
 
+def read_sources() -> dict[str, Any]:
+    """What fetch found.
+
+    Raises:
+        SpecError: it has not run here.
+    """
+    if not SOURCES.is_file():
+        raise SpecError(f"{SOURCES} is not here; run the fetch stage first (dvc repro runs every stage that is needed)")
+    sources: dict[str, Any] = files.read_json(SOURCES)
+    return sources
+
+
 def stage(body: Callable[..., None]) -> click.Command:
     """A click command around ``body(config, **options)``, with --params and -S, whose errors are one clear message."""
 
@@ -74,6 +86,8 @@ def clear_errors() -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             where = error.filename or "the disk"
             raise click.ClickException(f"no space left on {where}; free some and run the same command again") from error
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise click.ClickException(str(error)) from error
         raise
 
 

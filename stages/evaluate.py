@@ -20,41 +20,53 @@ from stages import common
 MODEL = Path("models/speculator")
 RESULTS = Path("results/evaluate")
 LOSSLESS_PROMPTS = 4
-LOSSLESS_TOKENS = 48
+LOSSLESS_TOKENS = 32
 
 
 @common.stage
 def evaluate(config: Config) -> None:
     """Measure models/speculator on the eval split, and write results/evaluate."""
-    sources = files.read_json(common.SOURCES)
+    sources = common.read_sources()
     manifest = Manifest.load(common.features_path("eval"))
     shape = heads.read_config(MODEL)
     heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, sources["base"]["weights"])
     reader = FeatureReader(manifest, common.store_root(config))
+    run = tracking.Run(config, "evaluate", {"features": manifest.digest}, parent=tracking.kept_run(MODEL))
+    try:
+        metrics = _measure(config, sources["base"], reader, shape.n_predict)
+        _track(run, metrics)
+        run.finish()
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    _report(metrics)
+
+
+def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n: int) -> dict[str, Any]:
+    """Walk, decode, compare; writes everything under results/evaluate."""
     dtype = getattr(torch, config.model.dtype)
     device = base.choose_device()
-    with common.progress(manifest.positions, "positions", "evaluate: exact walk") as bar:
+    with common.progress(reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
         measured = evaluation.offline(heads.load(MODEL, device, dtype), reader, config.decode, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
     timed: dict[str, dict[Any, evaluation.Timed]] = {}
     if indices:
-        model = _model(config, sources["base"], config.model.dtype)
+        model = _model(config, source, config.model.dtype)
         with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
             timed = evaluation.decoding(model, reader, indices, config.evaluate.max_new_tokens, bar.update)
         if config.model.dtype != "float32":
             del model
             gc.collect()
-            model = _model(config, sources["base"], "float32")
+            model = _model(config, source, "float32")
         common.say("evaluate: comparing with plain decoding token for token, in float32")
         length = min(LOSSLESS_TOKENS, config.evaluate.max_new_tokens)
         same = evaluation.lossless(model, reader, indices[:LOSSLESS_PROMPTS], length)
     else:
         same = None
-    metrics = evaluation.summary(measured, timed, same, config.decode.draft, shape.n_predict)
+    metrics = evaluation.summary(measured, timed, same, config.decode.draft, n)
     files.write_json(RESULTS / "metrics.json", metrics)
-    _draw(measured, metrics, shape.n_predict)
-    _track(config, metrics, manifest)
-    _report(metrics)
+    _draw(measured, metrics, n)
+    return metrics
 
 
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:
@@ -89,15 +101,13 @@ def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> N
     plots.bars(RESULTS / "domains.png", bars, "tokens per step", baseline=1.0)
 
 
-def _track(config: Config, metrics: Mapping[str, Any], manifest: Manifest) -> None:
-    """A child of the run that trained the heads; its headline figures stand on the parent too."""
-    run = tracking.Run(config, "evaluate", {"features": manifest.digest}, parent=tracking.kept_run(MODEL))
+def _track(run: tracking.Run, metrics: Mapping[str, Any]) -> None:
+    """Record in a child of the run that trained the heads; the headline figures stand on the parent too."""
     flat = _flat(metrics)
     run.log(flat)
     headline = ("offline.tokens_per_step", "ngram.tokens_per_step", "decode.tokens_per_step", "decode.speedup")
     run.log({name: flat[name] for name in headline if name in flat}, to_parent=True)
     run.artifacts(RESULTS, "evaluate")
-    run.finish()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -22,7 +22,7 @@ from stages import common
 @common.stage
 def respond(config: Config, worker: Path | None) -> None:
     """Let the base write each row's last answer, and write data/responses/SPLIT.parquet."""
-    sources = files.read_json(common.SOURCES)
+    sources = common.read_sources()
     tokens = {split: corpus.read(common.tokens_path(split)) for split in common.SPLITS}
     if config.respond.source == "data":
         for split, rows in tokens.items():

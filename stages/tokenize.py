@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spec import base, corpus, files
+from spec import base, corpus
 from spec.config import Config
 from stages import common
 
@@ -10,7 +10,7 @@ from stages import common
 @common.stage
 def tokenize(config: Config) -> None:
     """Apply the chat template and limits, mark what is supervised, and write data/tokens/SPLIT.parquet."""
-    sources = files.read_json(common.SOURCES)
+    sources = common.read_sources()
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
     data = config.data

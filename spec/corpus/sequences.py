@@ -13,6 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spec.errors import SpecError
+
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
 
@@ -27,7 +29,7 @@ SCHEMA = pa.schema(
 ROWS_PER_GROUP = 1024
 
 
-class CorpusError(ValueError):
+class CorpusError(SpecError):
     """Text that cannot be used: says where it is, what was found and what would fit."""
 
 

