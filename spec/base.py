@@ -25,6 +25,9 @@ BUCKET = 64
 """Sequences are padded to a multiple of this: a bf16 result depends on the padded length, so it must follow from
 the sequence alone and never from what shares its batch."""
 
+COMPACT = 0.75
+"""Ended rows are taken out of a batch when at most this share of it still writes."""
+
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -236,10 +239,10 @@ def answer(
         ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, width - len(prompt) :] = 1
     generator = torch.Generator(device).manual_seed(seed)
-    stops = torch.tensor(sorted(base.stop_ids), device=device)
     cache = make_cache(base.model.config)
     answers: list[list[int]] = [[] for _ in range(rows)]
-    active = torch.arange(rows, device=device)
+    stops = base.stop_ids
+    active = list(range(rows))  # the row that each place of the batch writes; -1 once it has ended
     positions = (mask.cumsum(1) - 1).clamp_(min=0)
     with_positions = "position_ids" in inspect.signature(base.model.forward).parameters
     for _ in range(max_new_tokens):
@@ -254,17 +257,21 @@ def answer(
         if temperature:
             tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
         else:
-            tokens = logits.argmax(-1)
-        for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
-            answers[row].append(token)
-        on_token(len(tokens))
-        going = ~torch.isin(tokens, stops)
+            tokens = logits.max(-1).indices  # four times as fast as argmax in bf16 on a CPU
+        on_token(sum(row >= 0 for row in active))
+        for place, token in enumerate(tokens.tolist()):
+            if active[place] >= 0:
+                answers[active[place]].append(token)
+                if token in stops:
+                    active[place] = -1
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            if not len(keep):
-                break
-            active, ids, positions, mask = active[keep], ids[keep], positions[keep], mask[keep]
+        going = [place for place, row in enumerate(active) if row >= 0]
+        if not going:
+            break
+        if len(going) <= COMPACT * len(active):  # a smaller batch is faster, but to make it copies the cache
+            keep = torch.tensor(going, device=device)
+            active = [active[place] for place in going]
+            ids, positions, mask = ids[keep], positions[keep], mask[keep]
             cache.batch_select_indices(keep)
     return answers

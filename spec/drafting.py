@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spec.config import Decode
+from spec.errors import SpecError
 
 Source = Literal["none", "head", "ngram", "hybrid"]
 """What a step drafts: nothing (plain decoding), the heads' draft, an n-gram's continuation, or the latter where it
@@ -25,7 +26,7 @@ NGRAM_LENGTH = 6
 T = TypeVar("T")
 
 
-class DecodingError(ValueError):
+class DecodingError(SpecError):
     """A request that cannot be decoded: says what was found and what would fit."""
 
 

@@ -22,13 +22,15 @@ from spec.config import Model
 
 @pytest.fixture(autouse=True, scope="session")
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of the tests' own; one thread, since more cost more than they give at these sizes."""
+    """A cache folder of the tests' own; one thread, since more cost more than they give at these sizes; no waiting
+    for the disk, since nothing here has to outlive a crash of the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         for name in ("MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
+        patch.setattr(os, "fsync", lambda handle: None)
         yield
     torch.set_num_threads(threads)
 

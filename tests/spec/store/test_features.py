@@ -31,12 +31,12 @@ def half(base_folder: Path) -> Base:
 
 
 def make_rows(count: int, seed: int = 0) -> list[TokenSequence]:
-    """Sequences in several buckets, some without a supervised token."""
+    """Sequences in several buckets; every fifth has no supervised token."""
     generator = np.random.default_rng(seed)
     rows = []
-    for _ in range(count):
+    for i in range(count):
         length = int(generator.integers(2, 150))
-        mask = generator.integers(0, 2, length) * (generator.random() < 0.9)
+        mask = generator.integers(0, 2, length) * (i % 5 > 0)
         rows.append(sequence(mask.tolist(), generator.integers(3, 290, length).tolist()))
     return rows
 
@@ -86,7 +86,6 @@ def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path
     model = base if dtype == "float32" else half
     rows = make_rows(10)
     collection = produce(model, tmp_path, rows)
-    assert any(not row.mask[1:].any() for row in rows)
     for row in rows:
         with torch.no_grad():
             direct = base_model.hidden_states(model.model, torch.from_numpy(row.ids).long()[None])[0]

@@ -92,27 +92,32 @@ def test_a_split_reads_back_in_the_order_of_the_data(tmp_path: Path, dtype: str)
     assert (empty.states.shape, empty.tokens.shape, empty.valid.shape) == ((0, 8), (0, 4), (0, 3))
 
 
-def wide(root: Path, segments: int = 30) -> Manifest:
-    """Two sequences a segment."""
-    return store_features(root, chain(2 * segments, 24, longest=10), segment_tokens=9)
+Wide = tuple[list[TokenSequence], Manifest, Path]
 
 
-def test_order_is_a_permutation_that_follows_from_seed_and_epoch(tmp_path: Path) -> None:
-    manifest = wide(tmp_path)
-    reader, again = FeatureReader(manifest, tmp_path), FeatureReader(manifest, tmp_path)
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    """A split of many small segments, two sequences in each."""
+    rows, root = chain(60, 24, longest=10), tmp_path_factory.mktemp("wide")
+    return rows, store_features(root, rows, segment_tokens=9), root
+
+
+def test_order_is_a_permutation_that_follows_from_seed_and_epoch(wide: Wide) -> None:
+    _, manifest, root = wide
+    reader, again = FeatureReader(manifest, root), FeatureReader(manifest, root)
     orders = {(seed, epoch): reader.order(seed, epoch) for seed in range(3) for epoch in range(3)}
     assert all(sorted(order) == list(range(len(reader))) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == len(orders)
     assert all(again.order(*key) == order for key, order in orders.items())
 
 
-def test_an_epoch_reads_each_segment_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = wide(tmp_path)
+def test_an_epoch_reads_each_segment_once(wide: Wide, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, manifest, root = wide
     assert len(manifest.segments) > 3 * reader_module.WINDOW
     reads: Counter[str] = Counter()
     real = Collection.read
     monkeypatch.setattr(Collection, "read", lambda self, name: (reads.update([name]), real(self, name))[1])
-    reader = FeatureReader(manifest, tmp_path)
+    reader = FeatureReader(manifest, root)
     order = reader.order(0, 0)
     for start in range(0, len(order), 5):
         reader.positions(order[start : start + 5], 2)
@@ -157,14 +162,14 @@ def test_damage_met_while_reading_names_the_segment(tmp_path: Path) -> None:
         reader.sequence(2)
 
 
-def test_two_threads_read_one_reader(tmp_path: Path) -> None:
-    rows = chain(40, 24, longest=10)
-    reader = FeatureReader(store_features(tmp_path, rows, segment_tokens=9), tmp_path)
+def test_two_threads_read_one_reader(wide: Wide) -> None:
+    rows, manifest, root = wide
+    reader = FeatureReader(manifest, root)
     wrong: list[object] = []
 
     def read(seed: int) -> None:
         try:
-            for index in reader.order(seed, 0):
+            for index in np.random.default_rng(seed).permutation(len(rows)).tolist()[:40]:
                 if reader.sequence(index).ids.tolist() != rows[index].ids.tolist():
                     wrong.append(index)
         except Exception as error:

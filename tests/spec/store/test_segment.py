@@ -234,6 +234,20 @@ def test_a_segment_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
+def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.add(os.fstat(handle).st_ino))
+    rename = Path.rename
+
+    def watched(path: Path, target: Path) -> Path:
+        assert {part.stat().st_ino for part in [path, *path.rglob("*")]} <= flushed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
+    assert (tmp_path / NAME).is_dir()
+
+
 def test_a_segment_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
     segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
