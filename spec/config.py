@@ -229,7 +229,7 @@ class Decode(Section):
     """Where drafts come from when text is generated."""
 
     draft: Literal["head", "ngram", "hybrid"] = "hybrid"
-    ngram_min: Positive = 3
+    ngram_min: Positive = 2
     ngram_max: Positive = 4
     draft_len: Positive | None = None
 

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
-from tiny import make_base
 
 from spec import base as base_model
 from spec.base import Base
 from spec.config import Model
+from tests.tiny import make_base
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, HIDDEN_SIZE, VOCAB_SIZE, make_base
 
 from spec import base as base_model
 from spec.base import Base, BaseError, answer, bucket, hidden_states, identify, load, prompt_bucket, resolve
 from spec.config import Model
+from tests.tiny import CHATML, HIDDEN_SIZE, VOCAB_SIZE, make_base
 
 CPU = torch.device("cpu")
 NEW = 24
@@ -81,11 +81,20 @@ def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(base: Base) ->
 
 def test_finished_rows_leave_the_batch(base: Base) -> None:
     asked = prompts(12)
-    rows: list[int] = []
-    answers = answer(base, asked, NEW, on_token=rows.append)
-    assert rows == [sum(len(tokens) > step for tokens in answers) for step in range(len(rows))]
-    assert rows[-1] < rows[0] == len(asked)
-    assert sum(rows) == sum(map(len, answers))
+    writing: list[int] = []
+    batches: list[int] = []
+    hook = base.model.register_forward_pre_hook(
+        lambda model, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        answers = answer(base, asked, NEW, on_token=writing.append)
+    finally:
+        hook.remove()
+    assert writing == [sum(len(tokens) > step for tokens in answers) for step in range(len(writing))]
+    assert writing[-1] < writing[0] == len(asked)
+    assert sum(writing) == sum(map(len, answers))
+    for rows, batch in zip(writing, batches, strict=True):
+        assert base_model.COMPACT * batch < rows <= batch
 
 
 def test_the_loop_ends_when_every_row_has(base: Base) -> None:
@@ -107,7 +116,7 @@ def test_sampling_follows_the_seed(base: Base) -> None:
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_samples_have_the_softmaxs_frequencies(base: Base, temperature: float) -> None:
     (prompt,) = prompts(1, longest=8)
-    count = 800
+    count = 500
     drawn = Counter(tokens[0] for tokens in answer(base, [prompt] * count, 1, temperature, seed=3))
     logits = base.model(torch.tensor([prompt])).logits[0, -1]
     expected = (logits / temperature).softmax(-1)
@@ -268,7 +277,11 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
     ("name", "change", "changed"),
     [
         ("model.safetensors", flip, {"weights"}),
-        ("config.json", replace_text('"activation_function": "gelu_new"', '"activation_function": "gelu"'), {"weights"}),
+        (
+            "config.json",
+            replace_text('"activation_function": "gelu_new"', '"activation_function": "gelu"'),
+            {"weights"},
+        ),
         ("tokenizer.json", replace_text("<|endoftext|>", "<|endoftexx|>"), {"tokenizer"}),
         ("chat_template.jinja", replace_text(CHATML[:20], CHATML[:20] + " "), {"tokenizer"}),
         ("README.md", lambda path: path.write_text("a model"), set()),

@@ -71,7 +71,7 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("model.speculator.inner_dim='1024.2048'", "1024.2048"),
         ("model.speculator.method=sum_lstm", "sum_lstm"),
         ("model.speculator.scale_input=true", True),
-        ("model.freeze_base_model=false", False),
+        ("model.trust_remote_code=true", True),
         ("model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
         ("model.revision=null", None),
         ("optim.lr=5e-5", 5e-5),
@@ -123,7 +123,10 @@ def test_numbers_in_a_file(text: str, tmp_path: Path) -> None:
         ({"optim": {"learning_rate": 1}}, ["optim.learning_rate: unknown key", "known here: lr, base_lr"]),
         ({"model": {"speculator": {"n_predct": 3}}}, ["model.speculator.n_predct", "did you mean n_predict?"]),
         ({"optimm": {"lr": 1}}, ["optimm: unknown key", "did you mean optim?"]),
-        ({"model": {"speculator": {"n_predict": 0}}}, ["model.speculator.n_predict", "greater than or equal to 1", "0"]),
+        (
+            {"model": {"speculator": {"n_predict": 0}}},
+            ["model.speculator.n_predict", "greater than or equal to 1, found 0"],
+        ),
         ({"model": {"speculator": {"n_predict": "3"}}}, ["model.speculator.n_predict", "integer", "found '3'"]),
         ({"model": {"speculator": {"n_predict": 3.5}}}, ["model.speculator.n_predict", "found 3.5"]),
         ({"model": {"speculator": {"n_predict": True}}}, ["model.speculator.n_predict", "found True"]),
@@ -172,7 +175,7 @@ def test_widths_that_yaml_read_as_a_fraction_are_refused(key: str, tmp_path: Pat
     "value", [0, -1, "", "0", "512.", ".512", "512.x", "512.0", "512,1024", True, None, {}, [], [512, 1.5], 1024.0]
 )
 def test_widths_that_make_no_network(value: object) -> None:
-    with pytest.raises(ValueError, match="width|integer|quoted"):
+    with pytest.raises(ValueError, match=r"width|integer|quoted"):
         parse_dims(value)
 
 
@@ -255,11 +258,13 @@ def test_values_of_a_section_can_be_replaced() -> None:
     changed = config_module.with_values(config, {"data": {"train_files": ["x"]}, "model": {"dtype": "float32"}})
     expected = flatten(config) | {"data.train_files": ["x"], "model.dtype": "float32"}
     assert flatten(changed) == expected
-    with pytest.raises(ConfigError, match="model.dtype"):
+    with pytest.raises(ConfigError, match=r"model\.dtype"):
         config_module.with_values(config, {"model": {"dtype": "float8"}})
 
 
-nasty = st.sampled_from(["null", "yes", "1e5", "5e-05", "0o7", "1_000", "a: b", "# x", "- a", "'", '"', "{a}", "%a", "!"])
+nasty = st.sampled_from(
+    ["null", "yes", "1e5", "5e-05", "0o7", "1_000", "a: b", "# x", "- a", "'", '"', "{a}", "%a", "!"]
+)
 words = nasty | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$~"), min_size=1, max_size=8)
 count = st.integers(1, 10**7)
 rate = st.floats(1e-9, 1e3)

@@ -59,9 +59,14 @@ def test_replacing_or_not_at_all(tmp_path: Path, before: str | None, error: type
     path = tmp_path / "file.txt"
     if before is not None:
         path.write_text(before)
-    with pytest.raises(error), files.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert (path.read_text() if path.exists() else None) == before
     assert list(tmp_path.iterdir()) == ([path] if before else [])
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
 
 from spec import base as base_model
 from spec.base import Base
@@ -19,6 +18,7 @@ from spec.corpus import TokenSequence
 from spec.store import features
 from spec.store.collection import Collection, item_key, plan
 from spec.store.segment import StoreError
+from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
 
 LIMIT = 200
 IDENTITY = features.identity({"weights": "w", "tokenizer": "t"}, "float32")

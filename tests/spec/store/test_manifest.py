@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import chain, store_features
 
 from spec.store.manifest import Manifest
 from spec.store.segment import StoreError
+from tests.tiny import chain, store_features
 
 
 @pytest.fixture

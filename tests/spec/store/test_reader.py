@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import chain, sequence, states_of, store_features
 
 from spec.corpus import TokenSequence
 from spec.store import reader as reader_module
@@ -24,6 +23,7 @@ from spec.store.features import kept_positions
 from spec.store.manifest import Manifest
 from spec.store.reader import CachedSequence, FeatureReader, prefetch, to_positions
 from spec.store.segment import StoreError
+from tests.tiny import chain, sequence, states_of, store_features
 
 
 def cached(row: TokenSequence, width: int = 2) -> CachedSequence:
@@ -199,11 +199,10 @@ def test_prefetch_raises_where_the_items_do() -> None:
         yield 2
         raise StoreError("damaged")
 
-    seen = []
+    stream = prefetch(items())
+    assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(StoreError, match="damaged"):
-        for item in prefetch(items()):
-            seen.append(item)  # noqa: PERF402 - what came before the error
-    assert seen == [1, 2]
+        next(stream)
     assert not prefetching()
 
 

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def chunks(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / NAME).glob("*/c/**/*") if path.is_file())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_damage_to_chunks_is_noticed(written: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(chunks(written)))
@@ -271,11 +270,11 @@ def litter(folder: Path, owner: str) -> Path:
 
 
 @pytest.fixture
-def dead() -> Iterator[int]:
+def dead() -> int:
     """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
-    yield process.pid
+    return process.pid
 
 
 def test_litter_of_dead_processes_is_cleaned_and_of_living_ones_kept(tmp_path: Path, dead: int) -> None:

@@ -1,0 +1,292 @@
+"""The exact walk beside decoding one token at a time, and drafts beside the speculator's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from spec import acceptance
+from spec.acceptance import Answer, Walk, draft_answers, interval, loops, tokens_per_step, walk, walks
+from spec.corpus import TokenSequence
+from spec.heads import Speculator, SpeculatorConfig, build, init_random
+from spec.store.reader import FeatureReader
+from tests.tiny import chain, sequence, store_features
+
+V, D = 24, 8
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=30)  # three letters: drafts often match by chance
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
+    """An answer and the drafts behind each of its tokens."""
+    answer = draw(tokens)
+    n = draw(st.integers(1, 5))
+    return answer, [draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)) for _ in answer]
+
+
+def simulate(answer: list[int], drafts: list[list[int]]) -> list[int]:
+    """Accepted drafts of each step, by decoding for real: the base wants `answer` and takes what agrees with it."""
+    written = answer[:1]
+    accepted = []
+    while len(written) < len(answer):
+        draft, count = drafts[len(written) - 1], 0
+        for token in draft:
+            if len(written) < len(answer) and token == answer[len(written)]:
+                written.append(token)
+                count += 1
+            else:
+                break
+        if len(written) < len(answer):
+            written.append(answer[len(written)])  # the base's own token
+        accepted.append(count)
+    return accepted
+
+
+@given(cases())
+def test_the_walk_is_what_decoding_does(case: tuple[list[int], list[list[int]]]) -> None:
+    ids, drafts = case
+    prompt = [9, 9]
+    answer = Answer(np.asarray(prompt + ids, np.int32), len(prompt), np.asarray(drafts), 0)
+    assert answer.length == len(ids)
+    found = walk(answer.matches(drafts), answer.length)
+    assert found.tolist() == simulate(ids, drafts)
+    assert len(ids) - 1 <= found.sum() + len(found) <= len(ids)
+
+
+@given(length=st.integers(1, 60), n=st.integers(1, 6))
+def test_an_oracle_accepts_all_that_is_left(length: int, n: int) -> None:
+    found = walk([n] * length, length)
+    assert len(found) == -(-(length - 1) // (n + 1))
+    assert all(found[:-1] == n)
+    assert found.max(initial=0) <= n
+    assert found.sum() <= length - 1
+
+
+@given(length=st.integers(1, 60))
+def test_drafts_that_never_match_cost_a_step_a_token(length: int) -> None:
+    found = walk([0] * length, length)
+    assert found.tolist() == [0] * (length - 1)
+    assert tokens_per_step([Walk(found)]) == 1.0
+
+
+def made(*accepted: list[int], **values: Any) -> list[Walk]:
+    return [Walk(np.asarray(steps, np.int64), **values) for steps in accepted]
+
+
+steps = st.lists(st.lists(st.integers(0, 4), max_size=9), max_size=9)
+
+
+@given(steps)
+def test_tokens_per_step_counts_the_bases_own_token(accepted: list[list[int]]) -> None:
+    count, total = sum(map(len, accepted)), sum(map(sum, accepted))
+    expected = 1 + total / count if count else 1.0
+    found = made(*accepted)
+    assert tokens_per_step(found) == pytest.approx(expected)
+    shares = acceptance.acceptance(found, 4)
+    assert shares == sorted(shares, reverse=True)
+    assert 1 + sum(shares) == pytest.approx(expected)
+    for i, share in enumerate(shares, 1):
+        assert share == pytest.approx(sum(a >= i for part in accepted for a in part) / max(count, 1))
+
+
+def test_steps_weigh_the_same_whatever_answer_they_are_in() -> None:
+    assert tokens_per_step(made([3], [0, 0, 0])) == 1.75
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_interval_holds_the_figure_and_narrows_with_answers(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    many = made(*(generator.integers(0, 4, generator.integers(0, 20)).tolist() for _ in range(400)))
+    widths = []
+    for count in (12, 400):
+        low, high = interval(many[:count])
+        assert low < tokens_per_step(many[:count]) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+    assert interval(many) == interval(many)
+
+
+def test_an_interval_of_little() -> None:
+    assert interval([]) == interval(made([], [])) == (1.0, 1.0)
+    assert interval(made([2, 1])) == (2.5, 2.5)
+
+
+def test_the_interval_covers_its_nominal_share() -> None:
+    """Answers are drawn again and again from one population; 95 % of the intervals should hold its figure."""
+    generator = np.random.default_rng(0)
+    population = [generator.binomial(3, generator.random(), 10) for _ in range(2000)]
+    true = 1 + np.mean(population)
+    held = 0
+    for _ in range(100):
+        low, high = interval([Walk(population[i]) for i in generator.integers(2000, size=40)], samples=200)
+        held += low <= true <= high
+    assert held >= 86  # four standard deviations below
+
+
+BLOCK = list(range(100, 164))
+
+
+@pytest.mark.parametrize(
+    ("answer", "looping"),
+    [
+        ([7] * 24, True),
+        ([7] * 23, False),
+        ([1, 2] * 12, True),
+        ([5, 6, 8, 1, 2] + [1, 2] * 12, True),
+        ([1, 2] * 12 + [0], True),  # a closing stop token
+        ([1, 2] * 12 + [0, 0], False),
+        ([1, 2] * 12 + [3, 4, 5], False),  # it looped, and came out of it
+        (BLOCK * 3, True),
+        (BLOCK * 3 + [0], True),
+        (BLOCK * 2, False),
+        ([*BLOCK, 99] * 3, False),  # longer than any block that counts
+        (BLOCK[:8] * 3, True),
+        (BLOCK[:8] * 2 + BLOCK[:7], False),
+        (BLOCK[:10] * 3, True),
+        (BLOCK[:10] * 2 + BLOCK[:4], False),
+        (list(range(200)), False),
+        ([], False),
+        ([1], False),
+    ],
+)
+def test_loops(answer: list[int], looping: bool) -> None:
+    assert loops(answer) == looping
+
+
+@given(st.lists(st.integers(0, 1), max_size=40), st.integers(2, 4), st.integers(1, 10), st.integers(1, 6))
+def test_loops_by_definition(answer: list[int], copies: int, span: int, longest: int) -> None:
+    def ends_in_a_loop(tail: list[int]) -> bool:
+        for period in range(1, longest + 1):
+            length = max(copies * period, span)
+            if length <= len(tail) and all(tail[-k] == tail[-k - period] for k in range(1, length - period + 1)):
+                return True
+        return False
+
+    expected = ends_in_a_loop(answer) or ends_in_a_loop(answer[:-1])
+    assert loops(answer, copies, span, longest) == expected
+
+
+ROWS = [
+    sequence([0, 0, 1, 1, 1, 1], [5, 6, 7, 8, 9, 10], "maths"),
+    sequence([0, 1, 1, 0, 0, 1, 1, 1], range(8), "chat"),  # two turns: the last one counts
+    TokenSequence(np.arange(7, dtype=np.int32), np.ones(7, np.uint8), "text", 0),  # plain text
+    sequence([0, 0, 0, 0]),  # no answer
+    sequence([0, 0, 0, 1], [1, 2, 3, 4], "code"),  # an answer of one token
+    *chain(8, V),
+]
+STARTS = {0: 2, 1: 5, 2: 1, 4: 3} | {5 + i: row.prompt_length for i, row in enumerate(chain(8, V))}
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> FeatureReader:
+    root = tmp_path_factory.mktemp("store")
+    return FeatureReader(store_features(root, ROWS, vocab_size=V, hidden_size=D), root)
+
+
+def speculator(method: Any, draft_vocab_size: int | None = None) -> Speculator:
+    config = SpeculatorConfig(
+        method=method,
+        hidden_size=D,
+        vocab_size=V,
+        n_predict=3,
+        inner_dim=(6,),
+        emb_dim=(6,),
+        proj_dim=(6,),
+        draft_vocab_size=draft_vocab_size,
+        base_model_name_or_path="",
+        base_digest="",
+    )
+    made = build(config, torch.arange(1, V, 2) if draft_vocab_size else None)
+    init_random(made, seed=1)
+    return made.double()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 2048])
+@pytest.mark.parametrize(("method", "drafted"), [("sum_rnn", None), ("sum_rnn", V // 2), ("sum_lstm", None)])
+def test_drafts_are_the_speculators_own_at_each_position(
+    reader: FeatureReader, method: str, drafted: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptance, "CHUNK", chunk)
+    heads = speculator(method, drafted)
+    counts: list[int] = []
+    answers = draft_answers(heads, reader, on_positions=counts.append)
+    assert {answer.index: answer.start for answer in answers} == STARTS
+    assert sum(counts) == sum(answer.length for answer in answers)
+    for answer in answers:
+        row, full = ROWS[answer.index], reader.sequence(answer.index)
+        np.testing.assert_array_equal(answer.ids, row.ids)
+        assert answer.drafts.shape == (len(row) - answer.start, 3)
+        for j in range(answer.length - 1):  # behind the last token there is nothing to draft from
+            t = answer.start + j - 1
+            state = full.states[full.positions.tolist().index(t)]
+            direct = heads.draft(state[None], torch.tensor([int(row.ids[t + 1])]))
+            assert answer.drafts[j].tolist() == direct[0].tolist()
+
+
+def test_a_choice_of_sequences(reader: FeatureReader) -> None:
+    heads = speculator("sum_rnn")
+    everything = {answer.index: answer for answer in draft_answers(heads, reader)}
+    chosen = draft_answers(heads, reader, [4, 3, 0])
+    assert [answer.index for answer in chosen] == [4, 0]
+    assert all(np.array_equal(answer.drafts, everything[answer.index].drafts) for answer in chosen)
+    assert draft_answers(heads, reader, []) == []
+
+
+class Oracle(nn.Module):
+    """Drafts what follows: the state says where in the text it stands."""
+
+    def __init__(self, n: int, right: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(n_predict=n)
+        self.right = right
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def draft(self, states: Tensor, tokens: Tensor) -> Tensor:
+        drafts = []
+        for (index, t), token in zip(states[:, :2].long().tolist(), tokens.tolist(), strict=True):
+            ids = ROWS[index].ids.tolist()
+            assert token == ids[t + 1]
+            following = (ids[t + 2 :] + [0] * 9)[: self.config.n_predict]
+            drafts.append([x if i < self.right else (x + 1) % V for i, x in enumerate(following)])
+        return torch.tensor(drafts)
+
+
+@pytest.mark.parametrize("right", [0, 1, 3])
+def test_an_oracle_is_accepted_to_the_last_draft(tmp_path: Path, right: int) -> None:
+    """Off by one position anywhere between store and walk, it would not be."""
+
+    def states(row: TokenSequence) -> NDArray[np.float32]:
+        (index,) = (i for i, other in enumerate(ROWS) if other is row)
+        made = np.zeros((len(row), D), np.float32)
+        made[:, 0], made[:, 1] = index, np.arange(len(row))
+        return made
+
+    reader = FeatureReader(store_features(tmp_path, ROWS, vocab_size=V, hidden_size=D, states=states), tmp_path)
+    oracle: Any = Oracle(3, right)
+    answers = draft_answers(oracle, reader)
+    found = walks(reader, answers, acceptance.head_drafts)
+    for answer, walked in zip(answers, found, strict=True):
+        assert walked.accepted.tolist() == walk([right] * answer.length, answer.length).tolist()
+
+
+def test_walks_know_domain_loops_and_who_wrote_the_answer(tmp_path: Path) -> None:
+    looping = sequence([0] + [1] * 26, [3] + [4, 5] * 13, "code")
+    rows = [ROWS[0], ROWS[2], looping]
+    reader = FeatureReader(store_features(tmp_path, rows, vocab_size=V, hidden_size=D), tmp_path)
+    answers = draft_answers(speculator("sum_rnn"), reader, [2, 0, 1])
+    found = walks(reader, answers, lambda answer: [[9]] * answer.length)
+    assert [(w.domain, w.looping, w.greedy) for w in found] == [
+        ("code", True, True),
+        ("maths", False, True),
+        ("text", False, False),
+    ]
+    assert found[1].accepted.tolist() == [0, 1]  # 7 8 [9] 10: the draft behind 8 is right

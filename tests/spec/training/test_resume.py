@@ -1,0 +1,105 @@
+"""Checkpoints: whole or absent, and never another run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spec import heads
+from spec.heads import Speculator, SpeculatorConfig, build, init_random
+from spec.training import resume
+from spec.training.resume import Checkpoints
+
+
+@pytest.fixture
+def speculator() -> Speculator:
+    config = SpeculatorConfig(
+        method="sum_rnn",
+        hidden_size=4,
+        vocab_size=7,
+        n_predict=2,
+        inner_dim=(4,),
+        emb_dim=(4,),
+        proj_dim=(4,),
+        base_model_name_or_path="",
+        base_digest="",
+    )
+    made = build(config)
+    init_random(made)
+    return made
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "run", "key")
+
+
+def test_nothing_to_resume(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest() is None
+    checkpoints.finish()
+
+
+def test_the_newest_is_taken_up(checkpoints: Checkpoints, speculator: Speculator) -> None:
+    for step in (5, 20, 100):  # 100 sorts before 20 as text
+        folder = checkpoints.save(step, speculator, {"optimizer": {"a": torch.ones(2)}, "seen": step * 2})
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0] == folder == checkpoints.folder / "global_step_100"
+    assert found[1]["step"] == 100
+    assert found[1]["seen"] == 200
+    assert torch.equal(found[1]["optimizer"]["a"], torch.ones(2))
+
+
+def test_older_checkpoints_keep_their_speculator_only(checkpoints: Checkpoints, speculator: Speculator) -> None:
+    for step in (1, 2):
+        checkpoints.save(step, speculator, {})
+    older, newer = (checkpoints.folder / f"global_step_{step}" for step in (1, 2))
+    assert sorted(path.name for path in older.iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert sorted(path.name for path in newer.iterdir()) == ["config.json", "pytorch_model.bin", "training.pt"]
+    for folder in (older, newer):
+        loaded = heads.load(folder)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), speculator.parameters(), strict=True))
+
+
+def test_another_runs_state_is_never_taken_up(checkpoints: Checkpoints, speculator: Speculator) -> None:
+    checkpoints.save(3, speculator, {})
+    assert Checkpoints(checkpoints.folder, "other").newest() is None
+    assert checkpoints.newest() is not None
+
+
+def test_a_step_can_be_saved_again(checkpoints: Checkpoints, speculator: Speculator) -> None:
+    checkpoints.save(3, speculator, {"x": 1})
+    checkpoints.save(3, speculator, {"x": 2})
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1]["x"] == 2
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["global_step_3"]
+
+
+def test_a_save_that_fails_leaves_the_one_before(
+    checkpoints: Checkpoints, speculator: Speculator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save(3, speculator, {})
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.torch, "save", fail)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.save(4, speculator, {})
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1]["step"] == 3
+    checkpoints.save(4, speculator, {})  # over what the failure left
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["global_step_3", "global_step_4"]
+
+
+def test_a_finished_run_leaves_nothing_to_resume(checkpoints: Checkpoints, speculator: Speculator) -> None:
+    for step in (1, 2):
+        checkpoints.save(step, speculator, {})
+    checkpoints.finish()
+    assert checkpoints.newest() is None
+    assert heads.load(checkpoints.folder / "global_step_2")

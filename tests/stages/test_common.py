@@ -1,0 +1,232 @@
+"""What every stage's command shares: options, errors, space, workers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from spec import config as config_module
+from spec import files
+from spec.base import BaseError
+from spec.config import Config
+from spec.corpus import CorpusError
+from spec.errors import SpecError
+from spec.heads import CheckpointError
+from spec.store.segment import StoreError
+from stages import common
+
+
+@pytest.mark.parametrize(
+    "kind", [SpecError, config_module.ConfigError, BaseError, StoreError, CheckpointError, CorpusError]
+)
+def test_errors_that_users_can_mend_are_one_message(kind: type[Exception]) -> None:
+    with pytest.raises(click.ClickException) as error, common.clear_errors():
+        raise kind("what to do")
+    assert error.value.message == "what to do"
+
+
+def test_a_full_disk_is_one_message() -> None:
+    with pytest.raises(click.ClickException, match="no space left on /data/x; free some"), common.clear_errors():
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+    with pytest.raises(click.ClickException, match="no space left on the disk"), common.clear_errors():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), KeyError("x"), OSError(errno.EIO, "broken")])
+def test_defects_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as found, common.clear_errors():
+        raise error
+    assert found.value is error
+
+
+@pytest.fixture
+def command() -> click.Command:
+    """A stage that tells what it was given."""
+
+    @common.worker_option
+    @common.stage
+    def example(config: Config, worker: Path | None) -> None:
+        """Say the rate."""
+        if config.optim.lr == 3:
+            raise StoreError("segment x is missing")
+        common.say(f"lr {config.optim.lr} worker {worker}")
+
+    return example
+
+
+@pytest.fixture
+def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "params.yaml"
+    path.write_text("optim: {lr: 2}\n")
+    return path
+
+
+def test_a_stage_reads_the_folders_parameters(command: click.Command, params: Path) -> None:
+    (params.parent / "other.yaml").write_text("optim: {lr: 5}\n")
+    for arguments, said in (
+        ([], "lr 2.0 worker None"),
+        (["-S", "optim.lr=4"], "lr 4.0 worker None"),
+        (["--set", "optim.lr=4", "-S", "optim.lr=6"], "lr 6.0 worker None"),
+        (["--params", "other.yaml", "--worker", "plan.json"], "lr 5.0 worker plan.json"),
+    ):
+        result = CliRunner().invoke(command, arguments)
+        assert (result.exit_code, result.output.strip()) == (0, said)
+    assert "Say the rate." in CliRunner().invoke(command, ["--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-S", "optim.rate=1"], "optim.rate: unknown key"),
+        (["-S", "optim.lr"], "write key=value"),
+        (["-S", "optim.lr=3"], "segment x is missing"),
+        (["--params", "nowhere.yaml"], "nowhere.yaml: no such parameter file"),
+    ],
+)
+def test_a_stage_that_cannot_run_says_why(
+    command: click.Command, params: Path, arguments: list[str], words: str
+) -> None:
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert words in result.output
+    assert isinstance(result.exception, SystemExit)  # no traceback
+
+
+def test_space_is_looked_at_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    common.need_space(tmp_path, 1000, "cache")
+    with pytest.raises(SpecError, match=r"cache needs up to 1\.0 kB in .*, where 1\.0 kB are free.*features\.store"):
+        common.need_space(tmp_path, 1001, "cache")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_540_000, "1.5 MB"), (2e9, "2.0 GB"), (3.25e15, "3250.0 TB")],
+)
+def test_sizes_for_people(count: float, text: str) -> None:
+    assert common.size(count) == text
+
+
+def test_the_store_is_the_users_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert common.store_root(Config()) == Path("/cache/speculator-training/store")
+    config = config_module.from_mapping({"features": {"store": "/big/store"}})
+    assert common.store_root(config) == Path("/big/store")
+
+
+def test_sources_that_fetch_has_not_written(params: Path) -> None:
+    with pytest.raises(SpecError, match=r"data/sources\.json is not here; run the fetch stage"):
+        common.read_sources()
+    files.write_json(common.SOURCES, {"base": {}})
+    assert common.read_sources() == {"base": {}}
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from spec import config
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+plan = json.loads(Path(arguments["--worker"]).read_text())
+Path("told.json").write_text(json.dumps({
+    "params": config.flatten(config.load(Path(arguments["--params"]))), "plan": plan,
+}))
+sys.exit(plan.get("exit", 0))
+"""
+
+PATIENT = """
+import os, signal, sys, time
+from pathlib import Path
+def leave(number, frame):
+    Path("saved").write_text(str(number))
+    sys.exit(7)
+signal.signal(signal.SIGTERM, leave)
+Path("ready").write_text("")
+time.sleep(30)
+"""
+
+
+def launched(*launcher: str, **values: Any) -> Config:
+    return config_module.from_mapping({"trainer": {"launcher": shlex.join(launcher)}, **values})
+
+
+@pytest.fixture
+def module(params: Path) -> Iterator[str]:
+    """A module that python -m finds in the working directory."""
+    (params.parent / "a_worker.py").write_text(WORKER)
+    (params.parent / "a_patient_worker.py").write_text(PATIENT)
+    yield "a_worker"
+    assert list(params.parent.glob(".workers-*")) == []  # whatever happened
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], []])
+def test_workers_get_the_parameters_and_the_plan(module: str, launcher: list[str]) -> None:
+    config = launched(*launcher, data={"train_files": ["x", "y: z"]}, optim={"lr": 0.5})
+    plan = {"groups": [[0, 1], [2]]}
+    common.run_workers(config, module, plan)
+    told = json.loads(Path("told.json").read_text())
+    assert told == {"params": config_module.flatten(config), "plan": plan}
+
+
+def test_a_worker_that_fails_stops_the_stage(module: str) -> None:
+    with pytest.raises(SpecError, match=r"a worker failed \(exit status 3\); its message is above"):
+        common.run_workers(launched(sys.executable), module, {"exit": 3})
+
+
+def test_a_launcher_that_is_not_there(module: str) -> None:
+    with pytest.raises(SpecError, match=r"trainer\.launcher: 'no-such-launcher' could not be started \(No such file"):
+        common.run_workers(launched("no-such-launcher", "-n", "2"), module, {})
+
+
+def test_torchrun_is_this_environments(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            commands.append(command)
+            assert env["PYTHONPATH"].split(os.pathsep)[0] == str(common.PROJECT)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(common.subprocess, "Popen", Process)
+    common.run_workers(Config(), module, {})
+    common.run_workers(launched("srun", "-n", "4", "python"), module, {})
+    assert commands[0][:5] == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    assert commands[1][:4] == ["srun", "-n", "4", "python"]
+    for command in commands:
+        assert command[-6:-4] == ["-m", module]
+        assert command[-4::2] == ["--params", "--worker"]
+
+
+def test_workers_are_told_to_leave(module: str) -> None:
+    """So that they can save before they do."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate() -> None:
+        deadline = time.monotonic() + 20
+        while not Path("ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(SpecError, match="exit status 7"):
+        common.run_workers(launched(sys.executable), "a_patient_worker", {})
+    thread.join()
+    assert Path("saved").read_text() == str(int(signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) == before
