@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -29,7 +30,16 @@ COMPACT = 0.75
 """Ended rows are taken out of a batch when at most this share of it still writes."""
 
 _WEIGHTS = (".safetensors", ".bin")
-_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_TOKENIZER = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "generation_config",  # its stop tokens end answers, beside the tokenizer's
+)
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -106,6 +116,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder."""
+    if not trust_remote_code and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        raise BaseError(f"{folder}: no tokenizer (tokenizer.json or its like); copy it beside config.json")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -171,11 +183,17 @@ def load(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype or params.dtype), trust_remote_code=params.trust_remote_code
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype or params.dtype),
+            trust_remote_code=params.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseError(f"{folder}: the weights could not be loaded ({error})") from None
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise BaseError(f"{folder}: the weights lack {missing}; copy every weight file of the model")
     model = model.to(device).eval().requires_grad_(False)
     base = Base(model, load_tokenizer(folder, params.trust_remote_code), digest, device)
     _check_states(base)

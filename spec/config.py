@@ -94,6 +94,7 @@ DimsField = Annotated[Dims, BeforeValidator(parse_dims)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -192,7 +193,7 @@ class Optim(Section):
     lr: Rate = 1e-4
     base_lr: Rate = 1e-5
     loss: Literal["ce", "kl"] = "ce"
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_ratio: Fraction = 0.05

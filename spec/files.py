@@ -59,9 +59,10 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
     """
     memory_path = cache_dir() / "digests.json"
     try:
-        memory: dict[str, Any] = read_json(memory_path)
+        found = read_json(memory_path)
     except (OSError, ValueError):
-        memory = {}
+        found = None
+    memory: dict[str, Any] = found if isinstance(found, dict) else {}
     known = dict(memory)
     digests: dict[str, str] = {}
     for path in paths:

@@ -40,6 +40,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last -tokens_to_remove positions (the sign is transformers' own)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative count, found a positive one: {tokens_to_remove}")
         if self.is_initialized and tokens_to_remove:
             self._show(max(self._length + tokens_to_remove, 0))
 

@@ -89,7 +89,7 @@ class Run:
         if found is not None:
             return str(found.experiment_id)
         local = uri.startswith("sqlite:///")
-        artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri() if local else None
+        artifacts = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri() if local else None
         return str(self._client.create_experiment(name, artifact_location=artifacts))
 
     def _log_params(self, config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
@@ -90,14 +91,18 @@ def write(
                 compressors=compressors,
                 config={"write_empty_chunks": True},
             )[...] = array
-        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        marks = _marks(temporary)
+        size = sum(int(mark[0]) for mark in marks.values())
         record = Record(name, tuple(items), content_digest(arrays), size)
-        files.write_json(temporary / RECORD, {"items": list(items), "digest": record.digest, "bytes": size})
+        entry = {"items": list(items), "digest": record.digest, "bytes": size, "files": marks}
+        files.write_json(temporary / RECORD, entry)
         _flush(temporary)
+        if not (folder / name / RECORD).is_file():
+            shutil.rmtree(folder / name, ignore_errors=True)  # the rest of a segment that lost its record
         try:
             temporary.rename(folder / name)
         except OSError:
-            if not (folder / name / RECORD).is_file():
+            if not (folder / name / RECORD).is_file():  # else another worker was first
                 raise
         return record
     finally:
@@ -105,38 +110,59 @@ def write(
 
 
 def read_record(folder: Path, name: str) -> Record:
-    """What a segment holds, without reading its arrays."""
-    value = files.read_json(folder / name / RECORD)
-    return Record(name, tuple(value["items"]), value["digest"], value["bytes"])
+    """What a segment holds, without reading its arrays.
+
+    Raises:
+        StoreError: a missing or damaged record, by the segment's name.
+    """
+    try:
+        value = files.read_json(folder / name / RECORD)
+        return Record(name, tuple(value["items"]), value["digest"], value["bytes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, name, error) from error
 
 
 def read(folder: Path, name: str) -> dict[str, NDArray[Any]]:
-    """Every array of a segment; each chunk's crc32c is checked.
+    """Every array of a segment; checked are each chunk's crc32c, every file's size, and the digests of metadata.
 
     Raises:
         StoreError: a missing or damaged segment, by name.
     """
     try:
+        if _marks(folder / name) != files.read_json(folder / name / RECORD)["files"]:
+            raise ValueError("its files are not those that were written")
         group = zarr.open_group(folder / name, mode="r")
         arrays = {}
         for key in group.attrs["arrays"]:
-            array = group[key]
-            if array.size and not (folder / name / key / "c").exists():
-                raise FileNotFoundError(f"{key} has no data")
-            arrays[key] = np.asarray(array[...])
+            arrays[key] = np.asarray(group[key][...])
         return arrays
     except Exception as error:
-        raise StoreError(
-            f"segment {name} in {folder} is missing or damaged ({error}); delete its folder and run the stage again: "
-            "only this segment is recomputed"
-        ) from error
+        raise _damaged(folder, name, error) from error
+
+
+def _damaged(folder: Path, name: str, error: Exception) -> StoreError:
+    return StoreError(
+        f"segment {name} in {folder} is missing or damaged ({error}); delete its folder and run the stage again: "
+        "only this segment is recomputed"
+    )
+
+
+def _marks(folder: Path) -> dict[str, list[Any]]:
+    """Size of every file of a segment, and SHA-256 of its metadata, which carries no checksum of its own."""
+    marks: dict[str, list[Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != RECORD:
+            metadata = hashlib.sha256(path.read_bytes()).hexdigest() if path.name == "zarr.json" else None
+            marks[path.relative_to(folder).as_posix()] = [path.stat().st_size, metadata]
+    return marks
 
 
 def clean_litter(folder: Path) -> None:
     """Remove what killed processes of this host left half-written."""
-    for path in folder.glob(f"{_PARTIAL}-{socket.gethostname()}-*"):
-        pid = path.name.removeprefix(f"{_PARTIAL}-{socket.gethostname()}-").split("-")[0]
-        if not _alive(int(pid)):
+    pattern = re.compile(rf"{re.escape(_PARTIAL)}-{re.escape(socket.gethostname())}-(\d+)-[^-]+")
+    for path in folder.glob(f"{_PARTIAL}-*"):
+        match = pattern.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -131,7 +131,7 @@ class _Run:
         positions = 0
         stop = False
         began = time.monotonic()
-        for micro_batches in prefetch(self._batches()):
+        for micro_batches in () if self._exhausted() else prefetch(self._batches()):
             waited += time.monotonic() - began
             step_sums, norm = self._step(micro_batches)
             trained += time.monotonic() - began
@@ -139,13 +139,14 @@ class _Run:
             positions += sum(len(batch.states) for batch in micro_batches)
             self.step += 1
             last = self.step == self.total
-            if self.step % LOG_EVERY == 0 or last:
+            saving = self.step % self.config.trainer.save_freq == 0 or last
+            if self.step % LOG_EVERY == 0 or saving:  # a checkpoint holds no half-counted sums
                 self._log(sums, norm, positions, waited, trained)
                 sums.zero_()
                 waited, trained, positions = 0.0, 0.0, 0
             if self.step % self.config.trainer.test_freq == 0 or last:
                 stop = self._validate()
-            if self.step % self.config.trainer.save_freq == 0 or last or stop:
+            if saving or stop:
                 self._save()
             if stop:
                 break
@@ -223,6 +224,10 @@ class _Run:
             self.since_best += 1
         if self.worker.first:
             self._tell("val", metrics)
+        return self._exhausted()
+
+    def _exhausted(self) -> bool:
+        """Whether val has not improved for trainer.early_stop validations."""
         patience = self.config.trainer.early_stop
         return patience is not None and self.since_best >= patience
 

@@ -233,22 +233,13 @@ def without_a_matrix(folder: Path) -> None:
     [
         pytest.param(
             no_tokenizer,
-            marks=pytest.mark.xfail(
-                strict=True, reason="transformers makes an empty tokenizer where there is none, and load says nothing"
-            ),
         ),
         pytest.param(
             truncated,
-            marks=pytest.mark.xfail(
-                strict=True, reason="load lets safetensors' own SafetensorError through, a traceback for a user"
-            ),
         ),
         too_narrow,
         pytest.param(
             without_a_matrix,
-            marks=pytest.mark.xfail(
-                strict=True, reason="transformers draws a missing matrix at random, and load says nothing"
-            ),
         ),
     ],
 )
@@ -289,9 +280,6 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
             "generation_config.json",
             replace_text('"eos_token_id": 2', '"eos_token_id": 5'),
             {"tokenizer"},
-            marks=pytest.mark.xfail(
-                strict=True, reason="generation_config.json's stop tokens end answers, and no identity holds them"
-            ),
         ),
     ],
 )

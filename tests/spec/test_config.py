@@ -196,7 +196,6 @@ def test_sum_lstm_shares_its_weights() -> None:
         from_overrides(["model.speculator.method=sum_lstm", "model.speculator.tie_weights=false"])
 
 
-@pytest.mark.xfail(strict=True, reason="optim.betas takes 1.0, which AdamW refuses with a traceback in every worker")
 def test_betas_that_adam_refuses() -> None:
     with pytest.raises(ConfigError, match=r"optim\.betas"):
         from_mapping({"optim": {"betas": [0.9, 1.0]}})

@@ -129,7 +129,6 @@ def test_untouched_layers_take_every_call() -> None:
     assert layer.get_seq_length() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="crop(+k) shows k positions that were never written; transformers refuses it")
 def test_cropping_by_a_positive_count_is_refused() -> None:
     layer = GrowingLayer()
     layer.update(torch.randn(1, 1, 6, 2), torch.randn(1, 1, 6, 2))

@@ -118,9 +118,6 @@ def test_a_server_that_does_not_answer_is_told_at_once(monkeypatch: pytest.Monke
     assert time.monotonic() - began < 20  # not mlflow's own seven retries, which take minutes
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a relative sqlite address, which `make ui` itself uses, has no file URI for its artifacts"
-)
 def test_a_database_named_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made: list[str] = []

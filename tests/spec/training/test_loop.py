@@ -280,9 +280,6 @@ def test_a_complete_run_is_not_trained_further(store: Path, tmp_path: Path) -> N
     assert_same(run(store, tmp_path), expected)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="positions since the last logged step are not in the checkpoint, so a resumed count falls short"
-)
 def test_positions_seen_are_counted_through_an_interruption(store: Path, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         run(store, tmp_path, listen=interrupt("val", 10))
@@ -334,7 +331,6 @@ def test_early_stop(
     assert (tmp_path / f"global_step_{last}").is_dir()
 
 
-@pytest.mark.xfail(strict=True, reason="a run that stopped early and is called again goes on instead of being done")
 def test_a_run_that_stopped_early_is_not_trained_further(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
