@@ -192,7 +192,7 @@ class Optim(Section):
 
     lr: Rate = 1e-4
     base_lr: Rate = 1e-5
-    loss: Literal["ce", "kl"] = "ce"
+    loss: Literal["ce"] = "ce"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"

@@ -95,6 +95,7 @@ def test_finished_rows_leave_the_batch(base: Base) -> None:
     assert sum(writing) == sum(map(len, answers))
     for rows, batch in zip(writing, batches, strict=True):
         assert base_model.COMPACT * batch < rows <= batch
+    assert batches[-1] < batches[0]
 
 
 def test_the_loop_ends_when_every_row_has(base: Base) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, MistralConfig, Qwen2Config
 from transformers.cache_utils import DynamicLayer
 
+from spec import kv_cache
 from spec.kv_cache import GrowingLayer, make_cache
 
 V = 32
@@ -48,12 +49,19 @@ operations = st.one_of(
 @given(
     family=st.sampled_from(sorted(CONFIGS)),
     rows=st.integers(1, 3),
-    prefill=st.sampled_from([1, 5, 255, 256, 260]),
+    prefill=st.sampled_from([1, 5, 60]),
+    block=st.sampled_from([1, 3, 256]),
     steps=st.lists(operations, min_size=3, max_size=10),
 )
 def test_every_step_sees_what_the_plain_cache_sees(
-    family: str, rows: int, prefill: int, steps: list[tuple[str, int]]
+    family: str, rows: int, prefill: int, block: int, steps: list[tuple[str, int]]
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "_BLOCK", block)
+        compare(family, rows, prefill, steps)
+
+
+def compare(family: str, rows: int, prefill: int, steps: list[tuple[str, int]]) -> None:
     config = model(family).config
     ours, theirs = make_cache(config), DynamicCache(config=config)
     assert all(type(layer) is GrowingLayer for layer in ours.layers)
@@ -96,9 +104,11 @@ def test_a_step_writes_its_own_positions_only() -> None:
 
 def test_a_full_buffer_doubles() -> None:
     layer = GrowingLayer()
-    states = torch.randn(1, 1, 1, 2)
-    places = {layer.update(states, states)[0].data_ptr() for _ in range(2000)}
+    states = torch.randn(1, 1, 2000, 2)
+    places = {layer.update(s, -s)[0].data_ptr() for s in states.split(1, 2)}
     assert len(places) <= 5
+    assert torch.equal(layer.keys, states)
+    assert torch.equal(layer.values, -states)
 
 
 def test_cropping_and_writing_again() -> None:

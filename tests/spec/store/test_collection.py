@@ -40,6 +40,7 @@ def test_a_key_holds_every_array_and_where_it_ends() -> None:
         key([1, 2, 4], [0, 1, 1]),
         key([1, 2, 3, 0], [1, 1]),
         key([1, 2, 3, 0, 1, 1]),
+        key([1, 2, 3, int.from_bytes(b"<i4:", "little"), 0, 1, 1]),
         key([1, 2, 3]),
         key([1, 2, 3], dtype=np.int64),
     ]

@@ -103,6 +103,22 @@ def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path
                 assert torch.equal(found, base_model.hidden_states(model.model, padded)[0, kept])
 
 
+def test_each_row_is_padded_to_its_own_bucket(base: Base, tmp_path: Path) -> None:
+    """In bfloat16 the padded length changes the states, so nothing but the row may choose it."""
+    shapes: list[tuple[int, int]] = []
+    hook = base.model.get_decoder().register_forward_pre_hook(
+        lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    rows = make_rows(12)
+    try:
+        produce(base, tmp_path, rows)
+    finally:
+        hook.remove()
+    padded = sorted(width for count, width in shapes for _ in range(count))
+    assert padded == sorted(base_model.bucket(len(row)) for row in rows)
+    assert len(set(padded)) == 3
+
+
 def test_tokens_and_masks_lie_beside_the_states(base: Base, tmp_path: Path) -> None:
     rows = make_rows(6)
     collection = produce(base, tmp_path, rows)
