@@ -35,6 +35,9 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
     """
     with common.clear_errors():
         config = _config(nproc_per_node, overrides)
+        ours = (save_path / "params.yaml").is_file() and not (save_path / "dvc.yaml").exists()
+        if not ours and any((save_path / name).exists() for name in _WORK):
+            raise SpecError(f"{save_path} holds data or results that no earlier call made; name a folder of its own")
         save_path.mkdir(parents=True, exist_ok=True)
         for name in _WORK:
             shutil.rmtree(save_path / name, ignore_errors=True)

@@ -212,6 +212,10 @@ def no_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def no_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
 def truncated(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
