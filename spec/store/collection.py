@@ -66,7 +66,13 @@ class Collection:
         for path in sorted(self.folder.glob(f"[!.]*/{segment.RECORD}")):
             name = path.parent.name
             if name not in self._records:
-                self._records[name] = segment.read_record(self.folder, name)
+                record = segment.read_record(self.folder, name)
+                if self.name_of(record.items) != name:
+                    raise StoreError(
+                        f"segment {name} in {self.folder} is damaged: its record lists other rows than its name stands "
+                        "for; delete its folder and run the stage again: only this segment is recomputed"
+                    )
+                self._records[name] = record
         return self._records
 
     def find(self) -> dict[str, tuple[str, int]]:

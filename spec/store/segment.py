@@ -97,13 +97,12 @@ def write(
         entry = {"items": list(items), "digest": record.digest, "bytes": size, "files": marks}
         files.write_json(temporary / RECORD, entry)
         _flush(temporary)
-        if not (folder / name / RECORD).is_file():
-            shutil.rmtree(folder / name, ignore_errors=True)  # the rest of a segment that lost its record
         try:
             temporary.rename(folder / name)
         except OSError:
             if not (folder / name / RECORD).is_file():  # else another worker was first
-                raise
+                shutil.rmtree(folder / name, ignore_errors=True)  # the rest of a segment that lost its record
+                temporary.rename(folder / name)
         return record
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

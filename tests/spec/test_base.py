@@ -236,16 +236,11 @@ def without_a_matrix(folder: Path) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        pytest.param(
-            no_tokenizer,
-        ),
-        pytest.param(
-            truncated,
-        ),
+        no_tokenizer,
+        no_vocabulary,
+        truncated,
         too_narrow,
-        pytest.param(
-            without_a_matrix,
-        ),
+        without_a_matrix,
     ],
 )
 def test_a_folder_that_does_not_load_is_refused(folder: Path, spoil: Callable[[Path], None]) -> None:
@@ -281,11 +276,7 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
         ("tokenizer.json", replace_text("<|endoftext|>", "<|endoftexx|>"), {"tokenizer"}),
         ("chat_template.jinja", replace_text(CHATML[:20], CHATML[:20] + " "), {"tokenizer"}),
         ("README.md", lambda path: path.write_text("a model"), set()),
-        pytest.param(
-            "generation_config.json",
-            replace_text('"eos_token_id": 2', '"eos_token_id": 5'),
-            {"tokenizer"},
-        ),
+        ("generation_config.json", replace_text('"eos_token_id": 2', '"eos_token_id": 5'), {"tokenizer"}),
     ],
 )
 def test_identity_follows_what_states_and_answers_depend_on(

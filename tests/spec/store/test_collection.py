@@ -40,7 +40,8 @@ def test_a_key_holds_every_array_and_where_it_ends() -> None:
         key([1, 2, 4], [0, 1, 1]),
         key([1, 2, 3, 0], [1, 1]),
         key([1, 2, 3, 0, 1, 1]),
-        key([1, 2, 3, int.from_bytes(b"<i4:", "little"), 0, 1, 1]),
+        key([1], [2], dtype=np.uint8),
+        key([1, *b"|u1", 2], dtype=np.uint8),
         key([1, 2, 3]),
         key([1, 2, 3], dtype=np.int64),
     ]
@@ -104,9 +105,6 @@ def test_half_written_segments_are_invisible(tmp_path: Path) -> None:
     assert collection(tmp_path).find() == {}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="nothing ties a record's items to its segment: a flipped bit sends a row to another one's place"
-)
 def test_a_record_that_names_other_rows_is_noticed(tmp_path: Path) -> None:
     made = collection(tmp_path)
     record = made.write(["a", "b"], arrays(1, 2), {}, "none")

@@ -52,6 +52,19 @@ def test_the_newest_is_taken_up(checkpoints: Checkpoints, speculator: Speculator
     assert torch.equal(found[1]["optimizer"]["a"], torch.ones(2))
 
 
+def test_the_newest_is_taken_up_where_the_one_before_still_has_its_state(
+    checkpoints: Checkpoints, speculator: Speculator
+) -> None:
+    """As a kill between the two leaves them."""
+    state = checkpoints.save(20, speculator, {}) / "training.pt"
+    content = state.read_bytes()
+    checkpoints.save(100, speculator, {})
+    state.write_bytes(content)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1]["step"] == 100
+
+
 def test_older_checkpoints_keep_their_speculator_only(checkpoints: Checkpoints, speculator: Speculator) -> None:
     for step in (1, 2):
         checkpoints.save(step, speculator, {})
