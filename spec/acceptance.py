@@ -114,18 +114,14 @@ class Answer:
     def matches(self, drafts: Iterable[Sequence[int]]) -> list[int]:
         """For each token of the answer, how many of the drafts behind it equal what follows."""
         tokens = self.ids.tolist()
-        return [
-            _leading(draft, tokens[self.start + j + 1 :]) for j, draft in zip(range(self.length), drafts, strict=True)
-        ]
+        places = range(self.start + 1, len(tokens) + 1)
+        return [matching(draft, tokens[at : at + len(draft)]) for at, draft in zip(places, drafts, strict=True)]
 
 
-def _leading(draft: Sequence[int], truth: Sequence[int]) -> int:
-    count = 0
-    for drafted, token in zip(draft, truth, strict=False):
-        if drafted != token:
-            break
-        count += 1
-    return count
+def matching(draft: Sequence[int], wanted: Sequence[int]) -> int:
+    """How many tokens of the draft come before the first that is not the wanted one."""
+    pairs = zip(draft, wanted, strict=False)
+    return next((i for i, (drafted, token) in enumerate(pairs) if drafted != token), min(len(draft), len(wanted)))
 
 
 @torch.inference_mode()

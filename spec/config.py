@@ -67,6 +67,21 @@ def format_dims(dims: Dims) -> int | str:
     return dims[0] if len(dims) == 1 else ".".join(map(str, dims))
 
 
+def check_recurrent(method: str, emb_dim: Dims, proj_dim: Dims, tie_weights: bool) -> None:
+    """Refuse what makes no sum_rnn or sum_lstm.
+
+    Raises:
+        ValueError: names the fields and their values.
+    """
+    if emb_dim[-1] != proj_dim[-1]:
+        raise ValueError(
+            f"emb_dim ends in {emb_dim[-1]} and proj_dim in {proj_dim[-1]}: the token embedding and the projected "
+            "state are added, so their last widths must be equal"
+        )
+    if method == "sum_lstm" and not tie_weights:
+        raise ValueError("method sum_lstm shares its weights over the heads: set tie_weights to true")
+
+
 def _paths(value: object) -> object:
     """One path or a list of them, with ~ and $VARIABLES expanded; None is no file."""
     if value is None:
@@ -139,13 +154,7 @@ class Speculator(Section):
     def _addable(self) -> Speculator:
         if self.method == "medusa":
             return self
-        if self.emb_dim[-1] != self.proj_dim[-1]:
-            raise ValueError(
-                f"emb_dim ends in {self.emb_dim[-1]} and proj_dim in {self.proj_dim[-1]}: the token embedding and "
-                "the projected state are added, so their last widths must be equal"
-            )
-        if self.method == "sum_lstm" and not self.tie_weights:
-            raise ValueError("method sum_lstm shares its weights over the heads: set tie_weights to true")
+        check_recurrent(self.method, self.emb_dim, self.proj_dim, self.tie_weights)
         return self
 
 

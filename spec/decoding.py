@@ -299,7 +299,7 @@ class LanguageModelWithSpeculator:
                 chosen = pick(logits, written)  # [1 + k]
                 read_ids, wanted = torch.stack([inputs, chosen]).tolist()
                 # Accept drafts up to the first that the base would not have written; its own token comes behind them.
-                accepted = _matching(read_ids[1:], wanted)
+                accepted = acceptance.matching(read_ids[1:], wanted)
                 cache.crop(accepted - k)
                 token, state = chosen[accepted : accepted + 1], states[accepted : accepted + 1]
                 run = _until_stop(wanted[: accepted + 1][: limit - written], stops)
@@ -352,12 +352,6 @@ def _sampler(length: int, temperature: float, top_k: int, top_p: float, seed: in
         return torch.searchsorted(cumulative, levels)[:, 0]
 
     return pick
-
-
-def _matching(draft: list[int], wanted: list[int]) -> int:
-    """How many tokens of the draft come before the first that is not the wanted one."""
-    pairs = zip(draft, wanted, strict=False)
-    return next((i for i, (drafted, token) in enumerate(pairs) if drafted != token), len(draft))
 
 
 def _until_stop(tokens: list[int], stops: frozenset[int]) -> list[int]:

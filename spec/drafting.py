@@ -77,11 +77,6 @@ class NgramIndex:
         return []
 
 
-def ngram_draft(ids: Iterable[int], minimum: int, maximum: int, length: int) -> list[int]:
-    """Draft `length` tokens behind `ids` as NgramIndex does; for a growing sequence keep an index instead."""
-    return NgramIndex(minimum, maximum, ids).draft(length)
-
-
 class Drafter:
     """Says what each step drafts while one sequence grows.
 

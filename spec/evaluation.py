@@ -100,7 +100,7 @@ def decoding(
     everything: list[Source] = ["none", *SOURCES]
     results: dict[str, dict[Source, Timed]] = {}
     for turn, index in enumerate(indices):
-        prompt = reader.sequence(index).ids[: manifest.prompt_length[index]].tolist()
+        prompt = _prompt(reader, index)
         if turn == 0:
             for source in everything:  # first calls pay for allocations and code paths
                 model.generate(prompt, min(8, max_new_tokens), draft=source)
@@ -117,11 +117,16 @@ def lossless(
 ) -> bool:
     """Whether every source writes exactly what plain decoding writes; a claim for float32."""
     for index in indices:
-        prompt = reader.sequence(index).ids[: reader.manifest.prompt_length[index]].tolist()
+        prompt = _prompt(reader, index)
         plain = model.generate(prompt, max_new_tokens, draft="none").tokens
         if any(model.generate(prompt, max_new_tokens, draft=source).tokens != plain for source in SOURCES):
             return False
     return True
+
+
+def _prompt(reader: FeatureReader, index: int) -> list[int]:
+    ids: list[int] = reader.sequence(index).ids[: reader.manifest.prompt_length[index]].tolist()
+    return ids
 
 
 def summary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,6 @@ class Run:
         self._try(self._log, metrics, step, to_parent)
 
     def _log(self, metrics: Mapping[str, float], step: int, to_parent: bool) -> None:
-        import time
-
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

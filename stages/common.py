@@ -25,6 +25,7 @@ from spec.config import Config
 from spec.errors import SpecError
 
 SOURCES = Path("data/sources.json")
+MODEL = Path("models/speculator")
 SPLITS = ("train", "val", "eval")
 
 
@@ -141,7 +142,7 @@ def say(message: str) -> None:
 def run_workers(config: Config, module: str, plan: Any) -> None:
     """Run ``python -m module --worker`` under trainer.launcher, give it config and plan, and wait for it.
 
-    SIGTERM and SIGINT are passed on, so that workers can save before they leave.
+    SIGTERM and SIGINT are passed on.
 
     Raises:
         SpecError: the launcher could not be started, or a worker failed (it has said why).
@@ -149,8 +150,6 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
     launcher = list(config.trainer.launcher) or [sys.executable]
     if launcher[0] == "torchrun":
         launcher[:1] = [sys.executable, "-m", "torch.distributed.run"]
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), environment.get("PYTHONPATH")]))
     # In the working directory, since workers may run on other machines that share it.
     with tempfile.TemporaryDirectory(prefix=".workers-", dir=".") as folder:
         params, plan_path = Path(folder) / "params.yaml", Path(folder) / "plan.json"
@@ -158,7 +157,7 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
         plan_path.write_text(json.dumps(plan))
         command = [*launcher, "-m", module, "--params", str(params), "--worker", str(plan_path)]
         try:
-            process = subprocess.Popen(command, env=environment)
+            process = subprocess.Popen(command, env=child_environment())
         except OSError as error:
             raise SpecError(f"trainer.launcher: {launcher[0]!r} could not be started ({error.strerror})") from None
         previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in _SIGNALS}
@@ -169,6 +168,12 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
                 signal.signal(number, handler)
     if status:
         raise SpecError(f"a worker failed (exit status {status}); its message is above")
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, for one that finds the project's modules from any working directory."""
+    paths = filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -13,11 +13,11 @@ import torch
 from spec import acceptance, base, evaluation, files, heads, plots, tracking
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
+from spec.drafting import NGRAM_LENGTH
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from stages import common
 
-MODEL = Path("models/speculator")
 RESULTS = Path("results/evaluate")
 LOSSLESS_PROMPTS = 4
 LOSSLESS_TOKENS = 32
@@ -28,10 +28,10 @@ def evaluate(config: Config) -> None:
     """Measure models/speculator on the eval split, and write results/evaluate."""
     sources = common.read_sources()
     manifest = Manifest.load(common.features_path("eval"))
-    shape = heads.read_config(MODEL)
+    shape = heads.read_config(common.MODEL)
     heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, sources["base"]["weights"])
     reader = FeatureReader(manifest, common.store_root(config))
-    run = tracking.Run(config, "evaluate", {"features": manifest.digest}, parent=tracking.kept_run(MODEL))
+    run = tracking.Run(config, "evaluate", {"features": manifest.digest}, parent=tracking.kept_run(common.MODEL))
     try:
         metrics = _measure(config, sources["base"], reader, shape.n_predict)
         _track(run, metrics)
@@ -47,7 +47,7 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
     dtype = getattr(torch, config.model.dtype)
     device = base.choose_device()
     with common.progress(reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
-        measured = evaluation.offline(heads.load(MODEL, device, dtype), reader, config.decode, bar.update)
+        measured = evaluation.offline(heads.load(common.MODEL, device, dtype), reader, config.decode, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
     timed: dict[str, dict[Any, evaluation.Timed]] = {}
     if indices:
@@ -72,13 +72,16 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:
     folder = base.resolve(config.model.partial_pretrain, source["revision"])
     model = base.load(config.model, folder, source["weights"], dtype=dtype)
-    return LanguageModelWithSpeculator(model, heads.load(MODEL, model.device, getattr(torch, dtype)), config.decode)
+    return LanguageModelWithSpeculator(
+        model, heads.load(common.MODEL, model.device, getattr(torch, dtype)), config.decode
+    )
 
 
 def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> None:
     """Tables for dvc, and pictures."""
     shares = {
-        source: acceptance.acceptance(walks, n if source == "head" else 6) for source, walks in measured.walks.items()
+        source: acceptance.acceptance(walks, n if source == "head" else NGRAM_LENGTH)
+        for source, walks in measured.walks.items()
     }
     with (RESULTS / "acceptance.csv").open("w", newline="") as file:
         writer = csv.writer(file)

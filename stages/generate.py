@@ -14,7 +14,7 @@ from stages import common
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("models/speculator"), show_default=True)
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
 @click.option("--prompt", required=True, help="What to ask; the base's chat template is put around it.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--draft", type=click.Choice(get_args(Source)), default="hybrid", show_default=True)

@@ -18,7 +18,7 @@ from spec.errors import SpecError
 from stages import common
 
 _STAGES = ("fetch", "tokenize", "respond", "cache", "train", "evaluate")
-_WORK = ("data", "results", "models/speculator")
+_WORK = ("data", "results", common.MODEL)
 _GSM8K = "$HOME/data/gsm8k"
 
 
@@ -47,13 +47,13 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
             config = _halve_val(config, save_path / "data")
         shutil.copy(common.PROJECT / embedded.LOCK, save_path / embedded.LOCK)
         config_module.save(config, save_path / "params.yaml")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(common.PROJECT), os.environ.get("PYTHONPATH", "")])}
+    environment = common.child_environment()
     for stage in _STAGES:
         status = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=save_path, env=environment).returncode
         if status:
             sys.exit(status)
     for name in ("pytorch_model.bin", "config.json"):
-        shutil.copy2(save_path / "models/speculator" / name, save_path / name)
+        shutil.copy2(save_path / common.MODEL / name, save_path / name)
     for run_folder in (save_path / "checkpoints").iterdir():
         for step in run_folder.glob("global_step_*"):
             shutil.rmtree(save_path / step.name, ignore_errors=True)

@@ -27,7 +27,6 @@ from stages import common
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints")
-MODEL = Path("models/speculator")
 RESULTS = Path("results/train")
 _NO_INFLUENCE = {
     "features.store",
@@ -62,10 +61,10 @@ def train(config: Config, worker: Path | None) -> None:
     common.need_space(CHECKPOINTS, 24 * count, "train")
     common.run_workers(config, "stages.train", {})
     metrics = files.read_json(RESULTS / "metrics.json")
-    size = common.size((MODEL / "pytorch_model.bin").stat().st_size)
+    size = common.size((common.MODEL / "pytorch_model.bin").stat().st_size)
     common.say(
         f"train: best at step {metrics['best_step']} of {metrics['steps']}, "
-        f"{metrics['val']['tokens_per_step']:.3f} tokens per step on val -> {MODEL} ({size})"
+        f"{metrics['val']['tokens_per_step']:.3f} tokens per step on val -> {common.MODEL} ({size})"
     )
 
 
@@ -117,8 +116,8 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
     try:
         result = loop.train(config, speculator, readers["train"], readers["val"], me, checkpoints, recorder.listen)
         result.restore(speculator)
-        heads.save(speculator, MODEL)
-        tracking.keep_run(MODEL, run, tracking.tracking_uri(config))
+        heads.save(speculator, common.MODEL)
+        tracking.keep_run(common.MODEL, run, tracking.tracking_uri(config))
         recorder.close()
         last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
         files.write_json(
@@ -136,7 +135,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
         recorder.draw(RESULTS)
         run.log({f"best.{name}": value for name, value in result.val.items()}, result.step)
         run.artifacts(RESULTS, "train")
-        run.artifacts(MODEL, "speculator")
+        run.artifacts(common.MODEL, "speculator")
         checkpoints.finish()
         run.finish()
     except BaseException:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
-from spec.config import Dims, format_dims, parse_dims
+from spec.config import Dims, check_recurrent, format_dims, parse_dims
 
 Method = Literal["sum_rnn", "sum_lstm", "medusa"]
 
@@ -84,13 +84,7 @@ class SpeculatorConfig:
             if self.scale_input:
                 raise ValueError("method medusa reads the states as they are: set scale_input to false")
             return
-        if self.emb_dim[-1] != self.proj_dim[-1]:
-            raise ValueError(
-                f"emb_dim ends in {self.emb_dim[-1]} and proj_dim in {self.proj_dim[-1]}: the token embedding and "
-                "the projected state are added, so their last widths must be equal"
-            )
-        if self.method == "sum_lstm" and not self.tie_weights:
-            raise ValueError("method sum_lstm shares its weights over the heads: set tie_weights to true")
+        check_recurrent(self.method, self.emb_dim, self.proj_dim, self.tie_weights)
         if self.num_hidden_layers != 1:
             raise ValueError(
                 f"num_hidden_layers is {self.num_hidden_layers} and method {self.method}: only medusa has such layers"

@@ -158,10 +158,10 @@ class _Run:
         """This worker's micro-batches of every step still to do."""
         size, micro = self.config.data.train_batch_size, self.config.data.micro_batch_size_per_gpu
         pin = self.worker.device.type == "cuda"
-        for epoch in range(self.step // self.steps_per_epoch, self.config.trainer.total_epochs):
+        begun, done = divmod(self.step, self.steps_per_epoch)
+        for epoch in range(begun, self.config.trainer.total_epochs):
             order = self.train_reader.order(self.config.trainer.seed, epoch)
-            first = self.step - epoch * self.steps_per_epoch if epoch == self.step // self.steps_per_epoch else 0
-            for start in range(first * size, len(order), size):
+            for start in range(done * size if epoch == begun else 0, len(order), size):
                 mine = order[start : start + size][self.worker.rank :: self.worker.world]
                 parts = [mine[at : at + micro] for at in range(0, len(mine), micro)] or [[]]
                 batches = [self.train_reader.positions(part, self.n) for part in parts]

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.config import Decode
-from spec.drafting import NGRAM_LENGTH, DecodingError, Drafter, NgramIndex, Source, drafts_along, ngram_draft
+from spec.drafting import NGRAM_LENGTH, DecodingError, Drafter, NgramIndex, Source, drafts_along
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 
@@ -21,6 +23,11 @@ def by_definition(tokens: list[int], minimum: int, maximum: int, length: int) ->
                     grown.append(grown[start + n + i])
                 return grown[len(tokens) :]
     return []
+
+
+def ngram_draft(ids: Iterable[int], minimum: int, maximum: int, length: int) -> list[int]:
+    """What an index over all of `ids` drafts."""
+    return NgramIndex(minimum, maximum, ids).draft(length)
 
 
 @given(ids, st.integers(1, 4), st.integers(0, 4), st.integers(0, 9))
