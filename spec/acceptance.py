@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from spec.heads import Speculator
-from spec.store.reader import CachedSequence, FeatureReader, to_positions
+from spec.store.reader import CachedSequence, FeatureReader
 
 CHUNK = 2048
 """Positions drafted from at one time."""
@@ -137,13 +137,13 @@ def draft_answers(
     their prompt are left out.
     """
     device = next(speculator.parameters()).device
-    n = speculator.config.n_predict
     answers: list[Answer] = []
     pending: list[tuple[int, CachedSequence]] = []
 
     def flush() -> None:
-        batch = to_positions([s for _, s in pending], n, reader.manifest.hidden_size, reader.dtype).to(device)
-        drafts = speculator.draft(batch.states, batch.tokens[:, 0]).cpu().numpy()
+        states = torch.cat([s.states for _, s in pending]).to(device)
+        tokens = torch.from_numpy(np.concatenate([s.ids[s.positions + 1] for _, s in pending])).long()
+        drafts = speculator.draft(states, tokens.to(device)).cpu().numpy()
         row = 0
         for index, sequence in pending:
             start = int(sequence.positions[0]) + 1
@@ -152,15 +152,15 @@ def draft_answers(
         on_positions(row)
         pending.clear()
 
-    for index in range(len(reader)) if indices is None else indices:
-        sequence = _last_answer(reader.sequence(index), reader.manifest.prompt_length[index])
+    for index, whole in reader.sequences(range(len(reader)) if indices is None else indices):
+        sequence = _last_answer(whole, reader.manifest.prompt_length[index])
         if sequence is not None:
             pending.append((index, sequence))
         if sum(len(s.positions) for _, s in pending) >= CHUNK:
             flush()
     if pending:
         flush()
-    return answers
+    return sorted(answers, key=lambda answer: answer.index)
 
 
 def _last_answer(sequence: CachedSequence, prompt_length: int) -> CachedSequence | None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
@@ -26,6 +28,10 @@ BUCKET = 64
 """Sequences are padded to a multiple of this: a bf16 result depends on the padded length, so it must follow from
 the sequence alone and never from what shares its batch."""
 
+LEAST_ROWS = 8
+"""A batch that writes has at least so many rows, idle ones if need be: on a CPU bf16 results are the same, bit for
+bit, for all batch sizes from a few rows on, but a single row is multiplied by other code."""
+
 COMPACT = 0.75
 """Ended rows are taken out of a batch when at most this share of it still writes."""
 
@@ -38,7 +44,6 @@ _TOKENIZER = (
     "added_tokens",
     "chat_template",
     "spiece",
-    "generation_config",  # its stop tokens end answers, beside the tokenizer's
 )
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -98,13 +103,28 @@ def downloaded_revision(folder: Path, params: Model) -> str | None:
 
 
 def identify(folder: Path) -> dict[str, Any]:
-    """Digests of what the base's states depend on: `weights` (with its configuration) and `tokenizer`."""
-    weights = [folder / "config.json", *_weight_files(folder)]
-    tokenizer = sorted(p for p in folder.iterdir() if p.name.startswith(_TOKENIZER) and p.is_file())
-    digests = files.digest_files([*weights, *tokenizer])
+    """Digests of what a base's output depends on.
+
+    - weights: weight files, config.json and code of the folder's own (which runs where it is trusted).
+    - tokenizer: the tokenizer's files and its chat template.
+    - generation: generation_config.json, whose stop tokens end answers; states do not depend on it.
+    """
+    entries = sorted(p for p in folder.iterdir() if p.is_file())
+    parts = {
+        "weights": [folder / "config.json", *_weight_files(folder), *(p for p in entries if p.suffix == ".py")],
+        "tokenizer": [p for p in entries if p.name.startswith(_TOKENIZER)],
+        "generation": [p for p in entries if p.name == "generation_config.json"],
+    }
+    digests = files.digest_files([path for paths in parts.values() for path in paths])
+    return {part: files.digest_json({p.name: digests[str(p)] for p in paths}) for part, paths in parts.items()}
+
+
+def producer(device: torch.device) -> dict[str, str]:
+    """What computed something, as segments write it down: versions and the kind of device."""
     return {
-        "weights": files.digest_json({p.name: digests[str(p)] for p in weights}),
-        "tokenizer": files.digest_json({p.name: digests[str(p)] for p in tokenizer}),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 
@@ -232,7 +252,7 @@ def answer(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
-    seed: int = 0,
+    seeds: Sequence[int] | None = None,
     on_token: Callable[[int], object] = lambda count: None,
 ) -> list[list[int]]:
     """Let the base continue each prompt until a stop token (kept) or max_new_tokens.
@@ -244,26 +264,28 @@ def answer(
         base: the model.
         prompts: token ids, none empty.
         max_new_tokens: at most this many tokens each.
-        temperature: 0 is greedy; else softmax sampling, seeded per call.
-        seed: of the sampling.
+        temperature: 0 is greedy; else softmax sampling.
+        seeds: of the sampling, one a prompt, so that an answer follows from its prompt and seed alone.
         on_token: called with the number of tokens written at each step.
     """
     width = prompt_bucket(max(map(len, prompts)))
     device, rows = base.device, len(prompts)
+    prompts = [*prompts, *[prompts[0]] * (LEAST_ROWS - rows)]
     pad = base.tokenizer.pad_token_id or 0
-    ids = torch.full((rows, width), pad, device=device)
-    mask = torch.zeros(rows, width, dtype=torch.long, device=device)
+    ids = torch.full((len(prompts), width), pad, device=device)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, width - len(prompt) :] = 1
-    generator = torch.Generator(device).manual_seed(seed)
+    drawn = _uniform(seeds or [], len(prompts), max_new_tokens if temperature else 0).to(device)
     cache = make_cache(base.model.config)
     answers: list[list[int]] = [[] for _ in range(rows)]
     stops = base.stop_ids
-    active = list(range(rows))  # the row that each place of the batch writes; -1 once it has ended
+    # The row that each place of the batch writes; -1 once it has ended.
+    active = [*range(rows), *[-1] * (len(prompts) - rows)]
     positions = (mask.cumsum(1) - 1).clamp_(min=0)
     with_positions = "position_ids" in inspect.signature(base.model.forward).parameters
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = base.model(
             input_ids=ids,
             attention_mask=mask,
@@ -273,7 +295,8 @@ def answer(
             **({"position_ids": positions} if with_positions else {}),
         ).logits[:, -1]
         if temperature:
-            tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+            tokens = torch.searchsorted(cumulative, drawn[:, step, None] * cumulative[:, -1:])[:, 0]
         else:
             tokens = logits.max(-1).indices  # four times as fast as argmax in bf16 on a CPU
         on_token(sum(row >= 0 for row in active))
@@ -287,9 +310,19 @@ def answer(
         going = [place for place, row in enumerate(active) if row >= 0]
         if not going:
             break
-        if len(going) <= COMPACT * len(active):  # a smaller batch is faster, but to make it copies the cache
+        if (
+            LEAST_ROWS <= len(going) <= COMPACT * len(active)
+        ):  # a smaller batch is faster, but to make it copies the cache
             keep = torch.tensor(going, device=device)
             active = [active[place] for place in going]
-            ids, positions, mask = ids[keep], positions[keep], mask[keep]
+            ids, positions, mask, drawn = ids[keep], positions[keep], mask[keep], drawn[keep]
             cache.batch_select_indices(keep)
     return answers
+
+
+def _uniform(seeds: Sequence[int], rows: int, length: int) -> torch.Tensor:
+    """Uniform numbers in (0, 1], [rows, length]: a row's follow from its seed alone; rows without a seed are idle."""
+    drawn = np.ones((rows, length), np.float32)
+    for row, seed in enumerate(seeds):
+        drawn[row] = 1 - np.random.default_rng(seed).random(length)  # a token of probability 0 is never met
+    return torch.from_numpy(drawn)

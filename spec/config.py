@@ -192,8 +192,17 @@ class Features(Section):
     """The cache of hidden states."""
 
     store: Annotated[str | None, BeforeValidator(lambda v: _expand(v) if isinstance(v, str) else v)] = None
-    codec: Literal["none", "zstd"] = "zstd"
+    codec: Literal["none", "zstd", "fp8"] = "zstd"
     segment_tokens: Positive = 65536
+
+    @field_validator("store")
+    @classmethod
+    def _local(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError(
+                f"{value!r} is a URL, and the store is a folder: name one on a disk or a shared file system"
+            )
+        return value
 
 
 class Optim(Section):

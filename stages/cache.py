@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,31 @@ from transformers import AutoConfig
 from spec import base, corpus, files
 from spec.config import Config
 from spec.corpus import TokenSequence
-from spec.store import features
-from spec.store.collection import Collection, item_key, plan
-from spec.store.manifest import Manifest
+from spec.store import features, upkeep
+from spec.store.collection import Collection
+from spec.store.features import FeatureRow
+from spec.store.manifest import make_manifest
+from spec.store.plan import item_key, plan
 from spec.workers import this_worker
 from stages import common
+
+METRICS = Path("results/cache/metrics.json")
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Every sequence of every split, and where its states are kept."""
+
+    collection: Collection
+    splits: dict[str, list[TokenSequence]]
+    keys: dict[str, list[str]]
+
+    def rows(self) -> list[FeatureRow]:
+        return [
+            FeatureRow(key, row.ids, row.mask)
+            for split, rows in self.splits.items()
+            for key, row in zip(self.keys[split], rows, strict=True)
+        ]
 
 
 @common.worker_option
@@ -22,90 +43,102 @@ from stages import common
 def cache(config: Config, worker: Path | None) -> None:
     """Run the base over what the store lacks, and write data/features/SPLIT.json."""
     sources = common.read_sources()
-    responses = {split: corpus.read(common.responses_path(split)) for split in common.SPLITS}
-    sequences = [row for rows in responses.values() for row in rows]
-    keys = [item_key(row.ids, row.mask) for row in sequences]
-    identity = features.identity(sources["base"], config.model.dtype)
+    splits = {split: _read(config, split, sources) for split in common.SPLITS}
+    identity = features.identity(sources["base"], config.model.dtype, config.features.codec)
     collection = Collection(common.store_root(config), "features", identity)
+    keys = {split: [item_key(row.ids, row.mask) for row in rows] for split, rows in splits.items()}
+    sequences = _Sequences(collection, splits, keys)
     if worker is not None:
-        _work(config, collection, keys, sequences, files.read_json(worker), sources)
+        _work(config, sequences, files.read_json(worker), sources)
         return
-    collection.create()
-    lengths = [len(row) for row in sequences]
-    groups = plan(keys, lengths, collection.find(), base.bucket, config.features.segment_tokens)
-    missing = [sequences[row] for group in groups for row in group]
-    tokens = sum(map(len, missing))
-    common.say(f"cache: {len(missing)} of {len(set(keys))} sequences ({tokens:,} tokens) are not in the store yet")
-    if groups:
-        folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-        text = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
-        positions = sum(int(row.mask[1:].sum()) for row in missing)
-        needed = features.stored_bytes(positions, tokens, text.hidden_size, config.model.dtype)
-        common.need_space(collection.folder, needed, "cache")
-        common.run_workers(config, "stages.cache", groups)
-    start = 0
-    for split, rows in responses.items():
-        _write(config, split, rows, keys[start : start + len(rows)], collection, sources["base"])
-        start += len(rows)
+    rows = sequences.rows()
+    with common.using_store(config) as root:
+        groups = common.plan_missing(collection, "cache", lambda known: plan_features(config, rows, known))
+        missing = [rows[number] for group in groups for number in group]
+        tokens = sum(len(row.ids) for row in missing)
+        unique = len({row.key for row in rows})
+        common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
+        if groups or not features.has_tables(collection):
+            positions = sum(int(row.mask[1:].sum()) for row in missing)
+            width = hidden_size(config, sources)
+            needed = features.stored_bytes(positions, tokens, width, config.model.dtype, config.features.codec)
+            common.need_space(collection.folder, needed, "cache")
+            common.run_workers(config, "stages.cache", groups)
+        report = {split: _write(config, split, sequences, root, sources["base"]) for split in splits}
+    files.write_json(METRICS, report)
 
 
-def _work(
-    config: Config,
-    collection: Collection,
-    keys: list[str],
-    sequences: list[TokenSequence],
-    groups: list[list[int]],
-    sources: dict[str, Any],
-) -> None:
-    """This worker's share of the groups."""
+def plan_features(config: Config, rows: list[FeatureRow], known: Any) -> list[list[int]]:
+    """Groups of the sequences whose states are not stored yet."""
+    lengths = [len(row.ids) for row in rows]
+    return plan([row.key for row in rows], lengths, known, base.bucket, config.features.segment_tokens)
+
+
+def hidden_size(config: Config, sources: dict[str, Any]) -> int:
+    """Width of the base's states, from its configuration alone."""
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    return int(text.hidden_size)
+
+
+def _read(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequence]:
+    path = common.responses_path(split)
+    common.check_origin(path, common.responses_origin(config, sources))
+    return corpus.read(path)
+
+
+def _work(config: Config, sequences: _Sequences, groups: list[list[int]], sources: dict[str, Any]) -> None:
+    """This worker's part."""
     me = this_worker()
-    mine = groups[me.rank :: me.world]
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     model = base.load(config.model, folder, sources["base"]["weights"])
     if me.first:
-        features.save_tables(model, collection)
-    rows = [(key, row.ids, row.mask) for key, row in zip(keys, sequences, strict=True)]
-    total = sum(len(sequences[row]) for group in mine for row in group)
-    label = "cache" if me.world == 1 else f"cache (worker 1 of {me.world})"
-    with common.progress(total, "tokens", label, shown=me.first) as bar:
-        features.produce(model, collection, rows, mine, config.features.codec, bar.update)
+        features.save_tables(model, sequences.collection)
+    rows = sequences.rows()
+    total = sum(len(rows[number].ids) for group in groups for number in group)
+    with common.shared_progress(total, "tokens", "cache", me) as advance:
+        codec = config.features.codec
+        features.produce(model, sequences.collection, rows, groups, codec, advance, me.rank, me.world)
 
 
-def _write(
-    config: Config, split: str, rows: list[TokenSequence], keys: list[str], collection: Collection, base: dict[str, Any]
-) -> None:
-    """The split's manifest."""
+def _write(config: Config, split: str, sequences: _Sequences, root: Path, base: dict[str, Any]) -> dict[str, float]:
+    """The split's manifest; returns what it comes to."""
+    collection, rows = sequences.collection, sequences.splits[split]
     by_base = config.respond.source == "base" and config.respond.temperature == 0
-    places, records = collection.find(), collection.records()
-    used = list(dict.fromkeys(places[key][0] for key in keys))
-    number = {name: index for index, name in enumerate(used)}
-    domains = sorted({row.domain for row in rows})
-    vocab_size, hidden_size = features.load_tables(collection)["lm_head"].shape
-    manifest = Manifest(
-        identity=collection.identity,
+    shape = features.tables_shape(collection)
+    manifest = make_manifest(
+        collection,
+        sequences.keys[split],
         base=base,
-        dtype=collection.identity["dtype"],
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        segments=used,
-        digests=[records[name].digest for name in used],
-        segment=[number[places[key][0]] for key in keys],
-        row=[places[key][1] for key in keys],
+        hidden_size=shape["hidden_size"],
+        vocab_size=shape["vocab_size"],
         prompt_length=[row.prompt_length for row in rows],
         written=[by_base and row.prompt_length > 0 for row in rows],
-        domain=[domains.index(row.domain) for row in rows],
-        domains=domains,
+        domains=[row.domain for row in rows],
         tokens=sum(map(len, rows)),
         positions=sum(int(row.mask[1:].sum()) for row in rows),
     )
     target = common.features_path(split)
     manifest.save(target)
-    size = common.size(sum(records[name].bytes for name in used))
+    answered = upkeep.root_segments(root, common.responses_path(split))
+    upkeep.add_root(root, target, {**answered, collection.folder.name: manifest.segments})
+    # A segment may hold rows of other splits: what one of its positions takes is what this split pays for each of its.
+    used = [collection.record(name) for name in manifest.segments]
+    stored = sum(record.size for record in used)
+    held = sum(features.positions_of(collection, record.name) for record in used)
+    a_position = stored / held if held else 0.0
     share = manifest.positions / manifest.tokens
     common.say(
         f"cache {split}: {len(rows)} sequences, {manifest.positions:,} positions ({share:.0%} of {manifest.tokens:,} "
-        f"tokens) in {len(used)} segments ({size}) -> {target}"
+        f"tokens), {a_position:,.0f} bytes each ({common.size(a_position * manifest.positions)}) -> {target}"
     )
+    return {
+        "sequences": len(rows),
+        "tokens": manifest.tokens,
+        "positions": manifest.positions,
+        "share_kept": round(share, 4),
+        "bytes_per_position": round(a_position, 1),
+    }
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_COMMANDS = ("fetch", "tokenize", "respond", "cache", "train", "evaluate", "run", "generate")
+_COMMANDS = ("fetch", "tokenize", "respond", "cache", "train", "evaluate", "run", "generate", "plan", "store")
 
 
 class _Lazy(click.Group):

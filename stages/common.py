@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ import click
 from tqdm import tqdm
 
 from spec import config as config_module
-from spec import files
+from spec import corpus, files
 from spec.config import Config
 from spec.errors import SpecError
+from spec.store import answers, codecs, features, locks, upkeep
+from spec.store.collection import Collection, check_identity
+from spec.store.manifest import Manifest
+from spec.workers import Worker
 
 SOURCES = Path("data/sources.json")
 MODEL = Path("models/speculator")
@@ -106,9 +110,75 @@ def progress(total: int, unit: str, label: str, shown: bool = True) -> tqdm[Any]
     )
 
 
+@contextlib.contextmanager
+def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[Callable[[int], object]]:
+    """A bar on the first worker that stands for all of them: each does about the same."""
+    label = label if me.world == 1 else f"{label} ({me.world} workers)"
+    with progress(total, unit, label, shown=me.first) as bar:
+        yield lambda count: bar.update(min(count * me.world, total - bar.n))
+
+
 def store_root(config: Config) -> Path:
     """Where hidden states and answers are kept."""
     return Path(config.features.store) if config.features.store else files.cache_dir() / "store"
+
+
+@contextlib.contextmanager
+def using_store(config: Config) -> Iterator[Path]:
+    """The store's root; `spec store gc` and `forget` wait while the block runs.
+
+    Raises:
+        SpecError: one of them is at work.
+    """
+    root = store_root(config)
+    with locks.in_use(root):
+        yield root
+
+
+def open_manifest(config: Config, split: str) -> Manifest:
+    """The split's manifest, made for these parameters and this base.
+
+    Raises:
+        StoreError: it is missing, or made for others; names what differs.
+    """
+    path = features_path(split)
+    manifest = Manifest.load(path)
+    expected = dict(manifest.identity) | {
+        "dtype": config.model.dtype,
+        "encoding": codecs.encoding(config.features.codec),
+    }
+    if SOURCES.is_file():
+        expected |= features.identity(read_sources()["base"], config.model.dtype, config.features.codec)
+    check_identity(manifest.identity, expected, str(path))
+    upkeep.touch_root(store_root(config), path)
+    return manifest
+
+
+def responses_origin(config: Config, sources: dict[str, Any]) -> dict[str, Any]:
+    """What data/responses/SPLIT.parquet depends on beside the tokens."""
+    if config.respond.source == "data":
+        return {"source": "data", "tokenizer": sources["base"]["tokenizer"]}
+    return {"source": "base", **answers.identity(sources["base"], config.model.dtype, config.respond)}
+
+
+def check_origin(path: Path, expected: dict[str, Any]) -> None:
+    """Refuse sequences that were made with other parameters or another base.
+
+    Raises:
+        StoreError: names what differs.
+    """
+    check_identity(corpus.read_origin(path), expected, str(path))
+
+
+def plan_missing(
+    collection: Collection, name: str, make_plan: Callable[[Iterable[str]], list[list[int]]]
+) -> list[list[int]]:
+    """Groups of rows that the collection lacks; what is seen to be damaged is set aside and counts as missing."""
+    collection.create()
+    for damaged, error in collection.survey()[1].items():
+        target = collection.set_aside(damaged)
+        say(f"{name}: segment {damaged} is damaged ({error.reason}): moved to {target}, its rows are computed again")
+    return make_plan(collection.find())
 
 
 def need_space(path: Path, needed: int, what: str) -> None:

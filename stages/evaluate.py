@@ -14,7 +14,6 @@ from spec import acceptance, base, evaluation, files, heads, plots, tracking
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import NGRAM_LENGTH
-from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from stages import common
 
@@ -27,13 +26,13 @@ LOSSLESS_TOKENS = 32
 def evaluate(config: Config) -> None:
     """Measure models/speculator on the eval split, and write results/evaluate."""
     sources = common.read_sources()
-    manifest = Manifest.load(common.features_path("eval"))
+    manifest = common.open_manifest(config, "eval")
     shape = heads.read_config(common.MODEL)
     heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, sources["base"]["weights"])
-    reader = FeatureReader(manifest, common.store_root(config))
     run = tracking.Run(config, "evaluate", {"features": manifest.digest}, parent=tracking.kept_run(common.MODEL))
     try:
-        metrics = _measure(config, sources["base"], reader, shape.n_predict)
+        with common.using_store(config) as root:
+            metrics = _measure(config, sources["base"], FeatureReader(manifest, root), shape.n_predict)
         _track(run, metrics)
         run.finish()
     except BaseException:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,20 @@ from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
 from spec.errors import SpecError
-from spec.store import answers
-from spec.store.collection import Collection, item_key, plan
+from spec.store import answers, upkeep
+from spec.store.collection import Collection
+from spec.store.plan import item_key, plan
 from spec.workers import this_worker
 from stages import common
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Every prompt that is to be answered, and where its answer is kept."""
+
+    collection: Collection
+    keys: list[str]
+    ids: list[Ids]
 
 
 @common.worker_option
@@ -23,46 +34,60 @@ from stages import common
 def respond(config: Config, worker: Path | None) -> None:
     """Let the base write each row's last answer, and write data/responses/SPLIT.parquet."""
     sources = common.read_sources()
-    tokens = {split: corpus.read(common.tokens_path(split)) for split in common.SPLITS}
+    tokens = {split: _read(split, sources) for split in common.SPLITS}
     if config.respond.source == "data":
         for split, rows in tokens.items():
-            _write(split, rows, dropped=0)
+            _write(split, rows, 0, common.responses_origin(config, sources))
         return
-    asked = [row for rows in tokens.values() for row in rows if row.prompt_length]
-    prompts = [row.ids[: row.prompt_length] for row in asked]
-    keys = [item_key(prompt) for prompt in prompts]
+    asked = [row.ids[: row.prompt_length] for rows in tokens.values() for row in rows if row.prompt_length]
     identity = answers.identity(sources["base"], config.model.dtype, config.respond)
     collection = Collection(common.store_root(config), "answers", identity)
+    prompts = _Prompts(collection, list(map(item_key, asked)), asked)
     if worker is not None:
-        _work(config, collection, keys, prompts, files.read_json(worker), sources)
+        _work(config, prompts, files.read_json(worker), sources)
         return
-    collection.create()
-    groups = plan(
-        keys,
-        [len(prompt) for prompt in prompts],
-        collection.find(),
-        base.prompt_bucket,
-        config.respond.batch_size,
-        cost=lambda length: 1,
-    )
-    missing = sum(map(len, groups))
-    common.say(f"respond: {missing} of {len(set(keys))} answers are to be written by the base")
-    if groups:
-        common.need_space(collection.folder, missing * (4 * config.respond.max_new_tokens + 64), "respond")
-        common.run_workers(config, "stages.respond", groups)
-    written = dict(zip(keys, answers.read(collection, keys), strict=True))
-    for split, rows in tokens.items():
-        answered = [
-            _with_answer(row, written[item_key(row.ids[: row.prompt_length])]) if row.prompt_length else row
-            for row in rows
-        ]
-        kept = [row for row in answered if len(row) <= config.data.max_length]
-        if not kept:
-            raise SpecError(
-                f"respond {split}: every row is longer than data.max_length={config.data.max_length} with its answer; "
-                "raise it or lower respond.max_new_tokens"
-            )
-        _write(split, kept, dropped=len(rows) - len(kept))
+    with common.using_store(config) as root:
+        groups = common.plan_missing(collection, "respond", lambda known: plan_answers(config, prompts.ids, known))
+        missing = sum(map(len, groups))
+        common.say(f"respond: {missing} of {len(set(prompts.keys))} answers are to be written by the base")
+        if groups:
+            common.need_space(collection.folder, missing * (4 * config.respond.max_new_tokens + 64), "respond")
+            common.run_workers(config, "stages.respond", groups)
+        written = dict(zip(prompts.keys, answers.read(collection, prompts.keys), strict=True))
+        places = collection.find()
+        for split, rows in tokens.items():
+            _complete(config, split, rows, written, common.responses_origin(config, sources))
+            used = {places[item_key(row.ids[: row.prompt_length])][0] for row in rows if row.prompt_length}
+            upkeep.add_root(root, common.responses_path(split), {collection.folder.name: sorted(used)})
+
+
+def plan_answers(config: Config, prompts: list[Ids], known: Any) -> list[list[int]]:
+    """Groups of the prompts that have no answer yet."""
+    lengths = list(map(len, prompts))
+    keys = list(map(item_key, prompts))
+    return plan(keys, lengths, known, base.prompt_bucket, config.respond.batch_size, cost=lambda length: 1)
+
+
+def _read(split: str, sources: dict[str, Any]) -> list[TokenSequence]:
+    path = common.tokens_path(split)
+    common.check_origin(path, {"tokenizer": sources["base"]["tokenizer"]})
+    return corpus.read(path)
+
+
+def _complete(
+    config: Config, split: str, rows: list[TokenSequence], written: dict[str, Ids], origin: dict[str, Any]
+) -> None:
+    """Put the answers to their prompts, and write the split."""
+    answered = [
+        _with_answer(row, written[item_key(row.ids[: row.prompt_length])]) if row.prompt_length else row for row in rows
+    ]
+    kept = [row for row in answered if len(row) <= config.data.max_length]
+    if not kept:
+        raise SpecError(
+            f"respond {split}: every row is longer than data.max_length={config.data.max_length} with its answer; "
+            "raise it or lower respond.max_new_tokens"
+        )
+    _write(split, kept, len(rows) - len(kept), origin)
 
 
 def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
@@ -72,28 +97,21 @@ def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
     return replace(row, ids=np.concatenate([row.ids[:prompt], answer]), mask=mask)
 
 
-def _work(
-    config: Config,
-    collection: Collection,
-    keys: list[str],
-    prompts: list[Ids],
-    groups: list[list[int]],
-    sources: dict[str, dict[str, str]],
-) -> None:
-    """This worker's share of the groups."""
+def _work(config: Config, prompts: _Prompts, groups: list[list[int]], sources: dict[str, Any]) -> None:
+    """This worker's part."""
     me = this_worker()
-    mine = groups[me.rank :: me.world]
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     model = base.load(config.model, folder, sources["base"]["weights"])
-    most = sum(map(len, mine)) * config.respond.max_new_tokens
-    label = "respond" if me.world == 1 else f"respond (worker 1 of {me.world})"
-    with common.progress(most, "tokens", label, shown=me.first) as bar:
-        answers.produce(model, collection, keys, prompts, mine, config.respond, bar.update)
+    most = sum(map(len, groups)) * config.respond.max_new_tokens
+    with common.shared_progress(most, "tokens", "respond", me) as advance:
+        answers.produce(
+            model, prompts.collection, prompts.keys, prompts.ids, groups, config.respond, advance, me.rank, me.world
+        )
 
 
-def _write(split: str, rows: list[TokenSequence], dropped: int) -> None:
+def _write(split: str, rows: list[TokenSequence], dropped: int, origin: dict[str, Any]) -> None:
     target = common.responses_path(split)
-    corpus.write(target, rows)
+    corpus.write(target, rows, origin)
     supervised = sum(int(row.mask.sum()) for row in rows)
     left = f", {dropped} dropped as too long" if dropped else ""
     size = common.size(target.stat().st_size)

@@ -33,7 +33,7 @@ def tokenize(config: Config) -> None:
                 report=report,
                 progress=bar.update,
             )
-            corpus.write(target, sequences)
+            corpus.write(target, sequences, {"tokenizer": sources["base"]["tokenizer"]})
         *notes, total = report.lines()
         for note in notes:
             common.say(f"tokenize {split}: {note}")

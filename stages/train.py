@@ -41,7 +41,7 @@ _NO_INFLUENCE = {
 @common.stage
 def train(config: Config, worker: Path | None) -> None:
     """Train the heads; the best on val go to models/speculator, curves and metrics to results/train."""
-    manifests = {split: Manifest.load(common.features_path(split)) for split in ("train", "val")}
+    manifests = {split: common.open_manifest(config, split) for split in ("train", "val")}
     shape = speculator_config(config.model.speculator, manifests["train"])
     if worker is not None:
         with joined() as me:
@@ -59,7 +59,8 @@ def train(config: Config, worker: Path | None) -> None:
         f"{positions:,} positions x {config.trainer.total_epochs} epochs"
     )
     common.need_space(CHECKPOINTS, 24 * count, "train")
-    common.run_workers(config, "stages.train", {})
+    with common.using_store(config):
+        common.run_workers(config, "stages.train", {})
     metrics = files.read_json(RESULTS / "metrics.json")
     size = common.size((common.MODEL / "pytorch_model.bin").stat().st_size)
     common.say(
@@ -178,10 +179,7 @@ def initialise(config: Config, shape: SpeculatorConfig, reader: FeatureReader) -
 
 def _frequent_tokens(reader: FeatureReader, count: int) -> torch.Tensor:
     """The `count` most frequent supervised tokens of a split, by id; ties go to the lower id."""
-    frequency = np.zeros(reader.manifest.vocab_size, np.int64)
-    for index in range(len(reader)):
-        sequence = reader.sequence(index)
-        np.add.at(frequency, sequence.ids[sequence.mask != 0], 1)
+    frequency = reader.token_counts()
     return torch.from_numpy(np.sort(np.argsort(-frequency, kind="stable")[:count]))
 
 

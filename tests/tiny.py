@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, Qwen2Config
 
 from spec.corpus import TokenSequence
-from spec.store import features
-from spec.store.collection import Collection, item_key, plan
-from spec.store.manifest import Manifest
+from spec.store import codecs, features
+from spec.store.collection import Collection
+from spec.store.manifest import Manifest, make_manifest
+from spec.store.plan import item_key, plan
 
 Family = Literal["gpt2", "qwen2"]
 
@@ -164,38 +165,31 @@ def store_features(
     states: Callable[[TokenSequence], NDArray[np.float32]] = states_of,
 ) -> Manifest:
     """Put made-up features of rows into a store, in the layout of features.produce, and return their manifest."""
-    base = {"name": "made-up", "revision": None, "weights": "w", "tokenizer": "t"}
-    collection = Collection(root, "features", features.identity({"weights": "w", "tokenizer": "t"}, dtype))
+    base = {"name": "made-up", "revision": None, "weights": "w", "tokenizer": "t", "generation": "g"}
+    collection = Collection(root, "features", features.identity(base, dtype, codec))
     collection.create()
     keys = [item_key(row.ids, row.mask) for row in rows]
+    encoding = codecs.encoding(codec)
+    offsets = {key: features.OFFSETS[key] for key in features.OFFSETS if key != "scales" or encoding == codecs.FP8}
+    attributes = {"dtype": dtype, "encoding": encoding, "offsets": offsets}
     for group in plan(keys, [len(row) for row in rows], collection.find(), lambda length: 0, segment_tokens):
-        kept = [states(rows[i])[features.kept_positions(rows[i].mask)] for i in group]
-        flat = torch.from_numpy(np.concatenate(kept)).to(getattr(torch, dtype))
-        arrays = {
-            "states": (flat.view(torch.uint16) if flat.dtype.itemsize == 2 else flat).numpy(),
-            "ids": np.concatenate([rows[i].ids for i in group]),
-            "mask": np.concatenate([rows[i].mask for i in group]),
-            "state_offsets": np.cumsum([0, *map(len, kept)], dtype=np.int64),
-            "token_offsets": np.cumsum([0, *(len(rows[i]) for i in group)], dtype=np.int64),
-        }
-        collection.write([keys[i] for i in group], arrays, {"dtype": dtype}, codec)
-    places, records = collection.find(), collection.records()
-    used = list(dict.fromkeys(places[key][0] for key in keys))
-    domains = sorted({row.domain for row in rows})
-    return Manifest(
-        identity=collection.identity,
+        claim = collection.claim([keys[i] for i in group])
+        assert claim is not None
+        stored = []
+        for row in (rows[i] for i in group):
+            kept = torch.from_numpy(states(row)[features.kept_positions(row.mask)]).to(getattr(torch, dtype))
+            encoded = codecs.encode(kept, encoding)
+            stored.append({**{k: codecs.to_numpy(v) for k, v in encoded.items()}, "ids": row.ids, "mask": row.mask})
+        claim.commit(stored, attributes, codec)
+    return make_manifest(
+        collection,
+        keys,
         base=base,
-        dtype=dtype,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
-        segments=used,
-        digests=[records[name].digest for name in used],
-        segment=[used.index(places[key][0]) for key in keys],
-        row=[places[key][1] for key in keys],
         prompt_length=[row.prompt_length for row in rows],
         written=[row.prompt_length > 0 for row in rows],
-        domain=[domains.index(row.domain) for row in rows],
-        domains=domains,
+        domains=[row.domain for row in rows],
         tokens=sum(map(len, rows)),
         positions=sum(int(row.mask[1:].sum()) for row in rows),
     )

@@ -6,7 +6,7 @@ encode.py puts the two together, sequences.py is the result and its file.
 
 from spec.corpus.chat import PLAIN_TEMPLATE, ChatTemplate, PrefixError, install_plain_template
 from spec.corpus.encode import Report, stream, tokenize
-from spec.corpus.sequences import CorpusError, TokenSequence, answer, read, spans, write
+from spec.corpus.sequences import CorpusError, TokenSequence, answer, read, read_origin, spans, write
 from spec.corpus.sources import Layout, Source, count_rows, inspect, list_files
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "install_plain_template",
     "list_files",
     "read",
+    "read_origin",
     "spans",
     "stream",
     "tokenize",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 1024
+_ORIGIN = b"origin"
 
 
 class CorpusError(SpecError):
@@ -70,19 +73,25 @@ def spans(mask: Sequence[int] | Mask) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def write(path: str | Path, sequences: Iterable[TokenSequence]) -> int:
+def write(path: str | Path, sequences: Iterable[TokenSequence], origin: Mapping[str, Any] | None = None) -> int:
     """Write sequences to a parquet file, and return how many; nothing is at `path` until all of it is.
 
     A generator is consumed in pieces of ROWS_PER_GROUP sequences. Where it raises, the error passes through and
     what was at `path` before stays.
+
+    Args:
+        path: the file.
+        sequences: its rows.
+        origin: what they were made with, as plain values; read_origin gives it back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
+    schema = SCHEMA.with_metadata({_ORIGIN: json.dumps(dict(origin or {}))})
     try:
         with temporary.open("wb") as file:
-            with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 rows = iter(sequences)
                 while group := list(islice(rows, ROWS_PER_GROUP)):
                     writer.write_batch(_record_batch(group))
@@ -93,6 +102,21 @@ def write(path: str | Path, sequences: Iterable[TokenSequence]) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return count
+
+
+def read_origin(path: str | Path) -> dict[str, Any]:
+    """What the sequences of a file were made with, as write was told; empty where it was told nothing.
+
+    Raises:
+        CorpusError: no such file, or not one of write's.
+    """
+    try:
+        origin: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(_ORIGIN, b"{}"))
+    except FileNotFoundError:
+        raise CorpusError(f"{path}: no such file; the stage that writes it has not run") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
+    return origin
 
 
 def _record_batch(group: Sequence[TokenSequence]) -> pa.RecordBatch:

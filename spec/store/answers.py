@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 from spec import base as base_model
 from spec.base import Base
 from spec.config import Respond
-from spec.store.collection import Collection, Writer
+from spec.store.collection import Collection, Writer, share_out
+from spec.store.segment import Row, rows_of
+
+OFFSETS = {"prompt": "prompt_offsets", "answer": "answer_offsets"}
 
 
 def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, Any]:
@@ -19,6 +23,7 @@ def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, 
     return {
         "base": base["weights"],
         "tokenizer": base["tokenizer"],
+        "generation": base["generation"],
         "dtype": dtype,
         "max_new_tokens": params.max_new_tokens,
         "temperature": params.temperature,
@@ -35,6 +40,8 @@ def produce(
     groups: Sequence[Sequence[int]],
     params: Respond,
     on_tokens: Callable[[int], object] = lambda count: None,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
     """Let the base answer groups of prompts, and commit one segment a group.
 
@@ -43,38 +50,40 @@ def produce(
         collection: where the answers go.
         keys: content key of each prompt.
         prompts: tokens of each.
-        groups: row numbers, as collection.plan gives them.
+        groups: row numbers, as plan gives them.
         params: length, temperature, seed.
         on_tokens: called with the number of tokens just written.
+        rank: this worker among `world` that share the groups.
+        world: number of workers.
     """
-    with Writer(collection, "none") as writer:
-        for group in groups:
-            items = [keys[row] for row in group]
-            seed = params.seed ^ int(items[0][:15], 16)
+    attributes = {"offsets": OFFSETS, "producer": base_model.producer(base.device)}
+    with Writer("none") as writer:
+        for index, claim in share_out(collection, [[keys[r] for r in group] for group in groups], rank, world):
+            asked = [prompts[row] for row in groups[index]]
+            seeds = [params.seed ^ int(key[:15], 16) for key in claim.items]
             answers = base_model.answer(
                 base,
-                [prompts[row].tolist() for row in group],
+                [prompt.tolist() for prompt in asked],
                 params.max_new_tokens,
                 params.temperature,
-                seed,
+                seeds,
                 on_tokens,
             )
-            arrays = {
-                "ids": np.concatenate([np.asarray(answer, np.int32) for answer in answers]),
-                "token_offsets": np.cumsum([0, *map(len, answers)], dtype=np.int64),
-            }
-            writer.write(items, arrays, {})
+            rows: list[Row] = [
+                {"prompt": prompt, "answer": np.asarray(answer, np.int32)}
+                for prompt, answer in zip(asked, answers, strict=True)
+            ]
+            writer.write(claim, partial(list, rows), attributes)
 
 
 def read(collection: Collection, keys: Sequence[str]) -> list[NDArray[np.int32]]:
     """The answer to each prompt, by its key."""
     places = collection.find()
-    segments: dict[str, dict[str, NDArray[Any]]] = {}
+    segments: dict[str, list[Row]] = {}
     found = []
     for key in keys:
         name, row = places[key]
         if name not in segments:
-            segments[name] = collection.read(name)
-        start, stop = segments[name]["token_offsets"][row : row + 2]
-        found.append(segments[name]["ids"][start:stop])
+            segments[name] = rows_of(*collection.read(name))
+        found.append(segments[name][row]["answer"])
     return found

@@ -1,31 +1,25 @@
-"""All segments of one identity: what is there, what is missing, in which groups the missing is computed."""
+"""All segments of one identity: what is there, what is damaged, who computes what is missing."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from spec import files
 from spec.store import segment
-from spec.store.segment import Arrays, Record, StoreError
+from spec.store.locks import Lock
+from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreError
 
-FORMAT = 1
-
-
-def item_key(*arrays: NDArray[Any]) -> str:
-    """Content key of one row: 128 bits of SHA-256 over its arrays."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype.str}{len(array)}:".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:32]
+IDENTITY = "identity.json"
+DAMAGED = ".damaged-"
+_LOCK = ".lock-"
 
 
 @dataclass(frozen=True)
@@ -43,10 +37,30 @@ class Collection:
     identity: Mapping[str, Any]
     _records: dict[str, Record] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def open(cls, folder: Path) -> Collection:
+        """The collection that lies in a folder of the store.
+
+        Raises:
+            StoreError: its identity.json is missing, damaged, or not the one that the folder is named for.
+        """
+        try:
+            content = (folder / IDENTITY).read_bytes()
+            identity = json.loads(content)
+            version = identity.pop("format")
+            if version != FORMAT:
+                raise ValueError(f"its format is {version}, this version reads {FORMAT}")
+            found = cls(folder.parent, folder.name.rpartition("-")[0], identity)
+            if found._identity_bytes() != content or found.folder.name != folder.name:
+                raise ValueError(f"{IDENTITY} is not as it was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{folder} is no collection of segments ({error})") from error
+        return found
+
     @property
     def digest(self) -> str:
         """SHA-256 of the identity."""
-        return files.digest_json({"format": FORMAT, **self.identity})
+        return files.digest_json(self._identity())
 
     @property
     def folder(self) -> Path:
@@ -54,26 +68,66 @@ class Collection:
         return self.root / f"{self.kind}-{self.digest[:16]}"
 
     def create(self) -> None:
-        """Make the folder, write down the identity, and clean up after killed processes."""
+        """Make the folder, write down the identity, and clean up after killed processes.
+
+        Raises:
+            StoreError: another identity is written down here; names the field and both values.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "identity.json"
+        if not (self.folder / IDENTITY).is_file():
+            with files.replacing(self.folder / IDENTITY) as temporary:
+                temporary.write_bytes(self._identity_bytes())
+        self.check()
+        self._clean()
+
+    def check(self) -> None:
+        """Check that the folder holds what this identity says.
+
+        Raises:
+            StoreError: names the field and both values.
+        """
+        path = self.folder / IDENTITY
         if not path.is_file():
-            files.write_json(path, {"format": FORMAT, **self.identity})
-        segment.clean_litter(self.folder)
+            return  # then it holds no segment that anyone could mistake
+        content = path.read_bytes()
+        if content == self._identity_bytes():
+            return
+        try:
+            found = json.loads(content)
+            check_identity(found, self._identity(), str(path))
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, StoreError):
+                raise
+        raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
 
     def records(self) -> dict[str, Record]:
-        """The committed segments by name; a segment's record is read once."""
-        for path in sorted(self.folder.glob(f"[!.]*/{segment.RECORD}")):
-            name = path.parent.name
-            if name not in self._records:
-                record = segment.read_record(self.folder, name)
-                if self.name_of(record.items) != name:
-                    raise StoreError(
-                        f"segment {name} in {self.folder} is damaged: its record lists other rows than its name stands "
-                        "for; delete its folder and run the stage again: only this segment is recomputed"
-                    )
-                self._records[name] = record
-        return self._records
+        """The committed segments by name, damaged ones apart; each record is read once."""
+        return self.survey()[0]
+
+    def survey(self) -> tuple[dict[str, Record], dict[str, DamagedError]]:
+        """The committed segments by name, and those that are seen to be damaged without reading their arrays."""
+        good: dict[str, Record] = {}
+        damaged: dict[str, DamagedError] = {}
+        for name in segment.names(self.folder):
+            try:
+                good[name] = self.record(name)
+            except DamagedError as error:
+                damaged[name] = error
+        return good, damaged
+
+    def record(self, name: str) -> Record:
+        """What one segment holds.
+
+        Raises:
+            DamagedError: it is missing or damaged.
+        """
+        if name not in self._records:
+            record = segment.read_record(self.folder, name)
+            if self.name_of(record.items) != name:
+                raise DamagedError(self.folder, name, "its record lists other rows than its name stands for")
+            segment.check_files(self.folder, record)
+            self._records[name] = record
+        return self._records[name]
 
     def find(self) -> dict[str, tuple[str, int]]:
         """Where each stored row lies: key -> (segment, row)."""
@@ -83,55 +137,138 @@ class Collection:
         """The name of the segment that holds exactly these rows."""
         return hashlib.sha256("\n".join([self.digest, *items]).encode()).hexdigest()[:32]
 
-    def write(self, items: Sequence[str], arrays: Arrays, attributes: Mapping[str, Any], codec: str) -> Record:
-        """Commit a segment."""
-        attributes = {"identity": self.digest, "kind": self.kind, **attributes}
-        return segment.write(self.folder, self.name_of(items), items, arrays, attributes, codec)
+    def holds(self, items: Sequence[str]) -> bool:
+        """Whether the segment of exactly these rows is here."""
+        return (self.folder / self.name_of(items) / segment.RECORD).is_file()
 
-    def read(self, name: str) -> dict[str, NDArray[Any]]:
-        """Every array of a segment, checked."""
-        return segment.read(self.folder, name)
+    def claim(self, items: Sequence[str], wait: bool = False) -> Claim | None:
+        """The sole right to compute these rows' segment, until it is committed or given up or this process dies.
+
+        Args:
+            items: content keys of the rows.
+            wait: for another process that has it, instead of returning None.
+
+        Returns:
+            None where the segment is here already, or where another process computes it.
+        """
+        name = self.name_of(items)
+        lock = Lock.acquire(self.folder / f"{_LOCK}{name}", wait)
+        if lock is None:
+            return None
+        if self.holds(items):
+            lock.release()
+            return None
+        return Claim(self, tuple(items), lock)
+
+    def read(self, name: str, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
+        """The arrays of a segment (`only` these, or all), checked, and its attributes.
+
+        Raises:
+            DamagedError: it is missing, damaged, or of another identity.
+        """
+        arrays, attributes = segment.read(self.folder, name, only)
+        if attributes.get("identity") != self.digest:
+            raise DamagedError(
+                self.folder, name, f"its identity is {attributes.get('identity')}, expected {self.digest}"
+            )
+        return arrays, attributes
+
+    def verify(self, name: str) -> Record:
+        """Read everything of a segment, and check each row against its digest.
+
+        Raises:
+            DamagedError: it is missing, damaged, or of another identity.
+        """
+        record = self.record(name)
+        arrays, attributes = self.read(name)
+        segment.check_rows(self.folder, record, arrays, attributes)
+        return record
+
+    def set_aside(self, name: str) -> Path:
+        """Move a damaged segment out of sight; returns where it went."""
+        target = self.folder / f"{DAMAGED}{name}"
+        shutil.rmtree(target, ignore_errors=True)
+        (self.folder / name).rename(target)
+        self._records.pop(name, None)
+        return target
+
+    def _identity(self) -> dict[str, Any]:
+        return {"format": FORMAT, **self.identity}
+
+    def _identity_bytes(self) -> bytes:
+        return (json.dumps(self._identity(), indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _clean(self) -> None:
+        """Remove what killed processes left: half-written segments and locks that nobody holds."""
+        for path in [*self.folder.glob(f"{segment.PARTIAL}*"), *self.folder.glob(f"{_LOCK}*")]:
+            name = path.name.removeprefix(segment.PARTIAL).removeprefix(_LOCK)
+            lock = Lock.acquire(self.folder / f"{_LOCK}{name}")
+            if lock is not None:
+                shutil.rmtree(self.folder / f"{segment.PARTIAL}{name}", ignore_errors=True)
+                lock.release()
 
 
-def plan(
-    keys: Sequence[str],
-    lengths: Sequence[int],
-    known: Iterable[str],
-    bucket: Callable[[int], int],
-    limit: int,
-    cost: Callable[[int], int] = lambda length: length,
-) -> list[list[int]]:
-    """Group the rows that are not stored yet into segments.
+def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Compare two identities.
 
-    A group takes rows of one bucket in the order of the data and closes by its own content alone. So taking
-    finished groups away leaves the others as they are: a resumed run and several workers make the same segments as
-    one uninterrupted worker, and appended rows make new ones.
+    Raises:
+        StoreError: names the first field that differs, and both values.
+    """
+    for name in [*expected, *(key for key in found if key not in expected)]:
+        if found.get(name) != expected.get(name):
+            raise StoreError(
+                f"{where}: its {name} is {found.get(name)!r}, and {expected.get(name)!r} is expected here; it was made "
+                "for other parameters, base or data. Run the stages that make it again (dvc repro runs them)"
+            )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to compute one segment; see Collection.claim."""
+
+    collection: Collection
+    items: tuple[str, ...]
+    lock: Lock
+
+    def commit(self, rows: Sequence[Row], attributes: Mapping[str, Any], codec: str) -> Record:
+        """Write the segment, and give the claim back."""
+        try:
+            attributes = {
+                **attributes,
+                "identity": self.collection.digest,
+                "kind": self.collection.kind,
+                "codec": codec,
+            }
+            name = self.collection.name_of(self.items)
+            return segment.write(self.collection.folder, name, self.items, rows, attributes, codec)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give the claim back."""
+        self.lock.release()
+
+
+def share_out(
+    collection: Collection, groups: Sequence[Sequence[str]], rank: int, world: int
+) -> Iterator[tuple[int, Claim]]:
+    """Claim groups for one of `world` workers: its own share first, then what nobody has begun, then what others
+    left undone when they died.
+
+    It ends when every group is committed, by whomever.
 
     Args:
-        keys: content key of each row; repeated rows count once.
-        lengths: tokens of each row.
-        known: keys already stored.
-        bucket: padded length of a row of this length.
-        limit: a group closes once its rows' costs reach this.
-        cost: of a row of this length; its tokens, unless told otherwise.
-
-    Returns:
-        Row numbers by group, the longest bucket first, so that running out of memory happens at once.
+        collection: where the segments go.
+        groups: content keys of each group's rows.
+        rank: this worker, below world.
+        world: number of workers; a right number only saves time.
     """
-    seen = set(known)
-    groups: dict[int, list[list[int]]] = {}
-    filled: dict[int, int] = {}
-    for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
-        if key in seen:
-            continue
-        seen.add(key)
-        padded = bucket(length)
-        if filled.get(padded, limit) >= limit:
-            groups.setdefault(padded, []).append([])
-            filled[padded] = 0
-        groups[padded][-1].append(row)
-        filled[padded] += cost(length)
-    return [group for padded in sorted(groups, reverse=True) for group in groups[padded]]
+    own = list(range(rank % world, len(groups), world))
+    rest = [index for index in range(len(groups)) if index % world != rank % world]
+    for wait, indices in ((False, own), (False, rest), (True, own + rest)):
+        for index in indices:
+            if not collection.holds(groups[index]) and (claim := collection.claim(groups[index], wait)):
+                yield index, claim
 
 
 class Writer:
@@ -140,26 +277,57 @@ class Writer:
     At most one segment waits while one is written. Leaving the block waits for both and raises what went wrong.
     """
 
-    def __init__(self, collection: Collection, codec: str) -> None:
-        self._collection, self._codec = collection, codec
+    def __init__(self, codec: str) -> None:
+        self._codec = codec
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="segment-writer")
-        self._pending: list[Any] = []
+        self._pending: list[tuple[Claim, Future[Record]]] = []
 
-    def write(self, items: Sequence[str], arrays: Arrays, attributes: Mapping[str, Any]) -> None:
-        """Commit a segment soon; waits only when two are already on their way."""
+    def write(self, claim: Claim, rows: Callable[[], Sequence[Row]], attributes: Mapping[str, Any]) -> None:
+        """Commit a segment soon; waits only when two are already on their way.
+
+        Args:
+            claim: the right to it.
+            rows: called on the writer's thread, so that what it takes to make them ready delays nobody.
+            attributes: of the segment.
+        """
         while len(self._pending) > 1:
-            self._pending.pop(0).result()
-        self._pending.append(self._pool.submit(self._collection.write, items, arrays, attributes, self._codec))
+            self._pending.pop(0)[1].result()
+        self._pending.append((claim, self._pool.submit(self._commit, claim, rows, attributes)))
+
+    def _commit(self, claim: Claim, rows: Callable[[], Sequence[Row]], attributes: Mapping[str, Any]) -> Record:
+        try:
+            made = rows()
+        except BaseException:
+            claim.release()
+            raise
+        return claim.commit(made, attributes, self._codec)
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
-            for future in self._pending:
-                future.result()
+            for claim, future in self._pending:
+                if kind is not None and future.cancel():  # the run has failed: keep what is being written, no more
+                    claim.release()
+                else:
+                    future.result()
         finally:
             self._pool.shutdown()
 
 
-__all__ = ["FORMAT", "Arrays", "Collection", "Record", "StoreError", "Writer", "item_key", "plan"]
+def collections(root: Path) -> Iterator[Path]:
+    """The folders of a store that hold collections, in order."""
+    with contextlib.suppress(FileNotFoundError):
+        yield from sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+__all__ = [
+    "Claim",
+    "Collection",
+    "StoreError",
+    "Writer",
+    "check_identity",
+    "collections",
+    "share_out",
+]

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from spec import base as base_model
-from spec import files
 from spec.base import Base
-from spec.store.collection import Collection, Writer
-from spec.store.segment import StoreError
+from spec.store import codecs
+from spec.store.collection import Collection, Writer, share_out
+from spec.store.segment import Row, StoreError
+
+log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192
-"""Padded tokens of one forward pass."""
+"""Padded tokens of one forward pass; halved for as long as memory runs out."""
 
-TABLES = "tables.safetensors"
 POSITION_RULE = "state at t where mask[t+1]"
+OFFSETS = {"states": "state_offsets", "scales": "state_offsets", "ids": "token_offsets", "mask": "token_offsets"}
+_TABLES = ("tables",)
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """A sequence whose states are to be stored: key, ids [T] and mask [T]."""
+
+    key: str
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
 
 
 def kept_positions(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -28,12 +43,13 @@ def kept_positions(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.flatnonzero(mask[1:])
 
 
-def identity(base: Mapping[str, str], dtype: str) -> dict[str, Any]:
+def identity(base: Mapping[str, str], dtype: str, codec: str) -> dict[str, Any]:
     """Everything a state depends on beside the sequence.
 
     Args:
         base: identify's digests; the tokenizer's too, since ids of another one mean another text.
-        dtype: of the base's arithmetic and of the stored states.
+        dtype: of the base's arithmetic and of the states.
+        codec: lossless ones make no difference.
     """
     return {
         "base": base["weights"],
@@ -42,92 +58,182 @@ def identity(base: Mapping[str, str], dtype: str) -> dict[str, Any]:
         "layer": "last",
         "norm": "after the final norm",
         "positions": POSITION_RULE,
+        "encoding": codecs.encoding(codec),
         "producer": f"transformers, padded to {base_model.BUCKET}",
     }
 
 
-def stored_bytes(positions: int, tokens: int, hidden_size: int, dtype: str) -> int:
+def position_bytes(hidden_size: int, dtype: str, codec: str) -> int:
+    """What a stored position takes before lossless compression, in bytes."""
+    if codec == "fp8":
+        return hidden_size + 4
+    return hidden_size * (4 if dtype == "float32" else 2)
+
+
+def stored_bytes(positions: int, tokens: int, hidden_size: int, dtype: str, codec: str) -> int:
     """Upper bound of what states, ids and mask take on the disk, in bytes."""
-    return positions * hidden_size * (4 if dtype == "float32" else 2) + 5 * tokens
+    return positions * position_bytes(hidden_size, dtype, codec) + 5 * tokens
 
 
 @torch.inference_mode()
 def produce(
     base: Base,
     collection: Collection,
-    rows: Sequence[tuple[str, NDArray[np.int32], NDArray[np.uint8]]],
+    rows: Sequence[FeatureRow],
     groups: Sequence[Sequence[int]],
     codec: str,
     on_tokens: Callable[[int], object] = lambda count: None,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
     """Run the base once over groups of rows and commit one segment a group.
 
     Args:
         base: the frozen model.
         collection: where the segments go.
-        rows: key, ids [T] and mask [T] of each row.
-        groups: row numbers, as collection.plan gives them (each group of one padded length).
+        rows: everything that groups refer to.
+        groups: row numbers, as plan gives them (each group of one padded length).
         codec: of the segments.
         on_tokens: called with the number of tokens just done.
+        rank: this worker among `world` that share the groups.
+        world: number of workers.
 
     Raises:
-        StoreError: a state is NaN or infinite; names the row.
+        StoreError: a state is NaN or infinite, or memory does not suffice for one row; names the row.
     """
-    with Writer(collection, codec) as writer:
-        for group in groups:
-            states: list[NDArray[Any]] = []
-            width = base_model.bucket(max(len(rows[row][1]) for row in group))
-            size = max(1, BATCH_TOKENS // width)
-            for start in range(0, len(group), size):
-                states += _forward(base, [rows[row] for row in group[start : start + size]], width)
-                on_tokens(sum(len(rows[row][1]) for row in group[start : start + size]))
-            arrays = {
-                "states": np.concatenate(states),
-                "ids": np.concatenate([rows[row][1] for row in group]),
-                "mask": np.concatenate([rows[row][2] for row in group]),
-                "state_offsets": _offsets(map(len, states)),
-                "token_offsets": _offsets(len(rows[row][1]) for row in group),
-            }
-            attributes = {"dtype": str(base.model.dtype).removeprefix("torch."), "positions": POSITION_RULE}
-            writer.write([rows[row][0] for row in group], arrays, attributes)
+    encoding = codecs.encoding(codec)
+    attributes = {
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "positions": POSITION_RULE,
+        "encoding": encoding,
+        "offsets": {key: OFFSETS[key] for key in OFFSETS if key != "scales" or encoding == codecs.FP8},
+        "producer": base_model.producer(base.device),
+    }
+    budget = BATCH_TOKENS
+    with Writer(codec) as writer:
+        for index, claim in share_out(collection, [[rows[r].key for r in group] for group in groups], rank, world):
+            group = [rows[r] for r in groups[index]]
+            width = base_model.bucket(max(len(row.ids) for row in group))
+            batches: list[_Batch] = []
+            start = 0
+            while start < len(group):
+                part = group[start : start + max(1, budget // width)]
+                try:
+                    batches.append(_forward(base, part, width, encoding))
+                except torch.OutOfMemoryError as error:
+                    if len(part) == 1:
+                        raise StoreError(
+                            f"out of memory at a single sequence of {len(part[0].ids)} tokens ({error}); lower "
+                            "data.max_length, or use a device with more memory"
+                        ) from None
+                    budget //= 2
+                    log.warning("out of memory: going on with %d tokens a batch", budget)
+                    continue
+                start += len(part)
+                on_tokens(sum(len(row.ids) for row in part))
+            writer.write(claim, partial(_rows, batches), attributes)
 
 
-def _forward(
-    base: Base, rows: Sequence[tuple[str, NDArray[np.int32], NDArray[np.uint8]]], width: int
-) -> list[NDArray[Any]]:
-    """The kept states of a few rows, each [P, d]; 16-bit floats as their bits."""
-    ids = np.zeros((len(rows), width), np.int64)
-    for row, (_, tokens, _) in enumerate(rows):
-        ids[row, : len(tokens)] = tokens
-    hidden = base_model.hidden_states(base.model, torch.from_numpy(ids).to(base.device))
-    kept = [hidden[row, torch.from_numpy(kept_positions(mask)).to(base.device)] for row, (*_, mask) in enumerate(rows)]
-    sizes = [len(states) for states in kept]
-    flat = torch.cat(kept)
-    if not flat.isfinite().all():
-        bad = next(row for row, states in enumerate(kept) if not states.isfinite().all())
-        raise StoreError(
-            f"a hidden state of the sequence that begins with the ids {rows[bad][1][:8].tolist()} is NaN or infinite; "
-            "nothing of its segment was stored. Try model.dtype=float32, or check the base's weights"
-        )
-    if flat.dtype.itemsize == 2:
-        flat = flat.view(torch.uint16)
-    return np.split(flat.cpu().numpy(), np.cumsum(sizes)[:-1])
+@dataclass(frozen=True)
+class _Batch:
+    """Encoded states of a few rows, on their way off the device."""
+
+    group: Sequence[FeatureRow]
+    encoded: dict[str, Tensor]
+    finite: Tensor
+    arrived: torch.cuda.Event | None
+
+    def rows(self) -> Iterator[Row]:
+        """The rows as they are stored; waits for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if not self.finite.all():
+            bad = self.group[int((~self.finite).nonzero()[0])]
+            raise StoreError(
+                f"a hidden state of the sequence {bad.key} (it begins with the ids {bad.ids[:8].tolist()}) is NaN or "
+                "infinite; nothing of its segment was stored. Try model.dtype=float32, or check the base's weights"
+            )
+        ends = np.cumsum([len(kept_positions(row.mask)) for row in self.group])[:-1]
+        parts = {key: np.split(codecs.to_numpy(tensor), ends) for key, tensor in self.encoded.items()}
+        for index, row in enumerate(self.group):
+            yield {**{key: part[index] for key, part in parts.items()}, "ids": row.ids, "mask": row.mask}
 
 
-def _offsets(lengths: Any) -> NDArray[np.int64]:
-    return np.cumsum([0, *lengths], dtype=np.int64)
+def _rows(batches: Sequence[_Batch]) -> list[Row]:
+    return [row for batch in batches for row in batch.rows()]
+
+
+def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str) -> _Batch:
+    """Run the base over rows of one bucket; on CUDA nothing here waits for the device."""
+    ids = np.zeros((len(group), width), np.int64)
+    kept = np.zeros((len(group), width), np.bool_)
+    for number, row in enumerate(group):
+        ids[number, : len(row.ids)] = row.ids
+        kept[number, : len(row.ids) - 1] = row.mask[1:]
+    at, to = (torch.from_numpy(index).to(base.device, non_blocking=True) for index in kept.nonzero())
+    hidden = base_model.hidden_states(base.model, torch.from_numpy(ids).to(base.device, non_blocking=True))
+    flat = hidden[at, to]  # [P, d]
+    # Per row: a count of zero numbers that are not finite.
+    bad = torch.zeros(len(group), device=base.device).index_add_(0, at, (~flat.isfinite().all(1)).float())
+    tensors = {**codecs.encode(flat, encoding), "finite": bad == 0}
+    arrived = None
+    if base.device.type == "cuda":
+        host = {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for key, t in tensors.items()}
+        for key, tensor in tensors.items():
+            host[key].copy_(tensor, non_blocking=True)
+        tensors = host
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+    else:
+        tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
+    finite = tensors.pop("finite")
+    return _Batch(group, tensors, finite, arrived)
 
 
 def save_tables(base: Base, collection: Collection) -> None:
     """Keep the base's embedding and lm_head [V, d] beside its states, so that training never loads the base."""
-    path = collection.folder / TABLES
-    if path.is_file():
+    claim = collection.claim(_TABLES)
+    if claim is None:
         return
     tables = {"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head}
-    with files.replacing(path) as temporary:
-        save_file({name: table.detach().cpu().clone() for name, table in tables.items()}, temporary)
+    row = {name: codecs.to_numpy(table.detach().cpu().contiguous()) for name, table in tables.items()}
+    attributes = {
+        "dtype": str(base.lm_head.dtype).removeprefix("torch."),
+        "offsets": {name: f"{name}_offsets" for name in row},
+        "vocab_size": base.vocab_size,
+        "hidden_size": base.hidden_size,
+        "producer": base_model.producer(base.device),
+    }
+    claim.commit([row], attributes, "zstd")
 
 
-def load_tables(collection: Collection) -> dict[str, torch.Tensor]:
-    """The base's "embedding" and "lm_head", each [V, d]."""
-    return load_file(collection.folder / TABLES)
+def has_tables(collection: Collection) -> bool:
+    """Whether save_tables has run."""
+    return collection.holds(_TABLES)
+
+
+def tables_shape(collection: Collection) -> dict[str, int]:
+    """The base's hidden_size and vocab_size; reads no table.
+
+    Raises:
+        DamagedError: the tables are missing or damaged.
+    """
+    _, attributes = collection.read(collection.name_of(_TABLES), only=())
+    return {name: attributes[name] for name in ("hidden_size", "vocab_size")}
+
+
+def positions_of(collection: Collection, name: str) -> int:
+    """Stored positions of a segment; reads no states."""
+    arrays, _ = collection.read(name, only=("state_offsets",))
+    return int(arrays["state_offsets"][-1])
+
+
+def load_tables(collection: Collection) -> dict[str, Tensor]:
+    """The base's "embedding" and "lm_head", each [V, d].
+
+    Raises:
+        DamagedError: they are missing or damaged.
+    """
+    arrays, attributes = collection.read(collection.name_of(_TABLES))
+    dtype = getattr(torch, attributes["dtype"])
+    return {name: codecs.from_numpy(arrays[name], dtype) for name in attributes["offsets"]}

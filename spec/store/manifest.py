@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spec import files
+from spec.store.collection import Collection
 from spec.store.segment import StoreError
 
 
@@ -18,14 +19,14 @@ class Manifest:
 
     Attributes:
         identity: of the collection that holds the segments.
-        base: name, revision, weights and tokenizer of the base, as sources.json gives them.
-        dtype: of the states.
+        base: name, revision and digests of the base, as sources.json gives them.
         hidden_size: width d of a state.
         vocab_size: rows V of the base's lm_head.
         segments: names of the segments used.
         digests: the content digest of each of them.
         segment: for each sequence, an index into segments.
         row: for each sequence, its row in that segment.
+        content: SHA-256 over the digests of all sequences, in order.
         prompt_length: tokens before the last answer.
         written: whether the base wrote that answer greedily.
         domain: an index into domains.
@@ -36,13 +37,13 @@ class Manifest:
 
     identity: Mapping[str, Any]
     base: Mapping[str, Any]
-    dtype: str
     hidden_size: int
     vocab_size: int
     segments: Sequence[str]
     digests: Sequence[str]
     segment: Sequence[int]
     row: Sequence[int]
+    content: str
     prompt_length: Sequence[int]
     written: Sequence[bool]
     domain: Sequence[int]
@@ -54,9 +55,19 @@ class Manifest:
         return len(self.segment)
 
     @property
+    def dtype(self) -> str:
+        """Of the states."""
+        dtype: str = self.identity["dtype"]
+        return dtype
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of everything the split consists of: the feature digest that metrics refer to."""
-        return files.digest_json(asdict(self))
+        """SHA-256 of what the split consists of: the feature digest that metrics refer to.
+
+        It does not depend on the base's name or on how sequences are grouped into segments.
+        """
+        placed = ("base", "segments", "digests", "segment", "row")
+        return files.digest_json({name: value for name, value in asdict(self).items() if name not in placed})
 
     def save(self, path: Path) -> None:
         """Write the manifest, one field a line."""
@@ -75,3 +86,57 @@ class Manifest:
             return cls(**files.read_json(path))
         except (OSError, TypeError, ValueError) as error:
             raise StoreError(f"{path} is not a manifest of features ({error}); run the cache stage") from None
+
+    def collection(self, root: Path) -> Collection:
+        """The collection of a store that holds the segments."""
+        return Collection(root, "features", self.identity)
+
+
+def make_manifest(
+    collection: Collection,
+    keys: Sequence[str],
+    *,
+    base: Mapping[str, Any],
+    hidden_size: int,
+    vocab_size: int,
+    prompt_length: Sequence[int],
+    written: Sequence[bool],
+    domains: Sequence[str],
+    tokens: int,
+    positions: int,
+) -> Manifest:
+    """The manifest of sequences that are all in the store.
+
+    Args:
+        collection: holds them.
+        keys: content key of each, in the order of the data.
+        base: as in Manifest, like what follows.
+        hidden_size: d.
+        vocab_size: V.
+        prompt_length: of each.
+        written: of each.
+        domains: name of each sequence's domain.
+        tokens: of all.
+        positions: of all.
+    """
+    places, records = collection.find(), collection.records()
+    used = list(dict.fromkeys(places[key][0] for key in keys))
+    number = {name: index for index, name in enumerate(used)}
+    names = sorted(set(domains))
+    return Manifest(
+        identity=collection.identity,
+        base=base,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        segments=used,
+        digests=[records[name].digest for name in used],
+        segment=[number[places[key][0]] for key in keys],
+        row=[places[key][1] for key in keys],
+        content=files.digest_json([records[name].digests[row] for name, row in map(places.__getitem__, keys)]),
+        prompt_length=prompt_length,
+        written=written,
+        domain=[names.index(domain) for domain in domains],
+        domains=names,
+        tokens=tokens,
+        positions=positions,
+    )

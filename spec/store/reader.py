@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from spec.store import features
-from spec.store.collection import Collection
+from spec.store import codecs, features
 from spec.store.manifest import Manifest
-from spec.store.segment import StoreError
+from spec.store.segment import DamagedError, StoreError
 
 WINDOW = 8
-"""Segments that are shuffled together: an epoch reads each segment once, and this many are in memory."""
+"""Segments that are shuffled together: an epoch reads each segment once, and about this many are in use."""
+
+AHEAD = 4
+"""Segments that are decoded before they are needed."""
+
+LOOK_AHEAD = 1000
+"""Parts that are looked at before they are needed."""
+
+DECODERS = 2
+"""Threads that decode."""
+
+MEMORY_SHARE = 0.25
+"""Of the memory that is free at the start, what decoded segments may keep, shared by the workers of a machine."""
 
 T = TypeVar("T")
 
@@ -37,7 +52,7 @@ class CachedSequence:
         mask: [T], 1 where a token is supervised.
     """
 
-    states: torch.Tensor
+    states: Tensor
     positions: NDArray[np.int64]
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
@@ -54,63 +69,114 @@ class Positions:
         valid: [P, n], whether head i trains here: x_{t+1} .. x_{t+2+i} all lie in one supervised span.
     """
 
-    states: torch.Tensor
-    tokens: torch.Tensor
-    valid: torch.Tensor
+    states: Tensor
+    tokens: Tensor
+    valid: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states)
 
     def to(self, device: torch.device) -> Positions:
         """The same on a device; the copy from pinned memory does not wait."""
         return Positions(*(x.to(device, non_blocking=True) for x in (self.states, self.tokens, self.valid)))
 
-    def pin(self) -> Positions:
-        """The same in page-locked memory."""
-        return Positions(self.states.pin_memory(), self.tokens.pin_memory(), self.valid.pin_memory())
+    def __getitem__(self, rows: slice) -> Positions:
+        return Positions(self.states[rows], self.tokens[rows], self.valid[rows])
 
 
-def to_positions(
-    sequences: Sequence[CachedSequence], n_predict: int, hidden_size: int, dtype: torch.dtype
-) -> Positions:
-    """The positions of several sequences, one after the other."""
-    states = torch.cat([torch.empty(0, hidden_size, dtype=dtype), *(s.states for s in sequences)])
-    tokens = [np.empty((0, n_predict + 1), np.int32)]
-    valid = [np.empty((0, n_predict), np.bool_)]
-    for sequence in sequences:
-        around = sequence.positions[:, None] + np.arange(1, n_predict + 2)
-        inside = around < len(sequence.ids)
-        around[~inside] = 0
-        tokens.append(np.where(inside, sequence.ids[around], 0))
-        supervised = inside & (sequence.mask[around] != 0)
-        valid.append(np.logical_and.accumulate(supervised, axis=1)[:, 1:])
-    return Positions(states, torch.from_numpy(np.concatenate(tokens)).long(), torch.from_numpy(np.concatenate(valid)))
+def join(parts: Sequence[Positions], pin: bool = False) -> Positions:
+    """Positions one after the other, in page-locked memory if asked for."""
+
+    def together(tensors: list[Tensor]) -> Tensor:
+        if not pin:
+            return torch.cat(tensors)
+        shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+        return torch.cat(tensors, out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True))
+
+    return Positions(*(together([getattr(part, name) for part in parts]) for name in ("states", "tokens", "valid")))
+
+
+def tokens_around(
+    ids: NDArray[np.int32], mask: NDArray[np.uint8], offsets: NDArray[np.int64], n_predict: int
+) -> tuple[Tensor, Tensor]:
+    """The `tokens` [P, n + 1] and `valid` [P, n] of Positions for every stored position of several sequences.
+
+    Args:
+        ids: [T] tokens of all sequences, one after the other.
+        mask: [T].
+        offsets: [R + 1], where each sequence begins.
+        n_predict: n.
+    """
+    starts = np.zeros(len(ids) + 1, np.bool_)
+    starts[offsets[:-1]] = True  # an empty last sequence may begin behind the last token
+    following = np.flatnonzero((mask != 0) & ~starts[:-1])  # [P]: where x_{t+1} is
+    ends = offsets[np.searchsorted(offsets, following, "right")]
+    around = following[:, None] + np.arange(n_predict + 1)  # [P, n + 1]
+    inside = around < ends[:, None]
+    around[~inside] = 0
+    tokens = np.where(inside, ids[around] if len(ids) else 0, 0)
+    supervised = inside & (mask[around] != 0) if len(mask) else inside
+    valid = np.logical_and.accumulate(supervised, axis=1)[:, 1:]
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.ascontiguousarray(valid))
+
+
+class _Segment:
+    """A decoded segment."""
+
+    def __init__(self, arrays: dict[str, NDArray[Any]], dtype: torch.dtype, encoding: str) -> None:
+        self.states = codecs.decode(arrays, dtype, encoding)
+        self.ids, self.mask = arrays["ids"], arrays["mask"]
+        self.token_offsets, self.state_offsets = arrays["token_offsets"], arrays["state_offsets"]
+        self.bytes = self.states.nbytes + 16 * len(self.ids)
+        self._around: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def sequence(self, row: int) -> CachedSequence:
+        tokens = slice(*self.token_offsets[row : row + 2])
+        mask = self.mask[tokens]
+        states = self.states[slice(*self.state_offsets[row : row + 2])]
+        return CachedSequence(states, features.kept_positions(mask), self.ids[tokens], mask)
+
+    def positions(self, row: int, n_predict: int) -> Positions:
+        if n_predict not in self._around:
+            self._around[n_predict] = tokens_around(self.ids, self.mask, self.token_offsets, n_predict)
+        return Positions(self.states, *self._around[n_predict])[slice(*self.state_offsets[row : row + 2])]
 
 
 class FeatureReader:
-    """Reads the sequences of one split from the store; every chunk's checksum is checked.
+    """Reads the sequences of one split from the store; every chunk's checksum is checked at every read.
+
+    Decoded segments stay in memory as far as there is room, so that a split that fits is decoded once.
 
     Args:
         manifest: the split.
         store: the store's root.
+        memory: bytes that decoded segments may keep beyond those in use; None: MEMORY_SHARE of what is free.
 
     Raises:
-        StoreError: the store lacks a segment, or holds another identity than the manifest names.
+        StoreError: the store lacks a segment, or holds another one than the manifest names.
     """
 
-    def __init__(self, manifest: Manifest, store: Path) -> None:
+    def __init__(self, manifest: Manifest, store: Path, memory: int | None = None) -> None:
         self.manifest = manifest
-        self.collection = Collection(store, "features", manifest.identity)
-        self._segments: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.collection = manifest.collection(store)
+        self.collection.check()
+        self._memory = _free_memory() if memory is None else memory
+        self._segments: OrderedDict[str, Future[_Segment]] = OrderedDict()
         self._lock = threading.Lock()
-        records = self.collection.records()
+        self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="segment-reader")
         for name, digest in zip(manifest.segments, manifest.digests, strict=True):
-            if name not in records:
+            try:
+                record = self.collection.record(name)
+            except DamagedError as error:
                 raise StoreError(
-                    f"segment {name} is not in {self.collection.folder}; run the cache stage (it computes only what is "
-                    "missing), or point features.store to the store that the manifest was made with"
-                )
-            if records[name].digest != digest:
+                    f"segment {name} is not in {self.collection.folder}, or damaged ({error.reason}); run the cache "
+                    "stage (it computes only what is missing), or point features.store to the store that the manifest "
+                    "was made with"
+                ) from error
+            if record.digest != digest:
                 raise StoreError(
-                    f"segment {name} in {self.collection.folder} has the digest {records[name].digest}, and the "
-                    f"manifest names {digest}; delete its folder and run the cache stage again"
+                    f"segment {name} in {self.collection.folder} has the digest {record.digest}, but the manifest "
+                    f"names {digest}; run the cache stage again"
                 )
 
     def __len__(self) -> int:
@@ -124,17 +190,17 @@ class FeatureReader:
 
     def sequence(self, index: int) -> CachedSequence:
         """The sequence at this place in the data's order."""
-        arrays = self._segment(self.manifest.segments[self.manifest.segment[index]])
-        row = self.manifest.row[index]
-        tokens = slice(*arrays["token_offsets"][row : row + 2])
-        states = slice(*arrays["state_offsets"][row : row + 2])
-        mask = arrays["mask"][tokens]
-        return CachedSequence(arrays["states"][states], features.kept_positions(mask), arrays["ids"][tokens], mask)
+        return self._load(self._name(index)).result().sequence(self.manifest.row[index])
 
-    def positions(self, indices: Sequence[int], n_predict: int) -> Positions:
-        """The positions of several sequences."""
-        sequences = [self.sequence(index) for index in indices]
-        return to_positions(sequences, n_predict, self.manifest.hidden_size, self.dtype)
+    def positions(self, indices: Sequence[int], n_predict: int, pin: bool = False) -> Positions:
+        """The positions of several sequences, one after the other."""
+        none = Positions(
+            torch.empty(0, self.manifest.hidden_size, dtype=self.dtype),
+            torch.empty(0, n_predict + 1, dtype=torch.int64),
+            torch.empty(0, n_predict, dtype=torch.bool),
+        )
+        parts = [self._load(self._name(i)).result().positions(self.manifest.row[i], n_predict) for i in indices]
+        return join([none, *parts], pin)
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """All sequences, shuffled: segments first, then sequences within a window of WINDOW segments."""
@@ -144,17 +210,101 @@ class FeatureReader:
         window = place[np.asarray(self.manifest.segment, np.int64)] // WINDOW
         return [int(i) for i in np.lexsort((generator.random(len(window)), window))]
 
-    def _segment(self, name: str) -> dict[str, Any]:
+    def share(self, batch: Sequence[int], rank: int, world: int) -> list[int]:
+        """One worker's part of a batch: all parts together are the batch, whatever the number of workers.
+
+        Sequences of one segment stay together, so that a worker decodes but a part of a window's segments.
+        """
+        ordered = sorted(batch, key=lambda index: (self.manifest.segment[index], index))
+        return ordered[len(ordered) * rank // world : len(ordered) * (rank + 1) // world]
+
+    def batches(self, parts: Iterable[Sequence[int]], n_predict: int, pin: bool = False) -> Iterator[Positions]:
+        """The positions of each part (sequence indices), with segments decoded ahead.
+
+        Args:
+            parts: consumed ahead of what is yielded.
+            n_predict: n.
+            pin: whether in page-locked memory.
+
+        Raises:
+            DamagedError: when a part that needs it is reached.
+        """
+        for part in self._decoded_ahead(parts):
+            yield self.positions(part, n_predict, pin)
+
+    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
+        """Sequences with their indices, in the order of the store, so that each segment is decoded once and ahead.
+
+        Raises:
+            DamagedError: when a sequence that needs it is reached.
+        """
+        place = self.manifest.segment, self.manifest.row
+        ordered = sorted(indices, key=lambda index: (place[0][index], place[1][index]))
+        for (index,) in self._decoded_ahead([index] for index in ordered):
+            yield index, self.sequence(index)
+
+    def _decoded_ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """The parts themselves, while what they and the next ones need is decoded."""
+        source = iter(parts)
+        waiting: deque[tuple[Sequence[int], set[str]]] = deque()
+        needed: Counter[str] = Counter()
+        more = True
+        while more or waiting:
+            while more and (not waiting or (len(needed) < WINDOW + AHEAD and len(waiting) < LOOK_AHEAD)):
+                part = next(source, None)
+                more = part is not None
+                if part is not None:
+                    names = {self._name(index) for index in part}
+                    waiting.append((part, names))
+                    needed.update(names)
+                    for name in sorted(names):
+                        self._load(name, needed)
+            if waiting:
+                part, names = waiting.popleft()
+                yield part
+                needed = needed - Counter(names)
+
+    def token_counts(self) -> NDArray[np.int64]:
+        """How often each token [V] is supervised in the split; reads no states."""
+        counts = np.zeros(self.manifest.vocab_size, np.int64)
+        rows: dict[int, list[int]] = {}
+        for segment, row in zip(self.manifest.segment, self.manifest.row, strict=True):
+            rows.setdefault(segment, []).append(row)
+        for segment, used in rows.items():
+            arrays, _ = self.collection.read(self.manifest.segments[segment], ("ids", "mask", "token_offsets"))
+            for row in used:
+                tokens = slice(*arrays["token_offsets"][row : row + 2])
+                counts += np.bincount(arrays["ids"][tokens][arrays["mask"][tokens] != 0], minlength=len(counts))
+        return counts
+
+    def _name(self, index: int) -> str:
+        return self.manifest.segments[self.manifest.segment[index]]
+
+    def _load(self, name: str, needed: Counter[str] | None = None) -> Future[_Segment]:
+        """The segment, being decoded or decoded; makes room by dropping those used longest ago and not needed."""
         with self._lock:
             if name not in self._segments:
-                while len(self._segments) > WINDOW + 1:
-                    self._segments.popitem(last=False)
-                arrays: dict[str, Any] = dict(self.collection.read(name))
-                states = torch.from_numpy(arrays["states"])
-                arrays["states"] = states if states.dtype == torch.float32 else states.view(self.dtype)
-                self._segments[name] = arrays
+                self._make_room(needed or Counter())
+                self._segments[name] = self._pool.submit(self._decode, name)
             self._segments.move_to_end(name)
             return self._segments[name]
+
+    def _decode(self, name: str) -> _Segment:
+        arrays, attributes = self.collection.read(name)
+        return _Segment(arrays, self.dtype, attributes["encoding"])
+
+    def _make_room(self, needed: Counter[str]) -> None:
+        done = {n: f.result().bytes for n, f in self._segments.items() if f.done() and f.exception() is None}
+        total = sum(done.values())
+        for name in [n for n in done if n not in needed][:-1]:
+            if total <= self._memory:
+                break
+            total -= done[name]
+            del self._segments[name]
+
+
+def _free_memory() -> int:
+    return int(MEMORY_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def prefetch(items: Iterable[T], depth: int = 4) -> Iterator[T]:

@@ -1,13 +1,17 @@
-"""One segment: a small, immutable Zarr v3 group that is visible only when whole."""
+"""One segment: a small, immutable Zarr v3 group of whole rows that is visible only when whole.
+
+A row is a mapping of arrays. In a segment the arrays of all rows lie one after the other, each beside its offsets;
+`record.json` holds each row's digest, every file's size, and a digest of itself. docs/format.md has the layout.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
-import re
 import shutil
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +19,32 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from spec import files
 from spec.errors import SpecError
+from spec.store import codecs
 
+FORMAT = 2
 RECORD = "record.json"
-_CHUNK_ROWS = 1024
-_PARTIAL = ".partial"
+PARTIAL = ".partial-"
 
-Arrays = Mapping[str, NDArray[Any]]
+Row = Mapping[str, NDArray[Any]]
+Arrays = dict[str, NDArray[Any]]
 
 
 class StoreError(SpecError):
     """The store holds something other than what was asked for: says where, what was found and what to do."""
+
+
+class DamagedError(StoreError):
+    """A segment that is missing or not as it was written."""
+
+    def __init__(self, folder: Path, name: str, reason: object) -> None:
+        super().__init__(
+            f"segment {name} in {folder} is missing or damaged ({reason}); run `spec store verify`, which sets damaged "
+            "segments aside, then `spec respond` and `spec cache`: only these are computed again"
+        )
+        self.name, self.reason = name, str(reason)
 
 
 @dataclass(frozen=True)
@@ -38,71 +54,103 @@ class Record:
     Attributes:
         name: the segment's folder.
         items: the content key of each row, in order.
-        digest: SHA-256 over every array's bytes, dtype and shape.
-        bytes: size of its files.
+        digests: SHA-256 of each row, as digest_row gives it.
+        size: bytes of its files, record.json apart.
+        files: of each file its size, and its SHA-256 where it carries no checksum of its own (zarr.json).
     """
 
     name: str
     items: tuple[str, ...]
-    digest: str
-    bytes: int
+    digests: tuple[str, ...]
+    size: int
+    files: Mapping[str, tuple[int, str | None]]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows' digests: equal segments are those whose rows are equal, whatever their codec."""
+        return files.digest_json(list(zip(self.items, self.digests, strict=True)))
+
+    def to_bytes(self) -> bytes:
+        """The content of record.json, which ends in a digest of the rest."""
+        entry: dict[str, Any] = {
+            "format": FORMAT,
+            "items": list(self.items),
+            "digests": list(self.digests),
+            "bytes": self.size,
+            "files": {name: list(mark) for name, mark in self.files.items()},
+        }
+        return _canonical({**entry, "sha256": files.digest_json(entry)})
+
+    @classmethod
+    def from_bytes(cls, name: str, content: bytes) -> Record:
+        """Read what to_bytes wrote.
+
+        Raises:
+            ValueError: any byte is another one.
+        """
+        entry = json.loads(content)
+        record = cls(
+            name,
+            tuple(entry["items"]),
+            tuple(entry["digests"]),
+            entry["bytes"],
+            {path: (size, digest) for path, (size, digest) in entry["files"].items()},
+        )
+        if record.to_bytes() != content:
+            raise ValueError(f"{RECORD} is not as it was written")
+        return record
 
 
-def content_digest(arrays: Arrays) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of arrays, independent of codec and chunks."""
+def digest_row(row: Row) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a row's arrays, independent of codec and company."""
     digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+    for name in sorted(row):
+        array = np.ascontiguousarray(row[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.data)
     return digest.hexdigest()
 
 
 def write(
-    folder: Path, name: str, items: Sequence[str], arrays: Arrays, attributes: Mapping[str, Any], codec: str
+    folder: Path,
+    name: str,
+    items: Sequence[str],
+    rows: Sequence[Row],
+    attributes: Mapping[str, Any],
+    codec: str,
 ) -> Record:
     """Write a segment under a temporary name, flush it to the disk, and rename it to `folder/name`.
 
-    Whoever finds `folder/name` finds all of it. A segment that is already there is left as it is: its name follows
-    from its content.
+    Whoever finds `folder/name` finds all of it. A segment that is already there is left as it is. The caller holds
+    the lock of this name (Collection.claim), so nobody else writes it.
 
     Args:
         folder: where segments lie.
         name: the segment's name.
         items: the content key of each row.
-        arrays: what to store; the first axis of each is cut into chunks.
+        rows: at least one; all of the same arrays, whose first axes are cut into chunks.
         attributes: what a reader must know (real dtype, rule of positions, ...), kept in zarr.json.
-        codec: "zstd" or "none"; every chunk carries a crc32c in both.
+            `attributes["offsets"]` names the offsets of each array; arrays of equal lengths may share them.
+        codec: as codecs.compressors takes it; every chunk carries a crc32c.
     """
-    temporary = folder / f"{_PARTIAL}-{socket.gethostname()}-{os.getpid()}-{name}"
+    temporary = folder / f"{PARTIAL}{name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        group = zarr.create_group(temporary, attributes={**attributes, "arrays": list(arrays)})
-        compressors = [ZstdCodec(level=1), Crc32cCodec()] if codec == "zstd" else [Crc32cCodec()]
-        for key, array in arrays.items():
-            rows = -(-max(len(array), 1) // _CHUNK_ROWS) * _CHUNK_ROWS
-            group.create_array(
-                key,
-                shape=array.shape,
-                dtype=array.dtype,
-                chunks=(_CHUNK_ROWS, *array.shape[1:]),
-                shards=(rows, *array.shape[1:]),
-                compressors=compressors,
-                config={"write_empty_chunks": True},
-            )[...] = array
+        _write_group(temporary, _joined(rows, attributes["offsets"]), attributes, codec)
         marks = _marks(temporary)
-        size = sum(int(mark[0]) for mark in marks.values())
-        record = Record(name, tuple(items), content_digest(arrays), size)
-        entry = {"items": list(items), "digest": record.digest, "bytes": size, "files": marks}
-        files.write_json(temporary / RECORD, entry)
-        _flush(temporary)
+        size = sum(size for size, _ in marks.values())
+        record = Record(name, tuple(items), tuple(map(digest_row, rows)), size, marks)
+        (temporary / RECORD).write_bytes(record.to_bytes())
+        _flush([temporary, *temporary.rglob("*")])
         try:
             temporary.rename(folder / name)
         except OSError:
-            if not (folder / name / RECORD).is_file():  # else another worker was first
-                shutil.rmtree(folder / name, ignore_errors=True)  # the rest of a segment that lost its record
-                temporary.rename(folder / name)
+            if (folder / name / RECORD).is_file():  # it was here before
+                return record
+            shutil.rmtree(folder / name, ignore_errors=True)  # the rest of a segment that lost its record
+            temporary.rename(folder / name)
+        _flush([folder])
         return record
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -112,74 +160,133 @@ def read_record(folder: Path, name: str) -> Record:
     """What a segment holds, without reading its arrays.
 
     Raises:
-        StoreError: a missing or damaged record, by the segment's name.
+        DamagedError: a missing or damaged record.
     """
     try:
-        value = files.read_json(folder / name / RECORD)
-        return Record(name, tuple(value["items"]), value["digest"], value["bytes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, name, error) from error
+        return Record.from_bytes(name, (folder / name / RECORD).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(folder, name, error) from error
 
 
-def read(folder: Path, name: str) -> dict[str, NDArray[Any]]:
-    """Every array of a segment; checked are each chunk's crc32c, every file's size, and the digests of metadata.
+def check_files(folder: Path, record: Record) -> None:
+    """Check what can be checked without reading arrays: that files are there, their sizes, digests of metadata.
+
+    Files that no record names do no harm and are passed over.
 
     Raises:
-        StoreError: a missing or damaged segment, by name.
+        DamagedError: names the file.
     """
     try:
-        if _marks(folder / name) != files.read_json(folder / name / RECORD)["files"]:
-            raise ValueError("its files are not those that were written")
-        group = zarr.open_group(folder / name, mode="r")
-        arrays = {}
-        for key in group.attrs["arrays"]:
-            arrays[key] = np.asarray(group[key][...])
-        return arrays
-    except Exception as error:
-        raise _damaged(folder, name, error) from error
+        for path, mark in record.files.items():
+            found = _mark(folder / record.name / path)
+            if found != mark:
+                what = f"is {found[0]} bytes long, not {mark[0]}" if found[0] != mark[0] else "has another content"
+                raise ValueError(f"{path} {what}")
+    except (OSError, ValueError) as error:
+        raise DamagedError(folder, record.name, error) from error
 
 
-def _damaged(folder: Path, name: str, error: Exception) -> StoreError:
-    return StoreError(
-        f"segment {name} in {folder} is missing or damaged ({error}); delete its folder and run the stage again: "
-        "only this segment is recomputed"
-    )
+def read(folder: Path, name: str, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
+    """The arrays of a segment, and its attributes; each chunk's crc32c is checked, and all of check_files.
 
+    Args:
+        folder: where segments lie.
+        name: the segment's name.
+        only: names of the arrays that are wanted; None: all.
 
-def _marks(folder: Path) -> dict[str, list[Any]]:
-    """Size of every file of a segment, and SHA-256 of its metadata, which carries no checksum of its own."""
-    marks: dict[str, list[Any]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != RECORD:
-            metadata = hashlib.sha256(path.read_bytes()).hexdigest() if path.name == "zarr.json" else None
-            marks[path.relative_to(folder).as_posix()] = [path.stat().st_size, metadata]
-    return marks
-
-
-def clean_litter(folder: Path) -> None:
-    """Remove what killed processes of this host left half-written."""
-    pattern = re.compile(rf"{re.escape(_PARTIAL)}-{re.escape(socket.gethostname())}-(\d+)-[^-]+")
-    for path in folder.glob(f"{_PARTIAL}-*"):
-        match = pattern.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
+    Raises:
+        DamagedError: names the segment and what is wrong.
+    """
+    check_files(folder, read_record(folder, name))
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with codecs.fast_reading():
+            group = zarr.open_group(folder / name, mode="r")
+            attributes = dict(group.attrs)
+            opened = {key: group[key] for key in (attributes["arrays"] if only is None else only)}
+        return {key: np.asarray(array[...]) for key, array in opened.items()}, attributes
+    except Exception as error:  # whatever zarr and its codecs make of damaged bytes
+        raise DamagedError(folder, name, error) from error
 
 
-def _flush(folder: Path) -> None:
+def rows_of(arrays: Arrays, attributes: Mapping[str, Any]) -> list[Row]:
+    """The rows of a segment that read returned, as views."""
+    offsets: Mapping[str, str] = attributes["offsets"]
+    count = len(arrays[next(iter(offsets.values()))]) - 1
+    return [
+        {key: arrays[key][slice(*arrays[bounds][row : row + 2])] for key, bounds in offsets.items()}
+        for row in range(count)
+    ]
+
+
+def check_rows(folder: Path, record: Record, arrays: Arrays, attributes: Mapping[str, Any]) -> None:
+    """Check each row of a segment that read returned against its digest.
+
+    Raises:
+        DamagedError: names the rows.
+    """
+    try:
+        found = tuple(map(digest_row, rows_of(arrays, attributes)))
+    except (ValueError, LookupError, TypeError) as error:
+        raise DamagedError(folder, record.name, error) from error
+    if found != record.digests:
+        wrong = [row for row, pair in enumerate(zip(found, record.digests, strict=False)) if pair[0] != pair[1]]
+        raise DamagedError(folder, record.name, f"rows {wrong} have another content")
+
+
+def _joined(rows: Sequence[Row], offsets: Mapping[str, str]) -> Arrays:
+    """The arrays of a segment: every row's one after the other, and where each begins."""
+    arrays = {key: np.concatenate([row[key] for row in rows]) for key in offsets}
+    for key, bounds in offsets.items():
+        found = np.cumsum([0, *(len(row[key]) for row in rows)], dtype=np.int64)
+        if not np.array_equal(arrays.setdefault(bounds, found), found):
+            raise ValueError(f"{key} does not share the lengths of the other arrays of {bounds}")
+    return arrays
+
+
+def _write_group(folder: Path, arrays: Arrays, attributes: Mapping[str, Any], codec: str) -> None:
+    group = zarr.create_group(folder, attributes={**attributes, "arrays": list(arrays)})
+    for key, array in arrays.items():
+        chunk = min(codecs.chunk_rows(array), max(len(array), 1))
+        rows = -(-max(len(array), 1) // chunk) * chunk
+        group.create_array(
+            key,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=(chunk, *array.shape[1:]),
+            shards=(rows, *array.shape[1:]),
+            compressors=codecs.compressors(codec, array.dtype),
+            config={"write_empty_chunks": True},
+        )[...] = array
+
+
+def _marks(folder: Path) -> dict[str, tuple[int, str | None]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _mark(path) for path in paths}
+
+
+def _mark(path: Path) -> tuple[int, str | None]:
+    """Size of a file, and SHA-256 of metadata, which carries no checksum of its own."""
+    if path.name != "zarr.json":
+        return path.stat().st_size, None
+    content = path.read_bytes()
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _flush(paths: Sequence[Path]) -> None:
     """Force files and folders to the disk, so that a rename never outlives the data."""
-    for path in [folder, *folder.rglob("*")]:
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def names(folder: Path) -> Iterator[str]:
+    """Names of the folders that stand for segments, whole or not, in order."""
+    with contextlib.suppress(FileNotFoundError):
+        yield from sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +137,7 @@ class _Run:
             step_sums, norm = self._step(micro_batches)
             trained += time.monotonic() - began
             sums += step_sums
-            positions += sum(len(batch.states) for batch in micro_batches)
+            positions += sum(map(len, micro_batches))
             self.step += 1
             last = self.step == self.total
             saving = self.step % self.config.trainer.save_freq == 0 or last
@@ -157,15 +158,21 @@ class _Run:
     def _batches(self) -> Iterator[list[Positions]]:
         """This worker's micro-batches of every step still to do."""
         size, micro = self.config.data.train_batch_size, self.config.data.micro_batch_size_per_gpu
-        pin = self.worker.device.type == "cuda"
-        begun, done = divmod(self.step, self.steps_per_epoch)
-        for epoch in range(begun, self.config.trainer.total_epochs):
-            order = self.train_reader.order(self.config.trainer.seed, epoch)
-            for start in range(done * size if epoch == begun else 0, len(order), size):
-                mine = order[start : start + size][self.worker.rank :: self.worker.world]
-                parts = [mine[at : at + micro] for at in range(0, len(mine), micro)] or [[]]
-                batches = [self.train_reader.positions(part, self.n) for part in parts]
-                yield [batch.pin() for batch in batches] if pin else batches
+
+        def steps() -> Iterator[list[list[int]]]:
+            begun, done = divmod(self.step, self.steps_per_epoch)
+            for epoch in range(begun, self.config.trainer.total_epochs):
+                order = self.train_reader.order(self.config.trainer.seed, epoch)
+                for start in range(done * size if epoch == begun else 0, len(order), size):
+                    batch = order[start : start + size]
+                    mine = self.train_reader.share(batch, self.worker.rank, self.worker.world)
+                    yield [mine[at : at + micro] for at in range(0, len(mine), micro)] or [[]]
+
+        ahead, here = itertools.tee(steps())
+        parts = (part for step in ahead for part in step)
+        batches = self.train_reader.batches(parts, self.n, pin=self.worker.device.type == "cuda")
+        for step in here:
+            yield [next(batches) for _ in step]
 
     def _step(self, micro_batches: list[Positions]) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns [n, 3] sums over all workers (loss, hits, count) and the gradient's norm."""
@@ -316,8 +323,8 @@ def with_true_inputs(speculator: Speculator, reader: FeatureReader, indices: Seq
     loss = SpeculatorLoss(speculator)
     sums = torch.zeros(n, 3, dtype=torch.float64)
     counts = torch.ones(n, device=device)
-    for start in range(0, len(indices), 16):
-        batch = reader.positions(indices[start : start + 16], n).to(device)
-        _, part = loss(batch, counts)
-        sums += torch.cat([part, batch.valid.sum(0)[:, None]], 1).double().cpu()
+    parts = [indices[start : start + 16] for start in range(0, len(indices), 16)]
+    for batch in reader.batches(parts, n):
+        _, part = loss(batch.to(device), counts)
+        sums += torch.cat([part.cpu(), batch.valid.sum(0)[:, None]], 1).double()
     return sums

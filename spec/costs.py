@@ -1,0 +1,128 @@
+"""What a run will cost: bytes of the store and seconds of each stage, by the formulas of docs/scaling.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from spec.store.features import position_bytes
+
+SIZE = {"none": 1.0, "zstd": 0.71, "fp8": 0.86}
+"""What compression leaves of position_bytes, as measured on real states (docs/store.md)."""
+
+BYTES_A_TOKEN = 5
+"""Its id and its mask."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device, or several of the same kind.
+
+    Attributes:
+        flops: of matrix products in the base's dtype, a second and device.
+        bandwidth: bytes read from memory, a second and device.
+        devices: how many work together.
+    """
+
+    flops: float
+    bandwidth: float
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run.
+
+    Attributes:
+        base_params: parameters N of the base that a token passes through.
+        hidden_size: d.
+        vocab_size: V.
+        tokens: of all sequences, prompts included.
+        positions: stored states; about the tokens of the answers.
+        answers: tokens that the base has yet to write.
+        rows: answers that are written together (respond.batch_size).
+        n_predict: heads n.
+        width: of the heads, h.
+        outputs: rows of a head's output matrix: draft_vocab_size, or V.
+    """
+
+    base_params: float
+    hidden_size: int
+    vocab_size: int
+    tokens: float
+    positions: float
+    answers: float
+    rows: int
+    n_predict: int
+    width: int
+    outputs: int
+
+
+def stored_bytes(job: Job, dtype: str, codec: str) -> float:
+    """Bytes on the disk: positions x bytes a position x what compression leaves, and ids and masks."""
+    return job.positions * position_bytes(job.hidden_size, dtype, codec) * SIZE[codec] + job.tokens * BYTES_A_TOKEN
+
+
+def prefill_seconds(job: Job, machine: Machine) -> float:
+    """Seconds of one pass of the base over every sequence (cache): 2 N operations a token."""
+    return 2 * job.base_params * job.tokens / (machine.flops * machine.devices)
+
+
+def answer_seconds(job: Job, machine: Machine) -> float:
+    """Seconds in which the base writes the answers (respond).
+
+    A step of `rows` answers reads all weights once (two bytes each) and does 2 N operations a row; it takes the longer
+    of the two. Attention is left out.
+    """
+    step = max(2 * job.base_params / machine.bandwidth, 2 * job.base_params * job.rows / machine.flops)
+    return job.answers / job.rows * step / machine.devices
+
+
+def head_operations(job: Job) -> float:
+    """Operations of one position's training step: forward and backward are 6 a weight that is multiplied.
+
+    A head multiplies its output matrix (outputs x h) and its projection (d x h for the first, h x h for the others).
+    """
+    weights = job.n_predict * job.outputs * job.width
+    weights += job.width * job.hidden_size + (job.n_predict - 1) * job.width**2
+    return 6.0 * weights
+
+
+def epoch_seconds(job: Job, machine: Machine) -> float:
+    """Seconds of one epoch over the cached positions (train)."""
+    return head_operations(job) * job.positions / (machine.flops * machine.devices)
+
+
+def loop_epoch_seconds(job: Job, machine: Machine) -> float:
+    """Seconds of one epoch with the base in the loop, as trainers without a cache have it.
+
+    The first epoch over a cache costs as much, the pass that fills it included; every further epoch, head and run
+    over the same data saves prefill_seconds.
+    """
+    return prefill_seconds(job, machine) + epoch_seconds(job, machine)
+
+
+def measure(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Machine:
+    """The device's rates, from products of 2048 x 2048 matrices and from copies of 256 MiB."""
+    a, b = torch.ones(2, 2048, 2048, device=device, dtype=dtype)
+    flops = 2 * 2048**3 * _times_a_second(lambda: a @ b, device, seconds / 2)
+    block = torch.ones(2**26, device=device)
+    bandwidth = 2 * block.nbytes * _times_a_second(block.clone, device, seconds / 2)
+    return Machine(flops, bandwidth)
+
+
+def _times_a_second(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    def run(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    run(1)  # first calls allocate and choose kernels
+    count = max(1, int(seconds / max(run(1), 1e-6)))
+    return count / run(count)

@@ -1,0 +1,92 @@
+"""How arrays are encoded and compressed.
+
+Lossless codecs change no bit: `none`, and `zstd` over byte planes (the high bytes of bf16 numbers, which hold sign and
+exponent, compress well; the low ones hardly). `fp8` is lossy: an 8-bit float (e4m3) for each number and a scale for
+each position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from torch import Tensor
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs.numcodecs import Shuffle
+
+_CHUNK_BYTES = 2**20
+_pipeline = threading.Lock()
+
+EXACT = "exact"
+FP8 = "fp8 e4m3 with a float32 scale a position"
+_FP8_MAX = 448.0  # the largest finite e4m3 number
+
+
+def encoding(codec: str) -> str:
+    """What a codec makes of the numbers: states of different encodings are never mixed."""
+    return FP8 if codec == "fp8" else EXACT
+
+
+def chunk_rows(array: NDArray[Any]) -> int:
+    """Rows of a chunk: about a MiB, which compresses well and stays in a processor's cache."""
+    return max(_CHUNK_BYTES // (array.itemsize * int(np.prod(array.shape[1:]))), 1)
+
+
+@contextlib.contextmanager
+def fast_reading() -> Iterator[None]:
+    """Arrays opened in this block are read by Rust's zarrs, two to five times as fast as by zarr-python.
+
+    zarr-python writes: there it is the faster one (docs/store.md). The bytes are the same.
+    """
+    with _pipeline, zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        yield
+
+
+def compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
+    """Zarr's bytes-to-bytes codecs for an array of this dtype; the last one is a crc32c of each chunk."""
+    if codec == "none":
+        return [Crc32cCodec()]
+    planes = [Shuffle(elementsize=dtype.itemsize)] if dtype.itemsize > 1 else []
+    return [*planes, ZstdCodec(level=1), Crc32cCodec()]
+
+
+def encode(states: Tensor, how: str) -> dict[str, Tensor]:
+    """States [P, d] as the tensors that are stored.
+
+    Args:
+        states: finite, of a floating dtype.
+        how: EXACT: `states` as they are; FP8: `states` float8_e4m3fn [P, d] and `scales` float32 [P].
+    """
+    if how == EXACT:
+        return {"states": states}
+    exact = states.float()
+    # A scale of 0 would make 0 / 0 of a state of zeros.
+    scales = (exact.abs().amax(1) / _FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+    return {"states": (exact / scales[:, None]).to(torch.float8_e4m3fn), "scales": scales}
+
+
+def decode(arrays: dict[str, NDArray[Any]], dtype: torch.dtype, how: str) -> Tensor:
+    """What encode stored, [P, d] in the states' dtype."""
+    if how == EXACT:
+        return from_numpy(arrays["states"], dtype)
+    numbers = from_numpy(arrays["states"], torch.float8_e4m3fn).to(dtype)
+    return numbers.mul_(torch.from_numpy(arrays["scales"]).to(torch.float32)[:, None])
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """A tensor on the CPU as an array that Zarr can hold: 16-bit floats as uint16 bits, 8-bit ones as uint8."""
+    bits = {1: torch.uint8, 2: torch.uint16}.get(tensor.dtype.itemsize) if tensor.is_floating_point() else None
+    array: NDArray[Any] = (tensor if bits is None else tensor.view(bits)).numpy()
+    return array
+
+
+def from_numpy(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    """What to_numpy made, without a copy."""
+    tensor = torch.from_numpy(array)
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)

@@ -1,0 +1,108 @@
+"""Locks between processes, which the system itself releases when their holder dies.
+
+A lock is flock(2) on a small file, so a killed worker frees what it held at once: no heartbeat, no time-out. On a
+file system shared by several machines it needs one that offers flock there (NFS 4, Lustre mounted with flock, ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from spec.errors import SpecError
+
+
+class Lock:
+    """An exclusive lock that is held until release; its file goes with it."""
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self._path, self._handle = path, handle
+
+    @classmethod
+    def acquire(cls, path: Path, wait: bool = False) -> Lock | None:
+        """Take the lock, or return None where another process (or another Lock of this one) holds it.
+
+        Args:
+            path: the lock's file; made where it is missing.
+            wait: until the holder releases it or dies, instead of returning None.
+
+        Raises:
+            SpecError: the file system has no locks.
+        """
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if not _flock(handle, fcntl.LOCK_EX, wait, path):
+                    os.close(handle)
+                    return None
+                if _same_file(handle, path):
+                    return cls(path, handle)
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # its holder removed it while we were about to lock it: try the new one
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._handle)
+
+
+@contextlib.contextmanager
+def in_use(root: Path) -> Iterator[None]:
+    """Keep `alone` from starting in this folder while the block runs; any number of processes may.
+
+    Raises:
+        SpecError: another process is `alone` with it.
+    """
+    with _whole(root, fcntl.LOCK_SH, "is being cleaned by another process; try again when it has ended"):
+        yield
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Let no other process be `in_use` with this folder while the block runs.
+
+    Raises:
+        SpecError: some process uses it.
+    """
+    with _whole(root, fcntl.LOCK_EX, "is in use by a running stage; try again when it has ended"):
+        yield
+
+
+@contextlib.contextmanager
+def _whole(root: Path, kind: int, refusal: str) -> Iterator[None]:
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / ".in-use"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not _flock(handle, kind, False, path):
+            raise SpecError(f"the store {root} {refusal}")
+        yield
+    finally:
+        os.close(handle)
+
+
+def _flock(handle: int, kind: int, wait: bool, path: Path) -> bool:
+    try:
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise SpecError(
+                f"{path.parent} is on a file system without file locks ({error.strerror}), by which workers share out "
+                "their work; set features.store to a folder on another one, or mount this one with flock"
+            ) from None
+        raise
+    return True
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.fstat(handle).st_ino == path.stat().st_ino
+    return False

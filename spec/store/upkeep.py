@@ -1,0 +1,301 @@
+"""Looking after a store: what is in it, whether it is whole, what nobody needs any more, what must go.
+
+A **root** is a small file in STORE/roots that names the segments which one manifest (or one file of answers) of some
+workspace uses. Stages write it when they write the manifest, and touch it when they read that manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spec import files
+from spec.store import segment
+from spec.store.collection import DAMAGED, Collection, collections
+from spec.store.locks import alone
+from spec.store.segment import DamagedError, Row, StoreError
+
+ROOTS = "roots"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a collection holds.
+
+    Attributes:
+        folder: where it lies.
+        identity: its identity.
+        segments: whole ones.
+        rows: of them.
+        bytes: of their files.
+        damaged: segments whose damage shows without reading arrays, and those set aside.
+        producers: what computed the segments.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    segments: int
+    rows: int
+    bytes: int
+    damaged: tuple[str, ...]
+    producers: tuple[str, ...]
+
+
+def add_root(root: Path, path: Path, segments: Mapping[str, Sequence[str]]) -> None:
+    """Write down that a file of a workspace needs these segments (by collection folder's name)."""
+    target = _root_of(root, path)
+    files.write_json(target, {"path": str(path.resolve()), "file": _digest(path), "segments": segments})
+
+
+def touch_root(root: Path, path: Path) -> None:
+    """Write down that a file of a workspace was used today."""
+    with contextlib.suppress(OSError):
+        _root_of(root, path).touch(exist_ok=False)
+
+
+def root_segments(root: Path, path: Path) -> dict[str, list[str]]:
+    """The segments that a file of a workspace needs, as add_root was told; none where it was not told."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return dict(files.read_json(_root_of(root, path))["segments"])
+    return {}
+
+
+def _root_of(root: Path, path: Path) -> Path:
+    """Roots are kept by path and content: several branches and experiments write to the same path."""
+    name = files.digest_json([str(path.resolve()), _digest(path)])[:32]
+    return root / ROOTS / f"{name}.json"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def summaries(root: Path) -> Iterator[Summary]:
+    """Every collection of a store.
+
+    Raises:
+        StoreError: a collection that cannot be read.
+    """
+    for folder in _folders(root):
+        collection = Collection.open(folder)
+        good, damaged = collection.survey()
+        aside = [path.name.removeprefix(DAMAGED) for path in folder.glob(f"{DAMAGED}*")]
+        yield Summary(
+            folder,
+            collection.identity,
+            len(good),
+            sum(len(record.items) for record in good.values()),
+            sum(record.size for record in good.values()),
+            (*damaged, *aside),
+            tuple(sorted({_producer(folder / name) for name in good})),
+        )
+
+
+def _producer(path: Path) -> str:
+    attributes = files.read_json(path / "zarr.json").get("attributes", {})
+    return ", ".join(f"{key} {value}" for key, value in attributes.get("producer", {}).items())
+
+
+def verify(
+    root: Path, set_aside: bool, on_segment: Callable[[int], object] = lambda size: None
+) -> tuple[int, list[StoreError]]:
+    """Read everything of a store.
+
+    Args:
+        root: the store.
+        set_aside: whether to move damaged segments out of sight, so that respond and cache compute them again.
+        on_segment: called with the bytes just read.
+
+    Returns:
+        The number of whole segments, and an error for each damaged one.
+    """
+    whole = 0
+    problems: list[StoreError] = []
+    for folder in _folders(root):
+        try:
+            collection = Collection.open(folder)
+        except StoreError as error:
+            problems.append(error)
+            continue
+        for name in segment.names(folder):
+            try:
+                on_segment(collection.verify(name).size)
+                whole += 1
+            except DamagedError as error:
+                problems.append(error)
+                if set_aside:
+                    collection.set_aside(name)
+    return whole, problems
+
+
+@dataclass
+class Removal:
+    """What gc or forget removed.
+
+    Attributes:
+        segments: removed or rewritten.
+        rows: removed with them.
+        bytes: of the disk.
+        kept: segments that stay.
+    """
+
+    segments: int = 0
+    rows: int = 0
+    bytes: int = 0
+    kept: int = 0
+    paths: list[Path] = field(default_factory=list)
+
+
+def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
+    """Remove segments that no manifest names, and what damage and killed processes left.
+
+    A manifest counts while a workspace still holds it, or while some stage has used it in the last `older_than`
+    seconds (it may be an experiment's, or another branch's). A segment that no manifest names stays as long, too:
+    it may be what an interrupted run has computed so far.
+
+    Args:
+        root: the store.
+        older_than: seconds.
+        remove: False: only count.
+
+    Raises:
+        StoreError: a collection that cannot be read.
+        SpecError: a stage is using the store.
+    """
+    removal = Removal()
+    with alone(root):
+        before = time.time() - older_than
+        live = _live(root, before, remove)
+        for folder in _folders(root):
+            Collection.open(folder)
+            named = live.get(folder.name, set())
+            rest = 0
+            for path in sorted(folder.iterdir()):
+                if not path.is_dir():
+                    continue
+                litter = path.name.startswith((segment.PARTIAL, DAMAGED))
+                tables = not litter and _is_tables(path)
+                if path.name in named or tables or (not litter and path.stat().st_mtime > before):
+                    removal.kept += 1
+                    rest += not tables
+                    continue
+                _count(removal, path)
+                if remove:
+                    shutil.rmtree(path)
+            if not rest and not named:
+                removal.paths.append(folder)
+                if remove:
+                    shutil.rmtree(folder)
+    return removal
+
+
+def _live(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
+    """Names of the segments that manifests need, by collection folder; drops manifests that are gone and unused."""
+    live: dict[str, set[str]] = {}
+    for path in sorted((root / ROOTS).glob("*.json")):
+        try:
+            entry = files.read_json(path)
+            held = Path(entry["path"])
+            present = held.is_file() and _digest(held) == entry["file"]
+            segments = entry["segments"].items()
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({error}); remove it and run the cache stage in its project") from None
+        if not present and path.stat().st_mtime <= before:
+            if remove:
+                path.unlink()
+            continue
+        for folder, names in segments:
+            live.setdefault(folder, set()).update(names)
+    return live
+
+
+def _is_tables(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return bool(json.loads((path / segment.RECORD).read_bytes())["items"] == ["tables"])
+    return False
+
+
+def _count(removal: Removal, path: Path) -> None:
+    removal.segments += 1
+    removal.bytes += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    removal.paths.append(path)
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        removal.rows += len(json.loads((path / segment.RECORD).read_bytes())["items"])
+
+
+def forget(
+    root: Path, tokenizer: str, prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]]
+) -> Removal:
+    """Remove every stored row of given sequences: states, ids, answers, and their keys.
+
+    A segment that holds such a row is written anew without it; its other rows are kept as they are, with their
+    states. Manifests that name the old segment are then refused, and the cache stage writes new ones without the base.
+
+    Args:
+        root: the store.
+        tokenizer: digest of the tokenizer that made the ids; collections of other tokenizers are left alone.
+        prompts: every row that begins with one of these goes.
+        texts: every row that equals one of these goes.
+
+    Raises:
+        StoreError: a segment that cannot be read.
+        SpecError: a stage is using the store.
+    """
+    removal = Removal()
+    by_length: dict[int, set[bytes]] = {}
+    for prompt in prompts:
+        by_length.setdefault(len(prompt), set()).add(_bytes(prompt))
+    whole = {_bytes(text) for text in texts}
+
+    def given(row: Row) -> bool:
+        ids = row["ids"] if "ids" in row else row["prompt"]
+        return _bytes(ids) in whole or any(_bytes(ids[:n]) in found for n, found in by_length.items())
+
+    with alone(root):
+        for folder in _folders(root):
+            collection = Collection.open(folder)
+            if collection.identity.get("tokenizer") != tokenizer:
+                continue
+            for name in segment.names(folder):
+                if not _is_tables(folder / name):
+                    _forget(collection, name, given, removal)
+            for path in folder.glob(f"{DAMAGED}*"):  # unreadable, so it may hold them
+                shutil.rmtree(path)
+    return removal
+
+
+def _forget(collection: Collection, name: str, given: Callable[[Row], bool], removal: Removal) -> None:
+    record = collection.record(name)
+    arrays, attributes = collection.read(name)
+    rows = segment.rows_of(arrays, attributes)
+    left = [number for number, row in enumerate(rows) if not given(row)]
+    if len(left) == len(rows):
+        removal.kept += 1
+        return
+    removal.segments += 1
+    removal.rows += len(rows) - len(left)
+    removal.bytes += record.size
+    if left:
+        claim = collection.claim([record.items[number] for number in left])
+        if claim is not None:
+            rest = claim.commit([rows[number] for number in left], attributes, attributes["codec"])
+            removal.bytes -= rest.size
+    shutil.rmtree(collection.folder / name)
+
+
+def _bytes(ids: NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(ids, np.int32).tobytes()
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    return (folder for folder in collections(root) if folder.name != ROOTS)

@@ -1,0 +1,238 @@
+"""plan: what a run will take, before it takes it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import click
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spec import base, corpus, costs, files
+from spec.config import Config
+from spec.corpus import TokenSequence
+from spec.costs import Job, Machine
+from spec.errors import SpecError
+from spec.store import answers, features
+from spec.store.collection import Collection
+from spec.store.features import FeatureRow
+from spec.store.plan import item_key
+from stages import common
+from stages.cache import plan_features
+from stages.respond import plan_answers
+
+MEASURED_SECONDS = 8.0
+
+
+@common.stage
+@click.option("--base-params", type=float, help="Plan for a base that is not here: its parameters, such as 8e9.")
+@click.option("--hidden", type=int, help="Its hidden size.")
+@click.option("--vocab", type=int, help="Rows of its lm_head.")
+@click.option("--tokens", type=float, help="Tokens of all sequences.")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.6, show_default=True, help="Part of them in answers.")
+@click.option("--tflops", type=float, help="Of one device, in matrix products; measured on this one if not given.")
+@click.option("--bandwidth", type=float, help="Of one device's memory, in GB/s; likewise.")
+@click.option("--devices", type=int, default=1, show_default=True, help="Devices that work together.")
+@click.option("--no-measure", is_flag=True, help="Do not run the base to measure its rates.")
+def plan(
+    config: Config,
+    base_params: float | None,
+    hidden: int | None,
+    vocab: int | None,
+    tokens: float | None,
+    share: float,
+    tflops: float | None,
+    bandwidth: float | None,
+    devices: int,
+    no_measure: bool,
+) -> None:
+    """Print sequences, positions, bytes per codec, time per stage and free space; computes and stores nothing.
+
+    It plans for the parameters and data/tokens here, or, with --base-params, --hidden, --vocab and --tokens, for a
+    base that is not here yet, by the formulas of docs/scaling.md.
+    """
+    machine = _machine(config, tflops, bandwidth, devices)
+    asked = (base_params, hidden, vocab, tokens)
+    if any(value is not None for value in asked):
+        if base_params is None or hidden is None or vocab is None or tokens is None:
+            raise SpecError("for a base that is not here give all of --base-params, --hidden, --vocab and --tokens")
+        job = _job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
+        _print_bytes(job, config)
+        _print_formulas(config, job, machine)
+    else:
+        _plan_here(config, machine, not no_measure)
+
+
+def _machine(config: Config, tflops: float | None, bandwidth: float | None, devices: int) -> Machine:
+    device = base.choose_device()
+    if tflops is None or bandwidth is None:
+        found = costs.measure(device, getattr(torch, config.model.dtype))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        common.say(
+            f"plan: this {name} does {found.flops / 1e12:.2f} TFLOP/s in {config.model.dtype} matrix products and "
+            f"reads {found.bandwidth / 1e9:.0f} GB/s"
+        )
+    else:
+        found = Machine(0.0, 0.0)
+    return Machine(tflops * 1e12 if tflops else found.flops, bandwidth * 1e9 if bandwidth else found.bandwidth, devices)
+
+
+def _job(
+    config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
+) -> Job:
+    speculator = config.model.speculator
+    return Job(
+        base_params=base_params,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        tokens=tokens,
+        positions=positions,
+        answers=answers,
+        rows=config.respond.batch_size,
+        n_predict=speculator.n_predict,
+        width=hidden if speculator.method == "medusa" else speculator.inner_dim[-1],
+        outputs=speculator.draft_vocab_size or vocab,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the parameters and the data here come to, and what the store lacks of it."""
+
+    sequences: int
+    tokens: int
+    positions: int
+    answers_missing: int
+    tokens_missing: int
+    positions_missing: int
+    estimated: bool
+
+
+def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
+    sources = common.read_sources()
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    text = shape.get_text_config()
+    prompts, rows = _rows(config, sources)
+    work = _work(config, sources, prompts, rows)
+    about = "at most " if work.estimated else ""
+    common.say(
+        f"plan: {work.sequences:,} sequences, {about}{work.tokens:,} tokens, {about}{work.positions:,} positions to "
+        f"keep ({work.positions / max(work.tokens, 1):.0%}); not in the store yet: {work.answers_missing:,} answers, "
+        f"{work.tokens_missing:,} tokens"
+    )
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.model.trust_remote_code)
+    # A token passes through everything but the embedding, which is looked up (and is counted where it is lm_head).
+    embedding = meta.get_input_embeddings().weight
+    count = sum(p.numel() for p in meta.parameters()) - (
+        0 if meta.get_output_embeddings().weight is embedding else embedding.numel()
+    )
+    written = work.answers_missing * config.respond.max_new_tokens
+    job = _job(config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written)
+    _print_bytes(job, config)
+    if measured and (written or work.tokens_missing):
+        _print_measured(config, sources, replace(job, positions=work.positions), machine, prompts, rows)
+    else:
+        _print_formulas(config, replace(job, positions=work.positions), machine)
+
+
+def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[TokenSequence]]:
+    """Prompts that are answered, and sequences as they will be cached (an answer not yet written: at full length)."""
+    tokens: list[TokenSequence] = []
+    responses: list[TokenSequence] = []
+    for split in common.SPLITS:
+        tokens += corpus.read(common.tokens_path(split))
+        with_answers = common.responses_path(split)
+        if with_answers.is_file() and corpus.read_origin(with_answers) == common.responses_origin(config, sources):
+            responses += corpus.read(with_answers)
+    prompts = [row.ids[: row.prompt_length] for row in tokens if row.prompt_length and config.respond.source == "base"]
+    return prompts, responses or tokens
+
+
+def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: list[TokenSequence]) -> _Work:
+    root, dtype = common.store_root(config), config.model.dtype
+    written = Collection(root, "answers", answers.identity(sources["base"], dtype, config.respond)).find()
+    estimated = any(row.prompt_length == len(row) for row in rows)
+    cached = Collection(root, "features", features.identity(sources["base"], dtype, config.features.codec)).find()
+    keyed = [FeatureRow(item_key(row.ids, row.mask), row.ids, row.mask) for row in rows]
+    lacking = [keyed[number] for group in plan_features(config, keyed, () if estimated else cached) for number in group]
+    most = config.respond.max_new_tokens if estimated else 0
+    return _Work(
+        sequences=len(rows),
+        tokens=sum(len(row) + most for row in rows),
+        positions=sum(int(row.mask[1:].sum()) + most for row in rows),
+        answers_missing=sum(map(len, plan_answers(config, prompts, written))),
+        tokens_missing=sum(len(row.ids) + most for row in lacking),
+        positions_missing=sum(int(row.mask[1:].sum()) + most for row in lacking),
+        estimated=estimated,
+    )
+
+
+def _print_bytes(job: Job, config: Config) -> None:
+    root = common.store_root(config)
+    for codec in costs.SIZE:
+        chosen = " <- features.codec" if codec == config.features.codec else ""
+        size = common.size(costs.stored_bytes(job, config.model.dtype, codec))
+        common.say(f"plan: store, {codec}: about {size}{chosen}")
+    free = files.free_bytes(root)
+    needed = costs.stored_bytes(job, config.model.dtype, config.features.codec)
+    common.say(f"plan: free in {root}: {common.size(free)}{'' if needed < free else ' - TOO LITTLE'}")
+
+
+def _print_measured(
+    config: Config, sources: dict[str, Any], job: Job, machine: Machine, prompts: list[Any], rows: list[TokenSequence]
+) -> None:
+    """Times at the rates at which the base really runs here."""
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    model = base.load(config.model, folder, sources["base"]["weights"])
+    if job.answers:
+        group = plan_answers(config, prompts, ())[-1]
+        began, steps, done = time.perf_counter(), 8, [0]
+        asked = [prompts[number].tolist() for number in group]
+        base.answer(model, asked, steps, on_token=lambda count: done.__setitem__(0, done[0] + count))
+        rate = done[0] / (time.perf_counter() - began) * machine.devices
+        _print_time("respond", job.answers / rate, f"at {rate:,.0f} tokens/s, measured; answers that end early: less")
+    width = base.bucket(sorted(map(len, rows))[len(rows) // 2])
+    ids = torch.zeros(max(1, features.BATCH_TOKENS // width), width, dtype=torch.long, device=model.device)
+    began, seen = time.perf_counter(), 0
+    with torch.inference_mode():
+        while not seen or time.perf_counter() - began < MEASURED_SECONDS / 2:
+            base.hidden_states(model.model, ids).sum().item()
+            seen += ids.numel()
+    rate = seen / (time.perf_counter() - began) * machine.devices
+    _print_time("cache", job.tokens / rate, f"at {rate:,.0f} tokens/s, measured")
+    _print_training(config, job, machine)
+
+
+def _print_formulas(config: Config, job: Job, machine: Machine) -> None:
+    """Times by formula, at the device's full rate."""
+    if config.respond.source == "base":
+        rows = f"{job.rows} answers at a time, by formula"
+        _print_time("respond", costs.answer_seconds(job, machine), rows)
+    _print_time("cache", costs.prefill_seconds(job, machine), "by formula, at full rate")
+    _print_training(config, job, machine)
+
+
+def _print_training(config: Config, job: Job, machine: Machine) -> None:
+    epochs = config.trainer.total_epochs
+    cached, looped = costs.epoch_seconds(job, machine), costs.loop_epoch_seconds(job, machine)
+    _print_time("train", epochs * cached, f"{epochs} epochs, by formula, at full rate")
+    common.say(
+        f"plan: an epoch with the base in the loop takes {looped / cached:.1f} x one from the cache; the first "
+        "costs the same either way, and every further epoch, head and run saves the difference"
+    )
+
+
+def _print_time(stage: str, seconds: float, how: str) -> None:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            common.say(f"plan: {stage}: about {seconds / length:.1f} {unit} ({how})")
+            return
+    common.say(f"plan: {stage}: about {seconds:.0f} s ({how})")
+
+
+if __name__ == "__main__":
+    plan()

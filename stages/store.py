@@ -1,0 +1,159 @@
+"""store: look after the store: info, verify, gc, forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+
+from spec import base, corpus, files
+from spec.config import Config
+from spec.errors import SpecError
+from spec.store import segment, upkeep
+from spec.store.manifest import Manifest
+from stages import common
+
+DAY = 86400.0
+
+
+@click.group()
+def store() -> None:
+    """Look after the store of answers and hidden states (features.store)."""
+
+
+def _command(body: Callable[..., None]) -> Callable[..., None]:
+    command = common.stage(body)
+    command.name = body.__name__
+    store.add_command(command)
+    return body
+
+
+@_command
+@click.argument("manifest", required=False, type=click.Path(path_type=Path))
+def info(config: Config, manifest: Path | None) -> None:
+    """Describe the store, or one manifest (data/features/SPLIT.json)."""
+    root = common.store_root(config)
+    if manifest is not None:
+        _describe(root, Manifest.load(manifest), manifest)
+        return
+    found = list(upkeep.summaries(root))
+    for summary in found:
+        common.say(
+            f"{summary.folder.name}: {summary.segments} segments, {summary.rows:,} rows, {common.size(summary.bytes)}"
+        )
+        common.say("".join(f"    {key}: {value}\n" for key, value in summary.identity.items()).rstrip("\n"))
+        for producer in filter(None, summary.producers):
+            common.say(f"    computed by: {producer}")
+        for name in summary.damaged:
+            common.say(f"    DAMAGED: {name}")
+    total = common.size(sum(summary.bytes for summary in found))
+    common.say(f"store {root}: {len(found)} collections, {total}, {common.size(files.free_bytes(root))} free")
+
+
+def _describe(root: Path, manifest: Manifest, path: Path) -> None:
+    collection = manifest.collection(root)
+    missing = []
+    for name, digest in zip(manifest.segments, manifest.digests, strict=True):
+        try:
+            if collection.record(name).digest != digest:
+                missing.append(name)
+        except segment.DamagedError:
+            missing.append(name)
+    counts = np.bincount(np.asarray(manifest.domain, np.int64), minlength=len(manifest.domains))
+    domains = ", ".join(f"{name} {count}" for name, count in zip(manifest.domains, counts, strict=True))
+    share = manifest.positions / max(manifest.tokens, 1)
+    common.say(
+        f"{path}: {len(manifest)} sequences ({domains}), {manifest.positions:,} positions "
+        f"({share:.0%} of {manifest.tokens:,} tokens)\n"
+        f"    base: {manifest.base['name']} ({manifest.base['weights'][:16]}), {manifest.dtype}, "
+        f"d={manifest.hidden_size}, V={manifest.vocab_size}\n"
+        f"    digest: {manifest.digest}\n"
+        f"    in {collection.folder}: {len(manifest.segments)} segments, {len(missing)} missing or damaged"
+    )
+    for name in missing:
+        common.say(f"    MISSING: {name}")
+
+
+@_command
+@click.option("--dry-run", is_flag=True, help="Name damaged segments, and leave them where they are.")
+def verify(config: Config, dry_run: bool) -> None:
+    """Read everything, check it, and set damaged segments aside, so that respond and cache compute them again."""
+    root = common.store_root(config)
+    total = sum(summary.bytes for summary in _readable(root))
+    with common.progress(total, "B", "verify") as bar:
+        whole, problems = upkeep.verify(root, not dry_run, bar.update)
+    for problem in problems:
+        common.say(str(problem))
+    if problems:
+        what = "left in place" if dry_run else "set aside: `spec respond` and `spec cache` compute only these again"
+        raise SpecError(f"store {root}: {whole} segments are whole, {len(problems)} damaged ({what})")
+    common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
+
+
+def _readable(root: Path) -> list[upkeep.Summary]:
+    try:
+        return list(upkeep.summaries(root))
+    except SpecError:
+        return []  # verify names what is wrong
+
+
+@_command
+@click.option("--older-than", type=click.FloatRange(min=0), default=7, show_default=True, metavar="DAYS")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+def gc(config: Config, older_than: float, dry_run: bool) -> None:
+    """Remove segments that no manifest names.
+
+    A manifest counts while its workspace holds it, or for DAYS after a stage last used it (experiments and other
+    branches); segments that no manifest names stay for DAYS too, since an interrupted run may come back for them.
+    """
+    root = common.store_root(config)
+    removal = upkeep.gc(root, older_than * DAY, not dry_run)
+    done = "would be removed" if dry_run else "removed"
+    common.say(
+        f"store {root}: {removal.segments} segments ({removal.rows:,} rows, {common.size(removal.bytes)}) {done}, "
+        f"{removal.kept} kept"
+    )
+
+
+@_command
+@click.argument("rows", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
+    """Remove every trace of given rows: states, ids, answers and keys.
+
+    ROWS are parquet files in the layout of your data; whatever begins with one of their prompts goes.
+    """
+    sources = common.read_sources()
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
+    found = list(
+        corpus.stream(
+            corpus.list_files([str(path) for path in rows]),
+            tokenizer,
+            prompt_key=config.data.prompt_key,
+            response_key=config.data.response_key,
+            max_length=2**31 - 1,
+            max_samples=None,
+            need_answers=False,
+            report=corpus.Report(),
+        )
+    )
+    if not yes:
+        click.confirm(f"Remove every stored trace of {len(found)} rows from {common.store_root(config)}?", abort=True)
+    removal = upkeep.forget(
+        common.store_root(config),
+        sources["base"]["tokenizer"],
+        [row.ids[: row.prompt_length] for row in found if row.prompt_length],
+        [row.ids for row in found if not row.prompt_length],
+    )
+    common.say(
+        f"store {common.store_root(config)}: {removal.rows} stored rows of {len(found)} given ones are gone; "
+        f"{removal.segments} segments were rewritten or removed"
+    )
+    common.say(
+        "Still to be done by you: remove the rows from your data files, run `dvc repro` (nothing is computed again), "
+        "then `dvc gc --workspace` and `rm -r` of data/tokens and data/responses in other workspaces. Collections of "
+        "other tokenizers were not looked at: run this with their base in model.partial_pretrain."
+    )
