@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from spec.heads import Speculator
-from spec.store.reader import CachedSequence, FeatureReader
+from spec.store.reader import CachedSequence, SequenceReader
 
 CHUNK = 2048
 """Positions drafted from at one time."""
@@ -127,7 +127,7 @@ def matching(draft: Sequence[int], wanted: Sequence[int]) -> int:
 @torch.inference_mode()
 def draft_answers(
     speculator: Speculator,
-    reader: FeatureReader,
+    reader: SequenceReader,
     indices: Sequence[int] | None = None,
     on_positions: Callable[[int], object] = lambda count: None,
 ) -> list[Answer]:
@@ -175,7 +175,7 @@ def _last_answer(sequence: CachedSequence, prompt_length: int) -> CachedSequence
 
 
 def walks(
-    reader: FeatureReader, answers: Sequence[Answer], drafts: Callable[[Answer], Iterable[Sequence[int]]]
+    reader: SequenceReader, answers: Sequence[Answer], drafts: Callable[[Answer], Iterable[Sequence[int]]]
 ) -> list[Walk]:
     """Walk over answers with drafts from any source.
 

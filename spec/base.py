@@ -237,6 +237,15 @@ def _check_states(base: Base) -> None:
         )
 
 
+@torch.inference_mode()
+def has_linear_logits(base: Base) -> bool:
+    """Whether the base's logits are lm_head times the state, and nothing more (a bias, a scale, a cap)."""
+    ids = torch.arange(8, device=base.device)[None] % base.vocab_size
+    logits = base.model(input_ids=ids, use_cache=False).logits.float()
+    found = (hidden_states(base.model, ids) @ base.lm_head.T).float()
+    return bool((logits - found).abs().max() <= 0.02 * logits.abs().max())
+
+
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """States after the final norm, [B, S, d], of right-padded ids [B, S].
 

@@ -100,6 +100,10 @@ def _strings(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _numbers(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _command(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
@@ -107,7 +111,7 @@ def _command(value: object) -> object:
 Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
 DimsField = Annotated[Dims, BeforeValidator(parse_dims)]
 Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -169,13 +173,6 @@ class Model(Section):
     speculator_loss_coeff: Annotated[float, Field(ge=0)] = 1.0
     speculator: Speculator = Speculator()
 
-    @field_validator("freeze_base_model")
-    @classmethod
-    def _frozen(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("joint training of base and speculator is not there yet: set it to true")
-        return value
-
 
 class Respond(Section):
     """Who writes the answers, and how."""
@@ -210,17 +207,13 @@ class Optim(Section):
 
     lr: Rate = 1e-4
     base_lr: Rate = 1e-5
-    loss: Literal["ce"] = "ce"
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    loss: Literal["ce", "kl"] = "ce"
+    head_weights: Annotated[tuple[Rate, ...] | None, BeforeValidator(_numbers)] = None
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_numbers)] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_ratio: Fraction = 0.05
     clip_grad: Rate = 1.0
-
-    @field_validator("betas", mode="before")
-    @classmethod
-    def _pair(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class Trainer(Section):
@@ -277,6 +270,23 @@ class Config(Section):
     trainer: Trainer = Trainer()
     decode: Decode = Decode()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        weights, n = self.optim.head_weights, self.model.speculator.n_predict
+        if weights is not None and len(weights) != n:
+            raise ValueError(f"optim.head_weights has {len(weights)} numbers and model.speculator.n_predict is {n}")
+        if not self.model.freeze_base_model:
+            if self.respond.source != "data":
+                raise ValueError(
+                    "joint training (model.freeze_base_model=false) trains the base on the data's own answers: set "
+                    "respond.source to data"
+                )
+            if self.optim.loss == "kl":
+                raise ValueError(
+                    "optim.loss=kl distils a frozen base: set model.freeze_base_model to true, or loss to ce"
+                )
+        return self
 
 
 _RAW = ("model.speculator.inner_dim", "model.speculator.emb_dim", "model.speculator.proj_dim")

@@ -14,8 +14,9 @@ from spec.config import Decode
 from spec.decoding import Generation, LanguageModelWithSpeculator
 from spec.drafting import Source, drafts_along
 from spec.heads import Speculator
-from spec.store.reader import FeatureReader
-from spec.training.loop import head_metrics, with_true_inputs
+from spec.store.reader import FeatureReader, SequenceReader
+from spec.training.frozen import head_metrics, with_true_inputs
+from spec.training.loss import SpeculatorLoss
 
 SOURCES: tuple[Source, ...] = tuple(source for source in get_args(Source) if source != "none")
 
@@ -35,7 +36,7 @@ class Offline:
 
 def offline(
     speculator: Speculator,
-    reader: FeatureReader,
+    reader: SequenceReader,
     decode: Decode,
     on_positions: Callable[[int], object] = lambda count: None,
 ) -> Offline:
@@ -46,7 +47,7 @@ def offline(
         return lambda answer: drafts_along(answer.ids, answer.start, decode, answer.drafts, source)
 
     walks = {source: acceptance.walks(reader, answers, drafts(source)) for source in SOURCES}
-    metrics = head_metrics(with_true_inputs(speculator, reader, range(len(reader))).numpy())
+    metrics = head_metrics(with_true_inputs(SpeculatorLoss(speculator), reader, range(len(reader))).numpy())
     n = speculator.config.n_predict
     return Offline(walks, [metrics[f"accuracy.{i + 1}"] for i in range(n)])
 

@@ -52,6 +52,12 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_files(paths: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of each file, remembered by (path, size, modification time) so that an unchanged file is not read.
 
@@ -71,8 +77,7 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
         stamp = [status.st_size, status.st_mtime_ns]
         entry = known.get(str(real))
         if entry is None or entry[:2] != stamp:
-            with real.open("rb") as file:
-                entry = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+            entry = [*stamp, digest_file(real)]
             known[str(real)] = entry
         digests[str(path)] = entry[2]
     if known != memory:

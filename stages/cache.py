@@ -14,7 +14,7 @@ from spec.corpus import TokenSequence
 from spec.store import features, upkeep
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.manifest import make_manifest
+from spec.store.manifest import Manifest, make_manifest
 from spec.store.plan import item_key, plan
 from spec.workers import this_worker
 from stages import common
@@ -43,6 +43,9 @@ class _Sequences:
 def cache(config: Config, worker: Path | None) -> None:
     """Run the base over what the store lacks, and write data/features/SPLIT.json."""
     sources = common.read_sources()
+    if not config.model.freeze_base_model:
+        _write_joint(config, sources)
+        return
     splits = {split: _read(config, split, sources) for split in common.SPLITS}
     identity = features.identity(sources["base"], config.model.dtype, config.features.codec)
     collection = Collection(common.store_root(config), "features", identity)
@@ -60,12 +63,47 @@ def cache(config: Config, worker: Path | None) -> None:
         common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
         if groups or not features.has_tables(collection):
             positions = sum(int(row.mask[1:].sum()) for row in missing)
-            width = hidden_size(config, sources)
+            width = text_config(config, sources).hidden_size
             needed = features.stored_bytes(positions, tokens, width, config.model.dtype, config.features.codec)
             common.need_space(collection.folder, needed, "cache")
             common.run_workers(config, "stages.cache", groups)
         report = {split: _write(config, split, sequences, root, sources["base"]) for split in splits}
     files.write_json(METRICS, report)
+
+
+def describe(
+    config: Config, collection: Collection, rows: list[TokenSequence], keys: list[str], base: dict[str, Any]
+) -> Manifest:
+    """The manifest of sequences that are all in the store."""
+    by_base = config.respond.source == "base" and config.respond.temperature == 0
+    return make_manifest(
+        collection,
+        keys,
+        base=base,
+        **features.tables_shape(collection),
+        prompt_length=[row.prompt_length for row in rows],
+        written=[by_base and row.prompt_length > 0 for row in rows],
+        domains=[row.domain for row in rows],
+        tokens=sum(map(len, rows)),
+        positions=sum(int(row.mask[1:].sum()) for row in rows),
+    )
+
+
+def _write_joint(config: Config, sources: dict[str, Any]) -> None:
+    """Empty manifests: when the base is trained too, its states are never the same twice."""
+    text = text_config(config, sources)
+    for split in common.SPLITS:
+        _read(config, split, sources)
+        target = common.features_path(split)
+        Manifest.joint(
+            sources["base"],
+            config.model.dtype,
+            text.hidden_size,
+            text.vocab_size,
+            files.digest_file(common.responses_path(split)),
+        ).save(target)
+        common.say(f"cache {split}: nothing to cache, the base is trained too -> {target}")
+    files.write_json(METRICS, {})
 
 
 def plan_features(config: Config, rows: list[FeatureRow], known: Any) -> list[list[int]]:
@@ -74,11 +112,10 @@ def plan_features(config: Config, rows: list[FeatureRow], known: Any) -> list[li
     return plan([row.key for row in rows], lengths, known, base.bucket, config.features.segment_tokens)
 
 
-def hidden_size(config: Config, sources: dict[str, Any]) -> int:
-    """Width of the base's states, from its configuration alone."""
+def text_config(config: Config, sources: dict[str, Any]) -> Any:
+    """The configuration of the base's language model: hidden_size, vocab_size."""
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
-    return int(text.hidden_size)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
 
 
 def _read(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequence]:
@@ -104,20 +141,7 @@ def _work(config: Config, sequences: _Sequences, groups: list[list[int]], source
 def _write(config: Config, split: str, sequences: _Sequences, root: Path, base: dict[str, Any]) -> dict[str, float]:
     """The split's manifest; returns what it comes to."""
     collection, rows = sequences.collection, sequences.splits[split]
-    by_base = config.respond.source == "base" and config.respond.temperature == 0
-    shape = features.tables_shape(collection)
-    manifest = make_manifest(
-        collection,
-        sequences.keys[split],
-        base=base,
-        hidden_size=shape["hidden_size"],
-        vocab_size=shape["vocab_size"],
-        prompt_length=[row.prompt_length for row in rows],
-        written=[by_base and row.prompt_length > 0 for row in rows],
-        domains=[row.domain for row in rows],
-        tokens=sum(map(len, rows)),
-        positions=sum(int(row.mask[1:].sum()) for row in rows),
-    )
+    manifest = describe(config, collection, rows, sequences.keys[split], base)
     target = common.features_path(split)
     manifest.save(target)
     answered = upkeep.root_segments(root, common.responses_path(split))

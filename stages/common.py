@@ -23,13 +23,14 @@ from spec import config as config_module
 from spec import corpus, files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store import answers, codecs, features, locks, upkeep
+from spec.store import answers, features, locks, upkeep
 from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
 from spec.workers import Worker
 
 SOURCES = Path("data/sources.json")
 MODEL = Path("models/speculator")
+TRAINED_BASE = Path("models/trained_base")
 SPLITS = ("train", "val", "eval")
 
 
@@ -143,15 +144,27 @@ def open_manifest(config: Config, split: str) -> Manifest:
     """
     path = features_path(split)
     manifest = Manifest.load(path)
-    expected = dict(manifest.identity) | {
-        "dtype": config.model.dtype,
-        "encoding": codecs.encoding(config.features.codec),
-    }
-    if SOURCES.is_file():
-        expected |= features.identity(read_sources()["base"], config.model.dtype, config.features.codec)
+    base = read_sources()["base"] if SOURCES.is_file() else manifest.base
+    if config.model.freeze_base_model:
+        expected = features.identity(base, config.model.dtype, config.features.codec)
+    else:
+        expected = dict(Manifest.joint(base, config.model.dtype, 0, 0, "").identity)
     check_identity(manifest.identity, expected, str(path))
     upkeep.touch_root(store_root(config), path)
     return manifest
+
+
+def check_joint(manifest: Manifest, split: str) -> None:
+    """Check that the sequences of joint training are those that the cache stage saw.
+
+    Raises:
+        SpecError: they have changed.
+    """
+    path = responses_path(split)
+    if not path.is_file() or files.digest_file(path) != manifest.content:
+        raise SpecError(
+            f"{path} is missing or not the file that {features_path(split)} was made from: run the cache stage"
+        )
 
 
 def responses_origin(config: Config, sources: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 
-from spec import acceptance, base, evaluation, files, heads, plots, tracking
+from spec import acceptance, base, corpus, evaluation, files, heads, plots, tracking
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import NGRAM_LENGTH
+from spec.store import features
+from spec.store.collection import Collection
+from spec.store.features import FeatureRow
+from spec.store.manifest import Manifest
+from spec.store.plan import item_key
 from spec.store.reader import FeatureReader
 from stages import common
+from stages.cache import describe, plan_features
 
 RESULTS = Path("results/evaluate")
 LOSSLESS_PROMPTS = 4
@@ -25,14 +31,17 @@ LOSSLESS_TOKENS = 32
 @common.stage
 def evaluate(config: Config) -> None:
     """Measure models/speculator on the eval split, and write results/evaluate."""
-    sources = common.read_sources()
+    source = common.read_sources()["base"]
     manifest = common.open_manifest(config, "eval")
     shape = heads.read_config(common.MODEL)
-    heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, sources["base"]["weights"])
+    if not config.model.freeze_base_model:
+        common.check_joint(manifest, "eval")
+        source, manifest = _with_trained_base(config)
+    heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, source["weights"])
     run = tracking.Run(config, "evaluate", {"features": manifest.digest}, parent=tracking.kept_run(common.MODEL))
     try:
         with common.using_store(config) as root:
-            metrics = _measure(config, sources["base"], FeatureReader(manifest, root), shape.n_predict)
+            metrics = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
         _track(run, metrics)
         run.finish()
     except BaseException:
@@ -68,8 +77,26 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
     return metrics
 
 
+def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
+    """The base that joint training made, and the eval split with its states, which are cached here."""
+    source = {"name": str(common.TRAINED_BASE), "revision": None, **base.identify(common.TRAINED_BASE)}
+    rows = corpus.read(common.responses_path("eval"))
+    identity = features.identity(source, config.model.dtype, config.features.codec)
+    collection = Collection(common.store_root(config), "features", identity)
+    keyed = [FeatureRow(item_key(row.ids, row.mask), row.ids, row.mask) for row in rows]
+    with common.using_store(config):
+        groups = common.plan_missing(collection, "evaluate", lambda known: plan_features(config, keyed, known))
+        model = base.load(config.model, common.TRAINED_BASE, source["weights"])
+        features.save_tables(model, collection)
+        total = sum(len(keyed[number].ids) for group in groups for number in group)
+        with common.progress(total, "tokens", "evaluate: states of the trained base") as bar:
+            features.produce(model, collection, keyed, groups, config.features.codec, bar.update)
+    manifest = describe(config, collection, rows, [row.key for row in keyed], source)
+    return source, manifest
+
+
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:
-    folder = base.resolve(config.model.partial_pretrain, source["revision"])
+    folder = base.resolve(source["name"], source["revision"])
     model = base.load(config.model, folder, source["weights"], dtype=dtype)
     return LanguageModelWithSpeculator(
         model, heads.load(common.MODEL, model.device, getattr(torch, dtype)), config.decode

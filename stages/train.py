@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from spec import files, heads, plots, tracking
+from spec import base as base_model
+from spec import corpus, files, heads, plots, tracking
 from spec.config import Config, Speculator, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
@@ -20,9 +27,11 @@ from spec.store import features
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop
+from spec.training.frozen import FrozenTask
+from spec.training.joint import JointTask
 from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
-from stages import common
+from stages import cache, common
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +56,20 @@ def train(config: Config, worker: Path | None) -> None:
         with joined() as me:
             _work(config, shape, manifests, me)
         return
+    joint = not config.model.freeze_base_model
     for split, manifest in manifests.items():
+        if joint:
+            common.check_joint(manifest, split)
+            continue
         FeatureReader(manifest, common.store_root(config))  # complains about a store that lacks something
         if not manifest.positions:
             raise SpecError(f"{common.features_path(split)} has no position to train on: no token of it is supervised")
     with torch.device("meta"):
         count = heads.build(shape, _placeholder_map(shape)).num_parameters()
-    positions = manifests["train"].positions
+    what = "jointly with the base" if joint else f"{manifests['train'].positions:,} positions"
     common.say(
-        f"train: {shape.method} with {shape.n_predict} heads, {count / 1e6:.1f} M parameters, "
-        f"{positions:,} positions x {config.trainer.total_epochs} epochs"
+        f"train: {shape.method} with {shape.n_predict} heads, {count / 1e6:.1f} M parameters, {what} x "
+        f"{config.trainer.total_epochs} epochs"
     )
     common.need_space(CHECKPOINTS, 24 * count, "train")
     with common.using_store(config):
@@ -100,62 +113,145 @@ def _placeholder_map(shape: SpeculatorConfig) -> torch.Tensor | None:
     return None if shape.draft_vocab_size is None else torch.arange(shape.draft_vocab_size, device="cpu")
 
 
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come; the loop asks at every step, saves, and leaves."""
+    came = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> None:
     """This worker's part; the first one logs and writes."""
-    readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
-    speculator = initialise(config, shape, readers["train"]).to(me.device)
+    task = (
+        _joint_task(config, shape, me) if not config.model.freeze_base_model else _frozen(config, shape, manifests, me)
+    )
     relevant = {key: value for key, value in flatten(config).items() if key not in _NO_INFLUENCE}
     digests = {split: manifest.digest for split, manifest in manifests.items()}
-    key = files.digest_json({"params": relevant, "features": digests})
+    # The order of sequences follows from how they are grouped into segments, so a run belongs to the very files.
+    placed = {split: files.digest_file(common.features_path(split)) for split in manifests}
+    key = files.digest_json({"params": relevant, "features": placed})
     checkpoints = Checkpoints(CHECKPOINTS / key[:12], key)
-    if not me.first:
-        loop.train(config, speculator, readers["train"], readers["val"], me, checkpoints)
-        return
-    began = time.monotonic()
-    run = tracking.Run(config, "train", {"features": digests["train"], "method": shape.method})
-    recorder = _Recorder(run)
-    try:
-        result = loop.train(config, speculator, readers["train"], readers["val"], me, checkpoints, recorder.listen)
-        result.restore(speculator)
-        heads.save(speculator, common.MODEL)
-        tracking.keep_run(common.MODEL, run, tracking.tracking_uri(config))
-        recorder.close()
-        last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
-        files.write_json(
-            RESULTS / "metrics.json",
-            {
-                "speculator_loss": last.get("speculator_loss"),
-                "val": result.val,
-                "best_step": result.step,
-                "steps": result.steps,
-                "parameters": speculator.num_parameters(),
-                "positions": manifests["train"].positions,
-                "seconds": round(time.monotonic() - began, 1),
-            },
+    with _stop_signal() as stopping:
+        if not me.first:
+            loop.run(config, task, me, checkpoints, stopping=stopping)
+            return
+        began = time.monotonic()
+        run = tracking.Run(config, "train", {"features": digests["train"], "method": shape.method})
+        recorder = _Recorder(run)
+        try:
+            result = loop.run(config, task, me, checkpoints, recorder.listen, stopping)
+            _keep(task, result)
+            tracking.keep_run(common.MODEL, run, tracking.tracking_uri(config))
+            recorder.close()
+            last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
+            files.write_json(
+                RESULTS / "metrics.json",
+                {
+                    "speculator_loss": last.get("speculator_loss"),
+                    "val": result.val,
+                    "best_step": result.step,
+                    "steps": result.steps,
+                    "parameters": task.speculator.num_parameters(),
+                    "positions": manifests["train"].positions,
+                    "seconds": round(time.monotonic() - began, 1),
+                },
+            )
+            if cache.METRICS.is_file():
+                kept = files.read_json(cache.METRICS)
+                run.log({f"features.{split}.{k}": v for split, row in kept.items() for k, v in row.items()})
+            recorder.draw(RESULTS)
+            run.log({f"best.{name}": value for name, value in result.val.items()}, result.step)
+            run.artifacts(RESULTS, "train")
+            run.artifacts(common.MODEL, "speculator")
+            checkpoints.finish()
+            run.finish()
+        except BaseException as error:
+            run.finish("KILLED" if isinstance(error, loop.StoppedError) else "FAILED")
+            raise
+
+
+def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
+    readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
+    train_reader = readers["train"]
+    with_tables = config.model.speculator.init == "base" or shape.method == "medusa" or config.optim.loss == "kl"
+    tables = features.load_tables(train_reader.collection) if with_tables else {}
+    speculator = initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
+    lm_head = None
+    if config.optim.loss == "kl":
+        if not features.linear_logits(train_reader.collection):
+            raise SpecError(
+                f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
+                "state (a bias, a scale, a cap), which the cache does not hold; use optim.loss=ce"
+            )
+        lm_head = tables["lm_head"].to(me.device)
+    return FrozenTask(config, speculator, train_reader, readers["val"], me, lm_head)
+
+
+def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTask:
+    source = common.read_sources()["base"]
+    folder = base_model.resolve(config.model.partial_pretrain, source["revision"])
+    base = base_model.load(config.model, folder, source["weights"], dtype="float32")
+    if not base_model.has_linear_logits(base):
+        raise SpecError(
+            f"{source['name']}: its logits are more than its lm_head times its state (a bias, a scale, a cap); joint "
+            "training does not know such bases: set model.freeze_base_model to true"
         )
-        recorder.draw(RESULTS)
-        run.log({f"best.{name}": value for name, value in result.val.items()}, result.step)
-        run.artifacts(RESULTS, "train")
-        run.artifacts(common.MODEL, "speculator")
-        checkpoints.finish()
-        run.finish()
-    except BaseException:
-        run.finish("FAILED")
-        raise
+    rows = {split: corpus.read(common.responses_path(split)) for split in ("train", "val")}
+    counts = np.zeros(shape.vocab_size, np.int64)
+    for row in rows["train"]:
+        counts += np.bincount(row.ids[row.mask != 0], minlength=shape.vocab_size)
+    tables = {"embedding": base.embedding[: base.vocab_size].detach(), "lm_head": base.lm_head.detach()}
+    speculator = initialise(config, shape, counts, {name: table.cpu() for name, table in tables.items()})
+    return JointTask(config, base, speculator.to(me.device), rows["train"], rows["val"], me)
 
 
-def initialise(config: Config, shape: SpeculatorConfig, reader: FeatureReader) -> heads.Speculator:
+def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
+    """models/speculator holds the best heads, models/speculator/last those of the last step, models/trained_base the
+    base of the best step where it was trained."""
+    shutil.rmtree(common.TRAINED_BASE, ignore_errors=True)
+    common.TRAINED_BASE.mkdir(parents=True)
+    task.weights()  # brings the speculator up to date
+    heads.save(task.speculator, common.MODEL / "last")
+    task.restore(result.weights)
+    if isinstance(task, JointTask):
+        dtype = getattr(torch, task.config.model.dtype)
+        task.base.model.to(dtype).save_pretrained(common.TRAINED_BASE)
+        task.base.tokenizer.save_pretrained(common.TRAINED_BASE)
+        digest = base_model.identify(common.TRAINED_BASE)["weights"]
+        name = str(common.TRAINED_BASE)
+        task.speculator.config = replace(
+            task.speculator.config, base_model_name_or_path=name, base_revision=None, base_digest=digest
+        )
+    else:
+        (common.TRAINED_BASE / "README").write_text(
+            "The base was frozen: it is the one that data/sources.json names.\n"
+        )
+    heads.save(task.speculator, common.MODEL)
+
+
+def initialise(
+    config: Config, shape: SpeculatorConfig, counts: NDArray[np.int64], tables: Mapping[str, torch.Tensor]
+) -> heads.Speculator:
     """A speculator with its first weights: random, the base's tables, or an earlier checkpoint's.
+
+    Args:
+        config: names them.
+        shape: of the network.
+        counts: [V] how often each token is supervised, from which the draft vocabulary is chosen.
+        tables: the base's "embedding" and "lm_head", where they are needed.
 
     Raises:
         SpecError: a checkpoint that is missing or of another shape.
     """
     init = config.model.speculator.init
-    token_map = _frequent_tokens(reader, shape.draft_vocab_size) if shape.draft_vocab_size else None
+    token_map = _frequent_tokens(counts, shape.draft_vocab_size) if shape.draft_vocab_size else None
     if init in ("random", "base"):
         speculator = heads.build(shape, token_map)
         if init == "base" or shape.method == "medusa":
-            tables = features.load_tables(reader.collection)
             heads.init_from_base(speculator, tables["embedding"], tables["lm_head"], config.trainer.seed)
         else:
             heads.init_random(speculator, config.trainer.seed)
@@ -177,10 +273,9 @@ def initialise(config: Config, shape: SpeculatorConfig, reader: FeatureReader) -
     return warm
 
 
-def _frequent_tokens(reader: FeatureReader, count: int) -> torch.Tensor:
-    """The `count` most frequent supervised tokens of a split, by id; ties go to the lower id."""
-    frequency = reader.token_counts()
-    return torch.from_numpy(np.sort(np.argsort(-frequency, kind="stable")[:count]))
+def _frequent_tokens(counts: NDArray[np.int64], count: int) -> torch.Tensor:
+    """The `count` most frequent tokens, by id; ties go to the lower id."""
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:count]))
 
 
 class _Recorder:

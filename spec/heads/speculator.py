@@ -131,11 +131,12 @@ class Speculator(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def undecayed(self) -> frozenset[str]:
-        """Names of the parameters that weight decay must leave alone: the norms' here."""
+        """Names of the parameters that weight decay must leave alone: norms, and token tables, whose rare rows it
+        would wear away between their few gradients."""
         return frozenset(
             f"{name}.{parameter}"
             for name, module in self.named_modules()
-            if isinstance(module, RMSNorm)
+            if isinstance(module, RMSNorm | nn.Embedding)
             for parameter, _ in module.named_parameters()
         )
 

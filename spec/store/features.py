@@ -202,6 +202,7 @@ def save_tables(base: Base, collection: Collection) -> None:
         "offsets": {name: f"{name}_offsets" for name in row},
         "vocab_size": base.vocab_size,
         "hidden_size": base.hidden_size,
+        "linear_logits": base_model.has_linear_logits(base),
         "producer": base_model.producer(base.device),
     }
     claim.commit([row], attributes, "zstd")
@@ -220,6 +221,12 @@ def tables_shape(collection: Collection) -> dict[str, int]:
     """
     _, attributes = collection.read(collection.name_of(_TABLES), only=())
     return {name: attributes[name] for name in ("hidden_size", "vocab_size")}
+
+
+def linear_logits(collection: Collection) -> bool:
+    """Whether the base's logits are lm_head times the state, so that soft targets follow from the cache alone."""
+    _, attributes = collection.read(collection.name_of(_TABLES), only=())
+    return bool(attributes["linear_logits"])
 
 
 def positions_of(collection: Collection, name: str) -> int:

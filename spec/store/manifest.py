@@ -87,6 +87,20 @@ class Manifest:
         except (OSError, TypeError, ValueError) as error:
             raise StoreError(f"{path} is not a manifest of features ({error}); run the cache stage") from None
 
+    @classmethod
+    def joint(cls, base: Mapping[str, Any], dtype: str, hidden_size: int, vocab_size: int, content: str) -> Manifest:
+        """The manifest of a split whose states are not cached, because the base is trained too.
+
+        Args:
+            base: as in Manifest, like what follows.
+            dtype: of the states.
+            hidden_size: d.
+            vocab_size: V.
+            content: SHA-256 of the file that holds the sequences.
+        """
+        identity = {"mode": "joint", "base": base["weights"], "tokenizer": base["tokenizer"], "dtype": dtype}
+        return cls(identity, base, hidden_size, vocab_size, [], [], [], [], content, [], [], [], [], 0, 0)
+
     def collection(self, root: Path) -> Collection:
         """The collection of a store that holds the segments."""
         return Collection(root, "features", self.identity)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import psutil
@@ -118,6 +118,42 @@ def tokens_around(
     supervised = inside & (mask[around] != 0) if len(mask) else inside
     valid = np.logical_and.accumulate(supervised, axis=1)[:, 1:]
     return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.ascontiguousarray(valid))
+
+
+class Described(Protocol):
+    """What is known of each sequence of a split, as Manifest has it."""
+
+    @property
+    def prompt_length(self) -> Sequence[int]:
+        """Tokens before the last answer."""
+
+    @property
+    def written(self) -> Sequence[bool]:
+        """Whether the base wrote that answer greedily."""
+
+    @property
+    def domain(self) -> Sequence[int]:
+        """An index into domains."""
+
+    @property
+    def domains(self) -> Sequence[str]:
+        """Names."""
+
+
+class SequenceReader(Protocol):
+    """Where training and acceptance take sequences from: a FeatureReader, or a base that computes them anew."""
+
+    @property
+    def manifest(self) -> Described:
+        """What is known of each sequence."""
+
+    def __len__(self) -> int: ...
+
+    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
+        """Sequences with their indices, in any order."""
+
+    def batches(self, parts: Iterable[Sequence[int]], n_predict: int) -> Iterator[Positions]:
+        """The positions of each part."""
 
 
 class _Segment:

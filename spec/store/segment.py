@@ -203,6 +203,10 @@ def read(folder: Path, name: str, only: Sequence[str] | None = None) -> tuple[Ar
             group = zarr.open_group(folder / name, mode="r")
             attributes = dict(group.attrs)
             opened = {key: group[key] for key in (attributes["arrays"] if only is None else only)}
+        for key, array in opened.items():
+            if array.shape[0]:
+                shard = folder.joinpath(name, key, "c", *"0" * array.ndim)
+                codecs.check_shard(shard, array.shards[0] // array.chunks[0])
         return {key: np.asarray(array[...]) for key, array in opened.items()}, attributes
     except Exception as error:  # whatever zarr and its codecs make of damaged bytes
         raise DamagedError(folder, name, error) from error

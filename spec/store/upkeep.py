@@ -7,7 +7,6 @@ workspace uses. Stages write it when they write the manifest, and touch it when 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
@@ -54,7 +53,7 @@ class Summary:
 def add_root(root: Path, path: Path, segments: Mapping[str, Sequence[str]]) -> None:
     """Write down that a file of a workspace needs these segments (by collection folder's name)."""
     target = _root_of(root, path)
-    files.write_json(target, {"path": str(path.resolve()), "file": _digest(path), "segments": segments})
+    files.write_json(target, {"path": str(path.resolve()), "file": files.digest_file(path), "segments": segments})
 
 
 def touch_root(root: Path, path: Path) -> None:
@@ -72,12 +71,8 @@ def root_segments(root: Path, path: Path) -> dict[str, list[str]]:
 
 def _root_of(root: Path, path: Path) -> Path:
     """Roots are kept by path and content: several branches and experiments write to the same path."""
-    name = files.digest_json([str(path.resolve()), _digest(path)])[:32]
+    name = files.digest_json([str(path.resolve()), files.digest_file(path)])[:32]
     return root / ROOTS / f"{name}.json"
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def summaries(root: Path) -> Iterator[Summary]:
@@ -206,7 +201,7 @@ def _live(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
         try:
             entry = files.read_json(path)
             held = Path(entry["path"])
-            present = held.is_file() and _digest(held) == entry["file"]
+            present = held.is_file() and files.digest_file(held) == entry["file"]
             segments = entry["segments"].items()
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error}); remove it and run the cache stage in its project") from None

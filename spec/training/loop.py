@@ -1,25 +1,27 @@
-"""Training heads from cached features, with one code path for one worker and many."""
+"""The training loop: one code path for one worker and many, for a frozen base and a live one."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import logging
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spec import acceptance
 from spec.config import Config
+from spec.errors import SpecError
 from spec.heads import Speculator
-from spec.store.reader import FeatureReader, Positions, prefetch
+from spec.store.reader import FeatureReader, prefetch
 from spec.training import schedule
-from spec.training.loss import SpeculatorLoss
+from spec.training.frozen import FrozenTask, head_metrics
 from spec.training.resume import Checkpoints
 from spec.workers import Worker
 
@@ -27,6 +29,63 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
 """Steps whose sums are fetched from the device together."""
+
+
+class Batch(Protocol):
+    """A micro-batch."""
+
+    @property
+    def counts(self) -> Tensor:
+        """What each row of sums is divided by, [rows], on the CPU."""
+
+    @property
+    def positions(self) -> int:
+        """How many positions it has."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+
+
+class Task(Protocol):
+    """What is trained, on what: FrozenTask or JointTask."""
+
+    speculator: Speculator
+
+    @property
+    def module(self) -> nn.Module:
+        """(batch, counts) -> the loss's part, and [rows, 2] sums of loss and hits."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of sums."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """AdamW's groups, each with its peak learning rate."""
+
+    def order(self, epoch: int) -> list[int]:
+        """All sequences, shuffled."""
+
+    def share(self, batch: Sequence[int]) -> list[int]:
+        """This worker's part of a batch."""
+
+    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Batch]:
+        """The micro-batches of these sequences."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on val."""
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """What the checkpoint is chosen by, of validate's figures; higher is better."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that is trained, on the CPU."""
+
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Take over what weights gave."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +110,20 @@ class Result:
     """What a run came to.
 
     Attributes:
-        step: the step whose heads are best on val.
+        step: the step whose weights are best on val.
         val: their metrics.
-        weights: their parameters, on the CPU, each shared one once.
+        weights: as Task.weights gives them.
         steps: steps of the run.
     """
 
     step: int = -1
     val: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
 
-    @torch.no_grad()
-    def restore(self, speculator: Speculator) -> None:
-        """Give a speculator the best weights."""
-        for name, parameter in speculator.named_parameters():
-            parameter.copy_(self.weights[name])
+
+class StoppedError(SpecError):
+    """The run was asked to stop; its checkpoint is written."""
 
 
 def train(
@@ -77,112 +134,127 @@ def train(
     worker: Worker,
     checkpoints: Checkpoints,
     listen: Callable[[Progress], None] = lambda progress: None,
+    lm_head: Tensor | None = None,
 ) -> Result:
-    """Train, validate every trainer.test_freq steps, and return the heads with the most tokens per step on val.
+    """Train heads on a frozen base's features; they end as they are at the last step. See run and FrozenTask."""
+    task = FrozenTask(config, speculator, train_reader, val_reader, worker, lm_head)
+    return run(config, task, worker, checkpoints, listen)
+
+
+def run(
+    config: Config,
+    task: Task,
+    worker: Worker,
+    checkpoints: Checkpoints,
+    listen: Callable[[Progress], None] = lambda progress: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train, validate every trainer.test_freq steps, and return the weights that Task.score finds best on val.
 
     A run that was interrupted goes on from its newest checkpoint, and tells the listener again what came before.
-    Batches follow from (seed, epoch) alone; worker r of R takes every R-th sequence of each, and the loss is the
-    mean over the whole batch's supervised tokens, so the number of workers and the micro-batch change nothing but
-    rounding.
+    Batches follow from (seed, epoch) alone; each worker takes its part of each batch, and the loss is the mean over
+    the whole batch's supervised tokens, so the number of workers and the micro-batch change nothing but rounding.
 
     Args:
         config: of the run.
-        speculator: initialised, on the worker's device; trained in place.
-        train_reader: what to train on.
-        val_reader: what chooses the checkpoint.
+        task: what is trained.
         worker: this process.
         checkpoints: where to save and resume.
         listen: told of every logged step, on the first worker only.
+        stopping: asked at every step whether to save and leave; one worker's yes counts for all.
+
+    Raises:
+        StoppedError: after saving, because of `stopping`.
     """
-    run = _Run(config, speculator, train_reader, val_reader, worker, checkpoints, listen)
-    return run.run()
+    return _Run(config, task, worker, checkpoints, listen, stopping).run()
 
 
 class _Run:
     def __init__(
         self,
         config: Config,
-        speculator: Speculator,
-        train_reader: FeatureReader,
-        val_reader: FeatureReader,
+        task: Task,
         worker: Worker,
         checkpoints: Checkpoints,
         listen: Callable[[Progress], None],
+        stopping: Callable[[], bool],
     ) -> None:
-        self.config, self.speculator, self.worker = config, speculator, worker
-        self.train_reader, self.val_reader = train_reader, val_reader
-        self.checkpoints, self.listen = checkpoints, listen
-        self.n = speculator.config.n_predict
-        self.loss = SpeculatorLoss(speculator)
-        self.parallel = DistributedDataParallel(self.loss) if worker.world > 1 else self.loss
-        self.optimizer = make_optimizer(speculator, config)
-        batch = config.data.train_batch_size
-        self.steps_per_epoch = -(-len(train_reader) // batch)
-        self.total = self.steps_per_epoch * config.trainer.total_epochs
+        self.config, self.task, self.worker = config, task, worker
+        self.checkpoints, self.listen, self.stopping = checkpoints, listen, stopping
+        self.optimizer = torch.optim.AdamW(task.parameters(), betas=config.optim.betas, fused=True)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.total = task.steps_per_epoch * config.trainer.total_epochs
         self.step = 0
         self.positions_seen = 0
         self.result = Result()
         self.since_best = 0
         self.history: list[tuple[str, int, dict[str, float]]] = []
+        # Since the last log, on this worker: loss, hits and count by row; then positions.
+        self.sums = torch.zeros(len(task.rows), 3, dtype=torch.float64, device=_exact(worker.device))
+        self.positions = 0
+        self.waited = self.trained = 0.0
+        self._resume()
+        module = task.module
+        self.parallel = DistributedDataParallel(module, broadcast_buffers=False) if worker.world > 1 else module
 
     def run(self) -> Result:
-        self._resume()
-        sums = torch.zeros(self.n, 3, dtype=torch.float64)
-        waited = trained = 0.0
-        positions = 0
-        stop = False
         began = time.monotonic()
+        asked = torch.zeros(())  # whether any worker was asked to stop, as of the step before
         for micro_batches in () if self._exhausted() else prefetch(self._batches()):
-            waited += time.monotonic() - began
-            step_sums, norm = self._step(micro_batches)
-            trained += time.monotonic() - began
-            sums += step_sums
-            positions += sum(map(len, micro_batches))
+            self.waited += time.monotonic() - began
+            norm, asked_now = self._step(micro_batches)
+            self.trained += time.monotonic() - began
             self.step += 1
             last = self.step == self.total
-            saving = self.step % self.config.trainer.save_freq == 0 or last
-            if self.step % LOG_EVERY == 0 or saving:  # a checkpoint holds no half-counted sums
-                self._log(sums, norm, positions, waited, trained)
-                sums.zero_()
-                waited, trained, positions = 0.0, 0.0, 0
-            if self.step % self.config.trainer.test_freq == 0 or last:
-                stop = self._validate()
+            leaving = bool(asked) and not last
+            saving = self.step % self.config.trainer.save_freq == 0 or last or leaving
+            if self.step % LOG_EVERY == 0 or last:
+                self._log(norm)
+            validating = self.step % self.config.trainer.test_freq == 0 or last
+            stop = self._validate() if validating else False
             if saving or stop:
                 self._save()
+            if leaving:
+                raise StoppedError(
+                    f"stopped at step {self.step} of {self.total}, and saved in {self.checkpoints.folder}; "
+                    "run the same command again to go on"
+                )
             if stop:
                 break
-            began = time.monotonic()
+            asked, began = asked_now, time.monotonic()
         self.result.steps = self.step
         return self.result
 
-    def _batches(self) -> Iterator[list[Positions]]:
+    def _batches(self) -> Iterator[list[Batch]]:
         """This worker's micro-batches of every step still to do."""
         size, micro = self.config.data.train_batch_size, self.config.data.micro_batch_size_per_gpu
 
         def steps() -> Iterator[list[list[int]]]:
-            begun, done = divmod(self.step, self.steps_per_epoch)
+            begun, done = divmod(self.step, self.task.steps_per_epoch)
             for epoch in range(begun, self.config.trainer.total_epochs):
-                order = self.train_reader.order(self.config.trainer.seed, epoch)
+                order = self.task.order(epoch)
                 for start in range(done * size if epoch == begun else 0, len(order), size):
-                    batch = order[start : start + size]
-                    mine = self.train_reader.share(batch, self.worker.rank, self.worker.world)
+                    mine = self.task.share(order[start : start + size])
                     yield [mine[at : at + micro] for at in range(0, len(mine), micro)] or [[]]
 
         ahead, here = itertools.tee(steps())
-        parts = (part for step in ahead for part in step)
-        batches = self.train_reader.batches(parts, self.n, pin=self.worker.device.type == "cuda")
+        batches = self.task.batches(part for step in ahead for part in step)
         for step in here:
             yield [next(batches) for _ in step]
 
-    def _step(self, micro_batches: list[Positions]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; returns [n, 3] sums over all workers (loss, hits, count) and the gradient's norm."""
+    def _step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step; returns the gradient's norm, and whether any worker was asked to stop.
+
+        Nothing here waits for the device.
+        """
         rate = schedule.factor(self.config.optim, self.step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optim.lr * rate
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * rate
         device = self.worker.device
-        counts = torch.stack([batch.valid.sum(0) for batch in micro_batches]).sum(0).to(device)
-        counts = self.worker.sum(counts)
-        sums = torch.zeros(self.n, 2, device=device)
+        own = torch.stack([batch.counts for batch in micro_batches]).sum(0)
+        shared = torch.cat([own, torch.tensor([int(self.stopping())])]).to(device, non_blocking=True)
+        shared = self.worker.sum(shared)
+        counts = shared[:-1]
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             held = isinstance(self.parallel, DistributedDataParallel) and not last
@@ -191,42 +263,58 @@ class _Run:
                     loss, part = self.parallel(batch.to(device), counts)
                 # DistributedDataParallel averages gradients over workers, and the loss is a sum over them.
                 (loss * self.worker.world).backward()
-            sums += part
-        norm = torch.nn.utils.clip_grad_norm_(self.speculator.parameters(), self.config.optim.clip_grad)
+            self.sums[:, :2] += part.to(self.sums)
+        self.sums[:, 2] += own.to(self.sums)
+        self.positions += sum(batch.positions for batch in micro_batches)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.worker.sum(sums)
-        return torch.cat([sums, counts[:, None]], 1).double().cpu(), norm
+        return norm, shared[-1]
 
     @property
     def mixed(self) -> bool:
         """bf16 arithmetic over float32 weights, unless everything is asked to be float32."""
         return self.config.model.dtype != "float32"
 
-    def _log(self, sums: torch.Tensor, norm: torch.Tensor, positions: int, waited: float, seconds: float) -> None:
-        total = self.worker.sum(torch.tensor([positions, waited], dtype=torch.float64, device=self.worker.device))
-        self.positions_seen += int(total[0])
-        if not self.worker.first:
-            return
-        metrics = head_metrics(sums.numpy())
-        metrics |= {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(norm),
-            "positions_per_second": float(total[0]) / seconds,
-            "positions_seen": float(self.positions_seen),
-            "data_wait": float(total[1]) / self.worker.world / seconds,
-            "epoch": self.step / self.steps_per_epoch,
-        }
-        self._tell("train", metrics)
+    def _log(self, norm: Tensor) -> None:
+        sums, positions = self._total_sums()
+        waited = self.worker.sum(torch.tensor(self.waited, dtype=torch.float32, device=self.worker.device))
+        self.positions_seen += positions
+        if not norm.isfinite():
+            raise SpecError(
+                f"the gradient at step {self.step} is {float(norm)}: training has diverged. Lower optim.lr, raise "
+                "optim.warmup_ratio or set model.dtype=float32"
+            )
+        if self.worker.first:
+            metrics = row_metrics(self.task.rows, sums)
+            metrics |= {
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": float(norm),
+                "positions_per_second": positions / self.trained,
+                "positions_seen": float(self.positions_seen),
+                "data_wait": float(waited) / self.worker.world / self.trained,
+                "epoch": self.step / self.task.steps_per_epoch,
+                "memory_gb": _memory(self.worker.device) / 1e9,
+            }
+            self._tell("train", metrics)
+        self.sums.zero_()
+        self.positions, self.waited, self.trained = 0, 0.0, 0.0
+
+    def _total_sums(self) -> tuple[Tensor, int]:
+        """Sums and positions of all workers since the last log."""
+        positions = torch.tensor([[self.positions, 0, 0]]).to(self.sums)
+        total = self.worker.sum(torch.cat([self.sums, positions])).cpu()
+        return total[:-1], int(total[-1, 0])
 
     def _validate(self) -> bool:
-        """Measure on val, keep the best heads; returns whether to stop early."""
-        metrics = validate(self.speculator, self.val_reader, self.worker, self.mixed)
-        better = metrics["tokens_per_step"] > self.result.val.get("tokens_per_step", 0.0)
+        """Measure on val, keep the best weights; returns whether to stop early."""
+        metrics = self.task.validate()
+        better = not self.result.val or self.task.score(metrics) > self.task.score(self.result.val)
         if better:
             self.since_best = 0
             self.result.step, self.result.val = self.step, metrics
-            self.result.weights = {k: v.detach().cpu().clone() for k, v in self.speculator.named_parameters()}
+            self.result.weights = self.task.weights()
         else:
             self.since_best += 1
         if self.worker.first:
@@ -243,17 +331,23 @@ class _Run:
         self.listen(Progress(split, self.step, self.total, metrics))
 
     def _save(self) -> None:
+        sums, positions = self._total_sums()
         if not self.worker.first:
             return
+        weights = self.task.weights()  # brings the speculator up to date, too
         self.checkpoints.save(
             self.step,
-            self.speculator,
+            self.task.speculator,
             {
+                "weights": weights,
                 "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
                 "positions_seen": self.positions_seen,
                 "best": {"step": self.result.step, "val": self.result.val, "weights": self.result.weights},
                 "since_best": self.since_best,
                 "history": self.history,
+                "sums": sums,
+                "positions": positions,
             },
         )
 
@@ -261,70 +355,41 @@ class _Run:
         found = self.checkpoints.newest()
         if found is None:
             return
-        folder, state = found
-        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        self.speculator.load_state_dict(weights)
+        _, state = found
+        self.task.restore(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
         self.step, self.positions_seen = state["step"], state["positions_seen"]
         self.result.step, self.result.val = state["best"]["step"], state["best"]["val"]
         self.result.weights, self.since_best = state["best"]["weights"], state["since_best"]
         self.history = state["history"]
         if self.worker.first:
+            self.sums += state["sums"].to(self.sums)
+            self.positions = state["positions"]
             log.info("resuming at step %d of %d", self.step, self.total)
             for split, step, metrics in self.history:
                 self.listen(Progress(split, step, self.total, metrics))
 
 
-def make_optimizer(speculator: Speculator, config: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on everything but norms and the parameters that the speculator names."""
-    optim, kept = config.optim, speculator.undecayed()
-    named = [(name, p) for name, p in speculator.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if name not in kept], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in named if name in kept], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
-
-
-def head_metrics(sums: np.ndarray[Any, Any]) -> dict[str, float]:
-    """Loss and accuracy of each head and overall, from [n, 3] sums of loss, hits and count."""
-    loss = sums[:, 0] / np.maximum(sums[:, 2], 1)
-    accuracy = sums[:, 1] / np.maximum(sums[:, 2], 1)
-    metrics = {"speculator_loss": float(loss.mean())}
-    for i in range(len(sums)):
-        metrics[f"loss.{i + 1}"] = float(loss[i])
-        metrics[f"accuracy.{i + 1}"] = float(accuracy[i])
+def row_metrics(rows: Sequence[str], sums: Tensor) -> dict[str, float]:
+    """Loss and accuracy of each row; a live base's are `base_loss` and `base_accuracy`, and the total is told apart."""
+    numbers = sums.numpy()
+    heads = [index for index, name in enumerate(rows) if name != "base"]
+    metrics = head_metrics(numbers[heads])
+    if "base" in rows:
+        loss, hits, count = numbers[rows.index("base")]
+        metrics |= {"base_loss": float(loss / max(count, 1)), "base_accuracy": float(hits / max(count, 1))}
     return metrics
 
 
-@torch.no_grad()
-def validate(speculator: Speculator, reader: FeatureReader, worker: Worker, mixed: bool) -> dict[str, float]:
-    """Loss and accuracy of each head with true inputs, and the exact walk's tokens per step; shared by all workers."""
-    mine = list(range(len(reader)))[worker.rank :: worker.world]
-    n = speculator.config.n_predict
-    with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
-        sums = with_true_inputs(speculator, reader, mine)
-        answers = acceptance.draft_answers(speculator, reader, mine)
-    walks = acceptance.walks(reader, answers, acceptance.head_drafts)
-    gathered = worker.gather((sums.numpy(), walks))
-    metrics = head_metrics(np.sum([part for part, _ in gathered], axis=0))
-    everything = [walk for _, part in gathered for walk in part]
-    metrics["tokens_per_step"] = acceptance.tokens_per_step(everything)
-    for i, share in enumerate(acceptance.acceptance(everything, n)):
-        metrics[f"acceptance.{i + 1}"] = share
-    return metrics
+def _exact(device: torch.device) -> torch.device:
+    """Where sums are kept in float64: MPS has none."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
-@torch.no_grad()
-def with_true_inputs(speculator: Speculator, reader: FeatureReader, indices: Sequence[int]) -> torch.Tensor:
-    """Each head's sums over sequences, fed the true tokens: [n, 3], loss, hits and positions."""
-    n = speculator.config.n_predict
-    device = next(speculator.parameters()).device
-    loss = SpeculatorLoss(speculator)
-    sums = torch.zeros(n, 3, dtype=torch.float64)
-    counts = torch.ones(n, device=device)
-    parts = [indices[start : start + 16] for start in range(0, len(indices), 16)]
-    for batch in reader.batches(parts, n):
-        _, part = loss(batch.to(device), counts)
-        sums += torch.cat([part.cpu(), batch.valid.sum(0)[:, None]], 1).double()
-    return sums
+def _memory(device: torch.device) -> float:
+    """The most bytes that this process has held so far, on the device, or of the machine's memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else most * 1024)

@@ -1,0 +1,196 @@
+"""Does storing hold up the base? `python -m bench.cache`, after `make repro`.
+
+1. The cache stage's tokens/s over the bare forward on the same batches, in turn, on the real base.
+2. A synthetic base that emits real states at 500 MB/s: what the store writes, compressed, hashed and flushed.
+3. Size and speed of each codec on real states, and what it does to acceptance.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from bench.common import default_config, load_base, machine, reader, real_states, seconds, spread, table
+from spec import acceptance, base, corpus, heads
+from spec.base import Base
+from spec.config import Config
+from spec.store import codecs, features, segment
+from spec.store.collection import Collection
+from spec.store.features import FeatureRow
+from spec.store.plan import item_key, plan
+from stages import common
+
+ROUNDS = 5
+TOKENS = 16384
+SOURCE_RATE = 500e6
+
+
+def main() -> None:
+    config = default_config()
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
+        beside_the_forward(config, Path(folder))
+        synthetic(config, Path(folder))
+        compare_codecs(config, Path(folder))
+
+
+def beside_the_forward(config: Config, root: Path) -> None:
+    model = load_base(config)
+    rows, total = [], 0
+    for row in corpus.read(common.responses_path("train")):
+        if total < TOKENS:
+            rows.append(FeatureRow(item_key(row.ids, row.mask), row.ids, row.mask))
+            total += len(row)
+    groups = plan([row.key for row in rows], [len(row.ids) for row in rows], (), base.bucket, 4096)
+    batches = list(_padded(rows, groups))
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for batch in batches:
+            base.hidden_states(model.model, batch)
+
+    def cached() -> None:
+        collection = Collection(root, "features", {"round": time.monotonic_ns(), **IDENTITY})
+        collection.create()
+        features.produce(model, collection, rows, groups, "zstd")
+
+    bare()
+    ratios, rates = [], []
+    for turn in range(ROUNDS):
+        times = {work: seconds(work) for work in ((bare, cached) if turn % 2 else (cached, bare))}
+        ratios.append(times[bare] / times[cached])
+        rates.append((total / times[cached], total / times[bare]))
+    cache_rate, bare_rate = (statistics.median(column) for column in zip(*rates, strict=True))
+    print(f"\n1. {len(rows)} sequences, {total:,} tokens in {len(batches)} batches and {len(groups)} segments")
+    table(
+        ["", "tokens/s", "ratio: median (lowest to highest)"],
+        [["bare forward", f"{bare_rate:,.0f}", ""], ["cache, zstd", f"{cache_rate:,.0f}", spread(ratios)]],
+    )
+
+
+IDENTITY = {"dtype": "bfloat16", "encoding": codecs.EXACT}
+
+
+def _padded(rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+    """The very batches that produce makes."""
+    batches = []
+    for group in groups:
+        width = base.bucket(max(len(rows[r].ids) for r in group))
+        size = max(1, features.BATCH_TOKENS // width)
+        for start in range(0, len(group), size):
+            ids = np.zeros((len(group[start : start + size]), width), np.int64)
+            for number, r in enumerate(group[start : start + size]):
+                ids[number, : len(rows[r].ids)] = rows[r].ids
+            batches.append(torch.from_numpy(ids))
+    return batches
+
+
+@dataclass
+class Source:
+    """A model that hands out real states at SOURCE_RATE."""
+
+    states: torch.Tensor
+    dtype: torch.dtype = torch.bfloat16
+    due: float = 0.0
+
+    def get_decoder(self) -> Source:
+        return self
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        B, S = input_ids.shape
+        size = B * S * self.states.shape[1] * 2
+        self.due = max(self.due, time.perf_counter()) + size / SOURCE_RATE
+        time.sleep(max(0.0, self.due - time.perf_counter()))
+        return SimpleNamespace(last_hidden_state=self.states[: B * S].view(B, S, -1))
+
+
+def synthetic(config: Config, root: Path) -> None:
+    width, length, count = 512, 512, 1600  # 818,000 positions: 940 MB at d=576
+    model = Base(Source(real_states(config, features.BATCH_TOKENS)), None, "", torch.device("cpu"))
+    generator = np.random.default_rng(0)
+    mask = np.ones(length, np.uint8)
+    rows = [FeatureRow(str(i), generator.integers(0, 49152, length, np.int32), mask) for i in range(count)]
+    groups = plan([row.key for row in rows], [length] * count, (), lambda _: width, config.features.segment_tokens)
+    size = count * (length - 1) * model.model.states.shape[1] * 2
+    result = []
+    for codec in ("zstd", "none", "fp8"):
+        rates = []
+        for _ in range(3):
+            collection = Collection(root, "features", {**IDENTITY, "codec": codec})
+            collection.create()
+            took = seconds(lambda c=collection, k=codec: features.produce(model, c, rows, groups, k))
+            rates.append(size / 1e6 / took)
+            shutil.rmtree(collection.folder)
+        result.append([codec, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"])
+    print(f"\n2. A source of {SOURCE_RATE / 1e6:.0f} MB/s, {size / 1e6:,.0f} MB of real states, {len(groups)} segments")
+    table(["codec", "MB/s of states stored: median", "lowest to highest"], result)
+
+
+def compare_codecs(config: Config, root: Path) -> None:
+    states = real_states(config, 60_000)
+    eval_reader = reader(config, "eval")
+    speculator = heads.load(common.MODEL)
+    result = []
+    for codec in ("none", "zstd", "fp8"):
+        how = codecs.encoding(codec)
+        row = {name: codecs.to_numpy(tensor) for name, tensor in codecs.encode(states, how).items()}
+        attributes = {"offsets": dict.fromkeys(row, "offsets")}
+        writes, reads = [], []
+        for number in range(5):
+            name = f"{codec}{number}"
+            writes.append(
+                seconds(lambda n=name, r=row, a=attributes, k=codec: segment.write(root, n, ["a"], [r], a, k))
+            )
+            reads.append(seconds(lambda n=name: segment.read(root, n)))
+        stored = segment.read_record(root, f"{codec}0").size
+        walks = _walk_through(speculator, eval_reader, how)
+        result.append(
+            [
+                codec,
+                f"{stored / states.nbytes:.3f}",
+                f"{states.nbytes / 1e6 / statistics.median(writes):,.0f}",
+                f"{states.nbytes / 1e6 / statistics.median(reads):,.0f}",
+                f"{acceptance.tokens_per_step(walks):.4f}",
+            ]
+        )
+    print(f"\n3. {states.nbytes / 1e6:.0f} MB of real states; the default's head, walked over eval")
+    table(["codec", "size / (2 d a position)", "write MB/s", "read MB/s", "tokens per step"], result)
+
+
+def _walk_through(speculator: heads.Speculator, found: object, how: str) -> list[acceptance.Walk]:
+    """The exact walk with states that were encoded and decoded."""
+    split = _Recoded(found, how)
+    return acceptance.walks(split, acceptance.draft_answers(speculator, split), acceptance.head_drafts)  # type: ignore[arg-type]
+
+
+class _Recoded:
+    """A reader whose states went through an encoding."""
+
+    def __init__(self, found: object, how: str) -> None:
+        self._found, self._how = found, how
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._found, name)
+
+    def __len__(self) -> int:
+        return len(self._found)  # type: ignore[arg-type]
+
+    def sequences(self, indices: Sequence[int]) -> object:
+        for index, sequence in self._found.sequences(indices):  # type: ignore[attr-defined]
+            encoded = codecs.encode(sequence.states, self._how)
+            arrays = {name: codecs.to_numpy(tensor) for name, tensor in encoded.items()}
+            states = codecs.decode(arrays, sequence.states.dtype, self._how)
+            yield index, type(sequence)(states, sequence.positions, sequence.ids, sequence.mask)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the benchmarks share: real states of the default pipeline, and tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from spec import base as base_model
+from spec import config as config_module
+from spec.base import Base
+from spec.config import Config
+from spec.store.manifest import Manifest
+from spec.store.reader import FeatureReader
+from stages import common
+
+
+def default_config(*overrides: str) -> Config:
+    """params.yaml of the working directory."""
+    return config_module.load(Path("params.yaml"), overrides)
+
+
+def load_base(config: Config, dtype: str | None = None) -> Base:
+    """The base that fetch resolved."""
+    source = common.read_sources()["base"]
+    folder = base_model.resolve(config.model.partial_pretrain, source["revision"])
+    return base_model.load(config.model, folder, source["weights"], dtype=dtype)
+
+
+def reader(config: Config, split: str) -> FeatureReader:
+    """The cached features of a split."""
+    return FeatureReader(Manifest.load(common.features_path(split)), common.store_root(config))
+
+
+def real_states(config: Config, count: int) -> torch.Tensor:
+    """[count, d] real states of the train split; repeated, but shuffled, where it has fewer."""
+    found = reader(config, "train")
+    states = torch.cat([sequence.states for _, sequence in found.sequences(range(len(found)))])
+    generator = torch.Generator().manual_seed(0)
+    parts = [states[torch.randperm(len(states), generator=generator)] for _ in range(-(-count // len(states)))]
+    return torch.cat([states, *parts])[:count]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall clock of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a Markdown table."""
+    text = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *text]) for i in range(len(header))]
+    for row in [list(header), ["-" * width for width in widths], *text]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
+
+
+def machine() -> str:
+    """What this ran on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = names[0] if names else name
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}; {name}"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median (lowest to highest)."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"

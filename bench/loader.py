@@ -1,0 +1,180 @@
+"""How fast do cached positions come? `python -m bench.loader`, after `make repro`.
+
+The same sequences, shuffled, as batches of positions: from the store's reader, from a file a sample (safetensors and
+torch.save, the field's usual forms) and from a raw memory map, each behind the same prefetching thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from bench.common import default_config, machine, real_states, seconds, table
+from spec import costs
+from spec.store import codecs, features
+from spec.store.collection import Collection
+from spec.store.manifest import Manifest, make_manifest
+from spec.store.reader import FeatureReader, Positions, join, prefetch, tokens_around
+
+SEQUENCES, LENGTH, PROMPT, BATCH, N = 2400, 400, 100, 16, 3
+ROUNDS = 3
+HEAD_8B = costs.Job(8e9, 4096, 128256, 0, 0, 0, 64, 3, 4096, 128256)
+H100_FLOPS = 400e12
+
+
+def main() -> None:
+    config = default_config()
+    print(machine())
+    states = real_states(config, SEQUENCES * (LENGTH - PROMPT))
+    d = states.shape[1]
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 49152, (SEQUENCES, LENGTH), np.int32)
+    mask = np.zeros(LENGTH, np.uint8)
+    mask[PROMPT:] = 1
+    per_row = LENGTH - PROMPT
+    print(f"{SEQUENCES} sequences, {len(states):,} positions, {states.nbytes / 1e6:,.0f} MB of states, {BATCH} a batch")
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
+        root = Path(folder)
+        orders = {}
+        forms: dict[str, Callable[[int], Iterator[Positions]]] = {}
+        for codec in ("zstd", "none", "fp8"):
+            manifest = store(root / codec, states, ids, mask, codec)
+            orders[codec] = FeatureReader(manifest, root / codec).order(0, 0)
+            forms[f"reader, {codec}, first epoch"] = from_reader(manifest, root / codec, fresh=True)
+            forms[f"reader, {codec}, later epochs"] = from_reader(manifest, root / codec, fresh=False)
+        for form, save, load in (
+            ("safetensors a sample", save_file, load_file),
+            ("torch.save a sample", torch.save, lambda path: torch.load(path, weights_only=True)),
+        ):
+            target = root / form.replace(" ", "-")
+            target.mkdir()
+            for row in range(SEQUENCES):
+                part = states[row * per_row : (row + 1) * per_row].clone()
+                save(
+                    {"states": part, "ids": torch.from_numpy(ids[row]), "mask": torch.from_numpy(mask)},
+                    target / f"{row}.bin",
+                )
+            forms[form] = from_files(target, load)
+        forms["raw memory map"] = from_map(root / "raw.bin", states, ids, mask)
+
+        rates: dict[str, list[float]] = {form: [] for form in forms}
+        for turn in range(ROUNDS):
+            for form, epoch in forms.items():
+                took = seconds(lambda e=epoch, t=turn: sum(len(batch) for batch in prefetch(e(t))))
+                rates[form].append(len(states) / took)
+    raw = statistics.median(rates["raw memory map"])
+    operations = costs.head_operations(HEAD_8B)
+    needed = H100_FLOPS / operations * HEAD_8B.hidden_size * 2
+    table(
+        ["form", "positions/s", "MB/s", "x raw map", "x what an H100 needs (8B base)"],
+        [
+            [
+                form,
+                f"{statistics.median(found):,.0f}",
+                f"{statistics.median(found) * d * 2 / 1e6:,.0f}",
+                f"{statistics.median(found) / raw:.2f}",
+                f"{statistics.median(found) * d * 2 / needed:.1f}",
+            ]
+            for form, found in rates.items()
+        ],
+    )
+    print(
+        f"An H100 at {H100_FLOPS / 1e12:.0f} TFLOP/s trains sum_rnn n=3, h=4096, V=128,256 at "
+        f"{H100_FLOPS / operations:,.0f} positions/s: {needed / 1e6:,.0f} MB/s of bf16 states (docs/scaling.md)"
+    )
+
+
+def store(
+    root: Path, states: torch.Tensor, ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], codec: str
+) -> Manifest:
+    """The sequences in a store of their own."""
+    base = {"name": "bench", "revision": None, "weights": "w", "tokenizer": "t"}
+    collection = Collection(root, "features", features.identity(base, "bfloat16", codec))
+    collection.create()
+    how = codecs.encoding(codec)
+    offsets = {k: v for k, v in features.OFFSETS.items() if k != "scales" or how == codecs.FP8}
+    attributes = {"dtype": "bfloat16", "encoding": how, "offsets": offsets}
+    per_row, a_segment = LENGTH - PROMPT, 65536 // LENGTH
+    for start in range(0, SEQUENCES, a_segment):
+        numbers = range(start, min(start + a_segment, SEQUENCES))
+        rows = []
+        for row in numbers:
+            encoded = codecs.encode(states[row * per_row : (row + 1) * per_row], how)
+            rows.append({**{k: codecs.to_numpy(v) for k, v in encoded.items()}, "ids": ids[row], "mask": mask})
+        claim = collection.claim([str(row) for row in numbers])
+        assert claim is not None
+        claim.commit(rows, attributes, codec)
+    return make_manifest(
+        collection,
+        [str(row) for row in range(SEQUENCES)],
+        base=base,
+        hidden_size=states.shape[1],
+        vocab_size=49152,
+        prompt_length=[PROMPT] * SEQUENCES,
+        written=[True] * SEQUENCES,
+        domains=["a"] * SEQUENCES,
+        tokens=SEQUENCES * LENGTH,
+        positions=len(states),
+    )
+
+
+def parts(order: Sequence[int]) -> list[Sequence[int]]:
+    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+
+
+def shuffled(epoch: int) -> list[Sequence[int]]:
+    return parts([int(i) for i in np.random.default_rng(epoch).permutation(SEQUENCES)])
+
+
+def from_reader(manifest: Manifest, root: Path, fresh: bool) -> Callable[[int], Iterator[Positions]]:
+    kept = FeatureReader(manifest, root)
+    if not fresh:  # decoded once before it is timed
+        for _ in kept.batches(parts(kept.order(0, 0)), N):
+            pass
+
+    def epoch(number: int) -> Iterator[Positions]:
+        found = FeatureReader(manifest, root) if fresh else kept
+        return found.batches(parts(found.order(0, number)), N)
+
+    return epoch
+
+
+def from_files(folder: Path, load: Callable[[Path], Any]) -> Callable[[int], Iterator[Positions]]:
+    def positions(row: int) -> Positions:
+        found = load(folder / f"{row}.bin")
+        ids, mask = found["ids"].numpy(), found["mask"].numpy()
+        return Positions(found["states"], *tokens_around(ids, mask, np.array([0, len(ids)]), N))
+
+    def epoch(number: int) -> Iterator[Positions]:
+        for part in shuffled(number):
+            yield join([positions(row) for row in part])
+
+    return epoch
+
+
+def from_map(
+    path: Path, states: torch.Tensor, ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]
+) -> Callable[[int], Iterator[Positions]]:
+    """The best case: states as they are in one file, tokens in memory, no checksum."""
+    codecs.to_numpy(states).tofile(path)
+    mapped = torch.from_numpy(np.memmap(path, np.uint16, "r+", shape=tuple(states.shape))).view(torch.bfloat16)
+    offsets = np.arange(0, SEQUENCES * LENGTH + 1, LENGTH)
+    whole = Positions(mapped, *tokens_around(ids.reshape(-1), np.tile(mask, SEQUENCES), offsets, N))
+    per_row = LENGTH - PROMPT
+
+    def epoch(number: int) -> Iterator[Positions]:
+        for part in shuffled(number):
+            yield join([whole[row * per_row : (row + 1) * per_row] for row in part])
+
+    return epoch
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Heads trained on the cached features of a frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spec import acceptance
+from spec.config import Config
+from spec.heads import Speculator
+from spec.store.reader import FeatureReader, Positions, SequenceReader
+from spec.training.loss import SpeculatorLoss, Supervision
+from spec.training.tables import twin
+from spec.workers import Worker
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of cached positions: states [P, d] and what heads are trained towards."""
+
+    states: Tensor
+    supervision: Supervision
+
+    @property
+    def counts(self) -> Tensor:
+        """[n] supervised positions of each head, on the CPU."""
+        return self.supervision.counts
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return len(self.states)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(self.states.to(device, non_blocking=True), self.supervision.to(device))
+
+
+class FrozenTask:
+    """What the loop trains when the base is frozen: a speculator, over a FeatureReader.
+
+    Args:
+        config: of the run.
+        speculator: initialised, on the worker's device; trained in place (up to date after `weights` and `state`).
+        train_reader: what to train on.
+        val_reader: what chooses the checkpoint.
+        worker: this process.
+        lm_head: [V, d] of the base; needed for optim.loss=kl.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        speculator: Speculator,
+        train_reader: FeatureReader,
+        val_reader: FeatureReader,
+        worker: Worker,
+        lm_head: Tensor | None = None,
+    ) -> None:
+        self.config, self.worker, self.speculator = config, worker, speculator
+        self.train_reader, self.val_reader = train_reader, val_reader
+        occurring = np.flatnonzero(train_reader.token_counts())
+        tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past a sequence's end
+        self._trained, self._tables = twin(speculator, tokens)
+        teacher = lm_head if config.optim.loss == "kl" else None
+        self._loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher).to(worker.device)
+
+    @property
+    def module(self) -> nn.Module:
+        """What is wrapped for data-parallel training: (batch, counts) -> loss, sums."""
+        return _OnBatch(self._loss)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of sums: the heads, from 1."""
+        return tuple(str(i + 1) for i in range(self.speculator.config.n_predict))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        return -(-len(self.train_reader) // self.config.data.train_batch_size)
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """AdamW's groups: weight decay on everything but what the speculator names."""
+        optim, kept = self.config.optim, self.speculator.undecayed()
+        named = [(name, p) for name, p in self._trained.named_parameters() if p.requires_grad]
+        return [
+            {
+                "params": [p for name, p in named if name not in kept],
+                "weight_decay": optim.weight_decay,
+                "lr": optim.lr,
+            },
+            {"params": [p for name, p in named if name in kept], "weight_decay": 0.0, "lr": optim.lr},
+        ]
+
+    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Batch]:
+        """The micro-batches of these sequences."""
+        pin = self.worker.device.type == "cuda"
+        for positions in self.train_reader.batches(parts, self.speculator.config.n_predict, pin):
+            supervision = self._loss.supervise(positions)
+            yield Batch(positions.states, supervision.pin() if pin else supervision)
+
+    def order(self, epoch: int) -> list[int]:
+        """All sequences, shuffled."""
+        return self.train_reader.order(self.config.trainer.seed, epoch)
+
+    def share(self, batch: Sequence[int]) -> list[int]:
+        """This worker's part of a batch."""
+        return self.train_reader.share(batch, self.worker.rank, self.worker.world)
+
+    def validate(self) -> dict[str, float]:
+        """Loss and accuracy by head on val, and the exact walk."""
+        self._flush()
+        mixed = self.config.model.dtype != "float32"
+        loss = SpeculatorLoss(self.speculator, None, self._loss.lm_head).to(self.worker.device)
+        return validate(self.speculator, self.val_reader, self.worker, mixed, loss)
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """Tokens per step of the exact walk."""
+        return metrics["tokens_per_step"]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter, on the CPU, each shared one once."""
+        self._flush()
+        return {name: p.detach().cpu().clone() for name, p in self.speculator.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Take over what `weights` gave."""
+        for name, parameter in self.speculator.named_parameters():
+            parameter.copy_(weights[name])
+        for table in self._tables:
+            table.reload()
+
+    def _flush(self) -> None:
+        for table in self._tables:
+            table.flush()
+
+
+class _OnBatch(nn.Module):
+    def __init__(self, loss: SpeculatorLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.loss(batch.states, batch.supervision, counts)
+        return result
+
+
+def head_metrics(sums: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Loss and accuracy of each head and overall, from [n, 3] sums of loss, hits and count."""
+    loss = sums[:, 0] / np.maximum(sums[:, 2], 1)
+    accuracy = sums[:, 1] / np.maximum(sums[:, 2], 1)
+    metrics = {"speculator_loss": float(loss.mean())}
+    for i in range(len(sums)):
+        metrics[f"loss.{i + 1}"] = float(loss[i])
+        metrics[f"accuracy.{i + 1}"] = float(accuracy[i])
+    return metrics
+
+
+@torch.no_grad()
+def validate(
+    speculator: Speculator, reader: SequenceReader, worker: Worker, mixed: bool, loss: SpeculatorLoss | None = None
+) -> dict[str, float]:
+    """Loss and accuracy of each head with true inputs, and the exact walk's tokens per step; shared by all workers."""
+    mine = list(range(len(reader)))[worker.rank :: worker.world]
+    n = speculator.config.n_predict
+    with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
+        sums = with_true_inputs(loss or SpeculatorLoss(speculator), reader, mine)
+        answers = acceptance.draft_answers(speculator, reader, mine)
+    walks = acceptance.walks(reader, answers, acceptance.head_drafts)
+    gathered = worker.gather((sums.numpy(), walks))
+    metrics = head_metrics(np.sum([part for part, _ in gathered], axis=0))
+    everything = [walk for _, part in gathered for walk in part]
+    metrics["tokens_per_step"] = acceptance.tokens_per_step(everything)
+    for i, share in enumerate(acceptance.acceptance(everything, n)):
+        metrics[f"acceptance.{i + 1}"] = share
+    return metrics
+
+
+@torch.no_grad()
+def with_true_inputs(loss: SpeculatorLoss, reader: SequenceReader, indices: Sequence[int]) -> Tensor:
+    """Each head's sums over sequences, fed the true tokens: [n, 3], loss, hits and positions."""
+    n = loss.speculator.config.n_predict
+    device = next(loss.speculator.parameters()).device
+    sums = torch.zeros(n, 3, dtype=torch.float64)
+    parts = [indices[start : start + 16] for start in range(0, len(indices), 16)]
+    for positions in reader.batches(parts, n):
+        sums += sums_of(loss, positions, device)
+    return sums
+
+
+def sums_of(loss: SpeculatorLoss, positions: Positions, device: torch.device) -> Tensor:
+    """Each head's sums over positions: [n, 3], loss, hits and positions."""
+    batch = Batch(positions.states, loss.supervise(positions)).to(device)
+    _, part = loss(batch.states, batch.supervision, torch.ones(len(batch.counts), device=device))
+    return torch.cat([part.cpu().double(), batch.counts[:, None].double()], 1)

@@ -1,0 +1,290 @@
+"""Base and speculator trained together, with the base live at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spec import base as base_model
+from spec.base import Base
+from spec.config import Config
+from spec.corpus import TokenSequence
+from spec.heads import Speculator
+from spec.store.features import kept_positions
+from spec.store.reader import CachedSequence, Positions, join, tokens_around
+from spec.training.frozen import validate
+from spec.training.loss import SpeculatorLoss, Supervision, linear_cross_entropy
+from spec.workers import Worker
+
+BASE = "base."
+SPECULATOR = "speculator."
+_VALIDATION_ROWS = 8
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """A micro-batch of whole sequences.
+
+    Attributes:
+        ids: [B, S], padded on the right.
+        row, at: [P] where in ids each position is.
+        supervision: of the positions.
+        counts: [n + 1] supervised positions of each head, then of the base: P.
+    """
+
+    ids: Tensor
+    row: Tensor
+    at: Tensor
+    supervision: Supervision
+    counts: Tensor
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return len(self.at)
+
+    def to(self, device: torch.device) -> JointBatch:
+        """The same on a device, but for `counts`."""
+        ids, row, at = (x.to(device, non_blocking=True) for x in (self.ids, self.row, self.at))
+        return JointBatch(ids, row, at, self.supervision.to(device), self.counts)
+
+
+class JointLoss(nn.Module):
+    """``base_loss + coeff * speculator_loss``; the gradients of both reach the base.
+
+    base_loss is the cross-entropy of x_{t+1} behind the state at t, over the same positions that the heads draft
+    from. speculator_loss is SpeculatorLoss over the live states.
+    """
+
+    def __init__(self, model: nn.Module, loss: SpeculatorLoss, coeff: float) -> None:
+        super().__init__()
+        self.model, self.loss, self.coeff = model, loss, coeff
+
+    def forward(self, batch: JointBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's part of the loss, and [n + 1, 2] sums of loss and hits, the base's last."""
+        states = base_model.hidden_states(self.model, batch.ids)[batch.row, batch.at]  # [P, d]
+        lm_head = self.model.get_output_embeddings().weight  # type: ignore[operator]
+        scale = (1.0 / counts[-1].clamp(min=1)).expand(len(states))
+        base, losses, correct = linear_cross_entropy(states, lm_head, batch.supervision.tokens[:, 0], scale)
+        speculator, sums = self.loss(states, batch.supervision, counts[:-1])
+        own = torch.stack([losses.sum(), correct.sum().to(losses.dtype)])[None].to(sums.dtype)
+        return base + self.coeff * speculator, torch.cat([sums, own])
+
+
+class JointTask:
+    """What the loop trains when the base is not frozen.
+
+    Args:
+        config: of the run.
+        base: loaded in float32 (arithmetic is bf16 unless model.dtype is float32); trained in place.
+        speculator: initialised, on the base's device; trained in place.
+        train: sequences to train on.
+        val: sequences that choose the checkpoint.
+        worker: this process.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        base: Base,
+        speculator: Speculator,
+        train: Sequence[TokenSequence],
+        val: Sequence[TokenSequence],
+        worker: Worker,
+    ) -> None:
+        self.config, self.worker, self.base, self.speculator = config, worker, base, speculator
+        self._train, self._val = train, val
+        base.model.requires_grad_(True)
+        base.model.train()
+        if base.model.supports_gradient_checkpointing:
+            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._loss = SpeculatorLoss(speculator, config.optim.head_weights).to(worker.device)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """What is wrapped for data-parallel training."""
+        return JointLoss(self.base.model, self._loss, self.config.model.speculator_loss_coeff)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of sums: the heads, from 1, then the base."""
+        return (*(str(i + 1) for i in range(self.speculator.config.n_predict)), "base")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        return -(-len(self._train) // self.config.data.train_batch_size)
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """AdamW's groups: the speculator's at optim.lr, the base's at optim.base_lr; no decay on vectors and tables."""
+        optim, kept = self.config.optim, self.speculator.undecayed()
+        tables = {id(m.weight) for m in self.base.model.modules() if isinstance(m, nn.Embedding)}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.speculator.named_parameters():
+            if parameter.requires_grad:
+                decay = 0.0 if name in kept else optim.weight_decay
+                groups.setdefault((optim.lr, decay), []).append(parameter)
+        for parameter in self.base.model.parameters():
+            decay = 0.0 if parameter.ndim < 2 or id(parameter) in tables else optim.weight_decay
+            groups.setdefault((optim.base_lr, decay), []).append(parameter)
+        return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
+
+    def order(self, epoch: int) -> list[int]:
+        """All sequences, shuffled."""
+        generator = np.random.default_rng([self.config.trainer.seed, epoch])
+        return [int(i) for i in generator.permutation(len(self._train))]
+
+    def share(self, batch: Sequence[int]) -> list[int]:
+        """This worker's part of a batch."""
+        return list(batch[self.worker.rank :: self.worker.world])
+
+    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[JointBatch]:
+        """The micro-batches of these sequences."""
+        for part in parts:
+            yield self._batch([self._train[index] for index in part])
+
+    def validate(self) -> dict[str, float]:
+        """As FrozenTask, over the states that the base has now; and the base's own loss."""
+        mixed = self.config.model.dtype != "float32"
+        found = LiveReader(self.base, self._val, mixed)
+        self.base.model.eval()
+        try:
+            metrics = validate(self.speculator, found, self.worker, mixed, self._loss)
+            loss, count = found.base_loss(range(len(self._val))[self.worker.rank :: self.worker.world])
+            total = self.worker.sum(torch.tensor([loss, count], dtype=torch.float32, device=self.worker.device))
+            metrics["base_loss"] = float(total[0] / total[1].clamp(min=1))
+        finally:
+            self.base.model.train()
+        return metrics
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The loss that is trained, negated: heads alone would choose a base that has learned little."""
+        return -metrics["base_loss"] - self.config.model.speculator_loss_coeff * metrics["speculator_loss"]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that is trained, on the CPU."""
+        named = [(BASE + name, p) for name, p in self.base.model.named_parameters()]
+        named += [(SPECULATOR + name, p) for name, p in self.speculator.named_parameters()]
+        return {name: p.detach().cpu().clone() for name, p in named}
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Take over what `weights` gave."""
+        for prefix, module in ((BASE, self.base.model), (SPECULATOR, self.speculator)):
+            for name, parameter in module.named_parameters():
+                parameter.copy_(weights[prefix + name])
+
+    def _batch(self, rows: Sequence[TokenSequence]) -> JointBatch:
+        ids = padded(rows)
+        kept = [kept_positions(row.mask) for row in rows]
+        row = np.repeat(np.arange(len(rows)), list(map(len, kept)))
+        at = np.concatenate([np.zeros(0, np.int64), *kept])
+        tokens, valid = _around(rows, self.speculator.config.n_predict)
+        supervision = self._loss.supervise(Positions(torch.empty(len(at), 0), tokens, valid))
+        counts = torch.cat([supervision.counts, torch.tensor([len(at)])])
+        return JointBatch(ids, torch.from_numpy(row), torch.from_numpy(at), supervision, counts)
+
+
+class LiveReader:
+    """Sequences with the states that a base computes for them when they are asked for.
+
+    Args:
+        base: in evaluation mode.
+        rows: the split.
+        mixed: whether its arithmetic is bf16.
+    """
+
+    def __init__(self, base: Base, rows: Sequence[TokenSequence], mixed: bool) -> None:
+        self._base, self._rows, self._mixed = base, rows, mixed
+        self.manifest = _Rows(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
+        """Sequences with their indices."""
+        wanted = list(indices)
+        for start in range(0, len(wanted), _VALIDATION_ROWS):
+            part = wanted[start : start + _VALIDATION_ROWS]
+            rows = [self._rows[index] for index in part]
+            hidden = self._hidden(rows)
+            for number, (index, row) in enumerate(zip(part, rows, strict=True)):
+                positions = kept_positions(row.mask)
+                states = hidden[number, torch.from_numpy(positions).to(hidden.device)]
+                yield index, CachedSequence(states, positions, row.ids, row.mask)
+
+    def batches(self, parts: Iterable[Sequence[int]], n_predict: int) -> Iterator[Positions]:
+        """The positions of each part."""
+        d = self._base.hidden_size
+        for part in parts:
+            none = Positions(
+                torch.empty(0, d, device=self._base.device),
+                torch.empty(0, n_predict + 1, dtype=torch.int64),
+                torch.empty(0, n_predict, dtype=torch.bool),
+            )
+            found = [
+                Positions(sequence.states.float(), *_around([self._rows[index]], n_predict))
+                for index, sequence in self.sequences(part)
+            ]
+            yield join([none, *found])
+
+    @torch.no_grad()
+    def base_loss(self, indices: Iterable[int]) -> tuple[float, int]:
+        """Sum of the base's cross-entropy over these sequences' positions, and their number."""
+        total, count = 0.0, 0
+        for _, sequence in self.sequences(indices):
+            targets = torch.from_numpy(sequence.ids[sequence.positions + 1]).long().to(sequence.states.device)
+            scale = torch.ones(len(targets), device=targets.device)
+            loss, _, _ = linear_cross_entropy(sequence.states.float(), self._base.lm_head, targets, scale)
+            total, count = total + float(loss), count + len(targets)
+        return total, count
+
+    @torch.no_grad()
+    def _hidden(self, rows: Sequence[TokenSequence]) -> Tensor:
+        device = self._base.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._mixed):
+            return base_model.hidden_states(self._base.model, padded(rows).to(device))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of sequences whose answers are the data's."""
+
+    rows: Sequence[TokenSequence]
+
+    @cached_property
+    def prompt_length(self) -> Sequence[int]:
+        return [row.prompt_length for row in self.rows]
+
+    @cached_property
+    def written(self) -> Sequence[bool]:
+        return [False] * len(self.rows)
+
+    @cached_property
+    def domains(self) -> Sequence[str]:
+        return sorted({row.domain for row in self.rows})
+
+    @cached_property
+    def domain(self) -> Sequence[int]:
+        return [self.domains.index(row.domain) for row in self.rows]
+
+
+def padded(rows: Sequence[TokenSequence]) -> Tensor:
+    """Ids [B, S] with zeros on the right; one row of zeros where there is no sequence, since a base needs a token."""
+    width = base_model.bucket(max((len(row) for row in rows), default=1))
+    ids = np.zeros((max(len(rows), 1), width), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row.ids
+    return torch.from_numpy(ids)
+
+
+def _around(rows: Sequence[TokenSequence], n_predict: int) -> tuple[Tensor, Tensor]:
+    ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
+    mask = np.concatenate([np.zeros(0, np.uint8), *(row.mask for row in rows)])
+    return tokens_around(ids, mask, np.cumsum([0, *map(len, rows)], dtype=np.int64), n_predict)

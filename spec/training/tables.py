@@ -1,0 +1,67 @@
+"""Token tables of which only the rows that occur are trained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spec.heads import Speculator
+
+
+class OccurringRows(nn.Module):
+    """An embedding's rows of the tokens that training data hold, as a parameter of its own.
+
+    A row whose token never occurs has no gradient, and without weight decay AdamW never moves it. So training the
+    others alone gives the same table, bit for bit, while gradients, optimizer state and what workers exchange are
+    as small as the vocabulary in use.
+
+    Args:
+        table: the whole embedding; not registered, so that its weight is no parameter of this module.
+        tokens: [U] ids that occur, ascending.
+    """
+
+    index: Tensor
+    tokens: Tensor
+
+    def __init__(self, table: nn.Embedding, tokens: Tensor) -> None:
+        super().__init__()
+        self._table = [table]
+        self.weight = nn.Parameter(table.weight.detach()[tokens].clone())
+        index = torch.full((table.num_embeddings,), -1, device=tokens.device)
+        index[tokens] = torch.arange(len(tokens), device=tokens.device)
+        self.register_buffer("index", index)
+        self.register_buffer("tokens", tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The rows of tokens that occur, [..] -> [.., width]."""
+        return F.embedding(self.index[tokens], self.weight)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Write the rows into the whole table."""
+        self._table[0].weight.index_copy_(0, self.tokens, self.weight)
+
+    @torch.no_grad()
+    def reload(self) -> None:
+        """Take the rows over from the whole table."""
+        self.weight.copy_(self._table[0].weight[self.tokens])
+
+
+def twin(speculator: Speculator, tokens: Tensor) -> tuple[Speculator, list[OccurringRows]]:
+    """A speculator that shares every parameter with another one but its token tables, which are OccurringRows.
+
+    Args:
+        speculator: the whole one; it is up to date after each table's flush.
+        tokens: [U] ids that occur in training data, ascending, on the speculator's device.
+    """
+    replaced: dict[int, Any] = {
+        id(module): OccurringRows(module, tokens) for module in speculator.modules() if isinstance(module, nn.Embedding)
+    }
+    tables = list(replaced.values())
+    for tensor in (*speculator.parameters(), *speculator.buffers()):
+        replaced.setdefault(id(tensor), tensor)
+    return copy.deepcopy(speculator, replaced), tables
