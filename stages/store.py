@@ -81,7 +81,7 @@ def _describe(root: Path, manifest: Manifest, path: Path) -> None:
 def verify(config: Config, dry_run: bool) -> None:
     """Read everything, check it, and set damaged segments aside, so that respond and cache compute them again."""
     root = common.store_root(config)
-    total = sum(summary.bytes for summary in _readable(root))
+    total = sum(summary.bytes for summary in upkeep.summaries(root))
     with common.progress(total, "B", "verify") as bar:
         whole, problems = upkeep.verify(root, not dry_run, bar.update)
     for problem in problems:
@@ -90,13 +90,6 @@ def verify(config: Config, dry_run: bool) -> None:
         what = "left in place" if dry_run else "set aside: `spec respond` and `spec cache` compute only these again"
         raise SpecError(f"store {root}: {whole} segments are whole, {len(problems)} damaged ({what})")
     common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
-
-
-def _readable(root: Path) -> list[upkeep.Summary]:
-    try:
-        return list(upkeep.summaries(root))
-    except SpecError:
-        return []  # verify names what is wrong
 
 
 @_command

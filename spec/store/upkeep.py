@@ -76,13 +76,12 @@ def _root_of(root: Path, path: Path) -> Path:
 
 
 def summaries(root: Path) -> Iterator[Summary]:
-    """Every collection of a store.
-
-    Raises:
-        StoreError: a collection that cannot be read.
-    """
+    """Every collection of a store that can be read; verify names the others."""
     for folder in _folders(root):
-        collection = Collection.open(folder)
+        try:
+            collection = Collection.open(folder)
+        except StoreError:
+            continue
         good, damaged = collection.survey()
         aside = [path.name.removeprefix(DAMAGED) for path in folder.glob(f"{DAMAGED}*")]
         yield Summary(
@@ -164,7 +163,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
         remove: False: only count.
 
     Raises:
-        StoreError: a collection that cannot be read.
+        StoreError: a root is damaged, so that what it needs is not known.
         SpecError: a stage is using the store.
     """
     removal = Removal()
@@ -172,7 +171,6 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
         before = time.time() - older_than
         live = _live(root, before, remove)
         for folder in _folders(root):
-            Collection.open(folder)
             named = live.get(folder.name, set())
             rest = 0
             for path in sorted(folder.iterdir()):

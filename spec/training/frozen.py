@@ -117,8 +117,9 @@ class FrozenTask:
         """Loss and accuracy by head on val, and the exact walk."""
         self._flush()
         mixed = self.config.model.dtype != "float32"
-        loss = SpeculatorLoss(self.speculator, None, self._loss.lm_head).to(self.worker.device)
-        return validate(self.speculator, self.val_reader, self.worker, mixed, loss)
+        loss = SpeculatorLoss(self.speculator)
+        loss.lm_head = self._loss.lm_head  # already reduced to the draft vocabulary
+        return validate(self.speculator, self.val_reader, self.worker, mixed, loss.to(self.worker.device))
 
     def score(self, metrics: dict[str, float]) -> float:
         """Tokens per step of the exact walk."""

@@ -31,13 +31,16 @@ class OccurringRows(nn.Module):
         super().__init__()
         self._table = [table]
         self.weight = nn.Parameter(table.weight.detach()[tokens].clone())
-        index = torch.full((table.num_embeddings,), -1, device=tokens.device)
+        index = torch.zeros(table.num_embeddings, dtype=torch.int64, device=tokens.device)
         index[tokens] = torch.arange(len(tokens), device=tokens.device)
         self.register_buffer("index", index)
         self.register_buffer("tokens", tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The rows of tokens that occur, [..] -> [.., width]."""
+        """The rows of tokens that occur, [..] -> [.., width].
+
+        Others read the first row: they stand only behind a supervised span, where nothing trains.
+        """
         return F.embedding(self.index[tokens], self.weight)
 
     @torch.no_grad()

@@ -1,102 +1,18 @@
 """The whole DAG under dvc, on a tiny model of another family, with two workers wherever several can work."""
 
-import json
-import os
 import re
-import shutil
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ruamel.yaml import YAML
 
-from tests.tiny import make_base, write_prompts
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-STAGES = ["fetch", "tokenize", "respond", "cache", "train", "evaluate"]
-
-PARAMS = {
-    "data": {"max_length": 96, "max_samples": None, "train_batch_size": 4, "micro_batch_size_per_gpu": 2},
-    "model": {"dtype": "float32"},
-    "respond": {"max_new_tokens": 16, "batch_size": 4},
-    "features": {"segment_tokens": 128},
-    "trainer": {"launcher": "torchrun --standalone --nproc-per-node=2", "total_epochs": 2, "test_freq": 3},
-    "evaluate": {"max_prompts": 3, "max_new_tokens": 12},
-}
-SPECULATOR = {  # widths of no importance
-    "n_predict": 3,
-    "inner_dim": 24,
-    "emb_dim": 24,
-    "proj_dim": 24,
-    "init": "random",
-    "draft_vocab_size": None,
-}
-
-
-class Workspace:
-    """A copy of the project with a tiny base and tiny data, run by dvc."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.environment = {
-            **os.environ,
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "XDG_CACHE_HOME": str(root / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "DVC_NO_ANALYTICS": "1",
-        }
-        self.environment.pop("MLFLOW_TRACKING_URI", None)
-
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
-        if check:
-            assert done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    def repro(self) -> list[str]:
-        """The stages that `dvc repro` ran."""
-        return re.findall(r"^Running stage '(\w+)'", self.run("dvc", "repro").stdout, re.M)
-
-    def set(self, **values: object) -> None:
-        """Change parameters: section__key=value."""
-        path = self.root / "params.yaml"
-        yaml = YAML()
-        tree = yaml.load(path.read_text())
-        for key, value in values.items():
-            *sections, name = key.split("__")
-            node = tree
-            for section in sections:
-                node = node[section]
-            node[name] = value
-        with path.open("w") as file:
-            yaml.dump(tree, file)
-
-    def json(self, path: str) -> dict:
-        return json.loads((self.root / path).read_text())
+from tests.workspace import STAGES, Workspace, make_workspace
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    root = tmp_path_factory.mktemp("workspace")
-    for name in ("spec", "stages"):
-        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
-        shutil.copy(REPOSITORY / name, root / name)
-    (root / "data").mkdir()
-    shutil.copy(REPOSITORY / "data/corpus.lock", root / "data/corpus.lock")
-    make_base(root / "base", family="qwen2")
-    write_prompts(root / "prompts")
-    space = Workspace(root)
-    space.set(
-        model__partial_pretrain="base",
-        **{f"data__{split}_files": f"prompts/{split}.parquet" for split in ("train", "val", "eval")},
-        **{f"{section}__{key}": value for section, values in PARAMS.items() for key, value in values.items()},
-        **{f"model__speculator__{key}": value for key, value in SPECULATOR.items()},
-    )
+    space = make_workspace(tmp_path_factory.mktemp("workspace"))
     space.run("dvc", "init", "--no-scm", "--quiet")
     assert space.repro() == STAGES
     return space

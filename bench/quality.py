@@ -1,0 +1,106 @@
+"""Which choices make better heads? `python -m bench.quality [--quick]`, after `make repro`.
+
+Exact-walk tokens per step on val, and on eval for the winner, after the same number of positions for the public
+recipe and each of our choices, one changed at a time; and the data-size curve. Takes about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.common import default_config, machine, reader, table
+from spec import acceptance
+from spec.config import Config
+from spec.heads import Speculator
+from spec.store import features
+from spec.store.reader import FeatureReader
+from spec.training import loop
+from spec.training.frozen import FrozenTask
+from spec.training.resume import Checkpoints
+from spec.workers import this_worker
+from stages.train import initialise, speculator_config
+
+PUBLIC = (
+    "model.speculator.init=random",
+    "model.speculator.draft_vocab_size=null",
+    "optim.lr=0.001",
+    "optim.weight_decay=0.1",
+)
+CHOICES: dict[str, Sequence[str]] = {
+    "params.yaml": (),
+    "public recipe (random init, all tokens, lr 1e-3, decay 0.1)": PUBLIC,
+    "init random": ("model.speculator.init=random",),
+    "loss kl": ("optim.loss=kl",),
+    "lr 1e-3": ("optim.lr=0.001",),
+    "lr 4e-3": ("optim.lr=0.004",),
+    "weight decay 0.1": ("optim.weight_decay=0.1",),
+    "scale_input": ("model.speculator.scale_input=true",),
+    "sum_lstm": ("model.speculator.method=sum_lstm", "model.speculator.tie_lstm_embs=true"),
+    "medusa": ("model.speculator.method=medusa", "optim.lr=0.0005"),
+    "draft vocabulary 4,096": ("model.speculator.draft_vocab_size=4096",),
+    "draft vocabulary 16,384": ("model.speculator.draft_vocab_size=16384",),
+    "whole vocabulary": ("model.speculator.draft_vocab_size=null",),
+    "batch of 4": ("data.train_batch_size=4",),
+    "batch of 16": ("data.train_batch_size=16",),
+    "head weights 3:2:1": ("optim.head_weights=[3, 2, 1]",),
+}
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    print(machine())
+    rows = []
+    for name, overrides in CHOICES.items():
+        if wanted and not any(part in name for part in wanted):
+            continue
+        config = default_config(*overrides)
+        val, held, seconds, step = train(config)
+        rows.append([name, f"{val:.3f}", f"{held:.3f}", step, f"{seconds:.0f} s"])
+        print(f"{name}: {val:.3f} on val, {held:.3f} on eval, best at step {step}, {seconds:.0f} s", flush=True)
+    table(["choice", "tokens per step, val", "eval", "best step", "training"], rows)
+
+
+def train(config: Config, share: float = 1.0) -> tuple[float, float, float, int]:
+    """Train over a share of the train split; returns tokens per step on val and eval, seconds, and the best step."""
+    worker = this_worker()
+    found = {split: reader(config, split) for split in ("train", "val", "eval")}
+    if share < 1:
+        found["train"] = first(found["train"], share)
+    shape = speculator_config(config.model.speculator, found["train"].manifest)
+    tables = features.load_tables(found["train"].collection)
+    speculator = initialise(config, shape, found["train"].token_counts(), tables)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
+        task = FrozenTask(config, speculator, found["train"], found["val"], worker, tables["lm_head"])
+        began = time.monotonic()
+        result = loop.run(config, task, worker, Checkpoints(Path(folder), ""))
+        seconds = time.monotonic() - began
+    task.restore(result.weights)
+    return result.val["tokens_per_step"], walked(speculator, found["eval"]), seconds, result.step
+
+
+def walked(speculator: Speculator, found: FeatureReader) -> float:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answers = acceptance.draft_answers(speculator, found)
+    return acceptance.tokens_per_step(acceptance.walks(found, answers, acceptance.head_drafts))
+
+
+def first(found: FeatureReader, share: float) -> FeatureReader:
+    """A reader of the first part of a split."""
+    from dataclasses import replace
+
+    manifest = found.manifest
+    count = max(1, round(share * len(manifest)))
+    per_sequence = ("segment", "row", "prompt_length", "written", "domain")
+    cut = {name: getattr(manifest, name)[:count] for name in per_sequence}
+    return FeatureReader(replace(manifest, **cut), found.collection.root)
+
+
+if __name__ == "__main__":
+    main()

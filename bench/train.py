@@ -1,0 +1,212 @@
+"""Training from the cache beside what people use. `python -m bench.train`, after `make repro`.
+
+1. Positions/s, and memory above weights and optimizer, against the public recipe written plainly (all heads' full
+   logits, dense embedding gradients) in float32 and in bf16 autocast: same data, micro-batches, loss and updates.
+2. An epoch from the cache against an epoch with the base in the loop, and what the formulas say for 8B and 70B.
+3. Speed of draft vocabularies of 4k, 8k, 16k and all tokens.
+
+Each form runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from bench.common import default_config, load_base, machine, reader, spread, table
+from spec import base, costs
+from spec.config import Config
+from spec.heads import Speculator
+from spec.store import features
+from spec.training.frozen import FrozenTask
+from spec.workers import this_worker
+from stages.train import initialise, speculator_config
+
+BATCH, MICRO, STEPS, WARMUP, ROUNDS = 8, 8, 12, 2, 3
+FORMS = ("ours", "public, bf16 autocast", "public, float32")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(one(json.loads(sys.argv[1]))))
+        return
+    print(machine())
+    beside_the_public_recipe()
+    beside_the_base_in_the_loop()
+    draft_vocabularies()
+
+
+def run(**request: object) -> dict[str, float]:
+    """One form in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.train", json.dumps(request)], check=True, capture_output=True, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def beside_the_public_recipe() -> None:
+    found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
+    for turn in range(ROUNDS):
+        for form in FORMS if turn % 2 == 0 else reversed(FORMS):
+            found[form].append(run(form=form, drafted=None))
+    ours = found["ours"]
+    rows = []
+    for form, runs in found.items():
+        speed = [a["rate"] / b["rate"] for a, b in zip(ours, runs, strict=True)]
+        memory = [a["memory"] / b["memory"] for a, b in zip(ours, runs, strict=True)]
+        rows.append(
+            [
+                form,
+                f"{statistics.median(r['rate'] for r in runs):,.0f}",
+                spread(speed),
+                f"{statistics.median(r['memory'] for r in runs) / 1e6:,.0f}",
+                spread(memory),
+                f"{runs[0]['loss']:.4f}",
+            ]
+        )
+    print(f"\n1. sum_rnn, n=3, width 576, all of the vocabulary, {BATCH} sequences a step, {STEPS} steps")
+    table(["form", "positions/s", "ours / it", "MB above static", "ours / it", "loss at the last step"], rows)
+
+
+def beside_the_base_in_the_loop() -> None:
+    config = default_config()
+    cached = run(form="ours", drafted=config.model.speculator.draft_vocab_size)
+    model = load_base(config)
+    found = reader(config, "train")
+    lengths = [len(sequence.ids) for _, sequence in found.sequences(range(64))]
+    began, tokens = time.perf_counter(), 0
+    with torch.inference_mode():
+        for start in range(0, len(lengths), BATCH):
+            part = lengths[start : start + BATCH]
+            base.hidden_states(model.model, torch.zeros(len(part), base.bucket(max(part)), dtype=torch.long))
+            tokens += sum(part)
+    base_rate = tokens / (time.perf_counter() - began)
+    manifest = found.manifest
+    from_cache = manifest.positions / cached["rate"]
+    in_the_loop = from_cache + manifest.tokens / base_rate
+    print("\n2. An epoch of the default (draft vocabulary 8,192)")
+    rows = [
+        ["default, here (measured)", f"{from_cache:,.0f} s", f"{in_the_loop:,.0f} s", f"{in_the_loop / from_cache:.2f}"]
+    ]
+    h100 = costs.Machine(400e12, 3e12)
+    for name, size, hidden, vocab, outputs in (
+        ("8B, V=128k, n=3", 8e9, 4096, 128256, 128256),
+        ("8B, draft vocabulary 32k", 8e9, 4096, 128256, 32768),
+        ("70B, V=128k, n=3", 70e9, 8192, 128256, 128256),
+        ("70B, draft vocabulary 32k", 70e9, 8192, 128256, 32768),
+    ):
+        job = costs.Job(size, hidden, vocab, 1e9, 0.6e9, 0, 64, 3, hidden, outputs)
+        a, b = costs.epoch_seconds(job, h100), costs.loop_epoch_seconds(job, h100)
+        rows.append(
+            [f"{name} (formula: 1 G tokens, an H100)", f"{a / 3600:,.1f} h", f"{b / 3600:,.1f} h", f"{b / a:.2f}"]
+        )
+    table(["epoch", "from the cache", "base in the loop", "ratio"], rows)
+    print("One epoch in one run costs the same either way; every further epoch, head and run saves the difference.")
+
+
+def draft_vocabularies() -> None:
+    rows = []
+    whole = run(form="ours", drafted=None)["rate"]
+    for drafted in (4096, 8192, 16384, None):
+        rate = whole if drafted is None else run(form="ours", drafted=drafted)["rate"]
+        rows.append([drafted or "all 49,152", f"{rate:,.0f}", f"{rate / whole:.2f}"])
+    print("\n3. Draft vocabularies (their acceptance: bench/quality.py)")
+    table(["draft_vocab_size", "positions/s", "x all"], rows)
+
+
+def one(request: dict[str, object]) -> dict[str, float]:
+    """Train a few steps in one form; returns positions/s, bytes above static, and the last loss."""
+    drafted = request["drafted"]
+    config = default_config(
+        f"model.speculator.draft_vocab_size={'null' if drafted is None else drafted}",
+        f"model.dtype={'float32' if request['form'] == 'public, float32' else 'bfloat16'}",
+        "optim.lr=0.002",
+    )
+    found = reader(default_config(), "train")
+    shape = speculator_config(config.model.speculator, found.manifest)
+    speculator = initialise(config, shape, found.token_counts(), features.load_tables(found.collection))
+    order = found.order(0, 0)
+    parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]
+    make = ours if request["form"] == "ours" else public
+    optimizer, step = make(config, speculator, found, parts)
+    static = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, positions, loss = 0.0, 0, 0.0
+    for number in range(STEPS):
+        if number == WARMUP:
+            began = time.perf_counter()
+        size, loss = step(number)
+        positions += size if number >= WARMUP else 0
+    rate = positions / (time.perf_counter() - began)
+    states = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    above = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - static) * 1024 - states
+    return {"rate": rate, "memory": max(above, 1.0), "loss": loss}
+
+
+Step = Callable[[int], tuple[int, float]]
+
+
+def ours(
+    config: Config, speculator: Speculator, found: object, parts: list[list[int]]
+) -> tuple[torch.optim.Optimizer, Step]:
+    """What the project's loop does, without its log."""
+    worker = this_worker()
+    task = FrozenTask(config, speculator, found, found, worker)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(task.parameters(), betas=config.optim.betas, fused=True)
+    batches = list(task.batches(iter(parts)))
+    module = task.module
+
+    def step(number: int) -> tuple[int, float]:
+        batch = batches[number]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, _ = module(batch, batch.counts)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return batch.positions, float(loss.detach())
+
+    return optimizer, step
+
+
+def public(
+    config: Config, speculator: Speculator, found: object, parts: list[list[int]]
+) -> tuple[torch.optim.Optimizer, Step]:
+    """The public trainers' recipe: all heads' logits stacked, cross-entropy over them, dense gradients."""
+    n = speculator.config.n_predict
+    kept = speculator.undecayed()
+    groups = [
+        {
+            "params": [p for name, p in speculator.named_parameters() if (name in kept) == bare],
+            "weight_decay": 0.0 if bare else config.optim.weight_decay,
+        }
+        for bare in (False, True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
+    batches = list(found.batches(parts, n))  # type: ignore[attr-defined]
+    mixed = config.model.dtype != "float32"
+
+    def step(number: int) -> tuple[int, float]:
+        batch = batches[number]
+        targets = torch.where(batch.valid, batch.tokens[:, 1:], -100)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            logits = speculator(batch.states, batch.tokens[:, :n])  # [n, P, V]
+            losses = [F.cross_entropy(logits[i].float(), targets[:, i], ignore_index=-100) for i in range(n)]
+            loss = torch.stack(losses).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return len(batch), float(loss.detach())
+
+    return optimizer, step
+
+
+if __name__ == "__main__":
+    main()
