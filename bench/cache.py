@@ -32,6 +32,7 @@ from stages import common
 ROUNDS = 5
 TOKENS = 16384
 SOURCE_RATE = 500e6
+CODECS = ("zstd", "none", "fp8")
 
 
 def main() -> None:
@@ -96,7 +97,8 @@ def _padded(rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]]) -> Sequ
 
 @dataclass
 class Source:
-    """A model that hands out real states at SOURCE_RATE."""
+    """A model that hands out real states at SOURCE_RATE, as a device does: it works on while the host handles what
+    it gave, but never more than one batch ahead."""
 
     states: torch.Tensor
     dtype: torch.dtype = torch.bfloat16
@@ -108,8 +110,9 @@ class Source:
     def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         B, S = input_ids.shape
         size = B * S * self.states.shape[1] * 2
-        self.due = max(self.due, time.perf_counter()) + size / SOURCE_RATE
-        time.sleep(max(0.0, self.due - time.perf_counter()))
+        now, takes = time.perf_counter(), size / SOURCE_RATE
+        self.due = max(self.due, now - takes) + takes
+        time.sleep(max(0.0, self.due - now))
         return SimpleNamespace(last_hidden_state=self.states[: B * S].view(B, S, -1))
 
 
@@ -122,7 +125,8 @@ def synthetic(config: Config, root: Path) -> None:
     groups = plan([row.key for row in rows], [length] * count, (), lambda _: width, config.features.segment_tokens)
     size = count * (length - 1) * model.model.states.shape[1] * 2
     result = []
-    for codec in ("zstd", "none", "fp8"):
+    torch.set_num_threads(1)  # the host of a device computes nothing
+    for codec in CODECS:
         rates = []
         for _ in range(3):
             collection = Collection(root, "features", {**IDENTITY, "codec": codec})

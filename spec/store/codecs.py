@@ -26,6 +26,9 @@ from zarr.codecs.numcodecs import Shuffle
 
 warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
 
+LEVEL = 1
+"""Of zstd."""
+
 _CHUNK_BYTES = 2**20
 _RESIDUE = 0x48674BC7  # the crc32c of anything that ends in its own
 _pipeline = threading.Lock()
@@ -40,17 +43,14 @@ def encoding(codec: str) -> str:
     return FP8 if codec == "fp8" else EXACT
 
 
-def chunk_rows(array: NDArray[Any]) -> int:
+def chunk_rows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     """Rows of a chunk: about a MiB, which compresses well and stays in a processor's cache."""
-    return max(_CHUNK_BYTES // (array.itemsize * int(np.prod(array.shape[1:]))), 1)
+    return max(_CHUNK_BYTES // (dtype.itemsize * int(np.prod(shape[1:]))), 1)
 
 
 @contextlib.contextmanager
 def fast_reading() -> Iterator[None]:
-    """Arrays opened in this block are read by Rust's zarrs, two to five times as fast as by zarr-python.
-
-    zarr-python writes: there it is the faster one (docs/store.md). The bytes are the same.
-    """
+    """Arrays opened in this block are read by Rust's zarrs, two to five times as fast as by zarr-python."""
     with _pipeline, zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
         yield
 
@@ -82,7 +82,7 @@ def compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
     if codec == "none":
         return [Crc32cCodec()]
     planes = [Shuffle(elementsize=dtype.itemsize)] if dtype.itemsize > 1 else []
-    return [*planes, ZstdCodec(level=1), Crc32cCodec()]
+    return [*planes, ZstdCodec(level=LEVEL), Crc32cCodec()]
 
 
 def encode(states: Tensor, how: str) -> dict[str, Tensor]:

@@ -255,7 +255,7 @@ def share_out(
     """Claim groups for one of `world` workers: its own share first, then what nobody has begun, then what others
     left undone when they died.
 
-    It ends when every group is committed, by whomever.
+    It ends when every group is committed, by whomever. Leaving early gives back the claim that came last.
 
     Args:
         collection: where the segments go.
@@ -268,7 +268,11 @@ def share_out(
     for wait, indices in ((False, own), (False, rest), (True, own + rest)):
         for index in indices:
             if not collection.holds(groups[index]) and (claim := collection.claim(groups[index], wait)):
-                yield index, claim
+                try:
+                    yield index, claim
+                except GeneratorExit:  # or a second try of the same process would wait for itself
+                    claim.release()
+                    raise
 
 
 class Writer:
@@ -307,7 +311,7 @@ class Writer:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            for claim, future in self._pending:
+            for claim, future in reversed(self._pending):  # what waits first, while it still waits
                 if kind is not None and future.cancel():  # the run has failed: keep what is being written, no more
                     claim.release()
                 else:

@@ -170,12 +170,13 @@ def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str)
     for number, row in enumerate(group):
         ids[number, : len(row.ids)] = row.ids
         kept[number, : len(row.ids) - 1] = row.mask[1:]
-    at, to = (torch.from_numpy(index).to(base.device, non_blocking=True) for index in kept.nonzero())
+    at = torch.from_numpy(np.flatnonzero(kept)).to(base.device, non_blocking=True)
     hidden = base_model.hidden_states(base.model, torch.from_numpy(ids).to(base.device, non_blocking=True))
-    flat = hidden[at, to]  # [P, d]
-    # Per row: a count of zero numbers that are not finite.
-    bad = torch.zeros(len(group), device=base.device).index_add_(0, at, (~flat.isfinite().all(1)).float())
-    tensors = {**codecs.encode(flat, encoding), "finite": bad == 0}
+    flat = hidden.flatten(0, 1).index_select(0, at)  # [P, d]
+    # amax hands NaN on, and is five times as fast as isfinite on a CPU.
+    damaged = (~flat.abs().amax(1).isfinite()).float() if flat.numel() else flat.new_zeros(0, dtype=torch.float32)
+    count = torch.zeros(len(group), device=base.device).index_add_(0, at // width, damaged)
+    tensors = {**codecs.encode(flat, encoding), "finite": count == 0}
     arrived = None
     if base.device.type == "cuda":
         host = {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for key, t in tensors.items()}

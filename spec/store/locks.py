@@ -20,7 +20,8 @@ class Lock:
     """An exclusive lock that is held until release; its file goes with it."""
 
     def __init__(self, path: Path, handle: int) -> None:
-        self._path, self._handle = path, handle
+        self._path = path
+        self._handle: int | None = handle
 
     @classmethod
     def acquire(cls, path: Path, wait: bool = False) -> Lock | None:
@@ -47,9 +48,11 @@ class Lock:
             os.close(handle)  # its holder removed it while we were about to lock it: try the new one
 
     def release(self) -> None:
-        """Give the lock back."""
-        self._path.unlink(missing_ok=True)
-        os.close(self._handle)
+        """Give the lock back; a second time does nothing."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(handle)
 
 
 @contextlib.contextmanager

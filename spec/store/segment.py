@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from numpy.typing import NDArray
 
 from spec import files
 from spec.errors import SpecError
-from spec.store import codecs
+from spec.store import codecs, shards
+from spec.store.shards import Pieces
 
 FORMAT = 2
 RECORD = "record.json"
 PARTIAL = ".partial-"
+_THREADS = min(4, os.cpu_count() or 1)
 
 Row = Mapping[str, NDArray[Any]]
 Arrays = dict[str, NDArray[Any]]
@@ -137,10 +140,12 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_group(temporary, _joined(rows, attributes["offsets"]), attributes, codec)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="segment-encoder") as pool:
+            digests = pool.map(digest_row, rows)
+            _write_group(temporary, _joined(rows, attributes["offsets"]), attributes, codec, pool)
         marks = _marks(temporary)
         size = sum(size for size, _ in marks.values())
-        record = Record(name, tuple(items), tuple(map(digest_row, rows)), size, marks)
+        record = Record(name, tuple(items), tuple(digests), size, marks)
         (temporary / RECORD).write_bytes(record.to_bytes())
         _flush([temporary, *temporary.rglob("*")])
         try:
@@ -237,30 +242,24 @@ def check_rows(folder: Path, record: Record, arrays: Arrays, attributes: Mapping
         raise DamagedError(folder, record.name, f"rows {wrong} have another content")
 
 
-def _joined(rows: Sequence[Row], offsets: Mapping[str, str]) -> Arrays:
+def _joined(rows: Sequence[Row], offsets: Mapping[str, str]) -> dict[str, Pieces]:
     """The arrays of a segment: every row's one after the other, and where each begins."""
-    arrays = {key: np.concatenate([row[key] for row in rows]) for key in offsets}
-    for key, bounds in offsets.items():
-        found = np.cumsum([0, *(len(row[key]) for row in rows)], dtype=np.int64)
-        if not np.array_equal(arrays.setdefault(bounds, found), found):
-            raise ValueError(f"{key} does not share the lengths of the other arrays of {bounds}")
-    return arrays
+    arrays = {key: Pieces([row[key] for row in rows]) for key in offsets}
+    bounds: dict[str, list[int]] = {}
+    for key, name in offsets.items():
+        if bounds.setdefault(name, arrays[key].ends) != arrays[key].ends:
+            raise ValueError(f"{key} does not share the lengths of the other arrays of {name}")
+    return arrays | {name: Pieces([np.array([0, *ends], np.int64)]) for name, ends in bounds.items()}
 
 
-def _write_group(folder: Path, arrays: Arrays, attributes: Mapping[str, Any], codec: str) -> None:
+def _write_group(
+    folder: Path, arrays: Mapping[str, Pieces], attributes: Mapping[str, Any], codec: str, pool: Executor
+) -> None:
     group = zarr.create_group(folder, attributes={**attributes, "arrays": list(arrays)})
     for key, array in arrays.items():
-        chunk = min(codecs.chunk_rows(array), max(len(array), 1))
-        rows = -(-max(len(array), 1) // chunk) * chunk
-        group.create_array(
-            key,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=(chunk, *array.shape[1:]),
-            shards=(rows, *array.shape[1:]),
-            compressors=codecs.compressors(codec, array.dtype),
-            config={"write_empty_chunks": True},
-        )[...] = array
+        shards.create(group, key, array, codec)
+        if all(array.shape):
+            shards.write(folder / key / "c" / "/".join("0" * len(array.shape)), array, codec, pool)
 
 
 def _marks(folder: Path) -> dict[str, tuple[int, str | None]]:

@@ -208,9 +208,12 @@ class _Run:
             last = self.step == self.total
             leaving = bool(asked) and not last
             saving = self.step % self.config.trainer.save_freq == 0 or last or leaving
-            if self.step % LOG_EVERY == 0 or last:
-                self._log(norm)
+            telling = self.step % LOG_EVERY == 0 or last
             validating = self.step % self.config.trainer.test_freq == 0 or last
+            if telling or validating or saving:
+                self._check(norm)
+            if telling:
+                self._log(norm)
             stop = self._validate() if validating else False
             if saving or stop:
                 self._save()
@@ -277,15 +280,17 @@ class _Run:
         """bf16 arithmetic over float32 weights, unless everything is asked to be float32."""
         return self.config.model.dtype != "float32"
 
-    def _log(self, norm: Tensor) -> None:
-        sums, positions = self._total_sums()
-        waited = self.worker.sum(torch.tensor(self.waited, dtype=torch.float32, device=self.worker.device))
-        self.positions_seen += positions
+    def _check(self, norm: Tensor) -> None:
         if not norm.isfinite():
             raise SpecError(
                 f"the gradient at step {self.step} is {float(norm)}: training has diverged. Lower optim.lr, raise "
                 "optim.warmup_ratio or set model.dtype=float32"
             )
+
+    def _log(self, norm: Tensor) -> None:
+        sums, positions = self._total_sums()
+        waited = self.worker.sum(torch.tensor(self.waited, dtype=torch.float32, device=self.worker.device))
+        self.positions_seen += positions
         if self.worker.first:
             metrics = row_metrics(self.task.rows, sums)
             metrics |= {

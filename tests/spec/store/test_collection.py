@@ -1,23 +1,28 @@
-"""What is there, what is missing, and in which groups the missing is computed."""
+"""What is there, what is damaged, and who computes what is missing."""
 
 from __future__ import annotations
 
-import random
+import json
+import shutil
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import zarr
 
 from spec import files
 from spec.store import segment
-from spec.store.collection import Collection, Writer, item_key, plan
+from spec.store.collection import Claim, Collection, Writer, check_identity, collections, share_out
+from spec.store.segment import DamagedError, Record, Row, StoreError
+from tests.forked import forked
 
-IDENTITY = {"base": "w", "dtype": "bfloat16", "norm": "after the final norm"}
+IDENTITY = {"base": "w", "dtype": "bfloat16", "norm": "after the final norm", "seed": None}
+ATTRIBUTES = {"offsets": {"ids": "token_offsets"}}
 
 
 def collection(root: Path, **changed: Any) -> Collection:
@@ -26,34 +31,33 @@ def collection(root: Path, **changed: Any) -> Collection:
     return made
 
 
-def arrays(*values: int) -> dict[str, np.ndarray[Any, Any]]:
-    return {"ids": np.asarray(values, np.int32)}
+def anew(made: Collection) -> Collection:
+    """The same collection as another process sees it."""
+    return Collection(made.root, made.kind, made.identity)
 
 
-def test_a_key_holds_every_array_and_where_it_ends() -> None:
-    def key(*parts: list[int], dtype: type = np.int32) -> str:
-        return item_key(*(np.asarray(part, dtype) for part in parts))
+def row(item: str) -> Row:
+    return {"ids": np.asarray([ord(letter) for letter in item], np.int32)}
 
-    keys = [
-        key([1, 2, 3], [0, 1, 1]),
-        key([1, 2, 3], [1, 1, 1]),
-        key([1, 2, 4], [0, 1, 1]),
-        key([1, 2, 3, 0], [1, 1]),
-        key([1, 2, 3, 0, 1, 1]),
-        key([1], [2], dtype=np.uint8),
-        key([1, *b"|u1", 2], dtype=np.uint8),
-        key([1, 2, 3]),
-        key([1, 2, 3], dtype=np.int64),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert all(len(key) == 32 for key in keys)
-    assert key([1, 2, 3]) == item_key(np.asarray([1, 9, 2, 9, 3], np.int32)[::2])
+
+def claim(made: Collection, items: Sequence[str]) -> Claim:
+    claimed = made.claim(items)
+    assert claimed is not None
+    return claimed
+
+
+def commit(made: Collection, items: Sequence[str], codec: str = "none", **attributes: Any) -> Record:
+    return claim(made, items).commit([row(item) for item in items], {**ATTRIBUTES, **attributes}, codec)
+
+
+def full(*_: object) -> None:
+    raise OSError("the disk is full")
 
 
 @pytest.mark.parametrize("changed", [{"base": "v"}, {"dtype": "float32"}, {"norm": "before"}, {"extra": 1}])
 def test_another_identity_is_another_folder(tmp_path: Path, changed: dict[str, Any]) -> None:
     one, other = collection(tmp_path), collection(tmp_path, **changed)
-    one.write(["k"], arrays(1), {}, "none")
+    commit(one, ["k"])
     assert one.folder != other.folder
     assert one.digest != other.digest
     assert other.find() == {}
@@ -72,160 +76,456 @@ def test_the_identity_is_written_down_once(tmp_path: Path) -> None:
 
 def test_rows_are_found_where_they_lie(tmp_path: Path) -> None:
     made = collection(tmp_path)
-    first = made.write(["a", "b"], arrays(1, 2), {"rule": "x"}, "none")
-    second = made.write(["c"], arrays(3), {}, "zstd")
+    first = commit(made, ["a", "b"], rule="x")
+    second = commit(made, ["c"], "zstd")
     expected = {"a": (first.name, 0), "b": (first.name, 1), "c": (second.name, 0)}
     assert made.find() == collection(tmp_path).find() == expected
     assert made.records() == {first.name: first, second.name: second}
-    np.testing.assert_array_equal(made.read(second.name)["ids"], [3])
-    attributes = segment.zarr.open_group(made.folder / first.name, mode="r").attrs.asdict()
+    arrays, attributes = made.read(second.name)
+    np.testing.assert_array_equal(arrays["ids"], [ord("c")])
+    assert attributes["codec"] == "zstd"
+    attributes = zarr.open_group(made.folder / first.name, mode="r").attrs.asdict()
     assert attributes["identity"] == made.digest
-    assert (attributes["kind"], attributes["rule"]) == ("features", "x")
+    assert (attributes["kind"], attributes["rule"], attributes["codec"]) == ("features", "x", "none")
 
 
 def test_later_segments_are_seen_and_earlier_records_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, other = collection(tmp_path), collection(tmp_path)
-    made.write(["a"], arrays(1), {}, "none")
+    commit(made, ["a"])
     assert set(other.find()) == {"a"}
     read = []
     real = segment.read_record
     monkeypatch.setattr(segment, "read_record", lambda folder, name: read.append(name) or real(folder, name))
-    record = made.write(["b"], arrays(2), {}, "none")
+    record = commit(made, ["b"])
     assert set(other.find()) == {"a", "b"}
     assert read == [record.name]
 
 
 def test_half_written_segments_are_invisible(tmp_path: Path) -> None:
     made = collection(tmp_path)
-    record = made.write(["a"], arrays(1), {}, "none")
-    (made.folder / record.name).rename(made.folder / f".partial-elsewhere-1-{record.name}")
+    record = commit(made, ["a"])
+    (made.folder / record.name).rename(made.folder / f"{segment.PARTIAL}{record.name}")
     (made.folder / ("0" * 32)).mkdir()  # no record
-    assert collection(tmp_path).find() == {}
+    assert anew(made).find() == {}
+    assert not made.holds(["a"])
 
 
-def test_a_record_that_names_other_rows_is_noticed(tmp_path: Path) -> None:
+def test_the_name_follows_from_identity_and_rows_in_order(tmp_path: Path) -> None:
+    made, other = collection(tmp_path), collection(tmp_path, base="v")
+    found = [made.name_of(items) for items in (["a", "b"], ["b", "a"], ["a"], ["ab"])] + [other.name_of(["a", "b"])]
+    assert len(set(found)) == len(found)
+    assert all(len(name) == 32 for name in found)
+    assert commit(made, ["a", "b"]).name == found[0]
+
+
+# The identity that is written down -----------------------------------------------------------------------------------
+
+
+def rewrite(made: Collection, change: Callable[[dict[str, Any]], object]) -> None:
+    path = made.folder / "identity.json"
+    entry = files.read_json(path)
+    change(entry)
+    path.write_text(json.dumps(entry, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("field", ["format", *IDENTITY])
+def test_another_value_of_any_field_is_refused_with_both_values(tmp_path: Path, field: str) -> None:
     made = collection(tmp_path)
-    record = made.write(["a", "b"], arrays(1, 2), {}, "none")
+    expected = files.read_json(made.folder / "identity.json")[field]
+    rewrite(made, lambda entry: entry.update({field: "another"}))
+    message = rf"identity\.json: its {field} is 'another', and {expected!r} is expected here"
+    for look in (made.check, made.create):
+        with pytest.raises(StoreError, match=message):
+            look()
+
+
+@pytest.mark.parametrize("field", ["format", "base", "dtype", "norm"])
+def test_a_field_that_is_gone_is_refused(tmp_path: Path, field: str) -> None:
+    made = collection(tmp_path)
+    rewrite(made, lambda entry: entry.pop(field))
+    with pytest.raises(StoreError, match=rf"its {field} is None, and .* is expected here"):
+        made.check()
+
+
+def test_a_field_too_many_is_refused(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    rewrite(made, lambda entry: entry.update(more=1))
+    with pytest.raises(StoreError, match="its more is 1, and None is expected here"):
+        made.check()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 2'])
+def test_an_identity_that_cannot_be_read_is_damage(tmp_path: Path, content: bytes) -> None:
+    made = collection(tmp_path)
+    (made.folder / "identity.json").write_bytes(content)
+    with pytest.raises(StoreError, match=r"identity\.json is damaged: remove it and run the stage again"):
+        made.check()
+    (made.folder / "identity.json").unlink()
+    made.create()
+    assert files.read_json(made.folder / "identity.json")["base"] == "w"
+
+
+def test_an_identity_of_other_bytes_is_damage(tmp_path: Path) -> None:
+    """Equal values in another spelling: nobody but a fault or a hand writes them."""
+    made = collection(tmp_path)
+    path = made.folder / "identity.json"
+    path.write_text(json.dumps(files.read_json(path)))
+    with pytest.raises(StoreError, match="is damaged"):
+        made.check()
+
+
+def test_a_collection_opens_from_its_folder(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    commit(made, ["a"])
+    opened = Collection.open(made.folder)
+    assert opened == made
+    assert opened.folder == made.folder
+    assert opened.find() == made.find()
+    assert list(collections(tmp_path)) == [made.folder]
+    assert list(collections(tmp_path / "nowhere")) == []
+
+
+def test_a_folder_that_is_no_collection_does_not_open(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    path = made.folder / "identity.json"
+    content = path.read_bytes()
+    renamed = tmp_path / "features-0123456789abcdef"
+    shutil.copytree(made.folder, renamed)
+    (tmp_path / "empty").mkdir()
+    for folder in (renamed, tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(StoreError, match=rf"{folder} is no collection"):
+            Collection.open(folder)
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(StoreError, match=rf"{made.folder} is no collection"):
+            Collection.open(made.folder)
+    path.write_bytes(content.replace(b'"format": 2', b'"format": 1'))
+    with pytest.raises(StoreError, match="its format is 1, this version reads 2"):
+        Collection.open(made.folder)
+
+
+def test_identities_are_compared_field_by_field() -> None:
+    check_identity({"a": 1, "b": [2]}, {"b": [2], "a": 1}, "here")
+    with pytest.raises(StoreError, match=r"here: its b is 3, and 2 is expected here.*dvc repro"):
+        check_identity({"a": 1, "b": 3}, {"a": 1, "b": 2}, "here")
+    with pytest.raises(StoreError, match="its c is 3, and None"):
+        check_identity({"a": 1, "c": 3}, {"a": 1}, "here")
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_survey_names_what_is_damaged(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    records = [commit(made, [item]) for item in "abcd"]
+    (made.folder / records[0].name / segment.RECORD).unlink()
+    (made.folder / records[1].name / "ids" / "c" / "0").write_bytes(b"short")
+    (made.folder / records[2].name / "ids" / "zarr.json").unlink()
+    good, damaged = anew(made).survey()
+    assert good == {records[3].name: records[3]}
+    assert set(damaged) == {record.name for record in records[:3]}
+    assert "ids/c/0 is 5 bytes long, not" in damaged[records[1].name].reason
+    assert set(anew(made).records()) == {records[3].name}
+    assert set(anew(made).find()) == {"d"}
+
+
+def test_a_segment_set_aside_is_computed_again(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    record = commit(made, ["a", "b"])
+    (made.folder / record.name / "ids" / "c" / "0").write_bytes(b"short")
+    assert made.claim(["a", "b"]) is None  # as long as it is there
+    target = made.set_aside(record.name)
+    assert target.is_dir()
+    assert target.name == f".damaged-{record.name}"
+    assert made.find() == {}
+    assert commit(made, ["a", "b"]) == record
+    assert made.verify(record.name) == record
+    made.set_aside(record.name)  # again, over the one from before
+    assert not made.holds(["a", "b"])
+
+
+def test_a_damaged_record_names_its_segment(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    record = commit(made, ["a", "b"])
     path = made.folder / record.name / segment.RECORD
     path.write_text(path.read_text().replace('"b"', '"c"'))  # b and c are one bit apart
-    with pytest.raises(segment.StoreError, match=record.name):
-        collection(tmp_path).find()
+    with pytest.raises(DamagedError, match=record.name):
+        anew(made).record(record.name)
+    assert list(anew(made).survey()[1]) == [record.name]
 
 
-LIMIT = 12
+# Claims --------------------------------------------------------------------------------------------------------------
 
 
-def bucket(length: int) -> int:
-    return -(-length // 4) * 4
+def test_a_claim_is_held_by_one(tmp_path: Path) -> None:
+    made, other = collection(tmp_path), collection(tmp_path)
+    claimed = claim(made, ["a", "b"])
+    assert other.claim(["a", "b"]) is None
+    assert made.claim(["a", "b"]) is None
+    assert other.claim(["a"]) is not None  # other rows are another segment
+    claimed.release()
+    again = claim(other, ["a", "b"])
+    again.release()
+    assert list(made.folder.glob(".lock-*")) == [made.folder / f".lock-{made.name_of(['a'])}"]
 
 
-Rows = list[tuple[str, int]]
-rows = st.lists(st.integers(0, 40), max_size=40).map(lambda ids: [(f"k{i}", i % 11 + 1) for i in ids])
-costs = st.sampled_from([lambda length: length, lambda length: 5])
+def test_there_is_no_claim_to_what_is_there(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    assert not made.holds(["a"])
+    commit(made, ["a"])
+    assert made.holds(["a"])
+    for wait in (False, True):
+        assert made.claim(["a"], wait) is None
+        assert collection(tmp_path).claim(["a"], wait) is None
+    assert list(made.folder.glob(".lock-*")) == []
 
 
-def planned(rows: Rows, known: set[str] = frozenset(), cost: Any = lambda length: length) -> list[list[int]]:  # type: ignore[assignment]
-    return plan([key for key, _ in rows], [length for _, length in rows], known, bucket, LIMIT, cost)
+def test_who_waits_for_a_segment_that_gets_committed_has_no_claim(tmp_path: Path) -> None:
+    made, other = collection(tmp_path), collection(tmp_path)
+    claimed = claim(made, ["a"])
+    found: list[Claim | None] = []
+    thread = threading.Thread(target=lambda: found.append(other.claim(["a"], wait=True)))
+    thread.start()
+    time.sleep(0.05)
+    assert found == []
+    claimed.commit([row("a")], ATTRIBUTES, "none")
+    thread.join(5)
+    assert found == [None]
 
 
-@given(rows=rows, known=st.sets(st.integers(0, 40).map(lambda i: f"k{i}")), cost=costs)
-def test_groups_take_every_missing_row_once_in_order(rows: Rows, known: set[str], cost: Any) -> None:
-    groups = planned(rows, known, cost)
-    taken = [rows[row][0] for group in groups for row in group]
-    assert sorted(taken) == sorted({key for key, _ in rows} - known)
-    buckets = [{bucket(rows[row][1]) for row in group} for group in groups]
-    assert all(len(found) == 1 for found in buckets)
-    order = [found.pop() for found in buckets]
-    assert order == sorted(order, reverse=True)  # the longest first
-    first = {key: row for row, (key, _) in reversed(list(enumerate(rows)))}
-    for padded in set(order):
-        inside = [group for group, found in zip(groups, order, strict=True) if found == padded]
-        flat = [row for group in inside for row in group]
-        assert flat == sorted(flat)
-        assert all(first[rows[row][0]] == row for row in flat)
-        for number, group in enumerate(inside):
-            weights = [cost(rows[row][1]) for row in group]
-            assert sum(weights[:-1]) < LIMIT  # it closes as soon as it is full
-            assert sum(weights) >= LIMIT or number == len(inside) - 1
+def test_a_commit_that_fails_gives_the_claim_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = collection(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "write", full)
+        with pytest.raises(OSError, match="the disk is full"):
+            commit(made, ["a"])
+    assert commit(made, ["a"]).items == ("a",)
 
 
-@given(rows=rows, data=st.data(), cost=costs)
-def test_taking_finished_groups_away_leaves_the_others_as_they_are(rows: Rows, data: st.DataObject, cost: Any) -> None:
-    """So a resumed run and several workers make the same segments as one uninterrupted worker."""
-    groups = planned(rows, cost=cost)
-    done = data.draw(st.sets(st.integers(0, len(groups) - 1))) if groups else set()
-    known = {rows[row][0] for number in done for row in groups[number]}
-    assert planned(rows, known, cost) == [group for number, group in enumerate(groups) if number not in done]
+def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    with forked(lambda: claim(made, ["a"])) as kill:
+        assert made.claim(["a"]) is None
+        kill()
+        claim(made, ["a"]).release()
 
 
-@given(rows=rows, seed=st.integers(0, 99))
-def test_rows_in_another_order_are_all_found(rows: Rows, seed: int) -> None:
-    known = {rows[row][0] for group in planned(rows) for row in group}
-    shuffled = random.Random(seed).sample(rows, len(rows))
-    assert planned(shuffled, known) == []
+def test_cleaning_takes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    record = commit(made, ["kept"])
+
+    def begin() -> None:
+        name = claim(made, ["a"]).collection.name_of(["a"])
+        (made.folder / f"{segment.PARTIAL}{name}" / "ids").mkdir(parents=True)
+
+    left = {f"{segment.PARTIAL}{made.name_of(['a'])}", f".lock-{made.name_of(['a'])}"}
+    always = {"identity.json", record.name}
+    with forked(begin) as kill:
+        anew(made).create()
+        assert {path.name for path in made.folder.iterdir()} == always | left
+        kill()
+        anew(made).create()
+        assert {path.name for path in made.folder.iterdir()} == always
+    orphan = made.folder / f"{segment.PARTIAL}{made.name_of(['b'])}" / "zarr.json"  # its lock is gone
+    orphan.parent.mkdir()
+    orphan.write_text("{")
+    made.create()
+    assert {path.name for path in made.folder.iterdir()} == always
+    assert made.verify(record.name) == record
 
 
-@given(rows=rows, more=rows)
-def test_appended_rows_form_only_new_groups(rows: Rows, more: Rows) -> None:
-    known = {key for key, _ in rows}
-    groups = planned(rows + more, known)
-    assert all(row >= len(rows) for group in groups for row in group)
-    # And they are the groups that the appended rows alone would form.
-    alone = planned([row for row in more if row[0] not in known])
-    assert [[(rows + more)[row][0] for row in group] for group in groups] == [
-        [[row for row in more if row[0] not in known][i][0] for i in group] for group in alone
+# Sharing the work out ------------------------------------------------------------------------------------------------
+
+
+GROUPS = [[f"{number}", f"{number}+"] for number in range(13)]
+
+
+def work(made: Collection, rank: int, world: int, done: list[int], pause: float = 0.0) -> None:
+    """What a worker does."""
+    for index, claimed in share_out(made, GROUPS, rank, world):
+        time.sleep(pause)
+        claimed.commit([row(item) for item in GROUPS[index]], ATTRIBUTES, "none")
+        done.append(index)
+
+
+def together(root: Path, ranks: Sequence[int], world: int, pause: float = 0.002) -> list[list[int]]:
+    """What each of several workers did; every one has a collection of its own, as a process has."""
+    done: list[list[int]] = [[] for _ in ranks]
+    threads = [
+        threading.Thread(target=work, args=(collection(root), rank, world, mine, pause))
+        for rank, mine in zip(ranks, done, strict=True)
     ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return done
 
 
-@given(rows=rows, world=st.integers(1, 4))
-def test_the_shares_of_all_workers_are_the_whole(rows: Rows, world: int) -> None:
-    groups = planned(rows)
-    shares = [groups[rank::world] for rank in range(world)]
-    assert sorted(group for share in shares for group in share) == sorted(groups)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_workers_do_each_group_once(tmp_path: Path, world: int) -> None:
+    done = together(tmp_path, range(world), world)
+    assert sorted(index for mine in done for index in mine) == list(range(len(GROUPS)))
+    for rank, mine in enumerate(done):
+        own = [index for index in mine if index % world == rank]
+        assert own == mine[: len(own)] == sorted(own)  # its own share first, in order
+    found = collection(tmp_path)
+    assert [found.holds(group) for group in GROUPS] == [True] * len(GROUPS)
+    assert list(found.folder.glob(".lock-*")) == []
+
+
+@pytest.mark.parametrize(("ranks", "world"), [([0, 0, 0], 1), ([0, 1], 4), ([5, 9], 2), ([2], 3)])
+def test_wrong_ranks_only_cost_time(tmp_path: Path, ranks: list[int], world: int) -> None:
+    done = together(tmp_path, ranks, world)
+    assert Counter(index for mine in done for index in mine) == dict.fromkeys(range(len(GROUPS)), 1)
+
+
+def test_nothing_is_left_when_all_is_there(tmp_path: Path) -> None:
+    together(tmp_path, [0], 1, pause=0)
+    assert together(tmp_path, [0, 1], 2) == [[], []]
+
+
+def test_the_groups_of_a_dead_worker_are_taken_over(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    begun = (1, 4)
+    with forked(lambda: [claim(made, GROUPS[index]) for index in begun]) as kill:
+        done: list[int] = []
+        worker = threading.Thread(target=work, args=(anew(made), 0, 2, done))
+        worker.start()
+        deadline = time.monotonic() + 10
+        while len(done) < len(GROUPS) - len(begun) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert sorted(done) == [index for index in range(len(GROUPS)) if index not in begun]
+        assert worker.is_alive()  # it waits: the other one may yet commit them
+        kill()
+        worker.join(10)
+        assert not worker.is_alive()
+    assert sorted(done) == list(range(len(GROUPS)))
+    assert sorted(done[-len(begun) :]) == list(begun)
+
+
+def test_who_fails_gives_its_claim_back(tmp_path: Path) -> None:
+    """Or the same process, trying again, would wait for itself for ever."""
+    made = collection(tmp_path)
+
+    def fail() -> None:
+        for _ in share_out(made, GROUPS, 0, 1):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    claim(made, GROUPS[0]).release()
+    assert together(tmp_path, [0], 1, pause=0) == [list(range(len(GROUPS)))]
+
+
+# The writer ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> None:
     made = collection(tmp_path)
-    with Writer(made, "none") as writer:
+    with Writer("none") as writer:
         for value in range(5):
-            writer.write([f"k{value}"], arrays(value), {})
+            writer.write(claim(made, [f"k{value}"]), lambda value=value: [row(f"k{value}")], ATTRIBUTES)
     assert set(made.find()) == {f"k{value}" for value in range(5)}
+    assert list(made.folder.glob(".lock-*")) == []
+
+
+def test_rows_are_made_ready_on_the_writers_thread(tmp_path: Path) -> None:
+    made, threads = collection(tmp_path), []
+    with Writer("none") as writer:
+        writer.write(claim(made, ["a"]), lambda: [threads.append(threading.current_thread()) or row("a")], ATTRIBUTES)
+    assert threads[0] is not threading.current_thread()
 
 
 def test_the_writer_raises_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Collection, items: list[str], *_: object) -> None:
-        raise OSError(f"cannot write {items}")
+    monkeypatch.setattr(segment, "write", full)
+    made = collection(tmp_path)
+    with pytest.raises(OSError, match="the disk is full"), Writer("none") as writer:
+        writer.write(claim(made, ["a"]), lambda: [row("a")], ATTRIBUTES)
+    claim(made, ["a"]).release()
 
-    monkeypatch.setattr(Collection, "write", fail)
-    with pytest.raises(OSError, match="cannot write"), Writer(collection(tmp_path), "none") as writer:
-        writer.write(["a"], arrays(1), {})
+
+def test_the_writer_raises_what_went_wrong_with_rows(tmp_path: Path) -> None:
+    made = collection(tmp_path)
+    with pytest.raises(OSError, match="the disk is full"), Writer("none") as writer:
+        writer.write(claim(made, ["a"]), full, ATTRIBUTES)  # type: ignore[arg-type]
+    claim(made, ["a"]).release()
+    assert made.find() == {}
+
+
+def test_a_writer_that_has_failed_takes_no_more_and_keeps_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "write", full)
+    made, written = collection(tmp_path), []
+
+    def produce() -> None:
+        with Writer("none") as writer:
+            for index, claimed in share_out(made, GROUPS, 0, 1):
+                written.append(index)
+                writer.write(claimed, lambda: [row("a")], ATTRIBUTES)
+
+    with pytest.raises(OSError, match="the disk is full"):
+        produce()
+    assert len(written) <= 3
+    monkeypatch.undo()
+    assert together(tmp_path, [0], 1, pause=0) == [list(range(len(GROUPS)))]
+
+
+def test_an_error_outside_keeps_what_is_being_written_and_drops_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, go, started = collection(tmp_path), threading.Event(), threading.Event()
+    real = segment.write
+
+    def slow(*arguments: Any) -> Record:
+        started.set()
+        go.wait(10)
+        return real(*arguments)
+
+    def fail() -> None:
+        with Writer("none") as writer:
+            for item in "ab":
+                writer.write(claim(made, [item]), lambda item=item: [row(item)], ATTRIBUTES)
+            started.wait(10)
+            threading.Timer(0.05, go.set).start()
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(segment, "write", slow)
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert set(made.find()) == {"a"}
+    claim(made, ["b"]).release()
 
 
 def test_the_writer_holds_at_most_two_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    started: list[list[str]] = []
+    started: list[Sequence[str]] = []
 
-    def slow(self: Collection, items: list[str], *_: object) -> None:
+    def slow(folder: Path, name: str, items: Sequence[str], *_: object) -> None:
         started.append(items)
         go.wait(10)
 
-    monkeypatch.setattr(Collection, "write", slow)
+    monkeypatch.setattr(segment, "write", slow)
     accepted: list[int] = []
+    made = collection(tmp_path)
 
     def produce() -> None:
-        with Writer(collection(tmp_path), "none") as writer:
+        with Writer("none") as writer:
             for value in range(4):
-                writer.write([str(value)], arrays(value), {})
+                writer.write(claim(made, [str(value)]), lambda: [row("a")], ATTRIBUTES)
                 accepted.append(value)
 
     producer = threading.Thread(target=produce)
     producer.start()
     time.sleep(0.2)
     assert accepted == [0, 1]
-    assert started == [["0"]]
+    assert started == [("0",)]
     go.set()
     producer.join(10)
     assert accepted == [0, 1, 2, 3]
-    assert started == [["0"], ["1"], ["2"], ["3"]]
+    assert started == [("0",), ("1",), ("2",), ("3",)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +19,16 @@ from spec import base as base_model
 from spec.base import Base
 from spec.config import Model
 from spec.corpus import TokenSequence
-from spec.store import features
-from spec.store.collection import Collection, item_key, plan
-from spec.store.segment import StoreError
+from spec.store import codecs, features
+from spec.store.collection import Collection
+from spec.store.features import FeatureRow
+from spec.store.manifest import Manifest, make_manifest
+from spec.store.plan import item_key, plan
+from spec.store.segment import DamagedError, StoreError, rows_of
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
 
 LIMIT = 200
-IDENTITY = features.identity({"weights": "w", "tokenizer": "t"}, "float32")
+BASE = {"weights": "w", "tokenizer": "t"}
 
 
 @pytest.fixture(scope="module")
@@ -41,38 +48,96 @@ def make_rows(count: int, seed: int = 0) -> list[TokenSequence]:
     return rows
 
 
-def keys_of(rows: Sequence[TokenSequence]) -> list[str]:
-    return [item_key(row.ids, row.mask) for row in rows]
+def key_of(row: TokenSequence) -> str:
+    return item_key(row.ids, row.mask)
 
 
-def groups_of(rows: Sequence[TokenSequence], collection: Collection) -> list[list[int]]:
-    return plan(keys_of(rows), [len(row) for row in rows], collection.find(), base_model.bucket, LIMIT)
+def made(root: Path, base: Base, codec: str = "none") -> Collection:
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    collection = Collection(root, "features", features.identity(BASE, dtype, codec))
+    collection.create()
+    return collection
+
+
+def missing(rows: Sequence[TokenSequence], collection: Collection) -> list[list[int]]:
+    keys = [key_of(row) for row in rows]
+    return plan(keys, [len(row) for row in rows], collection.find(), base_model.bucket, LIMIT)
 
 
 def produce(
-    base: Base, root: Path, rows: Sequence[TokenSequence], world: int = 1, codec: str = "none", skip: int = 0
+    base: Base,
+    root: Path,
+    rows: Sequence[TokenSequence],
+    world: int = 1,
+    codec: str = "none",
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> Collection:
-    """Fill a store as `world` workers do, each with its share of the groups; the first `skip` groups are left out."""
-    collection = Collection(root, "features", IDENTITY)
-    collection.create()
-    groups = groups_of(rows, collection)[skip:]
-    items = [(key, row.ids, row.mask) for key, row in zip(keys_of(rows), rows, strict=True)]
-    for rank in range(world):
-        features.produce(base, Collection(root, "features", IDENTITY), items, groups[rank::world], codec)
+    """Fill a store as `world` workers do at the same time, each with a collection of its own."""
+    collection = made(root, base, codec)
+    groups = missing(rows, collection)
+    items = [FeatureRow(key_of(row), row.ids, row.mask) for row in rows]
+    failed: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            features.produce(base, made(root, base, codec), items, groups, codec, on_tokens, rank, world)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
+    for thread in threads:
+        thread.start()
+    work(0)
+    for thread in threads:
+        thread.join()
+    for error in failed:
+        raise error
     return collection
 
 
 def stored(collection: Collection, row: TokenSequence) -> torch.Tensor:
-    """The states of a row, as the store holds them."""
-    name, number = collection.find()[item_key(row.ids, row.mask)]
-    arrays = collection.read(name)
-    start, stop = arrays["state_offsets"][number : number + 2]
-    states = torch.from_numpy(arrays["states"][start:stop])
-    return states if states.dtype == torch.float32 else states.view(torch.bfloat16)
+    """The states of a row, as a reader decodes them."""
+    name, number = collection.find()[key_of(row)]
+    arrays, attributes = collection.read(name)
+    states = codecs.decode(arrays, getattr(torch, attributes["dtype"]), attributes["encoding"])
+    return states[slice(*arrays["state_offsets"][number : number + 2])]
 
 
 def digests(collection: Collection) -> dict[str, str]:
     return {name: record.digest for name, record in collection.records().items()}
+
+
+def row_digests(collection: Collection) -> dict[str, str]:
+    records = collection.records().values()
+    return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
+
+
+def manifest_of(collection: Collection, rows: Sequence[TokenSequence]) -> Manifest:
+    return make_manifest(
+        collection,
+        [key_of(row) for row in rows],
+        base=BASE,
+        hidden_size=HIDDEN_SIZE,
+        vocab_size=VOCAB_SIZE,
+        prompt_length=[row.prompt_length for row in rows],
+        written=[False] * len(rows),
+        domains=[row.domain for row in rows],
+        tokens=sum(map(len, rows)),
+        positions=sum(int(row.mask[1:].sum()) for row in rows),
+    )
+
+
+@contextlib.contextmanager
+def shapes_of(base: Base) -> Iterator[list[tuple[int, int]]]:
+    """The shape of the ids of every forward pass of the block."""
+    shapes: list[tuple[int, int]] = []
+    hook = base.model.get_decoder().register_forward_pre_hook(
+        lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        yield shapes
+    finally:
+        hook.remove()
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=20))
@@ -85,7 +150,7 @@ def test_kept_positions_lead_to_supervised_tokens(mask: list[int]) -> None:
 def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path: Path, dtype: str) -> None:
     model = base if dtype == "float32" else half
     rows = make_rows(10)
-    collection = produce(model, tmp_path, rows)
+    collection = produce(model, tmp_path, rows, codec="zstd")
     for row in rows:
         with torch.no_grad():
             direct = base_model.hidden_states(model.model, torch.from_numpy(row.ids).long()[None])[0]
@@ -103,121 +168,283 @@ def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path
                 assert torch.equal(found, base_model.hidden_states(model.model, padded)[0, kept])
 
 
+def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) -> None:
+    rows = make_rows(8)
+    exact, rounded = produce(half, tmp_path, rows), produce(half, tmp_path, rows, codec="fp8")
+    assert exact.folder != rounded.folder
+    for row in rows:
+        wanted = stored(exact, row)
+        assert torch.equal(
+            stored(rounded, row),
+            codecs.decode(
+                {key: codecs.to_numpy(tensor) for key, tensor in codecs.encode(wanted, codecs.FP8).items()},
+                torch.bfloat16,
+                codecs.FP8,
+            ),
+        )
+    (name, *_) = rounded.records()
+    arrays, attributes = rounded.read(name)
+    assert attributes["offsets"]["scales"] == attributes["offsets"]["states"] == "state_offsets"
+    assert (arrays["states"].dtype, arrays["scales"].dtype) == (np.uint8, np.float32)
+
+
 def test_each_row_is_padded_to_its_own_bucket(base: Base, tmp_path: Path) -> None:
     """In bfloat16 the padded length changes the states, so nothing but the row may choose it."""
-    shapes: list[tuple[int, int]] = []
-    hook = base.model.get_decoder().register_forward_pre_hook(
-        lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
     rows = make_rows(12)
-    try:
+    with shapes_of(base) as shapes:
         produce(base, tmp_path, rows)
-    finally:
-        hook.remove()
     padded = sorted(width for count, width in shapes for _ in range(count))
     assert padded == sorted(base_model.bucket(len(row)) for row in rows)
     assert len(set(padded)) == 3
 
 
-def test_tokens_and_masks_lie_beside_the_states(base: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["none", "zstd", "fp8"])
+def test_tokens_and_masks_lie_beside_the_states(base: Base, tmp_path: Path, codec: str) -> None:
     rows = make_rows(6)
-    collection = produce(base, tmp_path, rows)
+    collection = produce(base, tmp_path, rows, codec=codec)
     for row in rows:
-        name, number = collection.find()[item_key(row.ids, row.mask)]
-        arrays = collection.read(name)
-        tokens = slice(*arrays["token_offsets"][number : number + 2])
-        np.testing.assert_array_equal(arrays["ids"][tokens], row.ids, strict=True)
-        np.testing.assert_array_equal(arrays["mask"][tokens], row.mask, strict=True)
+        name, number = collection.find()[key_of(row)]
+        found = rows_of(*collection.read(name))[number]
+        np.testing.assert_array_equal(found["ids"], row.ids, strict=True)
+        np.testing.assert_array_equal(found["mask"], row.mask, strict=True)
+        assert len(found["states"]) == row.mask[1:].sum()
+        assert collection.verify(name).items[number] == key_of(row)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Path, world: int) -> None:
-    rows = make_rows(12)
+    rows = make_rows(16)
     alone = produce(half, tmp_path / "one", rows)
     assert len(alone.records()) >= world
-    assert digests(produce(half, tmp_path / "many", rows, world)) == digests(alone)
+    with shapes_of(half) as shapes:
+        assert digests(produce(half, tmp_path / "many", rows, world)) == digests(alone)
+    assert sum(count for count, _ in shapes) == len(rows)  # each row once, by whomever
 
 
-def test_an_interrupted_run_ends_with_the_segments_of_an_uninterrupted_one(half: Base, tmp_path: Path) -> None:
-    rows = make_rows(12)
-    produce(half, tmp_path / "late", rows, skip=2)  # as if the worker of the first groups had died
-    late = produce(half, tmp_path / "late", rows)
-    assert digests(late) == digests(produce(half, tmp_path / "once", rows))
+class StoppedError(Exception):
+    """What ends a run in the middle."""
 
 
-def test_appended_rows_add_segments_and_touch_none(half: Base, tmp_path: Path) -> None:
-    rows = make_rows(8)
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_interrupted_run_ends_with_the_segments_of_an_uninterrupted_one(
+    half: Base, tmp_path: Path, after: int
+) -> None:
+    rows = make_rows(16)
+    once = produce(half, tmp_path / "once", rows)
+    counts: list[int] = []
+
+    def stop(count: int) -> None:
+        counts.append(count)
+        if len(counts) == after:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        produce(half, tmp_path / "late", rows, on_tokens=stop)
+    begun = set(digests(made(tmp_path / "late", half)))
+    assert len(begun) < len(once.records())
+    assert digests(produce(half, tmp_path / "late", rows)) == digests(once)
+    assert begun <= set(digests(once))
+
+
+def test_appended_and_reordered_rows_compute_nothing_again(half: Base, tmp_path: Path) -> None:
+    rows, more = make_rows(8), make_rows(4, seed=1)
     before = digests(produce(half, tmp_path, rows))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    more = make_rows(4, seed=1)
-    after = digests(produce(half, tmp_path, more + rows))
+    with shapes_of(half) as shapes:
+        after = digests(produce(half, tmp_path, [*more, *rows]))
+    assert sum(count for count, _ in shapes) == len(more)
     assert before.items() < after.items()
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    assert digests(produce(half, tmp_path, rows[::-1] + more)) == after
+    everything = random.Random(0).sample([*rows, *more, *rows], 20)
+    with shapes_of(half) as shapes:
+        assert digests(produce(half, tmp_path, everything)) == after
+    assert shapes == []
+
+
+@pytest.mark.parametrize("codec", ["zstd", "fp8"])
+def test_a_split_does_not_tell_how_its_segments_came_to_be(half: Base, tmp_path: Path, codec: str) -> None:
+    rows, more = make_rows(8), make_rows(5, seed=1)
+    split = [*rows[:3], *more, *rows[3:], rows[0]]
+    fresh = produce(half, tmp_path / "fresh", split, codec=codec)
+    produce(half, tmp_path / "grown", rows, codec=codec)
+    grown = produce(half, tmp_path / "grown", split, codec=codec)
+    assert row_digests(grown) == row_digests(fresh)
+    one, other = manifest_of(fresh, split), manifest_of(grown, split)
+    assert set(one.segments) != set(other.segments)
+    assert one.content == other.content
+    assert one.digest == other.digest
 
 
 def test_the_batch_changes_no_bit(half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(8)
     together = produce(half, tmp_path / "together", rows)
     monkeypatch.setattr(features, "BATCH_TOKENS", 1)
-    assert digests(produce(half, tmp_path / "one by one", rows)) == digests(together)
+    with shapes_of(half) as shapes:
+        assert digests(produce(half, tmp_path / "one by one", rows)) == digests(together)
+    assert {count for count, _ in shapes} == {1}
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+    """Let forward passes of more than `limit` padded tokens run out of memory; gives the size of each try."""
+    real, tried = base_model.hidden_states, []
+
+    def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        tried.append(ids.numel())
+        if ids.numel() > limit:
+            raise torch.OutOfMemoryError("no memory left")
+        return real(model, ids)
+
+    monkeypatch.setattr(base_model, "hidden_states", hidden_states)
+    return tried
+
+
+def test_running_out_of_memory_halves_the_batch_and_changes_no_bit(
+    half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(24)
+    monkeypatch.setitem(globals(), "LIMIT", 2000)
+    plenty = produce(half, tmp_path / "plenty", rows)
+    monkeypatch.setattr(features, "BATCH_TOKENS", 1024)
+    tried = short_of_memory(monkeypatch, 300)
+    counts: list[int] = []
+    assert digests(produce(half, tmp_path / "little", rows, on_tokens=counts.append)) == digests(plenty)
+    assert sum(counts) == sum(map(len, rows))
+    first_fit = next(number for number, size in enumerate(tried) if size <= 300)
+    longest = sum(base_model.bucket(len(row)) == 192 for row in rows)
+    assert longest > 2
+    assert tried[:first_fit] == [192 * min(longest, 5), 192 * 2]  # 1024 and 512 tokens a batch at most
+    assert max(tried[first_fit:]) <= 256  # then 256, to the end
+
+
+def test_a_single_row_for_which_memory_does_not_suffice_is_named(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [sequence([0, 1] * 60), sequence([0, 1, 1])]
+    with monkeypatch.context() as patch:
+        short_of_memory(patch, 64)
+        with pytest.raises(StoreError, match=r"out of memory at a single sequence of 120 tokens.*data\.max_length"):
+            produce(base, tmp_path, rows)
+    assert len(produce(base, tmp_path, rows).find()) == 2  # the claim was given back
 
 
 def test_the_codec_changes_no_content(base: Base, tmp_path: Path) -> None:
     rows = make_rows(4)
     plain, packed = (produce(base, tmp_path / codec, rows, codec=codec) for codec in ("none", "zstd"))
     assert digests(plain) == digests(packed)
+    assert plain.identity == packed.identity
 
 
 def test_progress_counts_every_token(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "BATCH_TOKENS", 128)
     rows = make_rows(8)
-    collection = Collection(tmp_path, "features", IDENTITY)
-    collection.create()
     counts: list[int] = []
-    items = [(key, row.ids, row.mask) for key, row in zip(keys_of(rows), rows, strict=True)]
-    features.produce(base, collection, items, groups_of(rows, collection), "none", counts.append)
+    produce(base, tmp_path, rows, on_tokens=counts.append)
     assert sum(counts) == sum(map(len, rows))
     assert len(counts) > 4
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_states_that_are_no_numbers_are_never_stored(base_folder: Path, tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("codec", ["none", "fp8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_states_that_are_no_numbers_are_never_stored(
+    base_folder: Path, tmp_path: Path, value: float, codec: str
+) -> None:
     broken = base_model.load(Model(), base_folder, "digest", torch.device("cpu"))
     with torch.no_grad():
         broken.embedding[299] = value  # a token that one row alone has
     good, bad = sequence([0, 1, 1, 1], [5, 6, 7, 8]), sequence([0, 0, 1, 1], [11, 299, 13, 14])
-    with pytest.raises(StoreError, match=r"begins with the ids \[11, 299, 13, 14\] is NaN or infinite"):
-        produce(broken, tmp_path, [good, bad])
-    assert Collection(tmp_path, "features", IDENTITY).find() == {}
-    assert set(produce(broken, tmp_path, [good]).find()) == set(keys_of([good]))
+    with pytest.raises(
+        StoreError, match=rf"{key_of(bad)} \(it begins with the ids \[11, 299, 13, 14\]\) is NaN or inf"
+    ):
+        produce(broken, tmp_path, [good, bad], codec=codec)
+    assert made(tmp_path, broken, codec).find() == {}
+    assert set(produce(broken, tmp_path, [good], codec=codec).find()) == {key_of(good)}
 
 
-@pytest.mark.parametrize(("digests_of", "dtype"), [(("v", "t"), "float32"), (("w", "u"), "float32"), (("w", "t"), "x")])
-def test_identity_holds_base_tokenizer_and_dtype(digests_of: tuple[str, str], dtype: str) -> None:
-    weights, tokenizer = digests_of
-    assert features.identity({"weights": weights, "tokenizer": tokenizer}, dtype) != IDENTITY
+@pytest.mark.parametrize(
+    "changed",
+    [{"base": {"weights": "v", "tokenizer": "t"}}, {"base": {"weights": "w", "tokenizer": "u"}}, {"dtype": "x"}],
+)
+def test_identity_holds_base_tokenizer_and_dtype(changed: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"base": BASE, "dtype": "float32", "codec": "zstd"}
+    assert features.identity(**(given | changed)) != features.identity(**given)
+
+
+def test_identity_leaves_out_what_no_state_depends_on() -> None:
+    """How answers end is nothing to a state."""
+    assert features.identity({**BASE, "generation": "g"}, "float32", "none") == features.identity(
+        {**BASE, "generation": "h"}, "float32", "none"
+    )
+
+
+def test_identity_tells_rounded_states_from_exact_ones_and_no_more() -> None:
+    none, zstd, fp8 = (features.identity(BASE, "bfloat16", codec) for codec in ("none", "zstd", "fp8"))
+    assert none == zstd
+    assert {name for name in none if none[name] != fp8[name]} == {"encoding"}
+
+
+@pytest.mark.parametrize("codec", ["none", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_bytes_is_what_the_arrays_take(base: Base, half: Base, tmp_path: Path, dtype: str, codec: str) -> None:
+    rows = make_rows(5)
+    collection = produce(base if dtype == "float32" else half, tmp_path, rows, codec=codec)
+    arrays = [collection.read(name)[0] for name in collection.records()]
+    kept = [key for key in features.OFFSETS if key in arrays[0]]
+    assert ("scales" in kept) == (codec == "fp8")
+    found = sum(part[key].nbytes for part in arrays for key in kept)
+    positions = sum(int(row.mask[1:].sum()) for row in rows)
+    assert features.stored_bytes(positions, sum(map(len, rows)), HIDDEN_SIZE, dtype, codec) == found
+
+
+def test_a_position_in_fp8_takes_its_width_and_four_bytes() -> None:
+    assert features.position_bytes(576, "bfloat16", "fp8") == features.position_bytes(576, "float32", "fp8") == 580
+    assert features.position_bytes(576, "bfloat16", "zstd") == 1152
+    assert features.position_bytes(576, "float32", "none") == 2304
+
+
+def test_positions_of_a_segment_are_counted(base: Base, tmp_path: Path) -> None:
+    rows = make_rows(9)
+    collection = produce(base, tmp_path, rows)
+    found = sum(features.positions_of(collection, name) for name in collection.records())
+    assert found == sum(int(row.mask[1:].sum()) for row in rows)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stored_bytes_is_what_the_arrays_take(base: Base, half: Base, tmp_path: Path, dtype: str) -> None:
-    rows = make_rows(5)
-    collection = produce(base if dtype == "float32" else half, tmp_path, rows)
-    arrays = [collection.read(name) for name in collection.records()]
-    found = sum(part[key].nbytes for part in arrays for key in ("states", "ids", "mask"))
-    positions = sum(int(row.mask[1:].sum()) for row in rows)
-    assert features.stored_bytes(positions, sum(map(len, rows)), HIDDEN_SIZE, dtype) == found
-
-
-def test_tables_are_kept_once_beside_the_states(base: Base, tmp_path: Path) -> None:
-    collection = Collection(tmp_path, "features", IDENTITY)
-    collection.create()
-    features.save_tables(base, collection)
+def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path: Path, dtype: str) -> None:
+    model = base if dtype == "float32" else half
+    collection = made(tmp_path, model)
+    assert not features.has_tables(collection)
+    with pytest.raises(DamagedError):
+        features.load_tables(collection)
+    features.save_tables(model, collection)
+    assert features.has_tables(collection)
     tables = features.load_tables(collection)
     assert tables["lm_head"].shape == tables["embedding"].shape == (VOCAB_SIZE, HIDDEN_SIZE)
-    assert torch.equal(tables["lm_head"], base.lm_head)
-    assert torch.equal(tables["embedding"], base.embedding)
-    before = (collection.folder / features.TABLES).stat().st_mtime_ns
+    assert tables["lm_head"].dtype == getattr(torch, dtype)
+    assert torch.equal(tables["lm_head"], model.lm_head)
+    assert torch.equal(tables["embedding"], model.embedding[:VOCAB_SIZE])
+    assert features.tables_shape(collection) == {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    features.save_tables(model, collection)
+    times.pop(collection.folder)  # locks come and go in it
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert collection.verify(next(iter(collection.records()))).items == ("tables",)
+
+
+def test_damaged_tables_are_refused(base: Base, tmp_path: Path) -> None:
+    collection = made(tmp_path, base)
     features.save_tables(base, collection)
-    assert (collection.folder / features.TABLES).stat().st_mtime_ns == before
-    assert collection.find() == {}
+    (name,) = collection.records()
+    (path,) = (path for path in (collection.folder / name / "lm_head" / "c").rglob("*") if path.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=name):
+        features.load_tables(collection)
+
+
+def test_segments_say_what_computed_them(base: Base, tmp_path: Path) -> None:
+    collection = produce(base, tmp_path, make_rows(1))
+    _, attributes = collection.read(next(iter(collection.records())))
+    assert attributes["producer"] == base_model.producer(base.device)
+    assert attributes["producer"]["torch"] == torch.__version__
+    assert attributes["positions"] == features.POSITION_RULE

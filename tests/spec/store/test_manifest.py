@@ -1,16 +1,21 @@
-"""A split as a file: it reads back, and whatever is not one is refused."""
+"""A split as a file: it reads back, its digest is what it consists of, and whatever is no manifest is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from spec.corpus import TokenSequence
 from spec.store.manifest import Manifest
 from spec.store.segment import StoreError
-from tests.tiny import chain, store_features
+from tests.tiny import chain, sequence, states_of, store_features
 
 
 @pytest.fixture
@@ -25,26 +30,102 @@ def test_round_trip(manifest: Manifest, tmp_path: Path) -> None:
     assert loaded == manifest
     assert loaded.digest == manifest.digest
     assert len(loaded) == 6
+    assert loaded.dtype == "float32"
+    assert loaded.collection(tmp_path / "store").records().keys() == set(loaded.segments)
     lines = path.read_text().splitlines()
     assert len(lines) == len(dataclasses.fields(Manifest)) + 2  # one field a line: a diff can be read
+
+
+def test_it_says_where_each_sequence_lies(tmp_path: Path) -> None:
+    rows = chain(9, 24)
+    manifest = store_features(tmp_path, [*rows, rows[2]])
+    collection = manifest.collection(tmp_path)
+    records = collection.records()
+    assert manifest.digests == [records[name].digest for name in manifest.segments]
+    assert len(set(manifest.segments)) == len(manifest.segments) == len(records)
+    for index, row in enumerate([*rows, rows[2]]):
+        arrays, _ = collection.read(manifest.segments[manifest.segment[index]])
+        tokens = slice(*arrays["token_offsets"][manifest.row[index] : manifest.row[index] + 2])
+        assert arrays["ids"][tokens].tolist() == row.ids.tolist()
+    assert [manifest.domains[number] for number in manifest.domain] == [row.domain for row in [*rows, rows[2]]]
+
+
+ROWS = chain(6, 24)
+
+
+def digest(root: Path, rows: Sequence[TokenSequence] = ROWS, **options: Any) -> str:
+    return store_features(root, rows, **options).digest
+
+
+@settings(max_examples=15, deadline=None)
+@given(limit=st.integers(1, 200), before=st.integers(0, len(ROWS)), seed=st.integers(0, 9))
+def test_the_digest_does_not_depend_on_how_rows_were_grouped(
+    tmp_path_factory: pytest.TempPathFactory, limit: int, before: int, seed: int
+) -> None:
+    """Whatever was in the store before, in whatever order it came there."""
+    expected = digest(tmp_path_factory.mktemp("one"), segment_tokens=10**6)
+    root = tmp_path_factory.mktemp("other")
+    store_features(root, random.Random(seed).sample([*ROWS[:before], *chain(3, 24, seed=7)], before + 3))
+    assert digest(root, segment_tokens=limit) == expected
+
+
+def test_the_digest_does_not_depend_on_the_bases_name_or_place(manifest: Manifest) -> None:
+    other = dataclasses.replace(manifest, base={**manifest.base, "name": "/elsewhere", "revision": "1"})
+    assert other.digest == manifest.digest
+
+
+def test_the_digest_does_not_depend_on_a_lossless_codec(tmp_path: Path) -> None:
+    assert digest(tmp_path / "none", codec="none") == digest(tmp_path / "zstd", codec="zstd")
+
+
+def test_the_digest_follows_content_and_order(tmp_path: Path) -> None:
+    changed = sequence(ROWS[0].mask.tolist(), [1, *ROWS[0].ids[1:]], ROWS[0].domain)
+    found = [
+        digest(tmp_path / "rows"),
+        digest(tmp_path / "rows", ROWS[::-1]),
+        digest(tmp_path / "rows", ROWS[:-1]),
+        digest(tmp_path / "rows", [*ROWS, ROWS[0]]),
+        digest(tmp_path / "rows", [changed, *ROWS[1:]]),
+        digest(tmp_path / "states", states=lambda row: states_of(row) * (1 + (row is ROWS[3]))),
+        digest(tmp_path / "bfloat16", dtype="bfloat16"),
+        digest(tmp_path / "fp8", codec="fp8"),
+        digest(tmp_path / "domain", [dataclasses.replace(ROWS[0], domain="code"), *ROWS[1:]]),
+        digest(tmp_path / "prompt", [dataclasses.replace(ROWS[0], prompt_length=1), *ROWS[1:]]),
+        digest(tmp_path / "width", vocab_size=25),
+    ]
+    assert len(set(found)) == len(found)
+
+
+PLACED = {"base", "segments", "digests", "segment", "row"}
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("digests", ["0"] * 9),
-        ("row", [1] * 6),
-        ("written", [False] * 6),
-        ("domains", ["x", "y", "z"]),
         ("identity", {"base": "v"}),
+        ("hidden_size", 9),
+        ("vocab_size", 9),
+        ("content", "0" * 64),
+        ("prompt_length", [0] * 6),
+        ("written", [False] * 6),
+        ("domain", [0] * 6),
+        ("domains", ["x", "y", "z"]),
         ("tokens", 0),
+        ("positions", 0),
+        ("base", {"name": "other"}),
+        ("segments", ["x"]),
+        ("digests", ["0"] * 9),
+        ("segment", [1] * 6),
+        ("row", [1] * 6),
     ],
 )
-def test_the_digest_follows_every_field(manifest: Manifest, field: str, value: Any) -> None:
-    assert dataclasses.replace(manifest, **{field: value}).digest != manifest.digest
+def test_the_digest_follows_every_field_but_places(manifest: Manifest, field: str, value: Any) -> None:
+    changed = dataclasses.replace(manifest, **{field: value})
+    assert changed != manifest
+    assert (changed.digest == manifest.digest) == (field in PLACED)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"identity": {}}', '"text"', '{"unknown": 1}'])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"identity": {}}', '"text"', '{"unknown": 1}', "\0"])
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "train.json"
     if content is not None:

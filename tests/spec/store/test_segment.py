@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +20,170 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spec.store import segment
-from spec.store.segment import StoreError
+from spec.store import codecs, segment
+from spec.store.collection import Collection
+from spec.store.segment import DamagedError, Record, Row, StoreError
 
-HOST = socket.gethostname()
 NAME = "0123456789abcdef0123456789abcdef"
+OFFSETS = {
+    "states": "state_offsets",
+    "exact": "state_offsets",
+    "ids": "token_offsets",
+    "mask": "token_offsets",
+    "wide": "wide_offsets",
+}
+ATTRIBUTES = {"dtype": "bfloat16", "offsets": OFFSETS}
+SMALL_CHUNKS = 96
 
 
-def make_arrays(rows: int = 1500, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Arrays of every dtype that the store holds; two chunks each at 1500 rows."""
+def make_rows(lengths: Sequence[int] = (7, 40, 0, 90), seed: int = 0) -> list[Row]:
+    """Rows with arrays of every dtype that the store holds."""
     generator = np.random.default_rng(seed)
-    return {
-        "states": generator.integers(0, 2**16, (rows, 3), np.uint16),
-        "exact": generator.standard_normal((rows, 2)).astype(np.float32),
-        "ids": generator.integers(0, 50_000, rows, np.int32),
-        "mask": generator.integers(0, 2, rows, np.uint8),
-        "offsets": np.arange(rows, dtype=np.int64),
-    }
+    return [
+        {
+            "states": generator.integers(0, 2**16, (length // 2, 3), np.uint16),
+            "exact": generator.standard_normal((length // 2, 2)).astype(np.float32),
+            "ids": generator.integers(0, 50_000, length, np.int32),
+            "mask": generator.integers(0, 2, length, np.uint8),
+            "wide": generator.integers(0, 2**60, length + 1, np.int64),
+        }
+        for length in lengths
+    ]
 
 
-def assert_equal(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> None:
-    assert list(found) == list(expected)
-    for key, array in expected.items():
-        assert found[key].dtype == array.dtype
-        np.testing.assert_array_equal(found[key], array, strict=True)
+def keys(rows: Sequence[Row]) -> list[str]:
+    return [f"key {number}" for number in range(len(rows))]
 
 
-@pytest.fixture(scope="module", params=["none", "zstd"])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A segment to be damaged and mended again."""
-    folder = tmp_path_factory.mktemp("segments")
-    segment.write(folder, NAME, ["a", "b"], make_arrays(), {"dtype": "bfloat16"}, request.param)
-    return folder
+def write(folder: Path, rows: Sequence[Row], codec: str = "none", **attributes: Any) -> Record:
+    return segment.write(folder, NAME, keys(rows), rows, {**ATTRIBUTES, **attributes}, codec)
+
+
+def read(folder: Path, name: str = NAME) -> list[Row]:
+    return segment.rows_of(*segment.read(folder, name))
+
+
+def assert_equal(found: Sequence[Row], expected: Sequence[Row]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert set(one) == set(other)
+        for key, array in other.items():
+            assert one[key].dtype == array.dtype
+            np.testing.assert_array_equal(one[key], array, strict=True)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "_CHUNK_BYTES", SMALL_CHUNKS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 23, 24, 25, 47, 48, 49, 96, 97]), min_size=1, max_size=4),
+    chunk=st.sampled_from([1, SMALL_CHUNKS, 2**20]),
+    codec=st.sampled_from(["none", "zstd"]),
+    seed=st.integers(0, 9),
+)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], chunk: int, codec: str, seed: int
+) -> None:
+    folder, rows = tmp_path_factory.mktemp("segment"), make_rows(lengths, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs, "_CHUNK_BYTES", chunk)
+        record = write(folder, rows, codec)
+    assert_equal(read(folder), rows)
+    assert segment.read_record(folder, NAME) == record
+    arrays, attributes = segment.read(folder, NAME)
+    segment.check_rows(folder, record, arrays, attributes)
+    whole = [name for name in arrays if name not in OFFSETS]
+    assert sorted(whole) == ["state_offsets", "token_offsets", "wide_offsets"]
+    assert all(arrays[name].dtype == np.int64 for name in whole)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_zeros_are_stored_like_anything_else(tmp_path: Path) -> None:
+    rows = [{"states": np.zeros((110, 4), np.uint16)}]
+    write(tmp_path, rows, offsets={"states": "state_offsets"})
+    assert_equal(read(tmp_path), rows)
+    assert sum(path.stat().st_size for path in (tmp_path / NAME / "states" / "c").rglob("*")) > 110 * 8
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    rows = make_rows()
+    write(tmp_path, rows)
+    arrays, attributes = segment.read(tmp_path, NAME, only=("ids", "token_offsets"))
+    assert sorted(arrays) == ["ids", "token_offsets"]
+    np.testing.assert_array_equal(arrays["ids"], np.concatenate([row["ids"] for row in rows]))
+    nothing, same = segment.read(tmp_path, NAME, only=())
+    assert nothing == {}
+    assert same == attributes
+    assert attributes["dtype"] == "bfloat16"
+
+
+def test_arrays_that_share_offsets_have_the_same_lengths(tmp_path: Path) -> None:
+    rows = make_rows()
+    rows[1] = {**rows[1], "mask": rows[1]["mask"][1:]}
+    with pytest.raises(ValueError, match=r"mask does not share .*token_offsets"):
+        write(tmp_path, rows)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-@pytest.mark.parametrize("rows", [0, 1, 1023, 1024, 1025, 3000])
-def test_what_is_written_is_read(tmp_path: Path, codec: str, rows: int) -> None:
-    arrays = make_arrays(rows)
-    segment.write(tmp_path, NAME, ["a"], arrays, {}, codec)
-    assert_equal(segment.read(tmp_path, NAME), arrays)
-
-
-def test_zeros_are_stored_like_anything_else(tmp_path: Path) -> None:
-    arrays = {"states": np.zeros((1100, 4), np.uint16)}
-    segment.write(tmp_path, NAME, [], arrays, {}, "none")
-    assert_equal(segment.read(tmp_path, NAME), arrays)
-    assert sum(path.stat().st_size for path in (tmp_path / NAME / "states" / "c").rglob("*")) > 1100 * 8
-
-
-def test_any_zarr_reads_it(written: Path) -> None:
-    group = zarr.open_group(written / NAME, mode="r")
+@pytest.mark.usefixtures("small_chunks")
+def test_any_zarr_reads_it(tmp_path: Path, codec: str) -> None:
+    rows = make_rows()
+    write(tmp_path, rows, codec)
+    assert "zarrs" not in zarr.config.get("codec_pipeline.path")
+    group = zarr.open_group(tmp_path / NAME, mode="r")
     assert group.attrs["dtype"] == "bfloat16"
-    for key, array in make_arrays().items():
-        np.testing.assert_array_equal(np.asarray(group[key]), array)
+    for key, bounds in OFFSETS.items():
+        offsets = np.asarray(group[bounds])
+        assert group[key].chunks[0] < group[key].shape[0]  # several chunks
+        for number, row in enumerate(rows):
+            np.testing.assert_array_equal(group[key][offsets[number] : offsets[number + 1]], row[key])
 
 
-def test_the_record(written: Path) -> None:
-    record = segment.read_record(written, NAME)
-    files = [path for path in (written / NAME).rglob("*") if path.is_file() and path.name != segment.RECORD]
-    assert record == segment.Record(
-        NAME, ("a", "b"), segment.content_digest(make_arrays()), sum(path.stat().st_size for path in files)
-    )
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_the_record(tmp_path: Path, codec: str) -> None:
+    rows = make_rows()
+    written = write(tmp_path, rows, codec)
+    paths = [path for path in (tmp_path / NAME).rglob("*") if path.is_file() and path.name != segment.RECORD]
+    record = segment.read_record(tmp_path, NAME)
+    assert record == written
+    assert (record.name, record.items) == (NAME, tuple(keys(rows)))
+    assert record.digests == tuple(segment.digest_row(row) for row in rows)
+    assert record.size == sum(path.stat().st_size for path in paths)
+    assert {name: size for name, (size, _) in record.files.items()} == {
+        path.relative_to(tmp_path / NAME).as_posix(): path.stat().st_size for path in paths
+    }
+    assert all((digest is not None) == name.endswith("zarr.json") for name, (_, digest) in record.files.items())
 
 
-def test_the_digest_does_not_depend_on_the_codec(tmp_path: Path) -> None:
-    records = [segment.write(tmp_path / codec, NAME, [], make_arrays(), {}, codec) for codec in ("none", "zstd")]
-    assert records[0].digest == records[1].digest
-    assert records[0].bytes != records[1].bytes
+def test_digests_do_not_depend_on_codec_chunks_or_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows()
+    plain, packed = (write(tmp_path / codec, rows, codec) for codec in ("none", "zstd"))
+    monkeypatch.setattr(codecs, "_CHUNK_BYTES", SMALL_CHUNKS)
+    cut = write(tmp_path / "cut", rows)
+    assert plain.digest == packed.digest == cut.digest
+    assert len({record.size for record in (plain, packed, cut)}) == 3
+    fewer = write(tmp_path / "fewer", rows[1:3])
+    assert fewer.digests == plain.digests[1:3]
+    assert fewer.digest != plain.digest
 
 
-def test_the_digest_holds_names_dtypes_shapes_and_values() -> None:
+def test_the_digest_of_a_segment_follows_keys_rows_and_order() -> None:
+    def digest(items: str, digests: str) -> str:
+        return Record("name", tuple(items), tuple(digests), 0, {}).digest
+
+    found = [digest("ab", "xy"), digest("ba", "xy"), digest("ab", "yx"), digest("ac", "xy"), digest("a", "x")]
+    assert len(set(found)) == len(found)
+    assert Record("other", ("a",), ("x",), 9, {"f": (1, None)}).digest == digest("a", "x")
+
+
+def test_the_digest_of_a_row_holds_names_dtypes_shapes_and_values() -> None:
     array = np.arange(6, dtype=np.int32)
     digests = {
-        segment.content_digest(arrays)
+        segment.digest_row(arrays)
         for arrays in (
             {"a": array},
             {"b": array},
@@ -104,113 +195,247 @@ def test_the_digest_holds_names_dtypes_shapes_and_values() -> None:
     }
     assert len(digests) == 6
     pair = {"a": array, "b": array + 1}
-    assert segment.content_digest(pair) == segment.content_digest(dict(reversed(pair.items())))
+    assert segment.digest_row(pair) == segment.digest_row(dict(reversed(pair.items())))
     columns = np.asfortranarray(np.arange(6).reshape(2, 3))
-    assert segment.content_digest({"a": columns}) == segment.content_digest({"a": columns.copy(order="C")})
+    assert segment.digest_row({"a": columns}) == segment.digest_row({"a": columns.copy(order="C")})
 
 
-def chunks(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / NAME).glob("*/c/**/*") if path.is_file())
+# Damage --------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_any_damage_to_chunks_is_noticed(written: Path, data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from(chunks(written)))
-    content = path.read_bytes()
-    places = st.integers(0, len(content) - 1)
-    kind = data.draw(st.sampled_from(["flip", "cut", "grow", "drop", "zero"]))
-    at = data.draw(places)
-    if kind == "flip":
-        damaged = content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :]
-    elif kind == "cut":
-        damaged = content[: max(at, 1)]
-    elif kind == "grow":
-        damaged = content + data.draw(st.binary(min_size=1, max_size=8))
-    elif kind == "drop":
-        damaged = content[:at] + content[at + 1 :]
-    else:
-        damaged = bytes(len(content))
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
+    """A collection of one segment, to be damaged and mended again."""
+    rows = make_rows()
+    collection = Collection(tmp_path_factory.mktemp("store"), "features", {"base": "w"})
+    collection.create()
+    claim = collection.claim(keys(rows))
+    assert claim is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs, "_CHUNK_BYTES", SMALL_CHUNKS)
+        claim.commit(rows, ATTRIBUTES, request.param)
+    yield collection
+    assert_whole(collection)
+
+
+def segment_of(collection: Collection) -> Path:
+    return collection.folder / collection.name_of(keys(make_rows()))
+
+
+def anew(collection: Collection) -> Collection:
+    """The same folder, of whose records nothing is remembered."""
+    return Collection(collection.root, collection.kind, collection.identity)
+
+
+def assert_whole(collection: Collection) -> None:
+    name = segment_of(collection).name
+    fresh = anew(collection)
+    assert fresh.verify(name).items == tuple(keys(make_rows()))
+    assert_equal(segment.rows_of(*fresh.read(name)), make_rows())
+
+
+def assert_noticed(collection: Collection, remembers: Collection) -> None:
+    """By everyone who reads: by verify, and by a reader, which looks at the record and then at the arrays."""
+    name = segment_of(collection).name
+    message = rf"segment {name} in {collection.folder} is missing or damaged .*spec store verify"
+
+    def as_a_reader(collection: Collection) -> None:
+        collection.record(name)
+        collection.read(name)
+
+    for look in (collection.verify, remembers.verify, lambda name: as_a_reader(collection)):
+        with pytest.raises(DamagedError, match=message) as caught:
+            look(name)
+        assert caught.value.name == name
+
+
+@contextlib.contextmanager
+def damaged(path: Path, content: bytes) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_bytes(content)
     try:
-        path.write_bytes(damaged)
-        with pytest.raises(StoreError, match=rf"segment {NAME} in .*{written.name}.* damaged.*delete its folder"):
-            segment.read(written, NAME)
+        yield
     finally:
-        path.write_bytes(content)
-    assert_equal(segment.read(written, NAME), make_arrays())
+        path.write_bytes(before)
 
 
-def test_a_folder_of_chunks_that_is_gone_is_noticed(written: Path, tmp_path: Path) -> None:
-    for key, array in make_arrays().items():
-        copy = shutil.copytree(written, tmp_path / key)
-        shutil.rmtree(copy / NAME / key / "c")
-        assert array.size
-        with pytest.raises(StoreError, match=NAME):
-            segment.read(copy, NAME)
+def files_of(collection: Collection) -> list[Path]:
+    return sorted(path for path in segment_of(collection).rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("loss", ["removed", "emptied"])
-@pytest.mark.parametrize("key", ["states", "ids"])
-def test_a_shard_that_is_gone_is_noticed(written: Path, tmp_path: Path, key: str, loss: str) -> None:
-    copy = shutil.copytree(written, tmp_path / "copy")
-    (path,) = (path for path in chunks(copy) if path.is_relative_to(copy / NAME / key))
-    if loss == "removed":
-        path.unlink()
-    else:
-        path.write_bytes(b"")
-    with pytest.raises(StoreError, match=NAME):
-        segment.read(copy, NAME)
-
-
-def test_damage_to_metadata_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
-    arrays = {"ids": np.arange(1, 1501, dtype=np.int32)}
-    segment.write(tmp_path, NAME, [], arrays, {}, "none")
-    path = tmp_path / NAME / "ids" / "zarr.json"
+@settings(max_examples=250, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_any_file_is_noticed(whole: Collection, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(files_of(whole)))
     content = path.read_bytes()
-    shape = content.index(b"1500")
-    for at in range(shape, shape + 4):
-        for bit in range(4):
-            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
-            try:
-                found = segment.read(tmp_path, NAME)
-            except StoreError:
-                continue
-            assert_equal(found, arrays)
-
-
-@pytest.mark.parametrize("lost", ["ids", "ids/zarr.json", "zarr.json", ""])
-def test_missing_parts_are_named(written: Path, tmp_path: Path, lost: str) -> None:
-    copy = shutil.copytree(written, tmp_path / "copy")
-    path = copy / NAME / lost
-    if path.is_dir():
-        shutil.rmtree(path)
+    at = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["flip", "change", "cut", "grow", "drop", "insert", "zero", "swap"]))
+    if kind == "flip":
+        wrong = content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :]
+    elif kind == "change":
+        wrong = content[:at] + bytes([(content[at] + data.draw(st.integers(1, 255))) % 256]) + content[at + 1 :]
+    elif kind == "cut":
+        wrong = content[:at]
+    elif kind == "grow":
+        wrong = content + data.draw(st.binary(min_size=1, max_size=8))
+    elif kind == "drop":
+        wrong = content[:at] + content[at + 1 :]
+    elif kind == "insert":
+        wrong = content[:at] + data.draw(st.binary(min_size=1, max_size=2)) + content[at:]
+    elif kind == "zero":
+        wrong = bytes(len(content))
     else:
-        path.unlink()
-    with pytest.raises(StoreError, match=rf"segment {NAME} .*missing or damaged"):
-        segment.read(copy, NAME)
+        wrong = content[at:] + content[:at]
+    if wrong == content:  # as a turn of equal bytes is
+        return
+    remembers = anew(whole)
+    remembers.record(segment_of(whole).name)
+    with damaged(path, wrong):
+        assert_noticed(anew(whole), remembers)
 
 
-@pytest.mark.parametrize("content", ["", '{"items": [', "{}"])
-def test_a_damaged_record_is_named(written: Path, tmp_path: Path, content: str) -> None:
-    copy = shutil.copytree(written, tmp_path / "copy")
-    (copy / NAME / segment.RECORD).write_text(content)
+def test_any_file_that_is_gone_is_noticed(whole: Collection) -> None:
+    remembers = anew(whole)
+    remembers.record(segment_of(whole).name)
+    for path in files_of(whole):
+        with damaged(path, path.read_bytes()):
+            path.unlink()
+            assert_noticed(anew(whole), remembers)
+
+
+def test_any_folder_that_is_gone_is_noticed(whole: Collection, tmp_path: Path) -> None:
+    remembers = anew(whole)
+    remembers.record(segment_of(whole).name)
+    for path in [*segment_of(whole).glob("*/"), *segment_of(whole).glob("*/c/"), segment_of(whole)]:
+        path.rename(tmp_path / "gone")
+        try:
+            assert_noticed(anew(whole), remembers)
+        finally:
+            (tmp_path / "gone").rename(path)
+
+
+def test_any_bit_of_the_record_counts(tmp_path: Path) -> None:
+    write(tmp_path, make_rows((3, 2)))
+    content = (tmp_path / NAME / segment.RECORD).read_bytes()
+    assert Record.from_bytes(NAME, content).to_bytes() == content
+    wrong = [bytes([byte ^ 1 << bit]) for byte in content for bit in range(8)]
+    for place, byte in enumerate(wrong):
+        at = place // 8
+        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+            Record.from_bytes(NAME, content[:at] + byte + content[at + 1 :])
+
+
+@pytest.mark.parametrize("content", [b"", b'{"items": [', b"{}", b"[]", b"null", b"\xff\xfe", b'{"format": 1}'])
+def test_what_is_no_record_is_named(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path, make_rows((3,)))
+    (tmp_path / NAME / segment.RECORD).write_bytes(content)
     with pytest.raises(StoreError, match=NAME):
-        segment.read_record(copy, NAME)
+        segment.read_record(tmp_path, NAME)
 
 
-@pytest.mark.parametrize("step", ["create_group", "_flush", "write_json"])
+def test_stray_files_do_no_harm(whole: Collection) -> None:
+    folder = segment_of(whole)
+    strays = [
+        folder / ".DS_Store",
+        folder / "notes.txt",
+        folder / "ids" / ".nfs0001",
+        folder / "ids" / "c" / "9",
+        folder / "other" / "zarr.json",
+        folder / "states" / "c" / "1" / "0",
+    ]
+    made = [path.parent for path in strays if not path.parent.exists()]
+    for path in strays:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"{stray")
+    try:
+        assert_whole(whole)
+        assert whole.survey()[1] == {}
+    finally:
+        for path in strays:
+            path.unlink()
+        for path in made:
+            path.rmdir()
+
+
+def test_a_whole_segment_under_another_name_is_damage(whole: Collection) -> None:
+    """Such as a folder that was copied or renamed by hand."""
+    other = whole.folder / NAME
+    shutil.copytree(segment_of(whole), other)
+    try:
+        with pytest.raises(DamagedError, match=rf"segment {NAME} .*other rows than its name stands for"):
+            anew(whole).verify(NAME)
+        assert list(anew(whole).survey()[1]) == [NAME]
+    finally:
+        shutil.rmtree(other)
+
+
+def test_a_segment_of_another_identity_is_damage(whole: Collection, tmp_path: Path) -> None:
+    name = segment_of(whole).name
+    other = Collection(tmp_path, whole.kind, {"base": "v"})
+    other.create()
+    shutil.copytree(segment_of(whole), other.folder / name)
+    with pytest.raises(DamagedError, match=rf"identity is {whole.digest}, expected {other.digest}"):
+        other.read(name)
+    with pytest.raises(DamagedError, match=name):
+        other.verify(name)
+
+
+def test_rows_that_are_not_those_of_the_record_are_named(tmp_path: Path) -> None:
+    """As after a fault that left every checksum of a file right."""
+    rows = make_rows()
+    record = write(tmp_path, rows)
+    arrays, attributes = segment.read(tmp_path, NAME)
+    segment.check_rows(tmp_path, record, arrays, attributes)
+    ids = arrays["ids"].copy()
+    ids[[0, -1]] += 1
+    with pytest.raises(DamagedError, match=rf"segment {NAME} .*rows \[0, 3\] have another content"):
+        segment.check_rows(tmp_path, record, {**arrays, "ids": ids}, attributes)
+    with pytest.raises(DamagedError, match=NAME):
+        segment.check_rows(tmp_path, record, {**arrays, "ids": ids[:-1]}, attributes)
+    with pytest.raises(DamagedError, match=NAME):
+        segment.check_rows(tmp_path, record, arrays, {**attributes, "offsets": {"lost": "lost_offsets"}})
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def patched(owner: Any, name: str, fail: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(owner, name, fail)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_an_array(*arguments: Any, **options: Any) -> None:
+    """What a disk that fills up in the middle of an array leaves."""
+    folder: Path = arguments[0]
+    (folder / "states" / "c").mkdir(parents=True)
+    (folder / "zarr.json").write_text("{")
+    full()
+
+
+STEPS = {
+    "a group": patched(segment.zarr, "create_group", full),
+    "an array": patched(segment, "_write_group", half_an_array),
+    "sizes": patched(segment, "_marks", full),
+    "the record": patched(Path, "write_bytes", full),
+    "a flush": patched(segment, "_flush", full),
+    "a sync": patched(os, "fsync", full),
+    "the name": patched(Path, "rename", full),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "no space left")
-
-    owner = {"create_group": segment.zarr, "_flush": segment, "write_json": segment.files}[step]
     with monkeypatch.context() as patch:
-        patch.setattr(owner, step, fail)
-        with pytest.raises(OSError, match="no space left"):
-            segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
+        STEPS[step](patch)
+        with pytest.raises(OSError, match="No space left") as caught:
+            write(tmp_path, make_rows())
+    assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
-    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
-    assert_equal(segment.read(tmp_path, NAME), make_arrays(3))
+    write(tmp_path, make_rows())
+    assert_equal(read(tmp_path), make_rows())
 
 
 def test_a_segment_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +445,11 @@ def test_a_segment_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def watched(path: Path, target: Path) -> Path:
         assert not target.exists()
         assert (path / segment.RECORD).is_file()
-        assert_equal(segment.read(path.parent, path.name), make_arrays(3))
+        assert_equal(read(path.parent, path.name), make_rows())
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", watched)
-    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
+    write(tmp_path, make_rows())
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
@@ -235,69 +460,82 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
 
     def watched(path: Path, target: Path) -> Path:
         assert {part.stat().st_ino for part in [path, *path.rglob("*")]} <= flushed
+        assert tmp_path.stat().st_ino not in flushed
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", watched)
-    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
+    write(tmp_path, make_rows())
     assert (tmp_path / NAME).is_dir()
+    assert tmp_path.stat().st_ino in flushed  # and then its name
 
 
 def test_a_segment_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
-    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
+    write(tmp_path, make_rows())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "zstd").name == NAME
+    assert write(tmp_path, make_rows(), "zstd").name == NAME
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_segment_without_its_record_is_replaced(tmp_path: Path) -> None:
-    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
+    write(tmp_path, make_rows())
     (tmp_path / NAME / segment.RECORD).unlink()
-    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
-    assert segment.read_record(tmp_path, NAME).items == ("a",)
+    write(tmp_path, make_rows())
+    assert segment.read_record(tmp_path, NAME).items == tuple(keys(make_rows()))
+    assert_equal(read(tmp_path), make_rows())
 
 
-def litter(folder: Path, owner: str) -> Path:
-    path = folder / f".partial-{owner}-{NAME}"
-    path.mkdir()
-    (path / "zarr.json").write_text("{")
-    return path
+def test_what_an_earlier_writer_left_is_no_part_of_a_segment(tmp_path: Path) -> None:
+    left = tmp_path / f"{segment.PARTIAL}{NAME}" / "ids" / "c" / "7"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    write(tmp_path, make_rows())
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert not (tmp_path / NAME / "ids" / "c" / "7").exists()
 
 
-@pytest.fixture
-def dead() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_litter_of_dead_processes_is_cleaned_and_of_living_ones_kept(tmp_path: Path, dead: int) -> None:
-    gone = litter(tmp_path, f"{HOST}-{dead}")
-    kept = [litter(tmp_path, owner) for owner in (f"{HOST}-{os.getppid()}", f"{HOST}-1", f"elsewhere-{dead}")]
-    segment.write(tmp_path, NAME, ["a"], make_arrays(3), {}, "none")
-    segment.clean_litter(tmp_path)
-    assert not gone.exists()
-    assert all(path.exists() for path in kept)
-    assert_equal(segment.read(tmp_path, NAME), make_arrays(3))
-
-
-def test_litter_of_a_host_whose_name_begins_like_this_one_is_kept(tmp_path: Path, dead: int) -> None:
-    kept = [litter(tmp_path, f"{HOST}-{dead}-{os.getpid()}"), litter(tmp_path, f"{HOST}-gpu-{dead}")]
-    segment.clean_litter(tmp_path)
-    assert all(path.exists() for path in kept)
-
-
-def test_a_killed_writer_leaves_no_segment(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_litter_and_no_segment(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; import numpy as np; from spec.store import segment\n"
-        "segment._flush = lambda folder: os.kill(os.getpid(), 9)\n"
-        f"segment.write(Path(sys.argv[1]), '{NAME}', ['a'], {{'ids': np.arange(9)}}, {{}}, 'none')\n"
+        "from spec.store.collection import Collection\n"
+        "segment._flush = lambda paths: os.kill(os.getpid(), 9)\n"
+        "collection = Collection(Path(sys.argv[1]), 'features', {'base': 'w'})\n"
+        "collection.create()\n"
+        "row = {'ids': np.arange(9, dtype=np.int32)}\n"
+        "collection.claim(['a']).commit([row], {'offsets': {'ids': 'token_offsets'}}, 'none')\n"
     )
     root = Path(segment.__file__).parents[2]
     status = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root).returncode
     assert status == -9
-    (partial,) = tmp_path.iterdir()
-    assert partial.name.startswith(".partial")
-    assert json.loads((partial / segment.RECORD).read_text())["items"] == ["a"]  # as late as a kill can come
-    segment.clean_litter(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    collection = Collection(tmp_path, "features", {"base": "w"})
+    name = collection.name_of(["a"])
+    left = {path.name for path in collection.folder.iterdir()}
+    assert left == {"identity.json", f".lock-{name}", f"{segment.PARTIAL}{name}"}
+    record = json.loads((collection.folder / f"{segment.PARTIAL}{name}" / segment.RECORD).read_bytes())
+    assert record["items"] == ["a"]  # as late as a kill can come
+    assert collection.records() == {}
+    assert not collection.holds(["a"])
+    collection.create()
+    assert [path.name for path in collection.folder.iterdir()] == ["identity.json"]
+
+
+def test_names_are_those_of_segments_alone(tmp_path: Path) -> None:
+    write(tmp_path, make_rows((3,)))
+    (tmp_path / f"{segment.PARTIAL}x").mkdir()
+    (tmp_path / ".damaged-x").mkdir()
+    (tmp_path / "identity.json").write_text("{}")
+    assert list(segment.names(tmp_path)) == [NAME]
+    assert list(segment.names(tmp_path / "nowhere")) == []
+
+
+def test_a_chunk_may_hold_anything(tmp_path: Path) -> None:
+    """Content of one value, which codecs shorten most, and of every byte."""
+    row: dict[str, NDArray[Any]] = {
+        "states": np.full((400, 3), 0x7FC0, np.uint16),
+        "exact": np.full((400, 2), np.nan, np.float32),
+        "ids": np.resize(np.arange(256, dtype=np.int32), 900),
+        "mask": np.resize(np.arange(256, dtype=np.uint8), 900),
+        "wide": np.full(5, -(2**63), np.int64),
+    }
+    for codec in ("none", "zstd"):
+        record = write(tmp_path / codec, [row], codec)
+        assert tuple(map(segment.digest_row, read(tmp_path / codec))) == record.digests

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from spec.heads import Speculator, SpeculatorConfig, build, init_random
-from spec.store.reader import Positions
+from spec.base import Base, hidden_states
+from spec.corpus import TokenSequence
+from spec.heads import Speculator, SpeculatorConfig, build, init_from_base, init_random
+from spec.store.features import kept_positions
+from spec.store.reader import Positions, tokens_around
 from spec.training import loss as loss_module
-from spec.training.loss import SpeculatorLoss, linear_cross_entropy
+from spec.training.loss import SpeculatorLoss, Supervision, linear_cross_entropy
+from tests.tiny import sequence
 
 V, D, P = 19, 8, 23
 
@@ -22,7 +29,7 @@ V, D, P = 19, 8, 23
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one not full."""
-    monkeypatch.setattr(loss_module, "CHUNK", 5)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * V)
 
 
 def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,20 +40,57 @@ def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tupl
     return hidden, weight, targets, torch.rand(rows, generator=generator, dtype=dtype)
 
 
-@settings(max_examples=20, deadline=None)
-@given(rows=st.integers(0, 17), seed=st.integers(0, 99), factor=st.sampled_from([1.0, -3.5]))
-def test_the_fused_loss_is_cross_entropy(rows: int, seed: int, factor: float) -> None:
+rows_of_logits = st.sampled_from([1, V - 1, V, 2 * V, 5 * V + 3, 1000 * V])
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(0, 17), seed=st.integers(0, 99), factor=st.sampled_from([1.0, -3.5]), chunk=rows_of_logits)
+def test_the_fused_loss_is_cross_entropy(rows: int, seed: int, factor: float, chunk: int) -> None:
     hidden, weight, targets, scale = inputs(rows, seed)
     logits = hidden @ weight.T
     plain = F.cross_entropy(logits, targets, reduction="none")
     expected = torch.autograd.grad((plain * scale).sum() * factor, (hidden, weight))
-    total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+        total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale)
     (total * factor).backward()
     torch.testing.assert_close(total, (plain * scale).sum())
     torch.testing.assert_close(losses, plain)
     assert torch.equal(correct, logits.argmax(1) == targets)
     torch.testing.assert_close((hidden.grad, weight.grad), expected)
     assert not losses.requires_grad
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(0, 17), seed=st.integers(0, 99), factor=st.sampled_from([1.0, -3.5]), chunk=rows_of_logits)
+def test_with_a_teacher_it_is_the_divergence_from_its_distribution(
+    rows: int, seed: int, factor: float, chunk: int
+) -> None:
+    hidden, weight, targets, scale = inputs(rows, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    states, table = (torch.randn(n, D + 3, generator=generator, dtype=torch.float64) for n in (rows, V))
+    targets[::3] = -1  # written, but outside the draft vocabulary
+    logits = hidden @ weight.T
+    plain = F.kl_div(logits.log_softmax(1), (states @ table.T).softmax(1), reduction="none").sum(1)
+    expected = torch.autograd.grad((plain * scale).sum() * factor, (hidden, weight))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+        total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale, (states, table))
+    (total * factor).backward()
+    torch.testing.assert_close(total, (plain * scale).sum())
+    torch.testing.assert_close(losses, plain)
+    assert torch.equal(correct, logits.argmax(1) == targets)
+    torch.testing.assert_close((hidden.grad, weight.grad), expected)
+
+
+def test_a_head_that_is_its_teacher_has_nothing_to_learn() -> None:
+    hidden, weight, targets, scale = inputs(12)
+    total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, (hidden.detach(), weight.detach()))
+    total.backward()
+    nothing = [losses, hidden.grad, weight.grad]
+    for tensor in nothing:
+        assert tensor is not None
+        torch.testing.assert_close(tensor, torch.zeros_like(tensor), rtol=0, atol=1e-14)
 
 
 def test_gradients_reach_the_table_that_two_calls_share() -> None:
@@ -133,6 +177,16 @@ def make_batch(seed: int = 0, rows: int = P) -> Positions:
     )
 
 
+def make_loss(speculator: Speculator, *args: Any) -> SpeculatorLoss:
+    return SpeculatorLoss(speculator, *args).double()
+
+
+def measure(loss: SpeculatorLoss, batch: Positions, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    supervision = loss.supervise(batch)
+    result: tuple[Tensor, Tensor] = loss(batch.states, supervision, supervision.counts if counts is None else counts)
+    return result
+
+
 def reference(speculator: Speculator, batch: Positions, counts: Tensor) -> tuple[Tensor, list[list[float]]]:
     """The mean over heads of each head's mean, from all logits; and each head's sums of loss and hits."""
     total = torch.zeros((), dtype=torch.float64)
@@ -154,33 +208,228 @@ def test_the_loss_of_all_heads(method: str, changed: dict[str, Any], drafted: in
     expected, sums = reference(speculator, batch, counts)
     parameters = [p for p in speculator.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(expected, parameters)
-    total, found = SpeculatorLoss(speculator)(batch, counts)
-    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    total, found = measure(make_loss(speculator), batch, counts)
+    torch.testing.assert_close(total, expected)
     torch.testing.assert_close(found, torch.tensor(sums, dtype=torch.float64), rtol=1e-9, atol=0)
     for grad, other in zip(torch.autograd.grad(total, parameters), wanted, strict=True):
-        torch.testing.assert_close(grad, other, rtol=1e-6, atol=1e-7)  # the scale is float32
+        torch.testing.assert_close(grad, other)
     assert found[:, 1].sum() > 0
     assert not found.requires_grad
+
+
+class Split:
+    """Sequences with their states in float64, as a batch of cached positions."""
+
+    def __init__(self, rows: Sequence[TokenSequence], hidden: Sequence[Tensor]) -> None:
+        self.rows, self.hidden = rows, hidden
+
+    def batch(self, chosen: Sequence[int] | None = None) -> Positions:
+        chosen = range(len(self.rows)) if chosen is None else chosen
+        rows = [self.rows[index] for index in chosen]
+        kept = [self.hidden[index][kept_positions(self.rows[index].mask)] for index in chosen]
+        ids, mask = (np.concatenate([getattr(row, name) for row in rows]) for name in ("ids", "mask"))
+        around = tokens_around(ids, mask, np.cumsum([0, *map(len, rows)], dtype=np.int64), 3)
+        return Positions(torch.cat(kept), *around)
+
+    def by_hand(
+        self, speculator: Speculator, weights: Sequence[float], lm_head: Tensor | None
+    ) -> tuple[Tensor, list[list[float]]]:
+        """The loss and each head's sums, one position and head at a time, from the sequences themselves."""
+        losses: list[list[Tensor]] = [[], [], []]
+        sums = [[0.0, 0, 0] for _ in range(3)]
+        drafted = range(V) if speculator.token_map is None else speculator.token_map.tolist()
+        for row, hidden in zip(self.rows, self.hidden, strict=True):
+            ids, mask = row.ids.tolist(), row.mask.tolist()
+            for t in range(len(ids) - 1):
+                fed = torch.tensor([[*ids[t + 1 : t + 4], 0, 0, 0][:3]])
+                logits = speculator(hidden[t, None], fed)[:, 0]
+                for i in range(3):
+                    span = mask[t + 1 : t + 3 + i]
+                    if len(span) < 2 + i or not all(span):
+                        continue
+                    sums[i][2] += 1
+                    target = ids[t + 2 + i]
+                    if lm_head is not None:  # the base wrote the target from its state right before it
+                        soft = (lm_head @ hidden[t + 1 + i])[list(drafted)].softmax(0)
+                        losses[i].append(F.kl_div(logits[i].log_softmax(0), soft, reduction="sum"))
+                    elif target in drafted:
+                        losses[i].append(-logits[i].log_softmax(0)[drafted.index(target)])
+                    sums[i][1] += drafted[int(logits[i].argmax())] == target
+        means = [torch.stack(part).sum() / sums[i][2] if part else torch.zeros(()) for i, part in enumerate(losses)]
+        total = sum((w * mean for w, mean in zip(weights, means, strict=True)), torch.zeros((), dtype=torch.float64))
+        for i, part in enumerate(losses):
+            sums[i][0] = sum(loss.item() for loss in part)
+        return total / sum(weights), sums
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> Split:
+    """A few sequences with any turns."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    masks = draw(st.lists(st.lists(st.integers(0, 3).map(bool), min_size=1, max_size=12), min_size=1, max_size=4))
+    rows = [sequence(list(map(int, mask)), torch.randint(V, (len(mask),), generator=generator)) for mask in masks]
+    return Split(rows, [torch.randn(len(row), D, generator=generator, dtype=torch.float64) for row in rows])
+
+
+def table() -> Tensor:
+    return torch.randn(V, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    split=splits(),
+    case=st.sampled_from(CASES),
+    drafted=st.sampled_from([None, 11]),
+    weights=st.sampled_from([None, [1.0, 2.0, 3.0], [2.0, 0.5, 0.5]]),
+    soft=st.booleans(),
+    chunk=rows_of_logits,
+)
+def test_loss_and_gradients_are_those_of_one_position_after_the_other(
+    split: Split,
+    case: tuple[str, dict[str, Any]],
+    drafted: int | None,
+    weights: list[float] | None,
+    soft: bool,
+    chunk: int,
+) -> None:
+    speculator = make(*case, drafted)
+    lm_head = table() if soft else None
+    expected, sums = split.by_hand(speculator, weights or [1.0, 1.0, 1.0], lm_head)
+    batch = split.batch()
+    loss = make_loss(speculator, weights, lm_head)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+        total, found = measure(loss, batch)
+    torch.testing.assert_close(total, expected)
+    figures = torch.cat([found, loss.supervise(batch).counts[:, None]], 1)
+    torch.testing.assert_close(figures, torch.tensor(sums, dtype=torch.float64))
+    parameters = [p for p in speculator.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(total, parameters)
+    if expected.requires_grad:
+        wanted = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)
+        for grad, other in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, other)
+    else:
+        assert not any(grad.any() for grad in grads)
+
+
+def test_the_teacher_is_the_bases_own_next_token_distribution(base: Base) -> None:
+    """From the model itself: its logits right before the target, not the state that a head drafts from."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.vocab_size, (1, 12), generator=generator)
+    with torch.no_grad():
+        distributions = base.model(input_ids=ids).logits[0].double().log_softmax(1)
+        hidden = hidden_states(base.model, ids)[0]
+    mask = [0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1]
+    row = sequence(mask, ids[0])
+    kept = kept_positions(row.mask)
+    batch = Positions(hidden[kept], *tokens_around(row.ids, row.mask, np.array([0, len(row)]), 3))
+    shape = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size, "n_predict": 3}
+    widths: dict[str, Any] = {"inner_dim": (6,), "emb_dim": (6,), "proj_dim": (6,)}
+    names = {"base_model_name_or_path": "", "base_digest": ""}
+    speculator = build(SpeculatorConfig(method="sum_rnn", **shape, **widths, **names))
+    init_random(speculator)
+    _, sums = SpeculatorLoss(speculator, None, base.lm_head)(
+        batch.states, SpeculatorLoss(speculator, None, base.lm_head).supervise(batch), torch.ones(3)
+    )
+    logits = speculator(batch.states, batch.tokens[:, :3]).double().log_softmax(-1)
+    for i in range(3):
+        expected = [
+            F.kl_div(logits[i, p], distributions[t + 1 + i], reduction="sum", log_target=True)
+            for p, t in enumerate(kept)
+            if len(mask[t + 1 : t + 3 + i]) == 2 + i and all(mask[t + 1 : t + 3 + i])
+        ]
+        assert len(expected) == [6, 4, 2][i]
+        assert sums[i, 0].item() == pytest.approx(torch.stack(expected).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("drafted", [None, 11])
+def test_heads_that_are_the_base_have_nothing_to_learn(drafted: int | None, tied: bool) -> None:
+    """Where the state never changes, Medusa's first heads are the base at every distance."""
+    lm_head = table()
+    speculator = make("medusa", {"tie_weights": tied}, drafted)
+    init_from_base(speculator, lm_head, lm_head)
+    rows = [sequence([0, 1, 1, 1, 1, 1], range(6)), sequence([1] * 7, range(7))]
+    batch = Split(rows, [torch.full((len(row), D), 0.5, dtype=torch.float64) for row in rows]).batch()
+    total, sums = measure(make_loss(speculator, None, lm_head), batch)
+    total.backward()
+    assert sums[:, 0].abs().max() < 1e-13
+    for parameter in speculator.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() < 1e-13
+
+
+@settings(max_examples=30, deadline=None)
+@given(split=splits(), cuts=st.lists(st.integers(0, 4), max_size=3), soft=st.booleans(), case=st.sampled_from(CASES))
+def test_micro_batches_add_up_to_their_batch(
+    split: Split, cuts: list[int], soft: bool, case: tuple[str, dict[str, Any]]
+) -> None:
+    speculator = make(*case, 11)
+    loss = make_loss(speculator, [1.0, 2.0, 3.0], table() if soft else None)
+    counts = loss.supervise(split.batch()).counts
+    whole, sums = measure(loss, split.batch(), counts)
+    parameters = [p for p in speculator.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(whole, parameters)
+    places = [0, *sorted(min(cut, len(split.rows)) for cut in cuts), len(split.rows)]
+    parts = [range(a, b) for a, b in pairwise(places) if a < b]
+    measured = [measure(loss, split.batch(part), counts) for part in parts]
+    speculator.zero_grad()
+    for total, _ in measured:
+        total.backward()
+    torch.testing.assert_close(torch.stack([total for total, _ in measured]).sum(), whole)
+    torch.testing.assert_close(torch.stack([found for _, found in measured]).sum(0), sums)
+    for parameter, other in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, other)
 
 
 def test_parts_of_a_batch_add_up_to_it() -> None:
     speculator, batch = make("sum_rnn", {}, 11), make_batch()
     counts = batch.valid.sum(0)
-    whole, sums = SpeculatorLoss(speculator)(batch, counts)
-    cuts = [slice(0, 7), slice(7, 7), slice(7, P)]
-    parts = [Positions(batch.states[cut], batch.tokens[cut], batch.valid[cut]) for cut in cuts]
-    results = [SpeculatorLoss(speculator)(part, counts) for part in parts]
+    loss = make_loss(speculator)
+    whole, sums = measure(loss, batch, counts)
+    results = [measure(loss, batch[cut], counts) for cut in (slice(0, 7), slice(7, 7), slice(7, P))]
     torch.testing.assert_close(torch.stack([total for total, _ in results]).sum(), whole)
     torch.testing.assert_close(torch.stack([part for _, part in results]).sum(0), sums)
 
 
+def test_weights_of_heads_count_by_their_ratio() -> None:
+    speculator, batch = make("sum_rnn", {}, None), make_batch()
+    totals = [measure(make_loss(speculator, weights), batch)[0] for weights in (None, [4.0] * 3, [1.0, 2.0, 6.0])]
+    assert totals[0] == totals[1]
+    alone = [measure(make_loss(speculator, [1.0 if j == i else 1e-30 for j in range(3)]), batch)[0] for i in range(3)]
+    torch.testing.assert_close(totals[0], (alone[0] + alone[1] + alone[2]) / 3)
+    torch.testing.assert_close(totals[2], (alone[0] + 2 * alone[1] + 6 * alone[2]) / 9, rtol=1e-6, atol=0)
+    assert SpeculatorLoss(speculator, [1.0, 2.0, 6.0]).head_weights.mean() == 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_supervision_keeps_all_that_is_on_the_way_to_a_device(soft: bool) -> None:
+    batch = make_batch()
+    loss = make_loss(make("sum_rnn", {}, 11), None, table() if soft else None)
+    made = loss.supervise(batch)
+    moved = made.to(torch.device("cpu"))
+    assert isinstance(moved, Supervision)
+    assert (
+        made.sizes
+        == moved.sizes
+        == (batch.valid if soft else batch.valid & (batch.tokens[:, 1:] >= V - 11)).sum(0).tolist()
+    )
+    assert torch.equal(made.counts, batch.valid.sum(0))
+    for name in ("tokens", "rows", "targets", "heads", "counts"):
+        assert torch.equal(getattr(moved, name), getattr(made, name))
+    assert bool((made.targets < 0).any()) == soft
+
+
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(("method", "changed"), CASES)
-def test_a_batch_without_supervised_tokens_moves_nothing(method: str, changed: dict[str, Any]) -> None:
+def test_a_batch_without_supervised_tokens_moves_nothing(method: str, changed: dict[str, Any], soft: bool) -> None:
     """And every parameter still gets a gradient, which data-parallel training waits for."""
     speculator, batch = make(method, changed, None), make_batch()
     empty = Positions(batch.states, batch.tokens, torch.zeros_like(batch.valid))
-    for nothing in (empty, Positions(batch.states[:0], batch.tokens[:0], batch.valid[:0])):
-        total, sums = SpeculatorLoss(speculator)(nothing, torch.zeros(3, dtype=torch.long))
+    for nothing in (empty, batch[:0]):
+        loss = make_loss(speculator, None, table() if soft else None)
+        total, sums = measure(loss, nothing, torch.zeros(3, dtype=torch.long))
         speculator.zero_grad()
         total.backward()
         assert total.item() == 0

@@ -1,0 +1,128 @@
+"""What is stored of a state: all of it, or an 8-bit float whose error has a bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
+from spec.store import codecs
+from spec.store.codecs import EXACT, FP8, decode, encode, from_numpy, to_numpy
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MANTISSA = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+
+numbers = st.one_of(
+    st.floats(-100, 100, width=32),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.sampled_from([0.0, -0.0, 1.0, 448.0, 2.0**-9, 6e4, 1e-20, 1e-38, 1e-42, 3e38]),
+)
+states = arrays.arrays(np.float32, st.tuples(st.integers(0, 6), st.integers(1, 9)), elements=numbers)
+
+
+def stored(tensors: dict[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
+    return {key: to_numpy(tensor) for key, tensor in tensors.items()}
+
+
+@given(states=states, dtype=st.sampled_from(DTYPES))
+def test_exact_states_come_back_bit_for_bit(states: NDArray[np.float32], dtype: torch.dtype) -> None:
+    tensor = torch.from_numpy(states).to(dtype)
+    kept = stored(encode(tensor, EXACT))
+    assert list(kept) == ["states"]
+    assert kept["states"].dtype == (np.float32 if dtype == torch.float32 else np.uint16)
+    back = decode(kept, dtype, EXACT)
+    assert back.dtype == dtype
+    assert to_numpy(back).tobytes() == kept["states"].tobytes() == to_numpy(tensor).tobytes()
+
+
+@settings(max_examples=300)
+@given(states=states, dtype=st.sampled_from(DTYPES))
+def test_the_error_of_fp8_has_a_bound(states: NDArray[np.float32], dtype: torch.dtype) -> None:
+    """e4m3 has 3 bits behind the point: half a unit in the last place is 2**-4 of a normal number, and 2**-10 of the
+    scale for the subnormal ones. The scale maps a position's largest number to 448. The rest is rounding: of the
+    scale, of the quotient and of the result in its own dtype."""
+    limit = torch.finfo(dtype).max
+    exact = torch.from_numpy(states).clamp(-limit, limit).to(dtype)
+    back = decode(stored(encode(exact, FP8)), dtype, FP8)
+    assert back.dtype == dtype
+    assert back.isfinite().all()
+    wanted, found = exact.double(), back.double()
+    scales = (wanted.abs().amax(1, keepdim=True) / 448).clamp(min=2.0**-126)
+    rounding = 2.0 ** -(MANTISSA[dtype] + 1) * wanted.abs() * 1.07 + 2.0**-24 * wanted.abs()
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bound = torch.maximum(2.0**-4 * wanted.abs(), 2.0**-10 * scales) * (1 + 2.0**-20) + rounding + smallest
+    assert ((wanted - found).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_keeps_zeros_signs_and_the_largest_number(dtype: torch.dtype) -> None:
+    exact = torch.tensor([[0.0, 0.0, 0.0], [-7.0, 3.5, 0.0], [1e4, -1e4, 1e-4]]).to(dtype)
+    back = decode(stored(encode(exact, FP8)), dtype, FP8)
+    assert back[0].tolist() == [0, 0, 0]
+    assert back[1].tolist() == [-7.0, 3.5, 0.0]
+    assert back[2, :2].tolist() == exact[2, :2].tolist()
+
+
+def test_positions_do_not_share_a_scale() -> None:
+    """So a position's states follow from it alone, and a large one beside it costs no precision."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(8, 16, generator=generator) * torch.logspace(-4, 4, 8)[:, None]
+    together = encode(exact, FP8)
+    for row in range(8):
+        alone = encode(exact[row : row + 1], FP8)
+        assert torch.equal(alone["states"][0].view(torch.uint8), together["states"][row].view(torch.uint8))
+        assert torch.equal(alone["scales"][0], together["scales"][row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_takes_a_byte_a_number_and_four_a_position(dtype: torch.dtype) -> None:
+    kept = stored(encode(torch.randn(5, 32).to(dtype), FP8))
+    assert sum(array.nbytes for array in kept.values()) == 5 * (32 + 4)
+    assert (kept["states"].dtype, kept["scales"].dtype) == (np.uint8, np.float32)
+
+
+@pytest.mark.parametrize("how", [EXACT, FP8])
+def test_no_states_are_no_states(how: str) -> None:
+    back = decode(stored(encode(torch.empty(0, 4, dtype=torch.bfloat16), how)), torch.bfloat16, how)
+    assert back.shape == (0, 4)
+
+
+def test_only_fp8_is_another_encoding() -> None:
+    assert codecs.encoding("none") == codecs.encoding("zstd") == EXACT
+    assert codecs.encoding("fp8") == FP8
+
+
+def test_arrays_of_every_dtype_go_to_numpy_and_back_without_a_copy() -> None:
+    for dtype in [*DTYPES, torch.float8_e4m3fn, torch.uint8, torch.int32, torch.int64]:
+        tensor = torch.tensor([[1, 2], [3, 4]]).to(dtype)
+        back = from_numpy(to_numpy(tensor), dtype)
+        assert back.dtype == dtype
+        assert back.data_ptr() == tensor.data_ptr()
+        assert back.tolist() == [[1, 2], [3, 4]]
+
+
+@given(
+    length=st.integers(0, 5000),
+    rest=st.lists(st.integers(1, 5000), max_size=2),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.float32, np.int64]),
+)
+def test_a_chunk_is_about_a_mebibyte_of_whole_rows(length: int, rest: list[int], dtype: type) -> None:
+    row = int(np.prod(rest)) * np.dtype(dtype).itemsize
+    array = np.lib.stride_tricks.as_strided(np.zeros(1, dtype), (length, *rest), [0] * (1 + len(rest)))
+    rows = codecs.chunk_rows(array)
+    assert rows >= 1
+    assert rows == 1 or rows * row <= 2**20 < (rows + 1) * row
+
+
+def test_reading_is_switched_to_the_fast_pipeline_only_inside_the_block() -> None:
+    usual = zarr.config.get("codec_pipeline.path")
+    with codecs.fast_reading():
+        assert zarr.config.get("codec_pipeline.path") == "zarrs.ZarrsCodecPipeline"
+    assert zarr.config.get("codec_pipeline.path") == usual != "zarrs.ZarrsCodecPipeline"

@@ -1,0 +1,183 @@
+"""One holder at a time, and none that is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from spec.errors import SpecError
+from spec.store import locks
+from spec.store.locks import Lock, alone, in_use
+from tests.forked import forked
+
+ROOT = Path(locks.__file__).parents[2]
+
+
+def take(path: Path, wait: bool = False) -> Lock:
+    lock = Lock.acquire(path, wait)
+    assert lock is not None
+    return lock
+
+
+def waiting(path: Path) -> tuple[threading.Thread, list[Lock]]:
+    """A thread that waits for the lock, and where it puts it."""
+    got: list[Lock] = []
+    thread = threading.Thread(target=lambda: got.append(take(path, wait=True)))
+    thread.start()
+    time.sleep(0.1)
+    return thread, got
+
+
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = take(path)
+    assert path.is_file()
+    assert Lock.acquire(path) is None
+    lock.release()
+    assert not path.exists()
+    take(path).release()
+
+
+def test_a_second_release_takes_nothing_from_the_next_holder(tmp_path: Path) -> None:
+    lock = take(tmp_path / "lock")
+    lock.release()
+    other = take(tmp_path / "lock")
+    lock.release()
+    assert Lock.acquire(tmp_path / "lock") is None
+    other.release()
+
+
+def test_who_waits_gets_it_when_it_is_released(tmp_path: Path) -> None:
+    lock = take(tmp_path / "lock")
+    thread, got = waiting(tmp_path / "lock")
+    assert not got
+    lock.release()
+    thread.join(5)
+    assert len(got) == 1
+    assert Lock.acquire(tmp_path / "lock") is None  # the waiter's, although the file it waited on is gone
+    got[0].release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_holder_frees_it_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with forked(lambda: take(path)) as kill:
+        assert Lock.acquire(path) is None
+        thread, got = waiting(path)
+        assert not got
+        began = time.monotonic()
+        kill()
+        thread.join(5)
+        assert time.monotonic() - began < 1
+        got[0].release()
+        assert not path.exists()
+
+
+def test_children_of_a_killed_holder_do_not_keep_it(tmp_path: Path) -> None:
+    """Workers start processes of their own, which may outlive them."""
+    path = tmp_path / "lock"
+    script = (
+        "import subprocess, sys, time; from pathlib import Path; from spec.store.locks import Lock\n"
+        "lock = Lock.acquire(Path(sys.argv[1]))\n"
+        "print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        assert Lock.acquire(path) is None
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # it lives
+        take(path).release()
+    finally:
+        os.kill(child, 9)
+        holder.stdout.close()
+
+
+def test_there_are_never_two_holders(tmp_path: Path) -> None:
+    """Several processes take, release and remove one file as fast as they can; each of them must be alone inside."""
+    script = (
+        "import os, sys; from pathlib import Path; from spec.store.locks import Lock\n"
+        "folder, rounds = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "count, inside = folder / 'count', folder / 'inside'\n"
+        "for _ in range(rounds):\n"
+        "    lock = None\n"
+        "    while lock is None:\n"
+        "        lock = Lock.acquire(folder / 'lock', wait=int(sys.argv[3]) > 0)\n"
+        "    os.close(os.open(inside, os.O_CREAT | os.O_EXCL))\n"
+        "    count.write_text(str(int(count.read_text()) + 1))\n"
+        "    inside.unlink()\n"
+        "    lock.release()\n"
+    )
+    (tmp_path / "count").write_text("0")
+    rounds, modes = 300, (1, 1, 1, 0)
+    commands = [[sys.executable, "-c", script, str(tmp_path), str(rounds), str(mode)] for mode in modes]
+    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [process.wait(60) for process in processes] == [0] * len(modes)
+    assert int((tmp_path / "count").read_text()) == rounds * len(modes)
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
+def test_any_number_uses_a_store_and_nobody_is_alone_with_it_then(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "store"
+    with in_use(root), in_use(root), pytest.raises(SpecError, match=r"in use by a running stage"), alone(root):
+        pass
+    with alone(root):
+        with pytest.raises(SpecError, match=r"being cleaned by another process"), in_use(root):
+            pass
+        with pytest.raises(SpecError, match=r"in use"), alone(root):
+            pass
+    with in_use(root):
+        pass
+
+
+def test_a_killed_user_is_no_user(tmp_path: Path) -> None:
+    held = contextlib.ExitStack()
+    with forked(lambda: held.enter_context(in_use(tmp_path))) as kill:
+        with pytest.raises(SpecError, match=str(tmp_path)), alone(tmp_path):
+            pass
+        kill()
+        with alone(tmp_path):
+            pass
+
+
+def test_an_error_inside_ends_the_use(tmp_path: Path) -> None:
+    for use in (in_use, alone):
+        with pytest.raises(ZeroDivisionError), use(tmp_path):
+            raise ZeroDivisionError
+    with alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(handle: int, kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(SpecError, match=rf"{tmp_path} is on a file system without file locks.*features\.store"):
+        Lock.acquire(tmp_path / "lock")
+    with pytest.raises(SpecError, match="without file locks"), in_use(tmp_path):
+        pass
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    before = len(list(Path("/dev/fd").iterdir()))
+    lock = take(tmp_path / "lock")
+    for _ in range(5):
+        assert Lock.acquire(tmp_path / "lock") is None
+    lock.release()
+    with in_use(tmp_path), pytest.raises(SpecError), alone(tmp_path):
+        pass
+    assert len(list(Path("/dev/fd").iterdir())) == before

@@ -1,0 +1,553 @@
+"""Looking after a store: what is kept, what goes, and that nothing is left of what must be forgotten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec import files
+from spec.corpus import TokenSequence
+from spec.errors import SpecError
+from spec.store import answers, segment, upkeep
+from spec.store.collection import Collection
+from spec.store.locks import in_use
+from spec.store.manifest import Manifest
+from spec.store.plan import item_key
+from spec.store.reader import FeatureReader
+from spec.store.segment import DamagedError, Record, StoreError
+from spec.store.upkeep import Removal
+from tests.tiny import chain, sequence, store_features
+
+AGE = 1000.0
+
+
+def aged(path: Path, seconds: float = 2 * AGE) -> Path:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+    return path
+
+
+def snapshot(root: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file and folder but the lock of the whole store."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in root.rglob("*")
+        if path.name != ".in-use"
+    }
+
+
+def bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def folder_of(root: Path, manifest: Manifest) -> Path:
+    return manifest.collection(root).folder
+
+
+def keep(root: Path, path: Path, manifest: Manifest) -> Path:
+    """Save a manifest in a workspace, and tell the store, as the cache stage does. Returns its root."""
+    before = set((root / upkeep.ROOTS).glob("*"))
+    manifest.save(path)
+    upkeep.add_root(root, path, {folder_of(root, manifest).name: manifest.segments})
+    (made,) = set((root / upkeep.ROOTS).glob("*")) - before
+    return made
+
+
+def save_tables(collection: Collection) -> Record:
+    claim = collection.claim(("tables",))
+    assert claim is not None
+    return claim.commit([{"lm_head": np.ones((3, 2), np.float32)}], {"offsets": {"lm_head": "lm_head_offsets"}}, "none")
+
+
+def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group: int = 3) -> Collection:
+    """Answers to prompts, three in a segment."""
+    collection = Collection(root, "answers", {"base": "w", "tokenizer": tokenizer})
+    collection.create()
+    for start in range(0, len(prompts), group):
+        part = [np.asarray(prompt, np.int32) for prompt in prompts[start : start + group]]
+        claim = collection.claim([item_key(prompt) for prompt in part])
+        assert claim is not None
+        rows = [{"prompt": prompt, "answer": prompt[::-1] + 1} for prompt in part]
+        claim.commit(rows, {"offsets": answers.OFFSETS}, "none")
+    return collection
+
+
+# Roots ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_remembered_with_what_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text("one")
+    assert upkeep.root_segments(tmp_path, path) == {}
+    upkeep.add_root(tmp_path, path, {"features-1": ["a", "b"]})
+    assert upkeep.root_segments(tmp_path, path) == {"features-1": ["a", "b"]}
+    upkeep.add_root(tmp_path, path, {"features-1": ["a"], "answers-2": ["c"]})
+    assert upkeep.root_segments(tmp_path, path) == {"features-1": ["a"], "answers-2": ["c"]}
+    assert upkeep.root_segments(tmp_path, tmp_path / "nowhere.json") == {}
+
+
+def test_branches_that_write_one_path_keep_a_root_each(tmp_path: Path) -> None:
+    path, other = tmp_path / "train.json", tmp_path / "elsewhere.json"
+    for content in ("one", "two"):
+        path.write_text(content)
+        upkeep.add_root(tmp_path, path, {"features-1": [content]})
+    other.write_text("one")
+    upkeep.add_root(tmp_path, other, {"features-1": ["elsewhere"]})
+    assert len(list((tmp_path / upkeep.ROOTS).iterdir())) == 3
+    path.write_text("one")
+    assert upkeep.root_segments(tmp_path, path) == {"features-1": ["one"]}
+    assert upkeep.root_segments(tmp_path, other) == {"features-1": ["elsewhere"]}
+
+
+def test_use_is_written_down_and_makes_no_root(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    upkeep.touch_root(tmp_path, path)
+    path.write_text("one")
+    upkeep.touch_root(tmp_path, path)
+    assert not (tmp_path / upkeep.ROOTS).exists()
+    upkeep.add_root(tmp_path, path, {})
+    (root,) = (tmp_path / upkeep.ROOTS).iterdir()
+    aged(root)
+    upkeep.touch_root(tmp_path, path)
+    assert time.time() - root.stat().st_mtime < AGE
+
+
+# Garbage --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def test_what_a_manifest_names_stays_and_what_none_names_goes(root: Path, tmp_path: Path) -> None:
+    kept = store_features(root, chain(6, 24))
+    unnamed = set(store_features(root, chain(6, 24, seed=1)).segments)
+    folder = folder_of(root, kept)
+    keep(root, tmp_path / "train.json", kept)
+    for name in [*kept.segments, *unnamed]:
+        aged(folder / name)
+    young = store_features(root, chain(3, 24, seed=2))
+    expected_bytes = sum(bytes_of(folder / name) for name in unnamed)
+    removal = upkeep.gc(root, AGE)
+    assert set(segment.names(folder)) == {*kept.segments, *young.segments}
+    assert removal.segments == len(unnamed) > 1
+    assert removal.rows == 6
+    assert removal.bytes == expected_bytes
+    assert removal.kept == len(kept.segments) + len(young.segments)
+    assert {path.name for path in removal.paths} == unnamed
+    assert len(list(FeatureReader(kept, root).sequences(range(6)))) == 6
+    upkeep.gc(root, 0)
+    assert set(segment.names(folder)) == set(kept.segments)
+
+
+def test_litter_and_damage_go_and_damage_that_is_named_stays(root: Path, tmp_path: Path) -> None:
+    kept = store_features(root, chain(6, 24))
+    collection = kept.collection(root)
+    keep(root, tmp_path / "train.json", kept)
+    spoilt = store_features(root, chain(3, 24, seed=1)).segments[0]
+    aside = store_features(root, chain(3, 24, seed=2)).segments[0]
+    (collection.folder / spoilt / segment.RECORD).write_text("{")
+    aged(collection.folder / spoilt)
+    collection.set_aside(aside)
+    shutil.copytree(collection.folder / kept.segments[0], collection.folder / f"{segment.PARTIAL}{spoilt}")
+    (collection.folder / kept.segments[1] / segment.RECORD).unlink()
+    aged(collection.folder / kept.segments[1])
+    removal = upkeep.gc(root, AGE)
+    left = {path.name for path in collection.folder.iterdir() if path.is_dir()}
+    others = {name for seed in (1, 2) for name in store_features(root, chain(3, 24, seed=seed)).segments}
+    assert left - others == set(kept.segments)
+    assert not any(name.startswith(".") or name in (spoilt, aside) for name in left)
+    assert removal.segments == 3
+
+
+def test_tables_stay_as_long_as_their_collection_does(root: Path, tmp_path: Path) -> None:
+    manifest = store_features(root, chain(3, 24))
+    collection = manifest.collection(root)
+    tables = save_tables(collection)
+    for name in collection.records():
+        aged(collection.folder / name)
+    held = keep(root, tmp_path / "train.json", manifest)
+    upkeep.gc(root, AGE)
+    assert set(collection.records()) == {*manifest.segments, tables.name}
+    held.unlink()
+    other = store_features(root, chain(3, 24, seed=1)).segments  # young
+    upkeep.gc(root, AGE)
+    assert set(segment.names(collection.folder)) == {*other, tables.name}
+    for name in other:
+        aged(collection.folder / name)
+    upkeep.gc(root, AGE)
+    assert not collection.folder.exists()  # nobody can need the tables alone
+    assert {path.name for path in root.iterdir()} == {upkeep.ROOTS, ".in-use"}
+
+
+def test_a_root_counts_as_long_as_its_file_is_there_or_it_was_used_lately(root: Path, tmp_path: Path) -> None:
+    splits = {name: store_features(root, chain(3, 24, seed=seed)) for seed, name in enumerate("abcde")}
+    folder = folder_of(root, splits["a"])
+    roots = {name: keep(root, tmp_path / f"{name}.json", split) for name, split in splits.items()}
+    for name in segment.names(folder):
+        aged(folder / name)
+    for path in roots.values():
+        aged(path)
+    (tmp_path / "b.json").write_text("changed")
+    (tmp_path / "c.json").unlink()
+    (tmp_path / "d.json").write_text("changed, but used lately")
+    os.utime(roots["d"])
+    (tmp_path / "e.json").unlink()
+    aged(roots["e"], AGE / 2)
+    removal = upkeep.gc(root, AGE)
+    assert set(segment.names(folder)) == {name for split in "ade" for name in splits[split].segments}
+    assert {name for name, path in roots.items() if path.exists()} == set("ade")
+    assert removal.segments == len(splits["b"].segments) + len(splits["c"].segments)
+
+
+def test_a_segment_that_one_of_two_roots_names_stays(root: Path, tmp_path: Path) -> None:
+    rows = chain(4, 24)
+    manifest = store_features(root, rows)
+    part = store_features(root, rows[:2])
+    keep(root, tmp_path / "part.json", part)
+    aged(keep(root, tmp_path / "gone.json", manifest))
+    (tmp_path / "gone.json").unlink()
+    folder = folder_of(root, manifest)
+    for name in segment.names(folder):
+        aged(folder / name)
+    upkeep.gc(root, AGE)
+    assert set(segment.names(folder)) == set(part.segments) < set(manifest.segments)
+
+
+def test_a_dry_run_counts_the_same_and_removes_nothing(root: Path, tmp_path: Path) -> None:
+    kept, gone = store_features(root, chain(6, 24)), store_features(root, chain(6, 24, seed=1))
+    collection = kept.collection(root)
+    keep(root, tmp_path / "kept.json", kept)
+    aged(keep(root, tmp_path / "gone.json", gone))
+    (tmp_path / "gone.json").unlink()
+    save_answers(root, [[1, 2, 3]])
+    for path in root.glob("*/*/"):
+        aged(path)
+    (collection.folder / f"{segment.PARTIAL}x").mkdir()
+    before = snapshot(root)
+    dry = upkeep.gc(root, AGE, remove=False)
+    assert snapshot(root) == before
+    assert dry == upkeep.gc(root, AGE)
+    assert dry.segments == len(gone.segments) + 2
+    assert set(segment.names(collection.folder)) == set(kept.segments)
+    assert upkeep.gc(root, AGE) == Removal(kept=len(kept.segments))
+
+
+def test_nothing_is_removed_while_a_stage_uses_the_store(root: Path, tmp_path: Path) -> None:
+    manifest = store_features(root, chain(3, 24))
+    before = snapshot(root)
+    with in_use(root):
+        with pytest.raises(SpecError, match="in use by a running stage"):
+            upkeep.gc(root, 0)
+        with pytest.raises(SpecError, match="in use by a running stage"):
+            upkeep.forget(root, "t", [chain(1, 24)[0].ids[:1]], [])
+    assert snapshot(root) == before
+    upkeep.gc(root, 0)
+    assert not folder_of(root, manifest).exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"path": "/nowhere"}', '{"path": 1, "file": 2, "segments": 3}'])
+def test_a_damaged_root_stops_it_before_anything_goes(root: Path, content: str) -> None:
+    store_features(root, chain(3, 24))
+    (root / upkeep.ROOTS).mkdir()
+    path = root / upkeep.ROOTS / "0123.json"
+    path.write_text(content)
+    before = snapshot(root)
+    with pytest.raises(StoreError, match=rf"{path} is damaged"):
+        upkeep.gc(root, 0)
+    assert snapshot(root) == before
+
+
+def test_a_collection_that_cannot_be_read_stops_it(root: Path) -> None:
+    folder = folder_of(root, store_features(root, chain(3, 24)))
+    (folder / "identity.json").write_text("{")
+    before = snapshot(root)
+    for look in (
+        lambda: upkeep.gc(root, 0),
+        lambda: upkeep.forget(root, "t", [], []),
+        lambda: list(upkeep.summaries(root)),
+    ):
+        with pytest.raises(StoreError, match=rf"{folder} is no collection"):
+            look()
+    assert snapshot(root) == before
+
+
+def test_a_store_that_is_not_there_is_empty(root: Path) -> None:
+    assert list(upkeep.summaries(root)) == []
+    assert upkeep.verify(root, True) == (0, [])
+    assert upkeep.gc(root, 0) == upkeep.forget(root, "t", [], []) == Removal()
+
+
+# What is in it, and whether it is whole -------------------------------------------------------------------------------
+
+
+def test_summaries_say_what_a_store_holds(root: Path) -> None:
+    manifest = store_features(root, chain(6, 24))
+    asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
+    collection = manifest.collection(root)
+    spoilt, aside, *whole = manifest.segments
+    (collection.folder / spoilt / segment.RECORD).unlink()
+    collection.set_aside(aside)
+    first, second = upkeep.summaries(root)
+    assert (first.folder, second.folder) == (asked.folder, collection.folder)
+    assert (first.segments, first.rows, first.damaged) == (2, 4, ())
+    assert second.identity == manifest.identity
+    records = [segment.read_record(collection.folder, name) for name in whole]
+    assert second.segments == len(whole)
+    assert second.rows == sum(len(record.items) for record in records)
+    assert second.bytes == sum(record.size for record in records)
+    assert second.damaged == (spoilt, aside)
+
+
+def test_summaries_say_what_computed_the_segments(root: Path) -> None:
+    collection = Collection(root, "features", {"base": "w"})
+    collection.create()
+    for item, device in (("a", "cpu"), ("b", "H100"), ("c", "cpu")):
+        claim = collection.claim([item])
+        assert claim is not None
+        attributes = {"offsets": {"ids": "offsets"}, "producer": {"torch": "2", "device": device}}
+        claim.commit([{"ids": np.zeros(1, np.int32)}], attributes, "none")
+    (summary,) = upkeep.summaries(root)
+    assert summary.producers == ("torch 2, device H100", "torch 2, device cpu")
+
+
+def damage(folder: Path, name: str, key: str = "ids") -> None:
+    (path,) = (path for path in (folder / name / key / "c").rglob("*") if path.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_verify_reads_everything(root: Path) -> None:
+    manifest = store_features(root, chain(6, 24))
+    save_tables(manifest.collection(root))
+    save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
+    seen: list[int] = []
+    whole, problems = upkeep.verify(root, True, seen.append)
+    assert (whole, problems) == (len(manifest.segments) + 3, [])
+    assert sum(seen) == sum(summary.bytes for summary in upkeep.summaries(root))
+    assert len(seen) == whole
+
+
+@pytest.mark.parametrize("set_aside", [False, True])
+def test_verify_names_each_damaged_segment(root: Path, set_aside: bool) -> None:
+    rows = chain(12, 24)
+    manifest = store_features(root, rows)
+    asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
+    folder = folder_of(root, manifest)
+    first, second, third, *rest = manifest.segments
+    (folder / first / segment.RECORD).unlink()
+    damage(folder, second)  # which no size and no record shows
+    damage(folder, third, "states")
+    damage(asked.folder, asked.name_of([item_key(np.asarray([7], np.int32))]), "answer")
+    before = snapshot(root)
+    whole, problems = upkeep.verify(root, set_aside)
+    assert whole == len(rest) + 1
+    assert all(isinstance(problem, DamagedError) for problem in problems)
+    named = {problem.name for problem in problems if isinstance(problem, DamagedError)}
+    assert named == {first, second, third, asked.name_of([item_key(np.asarray([7], np.int32))])}
+    if not set_aside:
+        assert snapshot(root) == before
+        assert len(upkeep.verify(root, False)[1]) == 4
+        return
+    assert upkeep.verify(root, True) == (whole, [])
+    assert {path.name for path in folder.glob(".damaged-*")} == {f".damaged-{name}" for name in (first, second, third)}
+    assert store_features(root, rows) == manifest  # only these are computed again
+    assert upkeep.verify(root, True) == (whole + 3, [])
+
+
+def test_verify_goes_on_behind_a_collection_that_cannot_be_read(root: Path) -> None:
+    manifest = store_features(root, chain(3, 24))
+    asked = save_answers(root, [[1, 2]])
+    (asked.folder / "identity.json").write_text("{")
+    whole, (problem,) = upkeep.verify(root, True)
+    assert whole == len(manifest.segments)
+    assert str(asked.folder) in str(problem)
+    assert len(list(segment.names(asked.folder))) == 1  # nothing says that its segments are damaged
+
+
+# Forgetting -----------------------------------------------------------------------------------------------------------
+
+
+def contents(root: Path) -> bytes:
+    """Everything a store holds, names of files included."""
+    return b"\n".join(
+        part
+        for path in sorted(root.rglob("*"))
+        for part in (str(path).encode(), path.read_bytes() if path.is_file() else b"")
+    )
+
+
+def rows_of(count: int, seed: int = 0, start: Sequence[int] = ()) -> list[TokenSequence]:
+    """Random sequences, so that none lies within another; all begin with `start`."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        ids = [*start, *generator.integers(24, 50_000, generator.integers(8, 16))]
+        made.append(sequence([0] * 3 + [1] * (len(ids) - 3), ids))
+    return made
+
+
+def traces(row: TokenSequence) -> list[bytes]:
+    """What tells that a row was there: ids, keys, answers."""
+    prompt = row.ids[: row.prompt_length]
+    return [
+        row.ids.tobytes(),
+        item_key(row.ids, row.mask).encode(),
+        item_key(row.ids).encode(),
+        item_key(prompt).encode(),
+        (row.ids[::-1] + 1).astype(np.int32).tobytes(),
+    ]
+
+
+def digests(collection: Collection) -> dict[str, str]:
+    records = Collection(collection.root, collection.kind, collection.identity).records().values()
+    return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    gone=st.sets(st.integers(0, 11), max_size=12),
+    limit=st.sampled_from([1, 40, 10**6]),
+    codec=st.sampled_from(["none", "none", "zstd", "fp8"]),
+)
+def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
+    tmp_path_factory: pytest.TempPathFactory, gone: set[int], limit: int, codec: str
+) -> None:
+    root = tmp_path_factory.mktemp("store")
+    rows = rows_of(12)
+    manifest = store_features(root, rows, codec=codec, segment_tokens=limit)
+    collection = manifest.collection(root)
+    save_tables(collection)
+    asked = save_answers(root, [row.ids for row in rows], group=limit // 10 + 1)
+    foreign = save_answers(root / "other", [row.ids for row in rows], tokenizer="u").folder
+    shutil.move(foreign, root / foreign.name)
+    foreign = root / foreign.name
+    before, untouched = (digests(collection), digests(asked)), snapshot(foreign)
+    removal = upkeep.forget(root, "t", [rows[i].ids[:4] for i in gone], [])
+    assert removal.rows == 2 * len(gone)
+    assert snapshot(foreign) == untouched
+    shutil.rmtree(foreign)
+    everything = contents(root)
+    for index, row in enumerate(rows):
+        if index in gone:
+            assert not any(trace in everything for trace in traces(row))
+        elif codec == "none":
+            assert row.ids.tobytes() in everything  # else nothing would be shown
+    lost = [{item_key(rows[i].ids, rows[i].mask) for i in gone}, {item_key(rows[i].ids) for i in gone}]
+    after = digests(collection), digests(asked)
+    for found, had, without in zip(after, before, lost, strict=True):
+        assert found == {key: digest for key, digest in had.items() if key not in without}
+    whole, problems = upkeep.verify(root, False)
+    assert problems == []
+    assert whole == sum(summary.segments for summary in upkeep.summaries(root))
+    left = [row for index, row in enumerate(rows) if index not in gone]
+    if left:  # a new manifest needs no base: nothing is computed again
+        made = store_features(root, left, codec=codec, segment_tokens=limit, states=lambda row: 1 / 0)  # type: ignore[arg-type,return-value]
+        assert len(list(FeatureReader(made, root).sequences(range(len(left))))) == len(left)
+    if gone:
+        with pytest.raises(StoreError, match="is not in"):
+            FeatureReader(manifest, root)
+
+
+def test_every_continuation_of_a_prompt_goes(root: Path) -> None:
+    ours, others = rows_of(4, start=[7, 8, 9]), rows_of(4, seed=1, start=[7, 8])
+    collection = store_features(root, [*ours, *others]).collection(root)
+    removal = upkeep.forget(root, "t", [np.asarray([7, 8, 9], np.int64)], [])
+    assert removal.rows == 4
+    assert set(digests(collection)) == {item_key(row.ids, row.mask) for row in others}
+    assert upkeep.forget(root, "t", [np.asarray([7, 8, 9], np.int32)], []).rows == 0
+
+
+def test_a_text_goes_only_as_a_whole(root: Path) -> None:
+    rows = rows_of(4)
+    longer = sequence([1] * (len(rows[0]) + 1), [*rows[0].ids, 5])
+    collection = store_features(root, [*rows, longer]).collection(root)
+    other_mask = sequence([1] * len(rows[0]), rows[0].ids)  # the same text, supervised otherwise
+    store_features(root, [other_mask])
+    removal = upkeep.forget(root, "t", [], [rows[0].ids, rows[1].ids[:-1]])
+    assert removal.rows == 2
+    left = {item_key(row.ids, row.mask) for row in [*rows[1:], longer]}
+    assert set(digests(collection)) == left
+
+
+def test_what_is_counted_is_what_is_gone(root: Path) -> None:
+    rows = rows_of(9)
+    manifest = store_features(root, rows, segment_tokens=40)
+    collection = manifest.collection(root)
+    size = sum(record.size for record in collection.records().values())
+    touched = {manifest.segment[index] for index in (0, 1, 8)}
+    removal = upkeep.forget(root, "t", [], [rows[i].ids for i in (0, 1, 8)])
+    fresh = Collection(root, "features", manifest.identity).records()
+    assert (removal.segments, removal.rows) == (len(touched), 3)
+    assert removal.kept == len(manifest.segments) - len(touched)
+    assert removal.bytes == size - sum(record.size for record in fresh.values())
+
+
+def test_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
+    """Damaged segments that were set aside, and what killed processes left half-written."""
+    rows = rows_of(9)
+    manifest = store_features(root, rows, segment_tokens=40)
+    collection = manifest.collection(root)
+    first, second = manifest.segments[manifest.segment[0]], manifest.segments[manifest.segment[8]]
+    assert first != second
+    damage(collection.folder, first)
+    collection.set_aside(first)
+    (collection.folder / second).rename(collection.folder / f"{segment.PARTIAL}{second}")
+    assert rows[8].ids.tobytes() in contents(root)
+    upkeep.forget(root, "t", [rows[0].ids[:5], rows[8].ids[:5]], [])
+    assert not any(trace in contents(root) for trace in [*traces(rows[0]), *traces(rows[8])])
+    assert not any(path.name.startswith(".") for path in collection.folder.iterdir())
+
+
+def test_a_damaged_segment_stops_it_since_it_may_hold_them(root: Path) -> None:
+    rows = rows_of(4)
+    manifest = store_features(root, rows)
+    damage(folder_of(root, manifest), manifest.segments[0])
+    with pytest.raises(DamagedError, match=r"spec store verify"):
+        upkeep.forget(root, "t", [rows[0].ids[:5]], [])
+    upkeep.verify(root, True)
+    upkeep.forget(root, "t", [rows[0].ids[:5]], [])
+    assert not any(trace in contents(root) for trace in traces(rows[0]))
+
+
+def test_forgetting_that_was_interrupted_is_completed_by_the_next(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(9)
+    collection = store_features(root, rows, segment_tokens=40).collection(root)
+    before = digests(collection)
+    real, removed = shutil.rmtree, []
+
+    def stop(path: Path, *more: Any, **options: Any) -> None:
+        if not Path(path).name.startswith("."):
+            removed.append(path)
+            if len(removed) == 2:
+                raise KeyboardInterrupt
+        real(path, *more, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", stop)
+    gone = [row.ids[:5] for row in rows[::3]]
+    with pytest.raises(KeyboardInterrupt):
+        upkeep.forget(root, "t", gone, [])
+    monkeypatch.undo()
+    upkeep.forget(root, "t", gone, [])
+    assert not any(trace in contents(root) for row in rows[::3] for trace in traces(row))
+    without = {item_key(row.ids, row.mask) for row in rows[::3]}
+    assert digests(collection) == {key: digest for key, digest in before.items() if key not in without}
+    assert upkeep.verify(root, False)[1] == []
+
+
+def test_roots_hold_nothing_of_any_row(root: Path, tmp_path: Path) -> None:
+    rows = rows_of(4)
+    made = keep(root, tmp_path / "train.json", store_features(root, rows))
+    assert not any(trace in made.read_bytes() for row in rows for trace in traces(row))
+    assert set(files.read_json(made)) == {"path", "file", "segments"}

@@ -1,0 +1,214 @@
+"""A run that is interrupted, however often and wherever, comes out as one that is not, bit for bit."""
+
+from __future__ import annotations
+
+import re
+import signal
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spec.store.manifest import Manifest
+from spec.training import loop
+from spec.training.loop import Progress, StoppedError
+from spec.training.resume import Checkpoints
+from spec.workers import joined
+from tests.spec.training.runs import (
+    ALONE,
+    TOTAL,
+    InterruptedRunError,
+    Make,
+    assert_same_outcome,
+    frozen_task,
+    history_of,
+    interrupt,
+    interrupted,
+    load_outcome,
+    losses_of,
+    make_config,
+    make_frozen,
+    make_speculator,
+    make_store,
+    outcome,
+    run,
+    steps_of,
+    together,
+    uninterrupted,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+def whole(
+    store: Path, folder: Path, method: str = "sum_rnn", key: str = "key", told: list[Progress] | None = None
+) -> dict[str, Any]:
+    """The outcome of a run in this process, from its newest checkpoint on."""
+    told = [] if told is None else told
+    task = frozen_task(make_config(), store, ALONE, make_speculator(method))
+    result = loop.run(make_config(), task, ALONE, Checkpoints(folder, key), told.append)
+    return outcome(task, result, told)
+
+
+@pytest.mark.parametrize(
+    ("method", "stops"),
+    [
+        ("sum_rnn", [("train", 1)]),  # before the first checkpoint
+        ("sum_rnn", [("val", 10)]),
+        ("sum_rnn", [("train", 8), ("train", 9), ("val", 16)]),  # at the end of an epoch, behind it, at the very end
+        ("sum_lstm", [("train", 14)]),
+        ("medusa", [("train", 8), ("train", 14)]),
+    ],
+)
+def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(
+    store: Path, tmp_path: Path, method: str, stops: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    expected = whole(store, tmp_path / "whole", method)
+    assert [step for split, step, *_ in expected["history"] if split == "train"] == list(range(1, TOTAL + 1))
+    for split, step in stops:
+        with pytest.raises(InterruptedRunError):
+            run(store, tmp_path / "parts", speculator=make_speculator(method), listen=interrupt(split, step))
+    assert_same_outcome(whole(store, tmp_path / "parts", method), expected)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 7, 12, 13, 14, 15])
+def test_sums_between_two_logs_are_kept(
+    store: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever step a run is asked to stop at: it goes one further, saves and leaves."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 7)
+    expected = whole(store, tmp_path / "whole")
+    begun = iter(range(1, TOTAL + 1))
+    checkpoints = Checkpoints(tmp_path / "parts", "key")
+
+    def go() -> loop.Result:
+        task = frozen_task(make_config(), store, ALONE)
+        return loop.run(make_config(), task, ALONE, checkpoints, stopping=lambda: next(begun) == step)
+
+    if step == TOTAL - 1:  # one further is the end
+        assert go().steps == TOTAL
+    else:
+        with pytest.raises(StoppedError, match=f"stopped at step {step + 1} of 16, and saved in .*; run the same"):
+            go()
+        found = checkpoints.newest()
+        assert found is not None
+        assert found[1]["step"] == step + 1
+    assert_same_outcome(whole(store, tmp_path / "parts"), expected)
+
+
+def test_a_run_that_was_killed_while_saving_goes_on(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(store, tmp_path / "whole")
+    save = torch.save
+    calls: list[object] = []
+
+    def fail(value: Any, path: Any) -> None:
+        calls.append(path)
+        if len(calls) == 4:  # the second checkpoint's optimizer
+            raise InterruptedRunError
+        save(value, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(InterruptedRunError):
+            run(store, tmp_path / "parts")
+    assert_same_outcome(whole(store, tmp_path / "parts"), expected)
+
+
+def test_another_runs_checkpoints_are_left_alone(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        run(store, tmp_path, listen=interrupt("val", 10), key="other")
+    told: list[Progress] = []
+    run(store, tmp_path, listen=told.append)
+    assert steps_of(told, "val") == [5, 10, 15, 16]
+
+
+def test_a_complete_run_is_not_trained_further(store: Path, tmp_path: Path) -> None:
+    expected = whole(store, tmp_path)
+    assert_same_outcome(whole(store, tmp_path), expected)
+
+
+def test_positions_seen_are_counted_through_an_interruption(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        run(store, tmp_path, listen=interrupt("val", 10))
+    told: list[Progress] = []
+    run(store, tmp_path, listen=told.append)
+    last = [progress for progress in told if progress.split == "train"][-1]
+    assert last.metrics["positions_seen"] == 2 * Manifest.load(store / "train.json").positions
+
+
+def assert_survives(make: Make, folder: Path, sent: signal.Signals, times: int = 10) -> None:
+    """Real processes, with a signal at random moments of each."""
+    expected = uninterrupted(make, folder)
+    ends = interrupted(make, folder / "parts", sent, times)
+    assert ends[-1][0] == 0
+    stopped = ends[:-1]
+    if sent == signal.SIGKILL:
+        assert [code for code, _ in stopped] == [-signal.SIGKILL] * times
+    else:
+        assert [code for code, _ in stopped] == [1] * times
+        for _, message in stopped:
+            assert re.fullmatch(
+                r"stopped at step \d+ of \d+, and saved in .*; run the same command again to go on", message
+            )
+        steps = [int(message.split()[3]) for _, message in stopped]
+        assert steps == sorted(set(steps))
+        for step in steps:  # each of them is a checkpoint of its own
+            assert (folder / f"parts/checkpoints/global_step_{step}/pytorch_model.bin").is_file()
+        assert any(step % 3 for step in steps)
+    assert_same_outcome(load_outcome(folder / "parts"), expected)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_that_are_killed_come_out_where_one_that_is_not_does(
+    store: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    assert_survives(partial(make_frozen, store), tmp_path, sent)
+
+
+def stop_one(connection: Connection, arguments: tuple[Path, Path, int | None]) -> None:
+    """What each of two workers runs; the second one alone is asked to stop, when it begins this step."""
+    store, folder, step = arguments
+    config = make_config(data={"micro_batch_size_per_gpu": 1})
+    told: list[Progress] = []
+    begun = iter(range(1, TOTAL + 1))
+    with joined() as me:
+        task = frozen_task(config, store, me)
+
+        def stopping() -> bool:
+            return next(begun) == step and me.rank == 1
+
+        try:
+            result = loop.run(config, task, me, Checkpoints(folder, "key"), told.append, stopping)
+        except StoppedError as error:
+            connection.send(str(error))
+        else:
+            connection.send({"losses": losses_of(told), "history": len(history_of(told)), "step": result.step})
+            torch.save(task.weights(), folder / f"weights-{me.rank}.pt")
+
+
+def test_one_workers_signal_stops_all_of_them_at_one_step(store: Path, tmp_path: Path) -> None:
+    (code, (message,)), other = together(2, stop_one, (store, tmp_path / "parts", 6))
+    assert (code, [message]) == (0, other[1])
+    assert message.startswith("stopped at step 7 of 16, and saved in ")
+    found = Checkpoints(tmp_path / "parts", "key").newest()
+    assert found is not None
+    assert found[1]["step"] == 7
+    resumed = together(2, stop_one, (store, tmp_path / "parts", None))
+    expected = together(2, stop_one, (store, tmp_path / "whole", None))
+    ((losses,), (wanted,)) = ([sent for _, sent in ends[:1]] for ends in (resumed, expected))
+    assert losses[0]["losses"] == pytest.approx(wanted[0]["losses"], rel=1e-12)
+    assert losses[0]["step"] == wanted[0]["step"]
+    for rank in range(2):
+        weights, others = (
+            torch.load(tmp_path / part / f"weights-{rank}.pt", weights_only=True) for part in ("parts", "whole")
+        )
+        assert all(torch.equal(weights[name], other) for name, other in others.items())

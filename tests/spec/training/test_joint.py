@@ -1,0 +1,325 @@
+"""Base and heads together: both learn, the base by both losses, however the work is shared or interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spec.acceptance import draft_answers, head_drafts, tokens_per_step, walks
+from spec.corpus import TokenSequence
+from spec.store.features import kept_positions
+from spec.training import loop
+from spec.training.joint import JointTask, LiveReader
+from spec.training.loop import Progress
+from spec.training.resume import Checkpoints
+from spec.training.schedule import factor
+from tests.spec.training.runs import (
+    ALONE,
+    InterruptedRunError,
+    N,
+    assert_same_outcome,
+    interrupt,
+    interrupted,
+    joint_config,
+    joint_rows,
+    joint_task,
+    load_outcome,
+    losses_of,
+    make_joint,
+    outcome,
+    run_to_the_end,
+    steps_of,
+    together,
+    uninterrupted,
+)
+from tests.tiny import make_base
+
+TOTAL = 30
+
+
+@pytest.fixture(scope="module")
+def exact(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base without dropout."""
+    folder = tmp_path_factory.mktemp("exact") / "gpt2"
+    shutil.copytree(base_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("qwen") / "qwen2", "qwen2")
+
+
+def run(task: JointTask, folder: Path, told: list[Progress] | None = None) -> loop.Result:
+    listen = (lambda progress: None) if told is None else told.append
+    return loop.run(task.config, task, task.worker, Checkpoints(folder, "key"), listen)
+
+
+@pytest.mark.parametrize("family", ["exact", "qwen"])
+def test_both_learn(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    config = joint_config(trainer={"total_epochs": 10, "test_freq": 20, "save_freq": 1000}, optim={"lr": 0.02})
+    task = joint_task(config, request.getfixturevalue(family), ALONE)
+    before = task.weights()
+    told: list[Progress] = []
+    result = run(task, tmp_path, told)
+    for name in ("speculator_loss", "base_loss"):
+        losses = losses_of(told, name)
+        assert losses[-1] < 0.6 * losses[0], name
+    assert result.val["base_loss"] < 0.5 * np.log(task.base.vocab_size)
+    after = task.weights()
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        assert not torch.equal(weight, before[name]), name
+    # What is told of the base is of every position that heads draft from.
+    last = told[-2].metrics
+    assert set(last) >= {"base_accuracy", "accuracy.1", "accuracy.2", "accuracy.3"}
+    assert last["positions_seen"] == 10 * sum(int(row.mask[1:].sum()) for row in joint_rows(22, 0))
+
+
+def plain_losses(task: JointTask, rows: list[TokenSequence]) -> tuple[Tensor, Tensor]:
+    """The base's cross-entropy and the heads', from all logits, one sequence at a time and without padding."""
+    base, speculator = task.base.model, task.speculator
+    own: list[Tensor] = []
+    drafts: list[list[Tensor]] = [[] for _ in range(N)]
+    for row in rows:
+        ids = torch.from_numpy(row.ids).long()
+        found = base(input_ids=ids[None], output_hidden_states=True)
+        logits, hidden = found.logits[0], found.hidden_states[-1][0]
+        for t in np.flatnonzero(row.mask[1:]).tolist():
+            own.append(F.cross_entropy(logits[t], ids[t + 1]))
+        fed = torch.stack([F.pad(ids, (0, N))[1 + i : 1 + i + len(ids)] for i in range(N)], 1)
+        guesses = speculator(hidden, fed)
+        for i in range(N):
+            for t in range(len(ids) - 2 - i):
+                if row.mask[t + 1 : t + 3 + i].all():
+                    drafts[i].append(F.cross_entropy(guesses[i, t], ids[t + 2 + i]))
+    return torch.stack(own).mean(), torch.stack([torch.stack(part).mean() for part in drafts]).mean()
+
+
+@pytest.mark.parametrize("coeff", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("family", ["exact", "qwen"])
+def test_gradients_of_both_losses_reach_the_base(family: str, coeff: float, request: pytest.FixtureRequest) -> None:
+    """The gradient is that of base_loss + coeff * speculator_loss, by plain autograd."""
+    task = joint_task(joint_config(model={"speculator_loss_coeff": coeff}), request.getfixturevalue(family), ALONE)
+    rows = joint_rows(22, 0)[:5]
+    assert any((np.diff(row.mask.astype(int)) < 0).any() for row in rows)  # of two turns
+    named = dict(task.base.model.named_parameters()) | dict(task.speculator.named_parameters())
+    parameters = list(named.values())
+    base, heads = plain_losses(task, rows)
+    of_base, of_heads = (
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for loss in (base, heads)
+    )
+    batch = task._batch(rows)
+    total, sums = task.module(batch, batch.counts)
+    torch.testing.assert_close(total, base + coeff * heads)
+    torch.testing.assert_close(sums[-1, 0] / batch.counts[-1], base)
+    torch.testing.assert_close((sums[:-1, 0] / batch.counts[:-1]).mean(), heads)
+    assert batch.counts[-1] == batch.positions == sum(len(kept_positions(row.mask)) for row in rows)
+    total.backward()
+    for (name, parameter), one, other in zip(named.items(), of_base, of_heads, strict=True):
+        torch.testing.assert_close(parameter.grad, one + coeff * other, rtol=1e-4, atol=1e-6, msg=name)
+    inside = dict(zip(named, of_heads, strict=True))
+    assert all(inside[name].any() for name, _ in task.base.model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["exact", "qwen"])
+def test_without_the_heads_loss_it_is_fine_tuning(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Against a plain loop over the model's own logits: batches, loss, clipping, rate and weight decay."""
+    config = joint_config(
+        model={"speculator_loss_coeff": 0.0}, optim={"weight_decay": 0.3, "clip_grad": 0.5, "base_lr": 0.003}
+    )
+    folder = request.getfixturevalue(family)
+    task, other = joint_task(config, folder, ALONE), joint_task(config, folder, ALONE)
+    rows = joint_rows(22, 0)
+    model = other.base.model.eval()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    spared = [p for p in model.parameters() if p.ndim == 1 or id(p) in tables]
+    decayed = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+    norms = []
+    for step in range(TOTAL):
+        epoch, place = divmod(step, 6)
+        batch = [rows[index] for index in task.order(epoch)[4 * place : 4 * place + 4]]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.003 * factor(config.optim, step, TOTAL)
+        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for number, row in enumerate(batch):
+            ids[number, : len(row)] = torch.from_numpy(row.ids)
+            labels[number, : len(row)] = torch.from_numpy(np.where(row.mask, row.ids, -100))
+        logits = model(input_ids=ids).logits[:, :-1]
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+    assert max(norms) > 0.5
+    run(task, tmp_path)
+    began = joint_task(config, folder, ALONE).base.model
+    for (name, mine), wanted, first in zip(
+        task.base.model.named_parameters(), model.parameters(), began.parameters(), strict=True
+    ):
+        torch.testing.assert_close(_felt(name, mine), _felt(name, wanted), rtol=1e-4, atol=2e-5, msg=name)
+        assert (wanted - first).abs().max() > 1e-3, name
+
+
+def _felt(name: str, weight: Tensor) -> Tensor:
+    """A bias on GPT-2's keys changes no attention: its gradient is rounding alone, which Adam makes as large as any."""
+    if not name.endswith("c_attn.bias"):
+        return weight
+    query, _, value = weight.chunk(3)
+    return torch.cat([query, value])
+
+
+@pytest.mark.parametrize("family", ["exact", "qwen"])
+def test_the_bases_parameters_have_their_own_rate(family: str, request: pytest.FixtureRequest) -> None:
+    task = joint_task(joint_config(optim={"weight_decay": 0.5}), request.getfixturevalue(family), ALONE)
+    rows = [(p, group["lr"], group["weight_decay"]) for group in task.parameters() for p in group["params"]]
+    base, speculator = (dict(module.named_parameters()) for module in (task.base.model, task.speculator))
+    assert len(rows) == len({id(p) for p, *_ in rows}) == len(base) + len(speculator)
+    rates = {id(p): (lr, decay) for p, lr, decay in rows}
+    for name, parameter in base.items():
+        spared = parameter.ndim < 2 or any(word in name for word in ("wte", "wpe", "embed_tokens"))
+        assert rates[id(parameter)] == (0.002, 0.0 if spared else 0.5), name
+    for name, parameter in speculator.items():
+        assert rates[id(parameter)] == (0.01, 0.0 if "ln." in name or "emb." in name else 0.5), name
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_change_nothing_but_rounding(qwen: Path, tmp_path: Path, micro: int) -> None:
+    curves, weights = [], []
+    for size in (4, micro):
+        told: list[Progress] = []
+        task = joint_task(joint_config(data={"micro_batch_size_per_gpu": size}), qwen, ALONE)
+        run(task, tmp_path / str(size), told)
+        curves.append(losses_of(told) + losses_of(told, "base_loss"))
+        weights.append(task.weights())
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", ["exact", "qwen"])
+def test_figures_of_val_are_those_of_the_live_states(family: str, request: pytest.FixtureRequest) -> None:
+    task = joint_task(joint_config(), request.getfixturevalue(family), ALONE)
+    metrics = task.validate()
+    assert task.base.model.training
+    rows = joint_rows(5, 1)
+    task.base.model.eval()
+    with torch.no_grad():
+        base, heads = plain_losses(task, rows)
+    assert metrics["base_loss"] == pytest.approx(base.item(), rel=1e-5)
+    assert metrics["speculator_loss"] == pytest.approx(heads.item(), rel=1e-5)
+    assert task.score(metrics) == pytest.approx(-(base + 0.5 * heads).item(), rel=1e-5)
+    reader = LiveReader(task.base, rows, mixed=False)
+    found = walks(reader, draft_answers(task.speculator, reader), head_drafts)
+    assert metrics["tokens_per_step"] == tokens_per_step(found)
+    assert [walk.domain for walk in found] == [row.domain for row in rows]
+    assert not any(walk.greedy for walk in found)
+
+
+def test_the_best_is_chosen_by_the_loss_that_is_trained(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the heads alone: at coeff 0.5 these figures are 3, 2.5, 2.6, 2.5, 2.7 and then 3."""
+    figures = iter([(2.0, 2.0), (2.0, 1.0), (1.0, 3.2), (0.5, 4.0), (2.6, 0.2), *[(3.0, 0.0)] * 3])
+    seen = []
+
+    def validate(self: JointTask) -> dict[str, float]:
+        base, heads = next(figures)
+        seen.append(self.weights())
+        return {"base_loss": base, "speculator_loss": heads, "tokens_per_step": 1.0}
+
+    monkeypatch.setattr(JointTask, "validate", validate)
+    task = joint_task(joint_config(), exact, ALONE)
+    result = run(task, tmp_path)
+    assert result.step == 8
+    task.restore(result.weights)
+    assert all(torch.equal(weight, seen[1][name]) for name, weight in task.weights().items())
+    assert not torch.equal(seen[1]["base.transformer.wte.weight"], seen[4]["base.transformer.wte.weight"])
+
+
+def test_a_worker_without_a_sequence_takes_part(exact: Path) -> None:
+    task = joint_task(joint_config(), exact, ALONE)
+    batch = task._batch([])
+    assert batch.positions == 0
+    assert batch.counts.tolist() == [0, 0, 0, 0]
+    total, sums = task.module(batch, batch.counts)
+    total.backward()
+    assert total.item() == 0
+    assert not sums.any()
+    for parameter in (*task.base.model.parameters(), *task.speculator.parameters()):
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_mixed_precision_keeps_float32_weights(exact: Path, tmp_path: Path) -> None:
+    task = joint_task(joint_config(model={"dtype": "bfloat16"}), exact, ALONE)
+    result = run(task, tmp_path / "mixed")
+    assert {weight.dtype for weight in task.weights().values()} == {torch.float32}
+    other = run(joint_task(joint_config(), exact, ALONE), tmp_path / "exact")
+    assert result.val["base_loss"] == pytest.approx(other.val["base_loss"], rel=0.05)
+    assert result.val["speculator_loss"] == pytest.approx(other.val["speculator_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_workers_come_out_where_one_does(qwen: Path, tmp_path: Path, world: int) -> None:
+    """The last batch of an epoch has two sequences: of four workers two have none."""
+    expected = uninterrupted(partial(make_joint, qwen), tmp_path)
+    ends = together(world, run_to_the_end, (partial(make_joint, qwen), tmp_path))
+    assert [code for code, _ in ends] == [0] * world
+    for rank in range(world):
+        found = load_outcome(tmp_path, rank)
+        for part in ("last", "best"):
+            for name, weight in expected[part].items():
+                torch.testing.assert_close(found[part][name], weight, rtol=0, atol=2e-4, msg=name)
+        assert found["figures"][:2] == expected["figures"][:2]
+        assert found["figures"][2] == pytest.approx(expected["figures"][2], abs=1e-4)
+        if rank == 0:
+            for (*place, mine), (*other, wanted) in zip(found["history"], expected["history"], strict=True):
+                assert place == other
+                assert mine == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("stops", [[("train", 10)], [("val", 4), ("val", 12), ("train", 20), ("val", 30)]])
+def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(
+    base_folder: Path, tmp_path: Path, stops: list[tuple[str, int]]
+) -> None:
+    """Dropout included."""
+    torch.manual_seed(0)
+    expected = uninterrupted(partial(make_joint, base_folder), tmp_path)
+    torch.manual_seed(0)
+    for split, step in stops:
+        config, task = make_joint(base_folder, ALONE)
+        with pytest.raises(InterruptedRunError):
+            loop.run(config, task, ALONE, Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
+    config, task = make_joint(base_folder, ALONE)
+    told: list[Progress] = []
+    result = loop.run(config, task, ALONE, Checkpoints(tmp_path / "parts", "key"), told.append)
+    assert steps_of(told, "val") == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert_same_outcome(outcome(task, result, told), expected)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_that_are_killed_come_out_where_one_that_is_not_does(
+    base_folder: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    make = partial(make_joint, base_folder)
+    ((code, _),) = interrupted(make, tmp_path / "one", sent, times=0)
+    assert code == 0
+    ends = interrupted(make, tmp_path / "parts", sent, times=3, within=6)
+    assert [code for code, _ in ends] == [*[-sent if sent == signal.SIGKILL else 1] * 3, 0]
+    assert_same_outcome(load_outcome(tmp_path / "parts"), load_outcome(tmp_path / "one"))

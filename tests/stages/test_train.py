@@ -1,0 +1,238 @@
+"""train: what it leaves behind, where it starts, and what stops it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spec import config as config_module
+from spec import files, heads
+from spec.heads import SpeculatorConfig
+from spec.store import features
+from spec.store.manifest import Manifest
+from spec.store.reader import FeatureReader
+from spec.training import loop
+from stages import common, train
+from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused
+
+MODEL, LAST = Path("models/speculator"), Path("models/speculator/last")
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which everything up to cache has run."""
+    root = prepare(tmp_path_factory.mktemp("ready"))
+    before = content(root / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        inline_workers(patch)
+        for name in ("fetch", "tokenize", "respond", "cache"):
+            ok(name)
+    yield root
+    assert content(root / "base") == before
+
+
+@pytest.fixture
+def folder(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(copy_of(ready, tmp_path))
+    inline_workers(monkeypatch)
+    return tmp_path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = heads.load(folder).state_dict()
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], weight) for name, weight in other.items())
+
+
+def checkpoint(step: int) -> Path:
+    (found,) = Path("checkpoints").glob(f"*/global_step_{step}")
+    return found
+
+
+def test_the_best_heads_and_the_last_ones_are_kept(folder: Path) -> None:
+    said = ok(
+        "train", "trainer.save_freq=1", "trainer.test_freq=1", "trainer.schedule=constant".replace("trainer", "optim")
+    )
+    metrics = files.read_json(Path("results/train/metrics.json"))
+    best, last = metrics["best_step"], metrics["steps"]
+    assert best < last == 12
+    assert f"train: best at step {best} of 12" in said
+    assert same(weights(MODEL), weights(checkpoint(best)))
+    assert same(weights(LAST), weights(checkpoint(last)))
+    assert not same(weights(MODEL), weights(LAST))
+    with Path("results/train/val.csv").open() as file:
+        curve = {int(row["step"]): float(row["tokens_per_step"]) for row in csv.DictReader(file)}
+    assert list(curve) == list(range(1, 13))
+    assert max(curve, key=curve.__getitem__) == best
+    assert metrics["val"]["tokens_per_step"] == curve[best]
+    assert not list(Path("checkpoints").rglob("training.pt"))  # nothing is left to resume
+
+
+def test_a_frozen_base_is_not_written_to(folder: Path, ready: Path) -> None:
+    before = content(ready / "base")
+    ok("train")
+    ok("evaluate")
+    assert content(ready / "base") == before
+    assert list(content(Path("models/trained_base"))) == ["README"]
+    assert "frozen" in Path("models/trained_base/README").read_text()
+    assert files.read_json(Path("results/evaluate/metrics.json"))["decode"]["lossless"] is True
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.speculator.draft_vocab_size=60", "model.speculator.init=base")])
+def test_heads_can_learn_the_bases_own_distribution(folder: Path, overrides: tuple[str, ...]) -> None:
+    ok("train", "optim.loss=kl", "optim.head_weights=[1, 0.5, 0.25]", "trainer.total_epochs=6", *overrides)
+    with Path("results/train/train.csv").open() as file:
+        losses = [float(row["speculator_loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < losses[0]
+    assert files.read_json(Path("results/train/metrics.json"))["val"]["speculator_loss"] > 0
+
+
+def test_a_base_whose_logits_are_more_than_lm_head_times_state_has_no_distribution_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "linear_logits", lambda collection: False)
+    assert "a bias, a scale, a cap" in refused("train", "optim.loss=kl")
+    ok("train")
+
+
+def test_a_diverged_run_keeps_no_heads(folder: Path) -> None:
+    assert "training has diverged. Lower optim.lr" in refused("train", "optim.lr=1e30")
+    assert not MODEL.exists()
+
+
+def asked_to_stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """SIGTERM to this process, when the loop begins that step."""
+    run = loop.run
+
+    def with_signal(*args: Any) -> loop.Result:
+        *others, stopping = args
+        begun = iter(range(1, 1000))
+
+        def asked() -> bool:
+            if next(begun) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return bool(stopping())
+
+        return run(*others, asked)
+
+    patch.setattr(loop, "run", with_signal)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And everything comes out as without it, byte for byte."""
+    ok("train", "trainer.test_freq=3")
+    expected = content(Path("models"))
+    curves = Path("results/train/val.csv").read_text()
+    for name in ("models", "results/train", "checkpoints"):
+        shutil.rmtree(name)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        asked_to_stop_at(4, patch)
+        message = refused("train", "trainer.test_freq=3")
+    assert "stopped at step 5 of 12, and saved in checkpoints/" in message
+    assert "run the same command again to go on" in message
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (checkpoint(5) / "training.pt").is_file()
+    assert not MODEL.exists()
+    ok("train", "trainer.test_freq=3", "trainer.logger=[]", "trainer.experiment_name=other")  # of no influence
+    assert content(Path("models")) == expected
+    assert Path("results/train/val.csv").read_text() == curves
+
+
+def test_another_runs_checkpoint_is_not_taken_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        asked_to_stop_at(4, patch)
+        refused("train")
+    ok("train", "trainer.seed=1")
+    assert len(list(Path("checkpoints").iterdir())) == 2
+    expected = content(MODEL)
+    shutil.rmtree("checkpoints")
+    ok("train", "trainer.seed=1")
+    assert content(MODEL) == expected
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_workers_of_the_command(ready: Path, tmp_path: Path) -> None:
+    """The command as users call it, in processes of its own."""
+    whole, parts = (copy_of(ready, tmp_path / name) for name in ("whole", "parts") if not (tmp_path / name).mkdir())
+    command = [sys.executable, "-m", "stages.cli", "train", "-S", "trainer.launcher=" + sys.executable]
+    command += ["-S", "trainer.total_epochs=100", "-S", "trainer.save_freq=5", "-S", "trainer.test_freq=20"]
+    subprocess.run(command, cwd=whole, env=common.child_environment(), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command, cwd=parts, env=common.child_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not list(parts.glob("checkpoints/*/global_step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "run the same command again to go on" in said
+    assert not (parts / MODEL).exists()
+    subprocess.run(command, cwd=parts, env=common.child_environment(), check=True, capture_output=True)
+    assert content(parts / "models") == content(whole / "models")
+
+
+def test_the_draft_vocabulary_is_what_answers_hold_most(folder: Path) -> None:
+    ok("train", "model.speculator.draft_vocab_size=9", "trainer.total_epochs=1")
+    manifest = Manifest.load(common.features_path("train"))
+    counts = FeatureReader(manifest, common.store_root(config_module.load())).token_counts()
+    found = heads.load(MODEL).token_map
+    assert found is not None
+    chosen = found.tolist()
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 9
+    assert min(counts[chosen]) >= max(np.delete(counts, chosen))
+
+
+def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
+    ok("train", "trainer.total_epochs=1")
+    shutil.copytree(MODEL, "earlier")
+    ok("train", "model.speculator.init=earlier", "trainer.total_epochs=1", "optim.lr=1e-12")
+    for name, weight in weights(MODEL).items():
+        torch.testing.assert_close(weight, weights(Path("earlier"))[name], rtol=0, atol=1e-6)
+    for override, words in (
+        ("model.speculator.inner_dim=25", "earlier has inner_dim (24,), and the parameters ask for (25,)"),
+        ("model.speculator.n_predict=2", "earlier has n_predict 3, and the parameters ask for 2"),
+        ("model.speculator.init=nowhere", 'neither "random", "base" nor a checkpoint folder'),
+    ):
+        assert words in refused("train", "model.speculator.init=earlier", override)
+
+
+def shape(**changed: Any) -> SpeculatorConfig:
+    values: dict[str, Any] = {"hidden_size": 8, "vocab_size": 12, "n_predict": 2, "inner_dim": (8,), "emb_dim": (8,)}
+    values |= {"proj_dim": (8,), "base_model_name_or_path": "", "base_digest": "", "method": "sum_rnn"}
+    return SpeculatorConfig(**(values | changed))
+
+
+def test_ties_of_the_draft_vocabulary_go_to_the_lower_id() -> None:
+    counts = np.array([0, 5, 2, 5, 0, 2, 2, 0, 9, 0, 0, 1])
+    made = train.initialise(config_module.Config(), shape(draft_vocab_size=5), counts, {})
+    assert made.token_map is not None
+    assert made.token_map.tolist() == [1, 2, 3, 5, 8]
+
+
+@pytest.mark.parametrize("method", ["sum_rnn", "medusa"])
+def test_heads_start_from_the_bases_tables_where_they_are_asked_to(method: Any) -> None:
+    tables = {name: torch.randn(12, 8) for name in ("embedding", "lm_head")}
+    config = config_module.from_mapping({"model": {"speculator": {"init": "base"}}, "trainer": {"seed": 3}})
+    made = train.initialise(config, shape(method=method), np.zeros(12, np.int64), tables)
+    expected = heads.build(shape(method=method))
+    heads.init_from_base(expected, tables["embedding"], tables["lm_head"], 3)
+    assert same(made.state_dict(), expected.state_dict())
