@@ -271,21 +271,18 @@ class Config(Section):
     decode: Decode = Decode()
     evaluate: Evaluate = Evaluate()
 
+    @property
+    def base_answers(self) -> bool:
+        """Whether the base writes the answers; in joint training it learns the data's own."""
+        return self.respond.source == "base" and self.model.freeze_base_model
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         weights, n = self.optim.head_weights, self.model.speculator.n_predict
         if weights is not None and len(weights) != n:
             raise ValueError(f"optim.head_weights has {len(weights)} numbers and model.speculator.n_predict is {n}")
-        if not self.model.freeze_base_model:
-            if self.respond.source != "data":
-                raise ValueError(
-                    "joint training (model.freeze_base_model=false) trains the base on the data's own answers: set "
-                    "respond.source to data"
-                )
-            if self.optim.loss == "kl":
-                raise ValueError(
-                    "optim.loss=kl distils a frozen base: set model.freeze_base_model to true, or loss to ce"
-                )
+        if not self.model.freeze_base_model and self.optim.loss == "kl":
+            raise ValueError("optim.loss=kl distils a frozen base: set model.freeze_base_model to true, or loss to ce")
         return self
 
 

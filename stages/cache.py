@@ -75,7 +75,7 @@ def describe(
     config: Config, collection: Collection, rows: list[TokenSequence], keys: list[str], base: dict[str, Any]
 ) -> Manifest:
     """The manifest of sequences that are all in the store."""
-    by_base = config.respond.source == "base" and config.respond.temperature == 0
+    by_base = config.base_answers and config.respond.temperature == 0
     return make_manifest(
         collection,
         keys,

@@ -170,7 +170,7 @@ def check_joint(manifest: Manifest, split: str) -> None:
 
 def responses_origin(config: Config, sources: dict[str, Any]) -> dict[str, Any]:
     """What data/responses/SPLIT.parquet depends on beside the tokens."""
-    if config.respond.source == "data":
+    if not config.base_answers:
         return {"source": "data", "tokenizer": sources["base"]["tokenizer"]}
     return {"source": "base", **answers.identity(sources["base"], config.model.dtype, config.respond)}
 

@@ -148,7 +148,7 @@ def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[Toke
         with_answers = common.responses_path(split)
         if with_answers.is_file() and corpus.read_origin(with_answers) == common.responses_origin(config, sources):
             responses += corpus.read(with_answers)
-    prompts = [row.ids[: row.prompt_length] for row in tokens if row.prompt_length and config.respond.source == "base"]
+    prompts = [row.ids[: row.prompt_length] for row in tokens if row.prompt_length and config.base_answers]
     return prompts, responses or tokens
 
 
@@ -209,7 +209,7 @@ def _print_measured(
 
 def _print_formulas(config: Config, job: Job, machine: Machine) -> None:
     """Times by formula, at the device's full rate."""
-    if config.respond.source == "base":
+    if config.base_answers:
         rows = f"{job.rows} answers at a time, by formula"
         _print_time("respond", costs.answer_seconds(job, machine), rows)
     _print_time("cache", costs.prefill_seconds(job, machine), "by formula, at full rate")

@@ -35,7 +35,7 @@ def respond(config: Config, worker: Path | None) -> None:
     """Let the base write each row's last answer, and write data/responses/SPLIT.parquet."""
     sources = common.read_sources()
     tokens = {split: _read(split, sources) for split in common.SPLITS}
-    if config.respond.source == "data":
+    if not config.base_answers:
         for split, rows in tokens.items():
             _write(split, rows, 0, common.responses_origin(config, sources))
         return

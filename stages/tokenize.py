@@ -15,7 +15,7 @@ def tokenize(config: Config) -> None:
     tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
     data = config.data
     keys = {"prompt_key": data.prompt_key, "response_key": data.response_key}
-    need_answers = config.respond.source == "data"
+    need_answers = not config.base_answers
     paths = {split: corpus.list_files(data.files(split)) for split in common.SPLITS}
     found = {split: corpus.inspect(paths[split], **keys, need_answers=need_answers) for split in common.SPLITS}
     for split in common.SPLITS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ def add_root(root: Path, path: Path, segments: Mapping[str, Sequence[str]]) -> N
 def touch_root(root: Path, path: Path) -> None:
     """Write down that a file of a workspace was used today."""
     with contextlib.suppress(OSError):
-        _root_of(root, path).touch(exist_ok=False)
+        os.utime(_root_of(root, path))
 
 
 def root_segments(root: Path, path: Path) -> dict[str, list[str]]:
@@ -201,7 +202,7 @@ def _live(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
             held = Path(entry["path"])
             present = held.is_file() and files.digest_file(held) == entry["file"]
             segments = entry["segments"].items()
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error}); remove it and run the cache stage in its project") from None
         if not present and path.stat().st_mtime <= before:
             if remove:
@@ -262,8 +263,8 @@ def forget(
             for name in segment.names(folder):
                 if not _is_tables(folder / name):
                     _forget(collection, name, given, removal)
-            for path in folder.glob(f"{DAMAGED}*"):  # unreadable, so it may hold them
-                shutil.rmtree(path)
+            for path in [*folder.glob(f"{DAMAGED}*"), *folder.glob(f"{segment.PARTIAL}*")]:
+                shutil.rmtree(path)  # it cannot be read, so it may hold them
     return removal
 
 

@@ -66,9 +66,7 @@ def checkpoint(step: int) -> Path:
 
 
 def test_the_best_heads_and_the_last_ones_are_kept(folder: Path) -> None:
-    said = ok(
-        "train", "trainer.save_freq=1", "trainer.test_freq=1", "trainer.schedule=constant".replace("trainer", "optim")
-    )
+    said = ok("train", "trainer.save_freq=1", "trainer.test_freq=1", "optim.lr=0.3", "optim.schedule=constant")
     metrics = files.read_json(Path("results/train/metrics.json"))
     best, last = metrics["best_step"], metrics["steps"]
     assert best < last == 12
