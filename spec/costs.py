@@ -109,8 +109,8 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> M
     """The device's rates, from products of 2048 x 2048 matrices and from copies of 256 MiB."""
     a, b = torch.ones(2, 2048, 2048, device=device, dtype=dtype)
     flops = 2 * 2048**3 * _times_a_second(lambda: a @ b, device, seconds / 2)
-    block = torch.ones(2**26, device=device)
-    bandwidth = 2 * block.nbytes * _times_a_second(block.clone, device, seconds / 2)
+    block, copy = torch.ones(2, 2**26, device=device)
+    bandwidth = 2 * block.nbytes * _times_a_second(lambda: copy.copy_(block), device, seconds / 2)
     return Machine(flops, bandwidth)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from tqdm import tqdm
 
 from spec import config as config_module
@@ -255,14 +254,9 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, for one that finds the project's modules from any working directory.
-
-    On a CPU glibc is told to keep the memory that is freed: large tensors come and go at every step, and to get fresh
-    pages for each from the system costs a fifth of the time of training (docs/training.md).
-    """
+    """This process's environment, for one that finds the project's modules from any working directory."""
     paths = filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])
-    kept = {} if torch.cuda.is_available() else {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    return {**kept, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

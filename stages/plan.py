@@ -58,8 +58,22 @@ def plan(
     if any(value is not None for value in asked):
         if base_params is None or hidden is None or vocab is None or tokens is None:
             raise SpecError("for a base that is not here give all of --base-params, --hidden, --vocab and --tokens")
-        job = _job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
-        _print_bytes(job, config)
+        speculator = config.model.speculator
+        # The widths of params.yaml are another base's: heads are as wide as this one, over its whole vocabulary.
+        job = Job(
+            base_params,
+            hidden,
+            vocab,
+            tokens,
+            share * tokens,
+            share * tokens,
+            config.respond.batch_size,
+            speculator.n_predict,
+            hidden,
+            vocab,
+        )
+        common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
+        _print_bytes(job, job, config)
         _print_formulas(config, job, machine)
     else:
         _plan_here(config, machine, not no_measure)
@@ -132,7 +146,7 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
     )
     written = work.answers_missing * config.respond.max_new_tokens
     job = _job(config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written)
-    _print_bytes(job, config)
+    _print_bytes(replace(job, tokens=work.tokens, positions=work.positions), job, config)
     if measured and (written or work.tokens_missing):
         _print_measured(config, sources, replace(job, positions=work.positions), machine, prompts, rows)
     else:
@@ -171,15 +185,18 @@ def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: lis
     )
 
 
-def _print_bytes(job: Job, config: Config) -> None:
-    root = common.store_root(config)
+def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
+    """What all states take by codec, and whether those that are missing will fit."""
+    root, dtype = common.store_root(config), config.model.dtype
     for codec in costs.SIZE:
         chosen = " <- features.codec" if codec == config.features.codec else ""
-        size = common.size(costs.stored_bytes(job, config.model.dtype, codec))
-        common.say(f"plan: store, {codec}: about {size}{chosen}")
+        each = costs.SIZE[codec] * features.position_bytes(whole.hidden_size, dtype, codec)
+        size = common.size(costs.stored_bytes(whole, dtype, codec))
+        common.say(f"plan: states as {codec}: about {size}, {each:,.0f} bytes a position{chosen}")
     free = files.free_bytes(root)
-    needed = costs.stored_bytes(job, config.model.dtype, config.features.codec)
-    common.say(f"plan: free in {root}: {common.size(free)}{'' if needed < free else ' - TOO LITTLE'}")
+    needed = costs.stored_bytes(missing, dtype, config.features.codec)
+    enough = "" if needed < free else " - TOO LITTLE"
+    common.say(f"plan: to be written: about {common.size(needed)}; free in {root}: {common.size(free)}{enough}")
 
 
 def _print_measured(

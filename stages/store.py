@@ -87,8 +87,14 @@ def verify(config: Config, dry_run: bool) -> None:
     for problem in problems:
         common.say(str(problem))
     if problems:
-        what = "left in place" if dry_run else "set aside: `spec respond` and `spec cache` compute only these again"
-        raise SpecError(f"store {root}: {whole} segments are whole, {len(problems)} damaged ({what})")
+        what = (
+            "Nothing was moved"
+            if dry_run
+            else "Damaged segments are set aside: `spec respond` and `spec cache` mend them"
+        )
+        raise SpecError(
+            f"store {root}: {whole} segments are whole; what is not, {len(problems)} in all, is named above. {what}"
+        )
     common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
 
 

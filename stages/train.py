@@ -192,6 +192,7 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
 
 
 def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTask:
+    torch.manual_seed(config.trainer.seed)  # of the base's dropout
     source = common.read_sources()["base"]
     folder = base_model.resolve(config.model.partial_pretrain, source["revision"])
     base = base_model.load(config.model, folder, source["weights"], dtype="float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreE
 IDENTITY = "identity.json"
 DAMAGED = ".damaged-"
 _LOCK = ".lock-"
+_NAME = re.compile("[a-z]+-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Collection:
             identity = json.loads(content)
             version = identity.pop("format")
             if version != FORMAT:
-                raise ValueError(f"its format is {version}, this version reads {FORMAT}")
+                raise ValueError(f"its format is {version}, this version reads {FORMAT}; `spec store gc` removes it")
             found = cls(folder.parent, folder.name.rpartition("-")[0], identity)
             if found._identity_bytes() != content or found.folder.name != folder.name:
                 raise ValueError(f"{IDENTITY} is not as it was written")
@@ -321,9 +323,9 @@ class Writer:
 
 
 def collections(root: Path) -> Iterator[Path]:
-    """The folders of a store that hold collections, in order."""
+    """The folders of a store that hold collections, in order; others in the same place are none of the store's."""
     with contextlib.suppress(FileNotFoundError):
-        yield from sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        yield from sorted(path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spec.heads import Speculator
 from spec.store.reader import Positions
 
-CHUNK_LOGITS = 2**25
+CHUNK_LOGITS = 2**24
 """Logits [rows, V] that exist at one time."""
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -31,6 +34,13 @@ def bases(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bas
     """Positions that are learned, and positions that are rotations."""
     folder = make_base(tmp_path_factory.mktemp("bases") / "qwen2", "qwen2")
     return {"gpt2": base, "qwen2": load(Model(), folder, "digest", CPU, dtype="float32")}
+
+
+@pytest.fixture(scope="module")
+def halves(bases: dict[str, Base]) -> dict[str, Base]:
+    """The same in bfloat16."""
+    halved = {name: copy.deepcopy(base.model).to(torch.bfloat16) for name, base in bases.items()}
+    return {name: replace(bases[name], model=model) for name, model in halved.items()}
 
 
 @pytest.fixture
@@ -71,6 +81,25 @@ def test_answers_do_not_depend_on_their_company(bases: dict[str, Base], family: 
     assert answer(base, asked[::-1], NEW) == together[::-1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_in_bfloat16_no_answer_depends_on_its_company_either(
+    halves: dict[str, Base], family: str, temperature: float
+) -> None:
+    """Where other code for another number of rows rounds otherwise."""
+    base = halves[family]
+    asked, seeds = prompts(20, longest=64), list(range(20))
+
+    def answers(rows: Sequence[int]) -> list[list[int]]:
+        return answer(base, [asked[row] for row in rows], NEW, temperature, [seeds[row] for row in rows])
+
+    together = answers(range(20))
+    assert [answers([row])[0] for row in range(20)] == together
+    assert answers(range(20)[::-1]) == together[::-1]
+    assert [*answers(range(9)), *answers(range(9, 20))] == together
+    assert len(set(map(len, together))) > 2
+
+
 def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(base: Base) -> None:
     answers = answer(base, prompts(12), NEW)
     assert any(tokens[-1] in base.stop_ids for tokens in answers)
@@ -79,23 +108,40 @@ def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(base: Base) ->
         assert len(tokens) == NEW or tokens[-1] in base.stop_ids
 
 
-def test_finished_rows_leave_the_batch(base: Base) -> None:
-    asked = prompts(12)
-    writing: list[int] = []
+@contextlib.contextmanager
+def batches_of(base: Base) -> Iterator[list[int]]:
+    """The number of rows of every forward pass of the block."""
     batches: list[int] = []
     hook = base.model.register_forward_pre_hook(
         lambda model, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     try:
-        answers = answer(base, asked, NEW, on_token=writing.append)
+        yield batches
     finally:
         hook.remove()
+
+
+def test_finished_rows_leave_the_batch(base: Base) -> None:
+    asked = prompts(24)
+    writing: list[int] = []
+    with batches_of(base) as batches:
+        answers = answer(base, asked, NEW, on_token=writing.append)
     assert writing == [sum(len(tokens) > step for tokens in answers) for step in range(len(writing))]
     assert writing[-1] < writing[0] == len(asked)
     assert sum(writing) == sum(map(len, answers))
     for rows, batch in zip(writing, batches, strict=True):
-        assert base_model.COMPACT * batch < rows <= batch
-    assert batches[-1] < batches[0]
+        assert rows <= batch
+        assert base_model.COMPACT * batch < rows or rows < base_model.LEAST_ROWS
+    assert base_model.LEAST_ROWS <= batches[-1] < batches[0]
+
+
+def test_a_batch_has_so_many_rows_that_its_size_rounds_nothing_otherwise(base: Base) -> None:
+    writing: list[int] = []
+    with batches_of(base) as batches:
+        answers = answer(base, prompts(3), NEW, on_token=writing.append)
+    assert len(answers) == 3
+    assert set(batches) == {base_model.LEAST_ROWS}
+    assert sum(writing) == sum(map(len, answers))  # idle rows count for nothing
 
 
 def test_the_loop_ends_when_every_row_has(base: Base) -> None:
@@ -105,20 +151,28 @@ def test_the_loop_ends_when_every_row_has(base: Base) -> None:
     assert len(steps) == max(map(len, answers)) < NEW
 
 
-def test_sampling_follows_the_seed(base: Base) -> None:
-    asked = prompts(4)
-    drawn = answer(base, asked, NEW, temperature=1.0, seed=1)
-    assert answer(base, asked, NEW, temperature=1.0, seed=1) == drawn
-    assert answer(base, asked, NEW, temperature=1.0, seed=2) != drawn
+def test_sampling_follows_the_seeds(base: Base) -> None:
+    asked, seeds = prompts(4), [1, 2, 3, 4]
+    drawn = answer(base, asked, NEW, temperature=1.0, seeds=seeds)
+    assert answer(base, asked, NEW, temperature=1.0, seeds=seeds) == drawn
+    other = answer(base, asked, NEW, temperature=1.0, seeds=[1, 2, 3, 5])
+    assert other[:3] == drawn[:3]
+    assert other[3] != drawn[3]
     assert drawn != answer(base, asked, NEW)
-    assert answer(base, asked, NEW, temperature=1e-4, seed=1) == answer(base, asked, NEW)
+    assert answer(base, asked, NEW, temperature=1e-4, seeds=seeds) == answer(base, asked, NEW)
+
+
+def test_prompts_that_are_equal_are_sampled_apart(base: Base) -> None:
+    (prompt,) = prompts(1)
+    drawn = answer(base, [prompt] * 6, NEW, temperature=1.0, seeds=range(6))
+    assert len(set(map(tuple, drawn))) > 3
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_samples_have_the_softmaxs_frequencies(base: Base, temperature: float) -> None:
     (prompt,) = prompts(1, longest=8)
     count = 500
-    drawn = Counter(tokens[0] for tokens in answer(base, [prompt] * count, 1, temperature, seed=3))
+    drawn = Counter(tokens[0] for tokens in answer(base, [prompt] * count, 1, temperature, range(3, 3 + count)))
     logits = base.model(torch.tensor([prompt])).logits[0, -1]
     expected = (logits / temperature).softmax(-1)
     assert expected.max() < 0.95
@@ -137,6 +191,22 @@ def test_lm_head_reads_the_hidden_states(bases: dict[str, Base], family: str) ->
         torch.testing.assert_close(states @ base.lm_head.T, base.model(ids).logits)
     assert states.shape == (*ids.shape, HIDDEN_SIZE)
     torch.testing.assert_close(padded[:, : ids.shape[1]], states)  # padding on the right changes nothing
+
+
+def test_logits_that_are_more_than_lm_head_times_the_state_are_told(bases: dict[str, Base]) -> None:
+    for base in bases.values():
+        assert base_model.has_linear_logits(base)
+        capped = replace(base, model=copy.deepcopy(base.model))
+        capped.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out.tanh())
+        assert not base_model.has_linear_logits(capped)
+
+
+def test_what_computed_something_is_told() -> None:
+    assert base_model.producer(CPU) == {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": "cpu",
+    }
 
 
 def test_shapes_are_those_of_lm_head_not_of_the_tokenizer(base: Base) -> None:
@@ -276,7 +346,7 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
         ("tokenizer.json", replace_text("<|endoftext|>", "<|endoftexx|>"), {"tokenizer"}),
         ("chat_template.jinja", replace_text(CHATML[:20], CHATML[:20] + " "), {"tokenizer"}),
         ("README.md", lambda path: path.write_text("a model"), set()),
-        ("generation_config.json", replace_text('"eos_token_id": 2', '"eos_token_id": 5'), {"tokenizer"}),
+        ("generation_config.json", replace_text('"eos_token_id": 2', '"eos_token_id": 5'), {"generation"}),
     ],
 )
 def test_identity_follows_what_states_and_answers_depend_on(

@@ -672,6 +672,49 @@ def test_write_and_read_give_the_same_back(tmp_path: Path) -> None:
     assert corpus.read(path) == []
 
 
+def test_a_file_says_what_it_was_made_with(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    sequences = [TokenSequence(np.arange(3, dtype=np.int32), np.ones(3, np.uint8), "d", 1)]
+    origin = {"tokenizer": "0" * 64, "temperature": 0.5, "seed": None, "source": "bäse"}
+    corpus.write(path, sequences, origin)
+    assert corpus.read_origin(path) == origin
+    assert len(corpus.read(path)) == 1
+    once = path.read_bytes()
+    corpus.write(path, iter(sequences), dict(origin))
+    assert path.read_bytes() == once
+    corpus.write(path, sequences, {**origin, "seed": 1})
+    assert corpus.read_origin(path) == {**origin, "seed": 1}
+    assert path.read_bytes() != once  # another origin is another file to DVC
+    corpus.write(path, [], origin)
+    assert (corpus.read_origin(path), corpus.read(path)) == (origin, [])
+
+
+def test_a_file_that_was_told_no_origin_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    corpus.write(path, [])
+    assert corpus.read_origin(path) == {}
+    assert corpus.read_origin(save(tmp_path / "q.parquet", [{"question": "a"}])) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 not really"])
+def test_the_origin_of_what_is_no_parquet_file_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.parquet"
+    with pytest.raises(CorpusError, match=r"x.parquet: no such file; the stage that writes it has not run"):
+        corpus.read_origin(path)
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=r"x.parquet: not a readable parquet file"):
+        corpus.read_origin(path)
+
+
+@pytest.mark.parametrize("origin", [b"{", b"", b"\xff"])
+def test_an_origin_that_is_none_is_an_error(tmp_path: Path, origin: bytes) -> None:
+    path = tmp_path / "x.parquet"
+    schema = pa.schema([("ids", pa.int32())]).with_metadata({b"origin": origin})
+    pq.write_table(pa.table({"ids": pa.array([], pa.int32())}, schema=schema), path)
+    with pytest.raises(CorpusError, match=r"x\.parquet: not a readable parquet file"):
+        corpus.read_origin(path)
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = save(tmp_path / "q.parquet", [{"question": "a"}] * 300 + [{"question": None}])
     out = tmp_path / "out" / "x.parquet"

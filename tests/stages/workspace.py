@@ -46,6 +46,7 @@ def prepare(root: Path, changed: Mapping[str, Mapping[str, Any]] | None = None) 
 
 def copy_of(ready: Path, folder: Path) -> Path:
     """Parameters and data of a folder in which stages have run; base, prompts and store stay that folder's."""
+    folder.mkdir(exist_ok=True)
     shutil.copy(ready / "params.yaml", folder)
     shutil.copytree(ready / "data", folder / "data")
     return folder

@@ -115,8 +115,7 @@ def test_arrays_of_every_dtype_go_to_numpy_and_back_without_a_copy() -> None:
 )
 def test_a_chunk_is_about_a_mebibyte_of_whole_rows(length: int, rest: list[int], dtype: type) -> None:
     row = int(np.prod(rest)) * np.dtype(dtype).itemsize
-    array = np.lib.stride_tricks.as_strided(np.zeros(1, dtype), (length, *rest), [0] * (1 + len(rest)))
-    rows = codecs.chunk_rows(array)
+    rows = codecs.chunk_rows((length, *rest), np.dtype(dtype))
     assert rows >= 1
     assert rows == 1 or rows * row <= 2**20 < (rows + 1) * row
 

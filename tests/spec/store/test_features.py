@@ -423,6 +423,7 @@ def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path
     assert torch.equal(tables["lm_head"], model.lm_head)
     assert torch.equal(tables["embedding"], model.embedding[:VOCAB_SIZE])
     assert features.tables_shape(collection) == {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
+    assert features.linear_logits(collection)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     features.save_tables(model, collection)
     times.pop(collection.folder)  # locks come and go in it

@@ -407,17 +407,17 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def half_an_array(*arguments: Any, **options: Any) -> None:
+def half_a_shard(path: Path, *_: object) -> None:
     """What a disk that fills up in the middle of an array leaves."""
-    folder: Path = arguments[0]
-    (folder / "states" / "c").mkdir(parents=True)
-    (folder / "zarr.json").write_text("{")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
     full()
 
 
 STEPS = {
     "a group": patched(segment.zarr, "create_group", full),
-    "an array": patched(segment, "_write_group", half_an_array),
+    "an array": patched(segment.shards, "create", full),
+    "a shard": patched(segment.shards, "write", half_a_shard),
     "sizes": patched(segment, "_marks", full),
     "the record": patched(Path, "write_bytes", full),
     "a flush": patched(segment, "_flush", full),

@@ -1,0 +1,118 @@
+"""A process that lets children of its own fill stores, and kills them; it reads its tasks from stdin.
+
+It has loaded everything when it forks, and has started no thread, so that a child begins at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spec import base as base_model
+from spec.base import Base
+from spec.config import Model, Respond
+from spec.store import answers, features
+from spec.store.collection import Collection
+from spec.store.features import FeatureRow
+from spec.store.plan import item_key, plan
+
+DIGESTS = {"weights": "w", "tokenizer": "t", "generation": "g"}
+RESPOND = Respond(max_new_tokens=3, batch_size=1, temperature=1.0)
+COUNT = 20
+"""Segments of a run, beside that of the tables."""
+
+
+def collection(root: Path, kind: str) -> Collection:
+    """Where a run's segments go."""
+    if kind == "features":
+        return Collection(root, kind, features.identity(DIGESTS, "float32", "zstd"))
+    return Collection(root, kind, answers.identity(DIGESTS, "float32", RESPOND))
+
+
+def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> None:
+    """What the stages cache and respond do with a store: clean it, plan, and compute what is missing."""
+    made = collection(root, kind)
+    made.create()
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(3, 290, 20 + number).astype(np.int32) for number in range(COUNT)]
+    if kind == "features":
+        masks = [np.resize(np.asarray([0, 1, 1], np.uint8), len(row)) for row in rows]
+        keys = [item_key(row, mask) for row, mask in zip(rows, masks, strict=True)]
+        groups = plan(keys, list(map(len, rows)), made.find(), base_model.bucket, 1)
+        features.save_tables(base, made)
+        features.produce(base, made, list(map(FeatureRow, keys, rows, masks)), groups, "zstd", rank=rank, world=world)
+    else:
+        keys = list(map(item_key, rows))
+        groups = plan(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)
+        answers.produce(base, made, keys, rows, groups, RESPOND, rank=rank, world=world)
+
+
+def logging_claims(path: Path) -> None:
+    """Write the name of each segment that this process begins to a file, which outlives it."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    real = Collection.claim
+
+    def claim(self: Collection, items: Sequence[str], wait: bool = False) -> Any:
+        claimed = real(self, items, wait)
+        if claimed is not None:
+            os.write(log, f"{self.name_of(items)}\n".encode())
+        return claimed
+
+    Collection.claim = claim  # type: ignore[method-assign]
+
+
+def fork(body: Callable[[], None]) -> int:
+    """A child that runs `body`; its exit status tells whether that ended well."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        body()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def run(base: Base, root: str, kind: str, log: str, delay: float | None = None, world: int = 1) -> dict[str, Any]:
+    """Fill a store by `world` children, and kill the last of them after `delay` seconds.
+
+    Returns:
+        statuses: of each child, -9 where it was killed.
+        seconds: until all had ended.
+    """
+
+    def body(rank: int) -> None:
+        logging_claims(Path(log))
+        fill(base, Path(root), kind, rank, world)
+
+    began = time.monotonic()
+    children = [fork(lambda rank=rank: body(rank)) for rank in range(world)]  # type: ignore[misc]
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(children[-1], signal.SIGKILL)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return {"statuses": statuses, "seconds": time.monotonic() - began}
+
+
+def main() -> None:
+    """Serve tasks until stdin ends."""
+    torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # as in all tests
+    base = base_model.load(Model(), Path(sys.argv[1]), "digest", torch.device("cpu"), dtype="float32")
+    for line in sys.stdin:
+        print(json.dumps(run(base, **json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""SIGKILL at random moments: nothing half-written is ever seen, and little is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spec.store import upkeep
+from spec.store.collection import Collection
+from tests.spec.store import producer
+
+KILLS = 22
+IN_FLIGHT = 3
+"""Segments that a worker may have begun and not committed: one computed, one that waits, one that is written."""
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(base_folder: Path) -> Iterator[Run]:
+    """Lets another process run a task, as producer.run takes it."""
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", producer.__name__, str(base_folder)],
+        cwd=Path(producer.__file__).parents[3],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **single},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def task(**options: Any) -> dict[str, Any]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(options) + "\n")
+        process.stdin.flush()
+        done: dict[str, Any] = json.loads(process.stdout.readline())
+        return done
+
+    yield task
+    process.stdin.close()
+    assert process.wait(20) == 0
+    process.stdout.close()
+
+
+def begun(log: Path) -> list[str]:
+    """Names of the segments that were begun, and forget them."""
+    if not log.is_file():
+        return []
+    names = log.read_text().split()
+    log.unlink()
+    return names
+
+
+def digests(root: Path, kind: str) -> dict[str, str]:
+    """Of all segments, none of which may show damage."""
+    good, damaged = producer.collection(root, kind).survey()
+    assert damaged == {}
+    return {name: record.digest for name, record in good.items()}
+
+
+def assert_nothing_left_over(collection: Collection, names: set[str]) -> None:
+    assert {path.name for path in collection.folder.iterdir()} == {"identity.json", *names}
+
+
+@pytest.mark.parametrize("kind", ["features", "answers"])
+def test_a_killed_run_goes_on_where_it_was(run: Run, tmp_path: Path, kind: str) -> None:
+    root, log = tmp_path / "whole", tmp_path / "log"
+    run(root=str(tmp_path / "warm"), kind=kind, log=str(log))
+    log.unlink()
+    whole = run(root=str(root), kind=kind, log=str(log))
+    assert whole["statuses"] == [0]
+    expected, duration = digests(root, kind), whole["seconds"]
+    assert len(expected) == producer.COUNT + (kind == "features")
+    assert sorted(begun(log)) == sorted(expected)
+    generator = random.Random(kind)
+    kills = in_the_middle = 0
+    for number in range(4 * KILLS):
+        if kills >= KILLS:
+            break
+        root = tmp_path / f"{number}"
+        for _ in range(generator.choice([1, 1, 1, 2, 3])):  # the run that goes on may be killed, too
+            before = digests(root, kind)
+            delay = duration * generator.random()
+            killed = run(root=str(root), kind=kind, log=str(log), delay=delay)
+            after, names = digests(root, kind), begun(log)
+            assert before.items() <= after.items() <= expected.items()
+            assert set(names) >= set(after) - set(before)
+            assert len(names) - (len(after) - len(before)) <= IN_FLIGHT
+            if killed["statuses"] == [0]:  # it was faster than the first one
+                assert after == expected
+                duration = min(duration, killed["seconds"])
+                break
+            assert killed["statuses"] == [-9]
+            kills += 1
+            in_the_middle += 0 < len(after) < len(expected)
+        before = digests(root, kind)
+        assert run(root=str(root), kind=kind, log=str(log))["statuses"] == [0]
+        assert digests(root, kind) == expected
+        assert sorted(begun(log)) == sorted(expected.keys() - before.keys())  # nothing that was there is done again
+        assert upkeep.verify(root, set_aside=False) == (len(expected), [])
+        assert_nothing_left_over(producer.collection(root, kind), set(expected))
+    assert kills >= KILLS
+    assert in_the_middle >= KILLS // 3
+
+
+@pytest.mark.parametrize("kind", ["features", "answers"])
+def test_other_workers_finish_what_a_killed_one_began(run: Run, tmp_path: Path, kind: str) -> None:
+    log = tmp_path / "log"
+    whole = run(root=str(tmp_path / "whole"), kind=kind, log=str(log), world=2)
+    assert whole["statuses"] == [0, 0]
+    expected = digests(tmp_path / "whole", kind)
+    assert sorted(begun(log)) == sorted(expected)  # each by one of them
+    generator = random.Random(kind)
+    for number in range(5):
+        root = tmp_path / f"{number}"
+        delay = whole["seconds"] * generator.uniform(0.1, 0.9)
+        done = run(root=str(root), kind=kind, log=str(log), delay=delay, world=2)
+        assert done["statuses"][0] == 0
+        assert digests(root, kind) == expected
+        names = begun(log)
+        assert set(names) == set(expected)
+        assert len(names) - len(expected) <= IN_FLIGHT
+        assert upkeep.verify(root, set_aside=False) == (len(expected), [])
+        producer.collection(root, kind).create()
+        assert_nothing_left_over(producer.collection(root, kind), set(expected))

@@ -1,0 +1,208 @@
+"""Joint training from fetch to evaluate: a base that others can load, measured with its own states."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spec import base as base_model
+from spec import corpus, files, heads
+from spec.config import Model
+from spec.decoding import LanguageModelWithSpeculator
+from spec.store.manifest import Manifest
+from stages import common
+from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused
+
+JOINT = {
+    "model": {"freeze_base_model": False, "speculator_loss_coeff": 0.5},
+    "optim": {"lr": 0.01, "base_lr": 0.001},
+    "trainer": {"total_epochs": 4, "test_freq": 8, "launcher": sys.executable},
+}
+TRAINED = Path("models/trained_base")
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which everything up to cache has run."""
+    root = prepare(tmp_path_factory.mktemp("joint"), JOINT)
+    before = content(root / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name in ("fetch", "tokenize", "respond", "cache"):
+            ok(name)
+    yield root
+    assert content(root / "base") == before
+
+
+@pytest.fixture(scope="module")
+def trained(cached: Path) -> Path:
+    """That folder after training, in a process of the launcher's, and evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cached)
+        said = ok("train")
+        assert "jointly with the base x 4 epochs" in said
+        ok("evaluate")
+    return cached
+
+
+@pytest.fixture
+def folder(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(copy_of(cached, tmp_path))
+    inline_workers(monkeypatch)
+    return tmp_path
+
+
+def test_answers_are_the_datas_whoever_writes_them_elsewhere(cached: Path) -> None:
+    for split in common.SPLITS:
+        path = cached / common.responses_path(split)
+        assert corpus.read_origin(path)["source"] == "data"
+        answered, tokens = corpus.read(path), corpus.read(cached / common.tokens_path(split))
+        assert all(
+            np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask)
+            for one, other in zip(answered, tokens, strict=True)
+        )
+        assert all(row.mask.any() for row in answered)
+
+
+def test_nothing_is_cached_for_training(cached: Path) -> None:
+    for split in common.SPLITS:
+        manifest = Manifest.load(cached / common.features_path(split))
+        assert (len(manifest), manifest.positions, manifest.hidden_size, manifest.vocab_size) == (0, 0, 32, 304)
+        assert manifest.content == files.digest_file(cached / common.responses_path(split))
+    assert files.read_json(cached / "results/cache/metrics.json") == {}
+
+
+def test_the_base_has_learned_the_datas_own_answers(trained: Path) -> None:
+    with (trained / "results/train/train.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    for name in ("base_loss", "speculator_loss"):
+        assert rows[-1][name] < rows[0][name]
+    metrics = files.read_json(trained / "results/train/metrics.json")
+    losses = []
+    for name in (trained / "base", trained / TRAINED):
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        found = []
+        for row in corpus.read(trained / common.responses_path("val")):
+            labels = torch.from_numpy(np.where(row.mask, row.ids, -100)).long()
+            with torch.no_grad():
+                logits = model(input_ids=torch.from_numpy(row.ids)[None].long()).logits[0]
+            kept = labels[1:] >= 0
+            found.append(torch.nn.functional.cross_entropy(logits[:-1][kept], labels[1:][kept], reduction="none"))
+        losses.append(torch.cat(found).mean().item())
+    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] == pytest.approx(metrics["val"]["base_loss"], rel=1e-4)
+
+
+def test_the_trained_base_is_a_model_of_its_own(trained: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trained / TRAINED, dtype="auto")
+    before = AutoModelForCausalLM.from_pretrained(trained / "base")
+    assert model.dtype == torch.float32
+    assert not any(torch.equal(one, other) for one, other in zip(model.parameters(), before.parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(trained / TRAINED)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(trained / "base").chat_template
+    assert model.generation_config.eos_token_id == before.generation_config.eos_token_id
+
+
+def test_heads_and_trained_base_belong_together(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    config = heads.read_config("models/speculator")
+    assert config.base_model_name_or_path == str(TRAINED)
+    assert config.base_digest == base_model.identify(TRAINED)["weights"]
+    assert config.base_digest != common.read_sources()["base"]["weights"]
+    base = base_model.load(Model(dtype="float32"), TRAINED, config.base_digest, torch.device("cpu"))
+    model = LanguageModelWithSpeculator(base, heads.load("models/speculator"))
+    prompt = base.tokenizer("What is 2 plus 3?")["input_ids"]
+    assert model.generate(prompt, 12, draft="head").tokens == model.generate(prompt, 12, draft="none").tokens
+
+
+def test_it_is_evaluated_with_its_own_states(trained: Path) -> None:
+    metrics = files.read_json(trained / "results/evaluate/metrics.json")
+    assert metrics["offline"]["answers"] == len(corpus.read(trained / common.responses_path("eval")))
+    assert metrics["offline"]["written_by_base"] == 0
+    assert metrics["offline"]["tokens_per_step"] >= 1
+    assert metrics["decode"]["lossless"] is True
+    assert metrics["decode"]["prompts"] == 2
+
+
+def test_evaluation_is_of_this_very_base(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_of(trained, tmp_path)
+    shutil.copytree(trained / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(TRAINED)
+    shutil.copytree(trained / "base", TRAINED)
+    assert "base_digest: the speculator was trained on models/trained_base" in refused("evaluate")
+
+
+def test_dropout_follows_from_the_seed_alone(trained: Path, folder: Path) -> None:
+    torch.manual_seed(7)
+    ok("train")
+    found = content(Path("models"))
+    shutil.rmtree("models")
+    torch.manual_seed(8)
+    ok("train")
+    assert content(Path("models")) == found
+    # The command did its arithmetic in another process, on all cores.
+    expected = heads.load(trained / "models/speculator").state_dict()
+    for name, weight in heads.load("models/speculator").state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_the_trained_base_has_the_dtype_of_the_run(folder: Path, dtype: str) -> None:
+    overrides = (f"model.dtype={dtype}", "trainer.total_epochs=1")
+    assert "its dtype is 'float32', and 'bfloat16' is expected" in refused("train", *overrides)
+    ok("cache", *overrides)
+    ok("train", *overrides)
+    ok("evaluate", *overrides)
+    assert AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_other_sequences_than_those_that_cache_saw(folder: Path, stage: str) -> None:
+    split = {"train": "val", "evaluate": "eval"}[stage]
+    if stage == "evaluate":
+        ok("train", "trainer.total_epochs=1")
+    path = common.responses_path(split)
+    rows = corpus.read(path)
+    corpus.write(path, rows[1:], corpus.read_origin(path))
+    assert f"{path} is missing or not the file that data/features/{split}.json was made from" in refused(stage)
+    path.unlink()
+    assert f"{path} is missing or not the file" in refused(stage)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.loss=kl"], "optim.loss=kl distils a frozen base"),
+        (["optim.head_weights=[1, 1]"], "optim.head_weights has 2 numbers and model.speculator.n_predict is 3"),
+        (["optim.base_lr=.inf"], "optim.base_lr"),
+        (["model.freeze_base_model=true"], "its layer is None, and 'last' is expected"),
+    ],
+)
+def test_what_joint_training_cannot_do(folder: Path, overrides: list[str], words: str) -> None:
+    assert words in refused("train", *overrides)
+    assert not Path("models").exists()
+
+
+@pytest.mark.parametrize("field", ["base", "tokenizer"])
+def test_a_manifest_of_another_base(folder: Path, field: str) -> None:
+    sources = common.read_sources()
+    sources["base"]["weights" if field == "base" else field] = "another"
+    files.write_json(common.SOURCES, sources)
+    for stage, split in (("train", "train"), ("evaluate", "eval")):
+        message = refused(stage)
+        assert f"data/features/{split}.json: its {field} is " in message
+        assert "and 'another' is expected" in message
+
+
+def test_a_base_whose_logits_are_more_than_lm_head_times_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "has_linear_logits", lambda base: False)
+    assert "set model.freeze_base_model to true" in refused("train")
