@@ -1,7 +1,11 @@
-"""Which choices make better heads? `python -m bench.quality [--quick]`, after `make repro`.
+"""Which choices make better heads? `python -m bench.quality [NAME ...]`, after `make repro`.
 
 Exact-walk tokens per step on val, and on eval for the winner, after the same number of positions for the public
-recipe and each of our choices, one changed at a time; and the data-size curve. Takes about an hour on two cores.
+recipe and each of our choices, one changed at a time (NAME: only those with such a part in their name). Takes about
+40 minutes on two cores.
+
+`python -m bench.quality curve`: the same for 1/8, 1/4, ... of the default's data, as far as there is data: after
+`spec tokenize`, `respond` and `cache` with `-S data.max_samples=1536` up to 4 times as much. Draws docs/data_size.png.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,6 +61,9 @@ SHARES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
 def main() -> None:
     wanted = sys.argv[1:]
     print(machine())
+    if wanted == ["curve"]:
+        curve()
+        return
     rows = []
     for name, overrides in CHOICES.items():
         if wanted and not any(part in name for part in wanted):
@@ -67,12 +75,29 @@ def main() -> None:
     table(["choice", "tokens per step, val", "eval", "best step", "training"], rows)
 
 
-def train(config: Config, share: float = 1.0) -> tuple[float, float, float, int]:
-    """Train over a share of the train split; returns tokens per step on val and eval, seconds, and the best step."""
+def curve() -> None:
+    config = default_config()
+    whole = config.data.max_samples or 384
+    counts = [round(share * whole) for share in SHARES]
+    available = len(reader(config, "train"))
+    points = []
+    for count in [count for count in counts if count <= available]:
+        val, held, seconds, _ = train(config, count)
+        points.append((count, val, held))
+        print(f"{count} answers: {val:.3f} on val, {held:.3f} on eval, {seconds:.0f} s", flush=True)
+    lines = {
+        "val": ([p[0] for p in points], [p[1] for p in points]),
+        "eval": ([p[0] for p in points], [p[2] for p in points]),
+    }
+    plots.curves(Path("docs/data_size.png"), lines, "answers to train on", "tokens per step, head alone")
+    table(["answers", "val", "eval"], [[count, f"{val:.3f}", f"{held:.3f}"] for count, val, held in points])
+
+
+def train(config: Config, count: int | None = None) -> tuple[float, float, float, int]:
+    """Train over the first sequences; returns tokens per step on val and eval, seconds, and the best step."""
     worker = this_worker()
     found = {split: reader(config, split) for split in ("train", "val", "eval")}
-    if share < 1:
-        found["train"] = first(found["train"], share)
+    found["train"] = first(found["train"], count or config.data.max_samples or len(found["train"]))
     shape = speculator_config(config.model.speculator, found["train"].manifest)
     tables = features.load_tables(found["train"].collection)
     speculator = initialise(config, shape, found["train"].token_counts(), tables)
@@ -91,12 +116,9 @@ def walked(speculator: Speculator, found: FeatureReader) -> float:
     return acceptance.tokens_per_step(acceptance.walks(found, answers, acceptance.head_drafts))
 
 
-def first(found: FeatureReader, share: float) -> FeatureReader:
-    """A reader of the first part of a split."""
-    from dataclasses import replace
-
+def first(found: FeatureReader, count: int) -> FeatureReader:
+    """A reader of the first sequences of a split."""
     manifest = found.manifest
-    count = max(1, round(share * len(manifest)))
     per_sequence = ("segment", "row", "prompt_length", "written", "domain")
     cut = {name: getattr(manifest, name)[:count] for name in per_sequence}
     return FeatureReader(replace(manifest, **cut), found.collection.root)

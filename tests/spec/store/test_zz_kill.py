@@ -17,7 +17,7 @@ from spec.store import upkeep
 from spec.store.collection import Collection
 from tests.spec.store import producer
 
-KILLS = 200
+KILLS = 300
 IN_FLIGHT = 3
 """Segments that a worker may have begun and not committed: one computed, one that waits, one that is written."""
 
