@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.common import default_config, machine, reader, table
-from spec import acceptance
+from spec import acceptance, plots
 from spec.config import Config
 from spec.heads import Speculator
 from spec.store import features

@@ -67,8 +67,8 @@ class FrozenTask:
         occurring = np.flatnonzero(train_reader.token_counts())
         tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past a sequence's end
         self._trained, self._tables = twin(speculator, tokens)
-        teacher = lm_head if config.optim.loss == "kl" else None
-        self._loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher).to(worker.device)
+        self._teacher = lm_head if config.optim.loss == "kl" else None
+        self._loss = SpeculatorLoss(self._trained, config.optim.head_weights, self._teacher).to(worker.device)
 
     @property
     def module(self) -> nn.Module:

@@ -48,11 +48,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 at_target = logits.gather(1, target.clamp(min=0))
                 top = logits.amax(1, keepdim=True)
                 correct[rows] = ((at_target >= top) & (target >= 0))[:, 0]
-                soft = None if teacher is None else _distribution(teacher[0][rows], teacher[1], losses.dtype)
-                if soft is None:
-                    expected = at_target
-                else:  # KL(p || q) = sum p log p - sum p log q
-                    expected = (soft * logits + torch.special.entr(soft)).sum(1, keepdim=True)
+                soft = None
+                expected = at_target
+                if teacher is not None:  # KL(p || q) = -entropy(p) - sum p log q
+                    soft, entropy = _distribution(teacher[0][rows], teacher[1], losses.dtype)
+                    expected = torch.linalg.vecdot(soft, logits)[:, None] + entropy
                 probabilities = logits.sub_(top).exp_()
                 total = probabilities.sum(1, keepdim=True)
                 losses[rows] = (total.log() + top - expected)[:, 0]
@@ -76,9 +76,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
 
 
-def _distribution(states: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """The base's own distribution behind these states, from its lm_head's rows: [C, V]."""
-    return (states.to(table.dtype) @ table.T).to(dtype).softmax(1)
+def _distribution(states: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The base's own distribution behind these states, from its lm_head's rows: [C, V]; and its entropy, [C, 1]."""
+    logits = (states.to(table.dtype) @ table.T).to(dtype)
+    top = logits.amax(1, keepdim=True)
+    mean = logits.clone()
+    probabilities = logits.sub_(top).exp_()
+    total = probabilities.sum(1, keepdim=True)
+    probabilities.div_(total)
+    return probabilities, total.log() + top - torch.linalg.vecdot(probabilities, mean)[:, None]
 
 
 def linear_cross_entropy(

@@ -79,6 +79,12 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("optim.lr=1e-4", 1e-4),
         ("optim.lr=1", 1.0),
         ("optim.betas=[0.9, 0.999]", [0.9, 0.999]),
+        ("optim.base_lr=1e-6", 1e-6),
+        ("optim.loss=kl", "kl"),
+        ("optim.head_weights=[1, 0.8, 0.6, 0.4, 0.2]", [1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("features.codec=fp8", "fp8"),
+        ("model.freeze_base_model=false", False),
+        ("model.speculator_loss_coeff=0", 0.0),
         (" optim.schedule = wsd", "wsd"),
         ("data.max_samples=", None),
         ("data.train_files=a.parquet", ["a.parquet"]),
@@ -136,6 +142,19 @@ def test_numbers_in_a_file(text: str, tmp_path: Path) -> None:
         ({"optim": {"lr": "fast"}}, ["optim.lr", "number", "found 'fast'"]),
         ({"optim": {"lr": 0}}, ["optim.lr", "greater than 0", "found 0"]),
         ({"optim": {"lr": float("nan")}}, ["optim.lr", "found nan"]),
+        ({"optim": {"lr": float("inf")}}, ["optim.lr", "finite", "found inf"]),
+        ({"optim": {"base_lr": float("inf")}}, ["optim.base_lr", "finite", "found inf"]),
+        ({"optim": {"clip_grad": float("inf")}}, ["optim.clip_grad", "finite", "found inf"]),
+        ({"optim": {"loss": "mse"}}, ["optim.loss", "'ce' or 'kl'", "found 'mse'"]),
+        ({"optim": {"head_weights": [1.0, 0.0, 1.0, 1.0, 1.0]}}, ["optim.head_weights.1", "greater than 0"]),
+        ({"optim": {"head_weights": 0.5}}, ["optim.head_weights", "found 0.5"]),
+        ({"model": {"speculator_loss_coeff": -1}}, ["model.speculator_loss_coeff", "found -1"]),
+        ({"features": {"codec": "lzma"}}, ["features.codec", "'fp8'", "found 'lzma'"]),
+        (
+            {"features": {"store": "s3://bucket/x"}},
+            ["features.store", "'s3://bucket/x' is a URL", "a shared file system"],
+        ),
+        ({"features": {"store": "file:///store"}}, ["features.store", "is a URL"]),
         ({"optim": {"betas": [0.9]}}, ["optim.betas"]),
         ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "found 1.5"]),
         ({"data": {"train_files": 3}}, ["data.train_files", "3 is neither a path nor a list of paths"]),
@@ -199,6 +218,34 @@ def test_sum_lstm_shares_its_weights() -> None:
 def test_betas_that_adam_refuses() -> None:
     with pytest.raises(ConfigError, match=r"optim\.betas"):
         from_mapping({"optim": {"betas": [0.9, 1.0]}})
+
+
+def test_infinity_as_yaml_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lr: input should be a finite number, found inf"):
+        load(written(tmp_path, "optim: {lr: .inf}\n"))
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        from_overrides(["optim.lr=.inf"])
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_every_head_has_a_weight_or_none_has(count: int) -> None:
+    with pytest.raises(ConfigError, match=rf"optim\.head_weights has {count} numbers and .*n_predict is 5"):
+        from_mapping({"optim": {"head_weights": [1.0] * count}})
+    weights = [1.0] * count
+    config = from_mapping({"optim": {"head_weights": weights}, "model": {"speculator": {"n_predict": count}}})
+    assert config.optim.head_weights == tuple(weights)
+
+
+def test_joint_training_learns_the_datas_own_answers() -> None:
+    joint = {"model": {"freeze_base_model": False}}
+    with pytest.raises(
+        ConfigError, match=r"optim\.loss=kl distils a frozen base: set model\.freeze_base_model to true"
+    ):
+        from_mapping(joint | {"optim": {"loss": "kl"}})
+    assert from_mapping({"optim": {"loss": "kl"}}).base_answers
+    for source in ("base", "data"):
+        assert not from_mapping(joint | {"respond": {"source": source}}).base_answers
+    assert not from_mapping({"respond": {"source": "data"}}).base_answers
 
 
 def test_home_and_variables_expand_where_paths_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,9 +344,17 @@ trees = st.fixed_dictionaries(
         ),
         "model": st.fixed_dictionaries({"partial_pretrain": words, "speculator": speculators()}),
         "optim": st.fixed_dictionaries(
-            {"lr": rate, "clip_grad": rate, "betas": st.lists(fraction, min_size=2, max_size=2)}
+            {
+                "lr": rate,
+                "base_lr": rate,
+                "loss": st.sampled_from(["ce", "kl"]),
+                "clip_grad": rate,
+                "betas": st.lists(fraction, min_size=2, max_size=2),
+            }
         ),
-        "features": st.fixed_dictionaries({"store": st.none() | words, "codec": st.sampled_from(["none", "zstd"])}),
+        "features": st.fixed_dictionaries(
+            {"store": st.none() | words, "codec": st.sampled_from(["none", "zstd", "fp8"])}
+        ),
         "trainer": st.fixed_dictionaries(
             {
                 "launcher": st.lists(words | st.just(""), max_size=3).map(shlex.join),

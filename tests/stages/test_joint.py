@@ -165,6 +165,24 @@ def test_the_trained_base_has_the_dtype_of_the_run(folder: Path, dtype: str) -> 
     assert AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("overrides", [["method=medusa"], ["method=sum_lstm", "init=base", "draft_vocab_size=60"]])
+def test_any_heads_can_be_trained_with_it(folder: Path, overrides: list[str]) -> None:
+    chosen = [f"model.speculator.{override}" for override in overrides]
+    ok("train", "trainer.total_epochs=1", *chosen)
+    ok("evaluate")
+    assert f"method={heads.read_config('models/speculator').method}" == overrides[0]
+
+
+@pytest.mark.slow
+def test_several_workers_train_it_under_torchrun(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy_of(cached, tmp_path))
+    ok("train", "trainer.launcher=torchrun --standalone --nproc-per-node=2", "trainer.total_epochs=2")
+    ok("evaluate")
+    metrics = files.read_json(Path("results/train/metrics.json"))
+    assert metrics["steps"] == 12
+    assert files.read_json(Path("results/evaluate/metrics.json"))["decode"]["lossless"] is True
+
+
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_other_sequences_than_those_that_cache_saw(folder: Path, stage: str) -> None:
     split = {"train": "val", "evaluate": "eval"}[stage]

@@ -235,6 +235,6 @@ def test_every_trained_parameter_gets_a_gradient(method: str, n: int) -> None:
     assert all(p.grad is not None for p in speculator.parameters() if p.requires_grad)
 
 
-def test_norms_are_not_decayed() -> None:
-    assert build(config()).undecayed() == {"ln.0.0.weight", "ln.0.0.bias"}
+def test_norms_and_token_tables_are_not_decayed() -> None:
+    assert build(config()).undecayed() == {"ln.0.0.weight", "ln.0.0.bias", "emb.0.0.weight"}
     assert build(config("medusa")).undecayed() == frozenset()

@@ -58,9 +58,12 @@ def test_a_single_head_leaves_the_second_projection_out_of_training() -> None:
     assert frozen == {f"{gate}_proj.1.weight" for gate in GATES}
 
 
-def test_decay_spares_the_norms_and_the_idle_projection() -> None:
+def test_decay_spares_the_norms_the_tables_and_the_idle_projection() -> None:
     norms = {f"{norm}_ln.0.{p}" for norm in ("cell", "state") for p in ("weight", "bias")}
-    assert build(config("sum_lstm")).undecayed() == norms | {"forget_proj.0.weight"}
+    tables = {f"{gate}_emb.0.weight" for gate in GATES}
+    assert build(config("sum_lstm")).undecayed() == norms | tables | {"forget_proj.0.weight"}
+    tied = build(config("sum_lstm", tie_lstm_embs=True)).undecayed()
+    assert tied == norms | {"forget_emb.0.weight", "forget_proj.0.weight"}
 
 
 def test_all_gates_read_the_same_state() -> None:

@@ -28,7 +28,7 @@ from spec.store.plan import item_key, plan
 
 DIGESTS = {"weights": "w", "tokenizer": "t", "generation": "g"}
 RESPOND = Respond(max_new_tokens=3, batch_size=1, temperature=1.0)
-COUNT = 20
+COUNT = 14
 """Segments of a run, beside that of the tables."""
 
 

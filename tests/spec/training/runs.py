@@ -13,10 +13,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ from spec.training.joint import JointTask
 from spec.training.loop import Progress, Result, train
 from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
+from stages.common import child_environment
 from tests.tiny import chain, sequence, states_of, store_features
 
 V, D, N = 24, 8, 3
@@ -100,9 +103,8 @@ def run(
     """Train on a store; the heads as they are at the last step."""
     speculator = speculator or make_speculator()
     config = config or make_config()
-    return train(
-        config, speculator, *readers_of(store), ALONE, Checkpoints(checkpoints, key), listen, teacher()
-    ), speculator
+    saved = Checkpoints(checkpoints, key)
+    return train(config, speculator, *readers_of(store), ALONE, saved, listen, teacher()), speculator
 
 
 class InterruptedRunError(Exception):
@@ -126,7 +128,7 @@ def losses_of(told: list[Progress], name: str = "speculator_loss") -> list[float
 
 
 def history_of(told: list[Progress]) -> list[Any]:
-    """Everything that was told but what differs from one run to the next: a run has no history without its clock."""
+    """Everything that was told, but for what a clock or the machine says."""
     return [
         [p.split, p.step, p.total, {name: value for name, value in p.metrics.items() if name not in TIMING}]
         for p in told
@@ -147,6 +149,8 @@ def _context() -> Any:
     """Processes made by a server that has all modules loaded, so that each starts at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED)
+    with mock.patch.dict(os.environ, child_environment()):  # the modules of this checkout
+        forkserver.ensure_running()
     return context
 
 
@@ -189,16 +193,15 @@ def together(world: int, body: Body, arguments: Any) -> list[tuple[int | None, l
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    context = [process(body, arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
-    entered = [each.__enter__() for each in context]
-    try:
+    with contextlib.ExitStack() as stack:
+        entered = [
+            stack.enter_context(process(body, arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared))
+            for rank in range(world)
+        ]
         sent = [list(received(connection)) for _, connection in entered]
         for made, _ in entered:
             made.join(600)
         return [(made.exitcode, messages) for (made, _), messages in zip(entered, sent, strict=True)]
-    finally:
-        for each in context:
-            each.__exit__(None, None, None)
 
 
 def received(connection: Connection) -> Iterator[Any]:

@@ -30,6 +30,7 @@ from tests.spec.training.runs import (
     N,
     V,
     frozen_task,
+    history_of,
     losses_of,
     make_config,
     make_speculator,
@@ -331,7 +332,7 @@ def work(connection: Connection, arguments: tuple[Path, Path, str]) -> None:
         result = loop.run(CASES[case], task, me, checkpoints, told.append)
         # Every worker has the same weights and the same opinion of them.
         torch.save(dict(speculator.named_parameters()), folder / f"weights-{me.rank}.pt")
-        connection.send([result.step, result.steps, result.val, losses_of(told)])
+        connection.send([result.step, result.steps, result.val, history_of(told)])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -351,4 +352,7 @@ def test_several_workers_come_out_where_one_does(store: Path, tmp_path: Path, wo
         ((step, steps, val, heard),) = sent
         assert (step, steps) == (expected.step, expected.steps)
         assert val == pytest.approx(expected.val, abs=1e-5)
-        assert heard == (pytest.approx(losses_of(told), abs=1e-5) if rank == 0 else [])
+        assert len(heard) == (len(told) if rank == 0 else 0)
+        for (*place, mine), (*other, wanted) in zip(heard, history_of(told), strict=False):
+            assert place == other
+            assert mine == pytest.approx(wanted, rel=1e-4, abs=1e-5)
