@@ -187,10 +187,16 @@ class Collection:
         return record
 
     def set_aside(self, name: str) -> Path:
-        """Move a damaged segment out of sight; returns where it went."""
+        """Move a damaged segment out of sight, unless another process has or is writing it anew; returns where to."""
         target = self.folder / f"{DAMAGED}{name}"
-        shutil.rmtree(target, ignore_errors=True)
-        (self.folder / name).rename(target)
+        lock = Lock.acquire(self.folder / f"{_LOCK}{name}")
+        if lock is not None:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(target, ignore_errors=True)
+                    (self.folder / name).rename(target)
+            finally:
+                lock.release()
         self._records.pop(name, None)
         return target
 

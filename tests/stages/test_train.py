@@ -166,10 +166,11 @@ def test_another_runs_checkpoint_is_not_taken_up(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_the_workers_of_the_command(ready: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [sys.executable, "torchrun --standalone --nproc-per-node=2"])
+def test_a_signal_reaches_the_workers_of_the_command(ready: Path, tmp_path: Path, launcher: str) -> None:
     """The command as users call it, in processes of its own."""
     whole, parts = (copy_of(ready, tmp_path / name) for name in ("whole", "parts"))
-    command = [sys.executable, "-m", "stages.cli", "train", "-S", "trainer.launcher=" + sys.executable]
+    command = [sys.executable, "-m", "stages.cli", "train", "-S", f"trainer.launcher={launcher}"]
     command += ["-S", "trainer.total_epochs=20", "-S", "trainer.save_freq=5", "-S", "trainer.test_freq=20"]
     environment = common.child_environment() | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=whole, env=environment, check=True, capture_output=True)
@@ -178,7 +179,7 @@ def test_a_signal_reaches_the_workers_of_the_command(ready: Path, tmp_path: Path
     )
     deadline = time.monotonic() + 300
     while not list(parts.glob("checkpoints/*/global_step_*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.terminate()
     _, said = process.communicate(timeout=300)
     assert process.returncode == 1

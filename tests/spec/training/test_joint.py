@@ -212,8 +212,9 @@ def test_micro_batches_change_nothing_but_rounding(qwen: Path, tmp_path: Path, m
         torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("family", ["exact", "qwen"])
+@pytest.mark.parametrize("family", ["exact", "base_folder", "qwen"])
 def test_figures_of_val_are_those_of_the_live_states(family: str, request: pytest.FixtureRequest) -> None:
+    """Without dropout, which only training has."""
     task = joint_task(joint_config(), request.getfixturevalue(family), ALONE)
     metrics = task.validate()
     assert task.base.model.training
