@@ -141,7 +141,7 @@ class Data(Section):
 
 
 class Speculator(Section):
-    """The draft heads (heads.md gives the mathematics)."""
+    """The draft heads (docs/format.md names their files)."""
 
     method: Literal["sum_rnn", "sum_lstm", "medusa"] = "sum_rnn"
     n_predict: Annotated[int, Field(ge=1, le=32)] = 5

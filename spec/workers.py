@@ -43,8 +43,12 @@ class Worker:
 
 
 def this_worker() -> Worker:
-    """This process's place, from RANK and WORLD_SIZE; alone where they are not set."""
-    return Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), choose_device())
+    """This process's place, from RANK and WORLD_SIZE; alone where they are not set. Its CUDA device becomes the current
+    one."""
+    device = choose_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
 
 
 @contextlib.contextmanager
@@ -52,8 +56,6 @@ def joined() -> Iterator[Worker]:
     """This worker, connected with the others: NCCL on CUDA, gloo elsewhere."""
     worker = this_worker()
     if worker.world > 1:
-        if worker.device.type == "cuda":
-            torch.cuda.set_device(worker.device)
         dist.init_process_group("nccl" if worker.device.type == "cuda" else "gloo")
     try:
         yield worker

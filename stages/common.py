@@ -240,7 +240,9 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
         plan_path.write_text(json.dumps(plan))
         command = [*launcher, "-m", module, "--params", str(params), "--worker", str(plan_path)]
         try:
-            process = subprocess.Popen(command, env=child_environment())
+            # Workers that are asked to stop save first; torchrun's own patience is half a minute.
+            patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+            process = subprocess.Popen(command, env={**patience, **child_environment()})
         except OSError as error:
             raise SpecError(f"trainer.launcher: {launcher[0]!r} could not be started ({error.strerror})") from None
         previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in _SIGNALS}

@@ -80,6 +80,7 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
 def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     """The base that joint training made, and the eval split with its states, which are cached here."""
     source = {"name": str(common.TRAINED_BASE), "revision": None, **base.identify(common.TRAINED_BASE)}
+    source["tokenizer"] = common.read_sources()["base"]["tokenizer"]  # it made the ids, and `forget` looks for it
     rows = corpus.read(common.responses_path("eval"))
     identity = features.identity(source, config.model.dtype, config.features.codec)
     collection = Collection(common.store_root(config), "features", identity)

@@ -29,9 +29,9 @@ _GSM8K = "$HOME/data/gsm8k"
 def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> None:
     """Run every stage, from the guide's defaults, and leave the checkpoint in SAVE_PATH.
 
-    Nothing is inherited from an earlier call but what the store holds: hidden states and answers of the same base
-    are never computed twice. The data defaults to $HOME/data/gsm8k (as the guide's example prepares it) where that
-    is there, else to the embedded prompts.
+    Nothing is inherited from an earlier call but what the store holds (hidden states and answers of the same base are
+    never computed twice), and the checkpoints of an interrupted call with the same parameters. The data defaults to
+    $HOME/data/gsm8k (as the guide's example prepares it) where that is there, else to the embedded prompts.
     """
     with common.clear_errors():
         config = _config(nproc_per_node, overrides)
@@ -54,10 +54,11 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
             sys.exit(status)
     for name in ("pytorch_model.bin", "config.json"):
         shutil.copy2(save_path / common.MODEL / name, save_path / name)
-    for run_folder in (save_path / "checkpoints").iterdir():
-        for step in run_folder.glob("global_step_*"):
-            shutil.rmtree(save_path / step.name, ignore_errors=True)
-            step.rename(save_path / step.name)
+    for step in save_path.glob("global_step_*"):  # of an earlier call
+        shutil.rmtree(step)
+    newest = max((save_path / "checkpoints").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    for step in newest.glob("global_step_*"):
+        step.rename(save_path / step.name)
     shutil.rmtree(save_path / "checkpoints")
     common.say(f"run: the speculator is in {save_path} (pytorch_model.bin, config.json, global_step_*)")
 

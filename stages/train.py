@@ -215,8 +215,10 @@ def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
     base of the best step where it was trained."""
     shutil.rmtree(common.TRAINED_BASE, ignore_errors=True)
     common.TRAINED_BASE.mkdir(parents=True)
+    shutil.rmtree(common.MODEL, ignore_errors=True)
     task.weights()  # brings the speculator up to date
-    heads.save(task.speculator, common.MODEL / "last")
+    if isinstance(task, FrozenTask):  # of joint training, the base that the last heads belong to is not kept
+        heads.save(task.speculator, common.MODEL / "last")
     task.restore(result.weights)
     if isinstance(task, JointTask):
         dtype = getattr(torch, task.config.model.dtype)

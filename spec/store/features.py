@@ -184,7 +184,7 @@ def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str)
             host[key].copy_(tensor, non_blocking=True)
         tensors = host
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(base.device))
     else:
         tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
     finite = tensors.pop("finite")

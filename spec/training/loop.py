@@ -218,6 +218,7 @@ class _Run:
             if saving or stop:
                 self._save()
             if leaving:
+                self.worker.gather(None)  # nobody leaves before the first worker has written
                 raise StoppedError(
                     f"stopped at step {self.step} of {self.total}, and saved in {self.checkpoints.folder}; "
                     "run the same command again to go on"
@@ -353,6 +354,7 @@ class _Run:
                 "history": self.history,
                 "sums": sums,
                 "positions": positions,
+                "seconds": (self.waited, self.trained),
             },
         )
 
@@ -371,6 +373,7 @@ class _Run:
         if self.worker.first:
             self.sums += state["sums"].to(self.sums)
             self.positions = state["positions"]
+            self.waited, self.trained = state["seconds"]
             log.info("resuming at step %d of %d", self.step, self.total)
             for split, step, metrics in self.history:
                 self.listen(Progress(split, step, self.total, metrics))

@@ -184,7 +184,8 @@ class SpeculatorLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.speculator = speculator
-        weights = torch.tensor(head_weights or [1.0] * speculator.config.n_predict)
+        device = next(speculator.parameters()).device
+        weights = torch.tensor(head_weights or [1.0] * speculator.config.n_predict, device=device)
         self.register_buffer("head_weights", weights / weights.mean(), persistent=False)
         if lm_head is not None and speculator.token_map is not None:
             lm_head = lm_head[speculator.token_map.to(lm_head.device)]

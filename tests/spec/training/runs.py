@@ -40,6 +40,7 @@ from spec.training.loop import Progress, Result, train
 from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
 from stages.common import child_environment
+from stages.train import _stop_signal
 from tests.tiny import chain, sequence, states_of, store_features
 
 V, D, N = 24, 8, 3
@@ -240,19 +241,19 @@ Make = Callable[[Worker], tuple[Config, Any]]
 
 def run_to_the_end(connection: Connection, arguments: tuple[Make, Path]) -> None:
     """What a process runs that may be stopped at any time: it says each step that it begins, and keeps the outcome."""
-    from stages.train import _stop_signal
-
     make, folder = arguments
-    with joined() as me, _stop_signal() as asked:
-        config, task = make(me)
-        told: list[Progress] = []
+    with _stop_signal() as asked:
+        with joined() as me:
+            config, task = make(me)
+            told: list[Progress] = []
 
-        def stopping() -> bool:
-            connection.send("step")
-            return asked()
+            def stopping() -> bool:
+                connection.send("step")
+                return asked()
 
-        result = loop.run(config, task, me, Checkpoints(folder / "checkpoints", "key"), told.append, stopping)
-        torch.save(outcome(task, result, told), folder / f"outcome-{me.rank}.pt")
+            result = loop.run(config, task, me, Checkpoints(folder / "checkpoints", "key"), told.append, stopping)
+            torch.save(outcome(task, result, told), folder / f"outcome-{me.rank}.pt")
+        os._exit(0)  # a signal that comes now is too late
 
 
 def load_outcome(folder: Path, rank: int = 0) -> dict[str, Any]:

