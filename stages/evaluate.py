@@ -18,7 +18,6 @@ from spec.store import features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest
-from spec.store.plan import item_key
 from spec.store.reader import FeatureReader
 from stages import common
 from stages.cache import describe, plan_features
@@ -84,7 +83,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     rows = corpus.read(common.responses_path("eval"))
     identity = features.identity(source, config.model.dtype, config.features.codec)
     collection = Collection(common.store_root(config), "features", identity)
-    keyed = [FeatureRow(item_key(row.ids, row.mask), row.ids, row.mask) for row in rows]
+    keyed = list(map(FeatureRow.of, rows))
     with common.using_store(config):
         groups = common.plan_missing(collection, "evaluate", lambda known: plan_features(config, keyed, known))
         model = base.load(config.model, common.TRAINED_BASE, source["weights"])

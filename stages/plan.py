@@ -18,7 +18,6 @@ from spec.errors import SpecError
 from spec.store import answers, features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.plan import item_key
 from stages import common
 from stages.cache import plan_features
 from stages.respond import plan_answers
@@ -171,7 +170,7 @@ def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: lis
     written = Collection(root, "answers", answers.identity(sources["base"], dtype, config.respond)).find()
     estimated = any(row.prompt_length == len(row) for row in rows)
     cached = Collection(root, "features", features.identity(sources["base"], dtype, config.features.codec)).find()
-    keyed = [FeatureRow(item_key(row.ids, row.mask), row.ids, row.mask) for row in rows]
+    keyed = list(map(FeatureRow.of, rows))
     lacking = [keyed[number] for group in plan_features(config, keyed, () if estimated else cached) for number in group]
     most = config.respond.max_new_tokens if estimated else 0
     return _Work(

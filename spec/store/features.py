@@ -15,8 +15,10 @@ from torch import Tensor
 
 from spec import base as base_model
 from spec.base import Base
+from spec.corpus import TokenSequence
 from spec.store import codecs
 from spec.store.collection import Collection, Writer, share_out
+from spec.store.plan import item_key
 from spec.store.segment import Row, StoreError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,11 @@ class FeatureRow:
     key: str
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, row: TokenSequence) -> FeatureRow:
+        """A sequence under the key of its content."""
+        return cls(item_key(row.ids, row.mask), row.ids, row.mask)
 
 
 def kept_positions(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
