@@ -41,7 +41,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "params.yaml": (),
     "public recipe (random init, all tokens, lr 1e-3, decay 0.1)": PUBLIC,
     "init random": ("model.speculator.init=random",),
-    "loss kl": ("optim.loss=kl",),
+    "loss ce": ("optim.loss=ce",),
     "lr 1e-3": ("optim.lr=0.001",),
     "lr 4e-3": ("optim.lr=0.004",),
     "weight decay 0.1": ("optim.weight_decay=0.1",),

@@ -255,9 +255,10 @@ class _Run:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
         device = self.worker.device
-        own = torch.stack([batch.counts for batch in micro_batches]).sum(0)
-        shared = torch.cat([own, torch.tensor([int(self.stopping())])]).to(device, non_blocking=True)
-        shared = self.worker.sum(shared)
+        counted = torch.stack([batch.counts for batch in micro_batches]).sum(0)
+        own = torch.cat([counted, torch.tensor([int(self.stopping())])])
+        own = (own.pin_memory() if device.type == "cuda" else own).to(device, non_blocking=True)
+        shared = self.worker.sum(own.clone())
         counts = shared[:-1]
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
@@ -268,7 +269,7 @@ class _Run:
                 # DistributedDataParallel averages gradients over workers, and the loss is a sum over them.
                 (loss * self.worker.world).backward()
             self.sums[:, :2] += part.to(self.sums)
-        self.sums[:, 2] += own.to(self.sums)
+        self.sums[:, 2] += own[:-1].to(self.sums)
         self.positions += sum(batch.positions for batch in micro_batches)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.config.optim.clip_grad)
@@ -323,8 +324,10 @@ class _Run:
             self.result.weights = self.task.weights()
         else:
             self.since_best += 1
+        device = self.worker.device
+        seen = self.positions_seen + int(self.worker.sum(torch.tensor(self.positions, device=device)))
         if self.worker.first:
-            self._tell("val", metrics)
+            self._tell("val", {"positions_seen": float(seen), **metrics})
         return self._exhausted()
 
     def _exhausted(self) -> bool:

@@ -39,33 +39,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needed else None
         grad_weight = torch.zeros_like(weight) if needed else None
-        chunk = max(CHUNK_LOGITS // len(weight), 1)
+        chunk = max(min(CHUNK_LOGITS // len(weight), len(hidden)), 1)
+        # Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU.
+        room = [losses.new_empty(chunk, len(weight)) for _ in range(1 if teacher is None else 2)]
+        low_room = low_weight.new_empty(chunk, len(weight))
+        part = torch.empty_like(low_weight) if needed else None
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 inputs, target = hidden[rows].to(low_weight.dtype), targets[rows, None]
-                logits = (inputs @ low_weight.T).to(losses.dtype)  # [C, V]
+                low, *held = (buffer[: len(inputs)] for buffer in (low_room, *room))  # each [C, V]
+                soft, entropy = (None, None) if teacher is None else _distribution(teacher[0][rows], teacher[1], held)
+                logits = held[0].copy_(torch.mm(inputs, low_weight.T, out=low))
                 at_target = logits.gather(1, target.clamp(min=0))
                 top = logits.amax(1, keepdim=True)
                 correct[rows] = ((at_target >= top) & (target >= 0))[:, 0]
-                soft = None
                 expected = at_target
-                if teacher is not None:  # KL(p || q) = -entropy(p) - sum p log q
-                    soft, entropy = _distribution(teacher[0][rows], teacher[1], losses.dtype)
+                if soft is not None:  # KL(p || q) = -entropy(p) - sum p log q
                     expected = torch.linalg.vecdot(soft, logits)[:, None] + entropy
                 probabilities = logits.sub_(top).exp_()
                 total = probabilities.sum(1, keepdim=True)
                 losses[rows] = (total.log() + top - expected)[:, 0]
-                if grad_hidden is not None and grad_weight is not None:
+                if grad_hidden is not None and grad_weight is not None and part is not None:
                     factor = scale[rows, None]
                     grad = probabilities.mul_(factor / total)
                     if soft is None:
                         grad.scatter_add_(1, target, -factor.to(grad.dtype))
                     else:
                         grad.sub_(soft.mul_(factor))
-                    low_grad = grad.to(low_weight.dtype)
+                    low_grad = low.copy_(grad)
                     grad_hidden[rows] = (low_grad @ low_weight).to(hidden.dtype)
-                    grad_weight += low_grad.T @ inputs
+                    grad_weight += torch.mm(low_grad.T, inputs, out=part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses, correct)
         return (losses * scale).sum(), losses, correct
@@ -76,15 +80,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
 
 
-def _distribution(states: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The base's own distribution behind these states, from its lm_head's rows: [C, V]; and its entropy, [C, 1]."""
-    logits = (states.to(table.dtype) @ table.T).to(dtype)
-    top = logits.amax(1, keepdim=True)
-    mean = logits.clone()
-    probabilities = logits.sub_(top).exp_()
+def _distribution(states: Tensor, table: Tensor, room: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The base's own distribution behind these states, from its lm_head's rows: [C, V], in the second of two tensors
+    of that shape; and its entropy, [C, 1]."""
+    logits = room[0].copy_(states.to(table.dtype) @ table.T)
+    logits.sub_(logits.amax(1, keepdim=True))
+    probabilities = torch.exp(logits, out=room[1])
     total = probabilities.sum(1, keepdim=True)
     probabilities.div_(total)
-    return probabilities, total.log() + top - torch.linalg.vecdot(probabilities, mean)[:, None]
+    return probabilities, total.log() - torch.linalg.vecdot(probabilities, logits)[:, None]
 
 
 def linear_cross_entropy(
@@ -190,6 +194,8 @@ class SpeculatorLoss(nn.Module):
         if lm_head is not None and speculator.token_map is not None:
             lm_head = lm_head[speculator.token_map.to(lm_head.device)]
         self.register_buffer("lm_head", lm_head, persistent=False)
+        index = speculator.draft_index
+        self._draft_index = None if index is None else index.cpu()  # supervise works on the CPU
 
     @property
     def soft(self) -> bool:
@@ -198,8 +204,7 @@ class SpeculatorLoss(nn.Module):
 
     def supervise(self, batch: Positions) -> Supervision:
         """The rows of a batch that train, and their targets."""
-        index = self.speculator.draft_index
-        return supervise(batch.tokens, batch.valid, None if index is None else index.cpu(), self.soft)
+        return supervise(batch.tokens, batch.valid, self._draft_index, self.soft)
 
     def forward(self, states: Tensor, supervision: Supervision, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's part of the loss.
