@@ -5,7 +5,7 @@
 """
 
 from spec.heads.build import build
-from spec.heads.checkpoint import CheckpointError, check_base, load, read_config, save
+from spec.heads.checkpoint import CheckpointError, check_base, load, read_config, read_weights, restore, save
 from spec.heads.config import Method, SpeculatorConfig
 from spec.heads.fuse import fuse, fused_projection
 from spec.heads.init import init_from_base, init_random
@@ -31,5 +31,7 @@ __all__ = [
     "init_random",
     "load",
     "read_config",
+    "read_weights",
+    "restore",
     "save",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -14,6 +15,8 @@ from spec.errors import SpecError
 from spec.heads.build import METHODS, build
 from spec.heads.config import SpeculatorConfig
 from spec.heads.speculator import Speculator
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "pytorch_model.bin"
 CONFIG = "config.json"
@@ -59,7 +62,19 @@ def load(
             the config, or tied weights that differ.
     """
     config = read_config(folder)
-    state = _read_weights(_existing(Path(folder), WEIGHTS))
+    return restore(config, read_weights(_existing(Path(folder), WEIGHTS))).to(device=device, dtype=dtype)
+
+
+def restore(config: SpeculatorConfig, state: dict[str, Tensor]) -> Speculator:
+    """The config's network with these weights, which it takes over as they are.
+
+    Args:
+        config: the network's shape.
+        state: by the names that save writes; tied weights under one of their names at least.
+
+    Raises:
+        CheckpointError: names or shapes that do not fit the config, or tied weights that differ.
+    """
     if (config.draft_vocab_size is not None) != ("token_map" in state):
         raise CheckpointError(
             f"{CONFIG} has draft_vocab_size {config.draft_vocab_size}, but {WEIGHTS} has "
@@ -71,7 +86,7 @@ def load(
     except ValueError as error:
         raise CheckpointError(f"{WEIGHTS}: {error}") from None
     speculator.load_state_dict(_matched(state, speculator), assign=True)
-    return speculator.to(device=device, dtype=dtype)
+    return speculator
 
 
 def read_config(folder: str | os.PathLike[str]) -> SpeculatorConfig:
@@ -96,6 +111,9 @@ def check_base(
 ) -> None:
     """Refuse a speculator that was trained on another base than the one at hand.
 
+    A speculator from elsewhere may not say which weights it was trained on: then the widths alone are compared, and
+    the log says so.
+
     Args:
         config: the checkpoint's.
         vocab_size: rows of the lm_head of the base at hand.
@@ -115,7 +133,14 @@ def check_base(
                 f"{field}: the speculator was trained on {config.base_model_name_or_path} with {trained}, "
                 f"this base has {found}"
             )
-    if config.base_digest != digest and not allow_other_weights:
+    if allow_other_weights:
+        return
+    if not config.base_digest:
+        log.warning(
+            "the speculator does not say which weights of %s it was trained on; its widths fit this base",
+            config.base_model_name_or_path,
+        )
+    elif config.base_digest != digest:
         raise CheckpointError(
             f"base_digest: the speculator was trained on {config.base_model_name_or_path} with weights "
             f"{config.base_digest}, this base's are {digest}. The shapes agree: if this is a fine-tune of that base, "
@@ -135,7 +160,12 @@ def _weights(speculator: Speculator, dtype: torch.dtype | None) -> dict[str, Ten
     return state
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict that torch.save wrote, on the CPU.
+
+    Raises:
+        CheckpointError: a torn file, or one that holds anything but tensors (no code in it is run).
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

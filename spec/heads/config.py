@@ -49,7 +49,7 @@ class SpeculatorConfig:
         draft_vocab_size: K, rows of the heads' output when they draft from a part of the vocabulary; None for all V.
         base_model_name_or_path: where the base came from.
         base_revision: its revision, where it has one.
-        base_digest: identity of the base's weights.
+        base_digest: identity of the base's weights; empty where it is not known (a head from elsewhere).
 
     Raises:
         ValueError: values that make no network; the message names the fields and their values.

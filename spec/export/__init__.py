@@ -1,0 +1,21 @@
+"""Speculators in the formats of serving engines, and back.
+
+A file each: ``vllm_medusa``, ``arctic`` and ``ibm_fms`` say what a format can hold, its config and its names;
+``writing`` makes a folder, ``reading`` turns a folder from anywhere into a speculator, ``card`` describes an export.
+"""
+
+from spec.export.format import ExportError, Format
+from spec.export.reading import KnownBase, identify_base, read
+from spec.export.writing import FORMATS, measured_on, read_architectures, write
+
+__all__ = [
+    "FORMATS",
+    "ExportError",
+    "Format",
+    "KnownBase",
+    "identify_base",
+    "measured_on",
+    "read",
+    "read_architectures",
+    "write",
+]

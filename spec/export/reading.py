@@ -1,0 +1,207 @@
+"""Read a speculator from a folder in a public format: IBM's, ArcticTraining's or ArcticInference's, vLLM's Medusa."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from spec import base, files, heads
+from spec.config import Model
+from spec.export.format import Format
+from spec.export.writing import FORMATS
+from spec.heads import CheckpointError, Speculator, SpeculatorConfig
+
+_DOWNLOADED = ["config.json", "*.safetensors", "*.bin", "*.index.json"]
+
+
+@dataclass(frozen=True)
+class KnownBase:
+    """A base on this machine, as a speculator's config refers to it.
+
+    Attributes:
+        name: folder or hub id.
+        revision: commit of a hub model.
+        digest: of its weights.
+        vocab_size: V.
+        hidden_size: d.
+    """
+
+    name: str
+    revision: str | None
+    digest: str
+    vocab_size: int
+    hidden_size: int
+
+
+def identify_base(name: str) -> KnownBase:
+    """Find a base and what identifies it; a hub model is downloaded when it is not here yet.
+
+    Raises:
+        BaseError: there is no such base.
+    """
+    folder = base.resolve(name, None)
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError) as error:
+        raise base.BaseError(f"{folder}: its config.json could not be read ({error})") from None
+    return KnownBase(
+        name=name,
+        revision=base.downloaded_revision(folder, Model(partial_pretrain=name)),
+        digest=base.identify(folder)["weights"],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+    )
+
+
+def read(source: str, known: KnownBase | None = None) -> Speculator:
+    """A speculator from a public checkpoint, its weights as they are stored.
+
+    Args:
+        source: a folder or a hub id.
+        known: its base, where that is at hand; without it the checkpoint has to name the base, and whether the weights
+            are the right ones cannot be checked.
+
+    Raises:
+        CheckpointError: no such checkpoint, one that makes another network than ours, another base's, or one with
+            anything but tensors in it.
+    """
+    folder = _resolve(source)
+    values = _read_config(folder)
+    form = _format(values, folder)
+    try:
+        config = SpeculatorConfig(**form.fields(values), **_base_fields(values, known))
+    except ValueError as error:  # CheckpointError is one, too
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    if known is not None:
+        heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
+    try:
+        return heads.restore(config, _renamed(_read_state(folder), form, config))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _resolve(source: str) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise CheckpointError(f"no folder {source!r}; give a folder or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download  # only where a hub is used
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=_DOWNLOADED))
+    except Exception as error:
+        raise CheckpointError(f"{source!r} is no local folder and could not be downloaded ({error})") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json; this is not a speculator's folder")
+    try:
+        values = files.read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def _format(values: Mapping[str, Any], folder: Path) -> Format:
+    """The format that a config.json is of."""
+    kind = values.get("model_type")
+    if kind == "medusa" and "num_heads" in values:
+        return FORMATS["vllm-medusa"]
+    if kind == "mlp_speculator" and "input_hidden_dim" in values:
+        return FORMATS["arctic"]
+    if kind == "mlp_speculator" and "emb_dim" in values and "hidden_size" not in values:
+        return FORMATS["ibm-fms"]
+    try:
+        heads.read_config(folder)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {kind!r} is none that can be imported: expected mlp_speculator "
+            "(IBM's, with emb_dim and inner_dim; Arctic's, with input_hidden_dim) or vLLM's medusa, with num_heads"
+        ) from None
+    raise CheckpointError(f"{folder} is a checkpoint of this project already; it needs no import")
+
+
+def _base_fields(values: Mapping[str, Any], known: KnownBase | None) -> dict[str, Any]:
+    named = {name: values.get(f"base_{name}") for name in ("model_name_or_path", "revision", "digest")}
+    digest = named["digest"] or ""
+    if known is not None:
+        return {
+            "base_model_name_or_path": known.name,
+            "base_revision": known.revision,
+            "base_digest": digest or known.digest,
+        }
+    if not named["model_name_or_path"]:
+        raise CheckpointError("it does not name the base; say which it is with --base")
+    return {
+        "base_model_name_or_path": named["model_name_or_path"],
+        "base_revision": named["revision"],
+        "base_digest": digest,
+    }
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder; safetensors are preferred."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        paths = _parts(folder, f"{stem}.{suffix}")
+        if paths:
+            state: dict[str, Tensor] = {}
+            for path in paths:
+                state |= _load_safetensors(path) if suffix == "safetensors" else heads.read_weights(path)
+            return state
+    raise CheckpointError("no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their parts")
+
+
+def _parts(folder: Path, name: str) -> list[Path]:
+    """The file of this name, or the files that its index lists."""
+    if (folder / name).is_file():
+        return [folder / name]
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(files.read_json(index)["weight_map"].values()))
+        paths = [folder / part for part in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights ({error!r})") from None
+    for part, path in zip(names, paths, strict=True):
+        if Path(part).name != part or not path.is_file():
+            raise CheckpointError(f"{index} lists {part!r}, which is not in this folder")
+    return paths
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _renamed(state: Mapping[str, Tensor], form: Format, config: SpeculatorConfig) -> dict[str, Tensor]:
+    """The tensors under our names; what we have no name for keeps its own, and is refused later."""
+    found = {form.name_of(key.removeprefix("speculator.")): tensor for key, tensor in state.items()}
+    if config.method != "sum_rnn" or not config.tie_weights:
+        return found
+    for name in list(found):  # files of torch.save have a key for every head, tied or not
+        alias = re.match(r"(emb|ln|proj)\.(\d+)\.(.*)", name)
+        last = 1 if name.startswith("proj.") else 0
+        if alias is None or int(alias[2]) <= last:
+            continue
+        shared = f"{alias[1]}.{last}.{alias[3]}"
+        if shared in found and not torch.equal(found[shared], found[name]):
+            raise CheckpointError(f"{shared} and {name} differ, but config.json ties the heads")
+        found.setdefault(shared, found.pop(name))
+    return found

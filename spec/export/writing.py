@@ -1,0 +1,195 @@
+"""Write a speculator as a folder of an engine: model.safetensors, config.json and a card."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spec import files, heads
+from spec.export import card
+from spec.export.arctic import Arctic
+from spec.export.format import ExportError, Format
+from spec.export.ibm_fms import IbmFms
+from spec.export.vllm_medusa import VllmMedusa
+from spec.heads import Speculator, SpeculatorConfig, checkpoint
+
+FORMATS: dict[str, Format] = {each.name: each for each in (VllmMedusa(), Arctic(), IbmFms())}
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What write wrote.
+
+    Attributes:
+        config: of the speculator.
+        bytes: of its weights.
+        command: by which the engine serves it.
+    """
+
+    config: SpeculatorConfig
+    bytes: int
+    command: str
+
+
+def write(
+    source: Path,
+    folder: Path,
+    form: Format,
+    dtype: torch.dtype,
+    *,
+    base: str | None = None,
+    base_architectures: Sequence[str] = (),
+    measured: card.Measured | None = None,
+) -> Written:
+    """Export the checkpoint in a folder; the new folder appears whole or not at all.
+
+    Args:
+        source: holds pytorch_model.bin and config.json.
+        folder: is made; an earlier export in it is replaced.
+        form: of the engine.
+        dtype: of the weights in it.
+        base: where engines find the base; by default where the checkpoint says.
+        base_architectures: of the base's own config.json; empty where they are not known.
+        measured: for the card.
+
+    Raises:
+        ExportError: the format cannot hold this speculator, a weight is too large for dtype, or the folder holds
+            something else.
+        FileNotFoundError, CheckpointError: no checkpoint in source.
+    """
+    config = heads.read_config(source)
+    form.check(config)
+    _check_free(folder)
+    if base is not None:
+        config = replace(config, base_model_name_or_path=base, base_revision=None)
+    speculator = heads.load(source)
+    command = form.serve(config, folder, base_architectures)
+    with _replacing(folder) as temporary:
+        # Some readers refuse a file that does not say which framework wrote it.
+        save_file(tensors(speculator, form, dtype), temporary / WEIGHTS, {"format": "pt"})
+        size = (temporary / WEIGHTS).stat().st_size
+        files.write_json(temporary / CONFIG, _config(config, form, base_architectures, dtype))
+        digest = files.digest_file(source / checkpoint.WEIGHTS)
+        text = card.text(config, form, speculator.num_parameters(), dtype, digest, command, measured)
+        (temporary / CARD).write_text(text)
+    return Written(config, size, command)
+
+
+def tensors(speculator: Speculator, form: Format, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The format's tensors by name, each tied one once.
+
+    Raises:
+        ExportError: a weight that dtype cannot hold.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in speculator.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        weight = tensor.detach().cpu()
+        if weight.is_floating_point():
+            weight = weight.to(dtype)
+            if not weight.isfinite().all():
+                raise ExportError(
+                    f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; bfloat16 and float32 can"
+                )
+        found[form.prefix + form.key(name)] = weight.contiguous()
+    return found
+
+
+def _config(
+    config: SpeculatorConfig, form: Format, base_architectures: Sequence[str], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The engine's keys, and those by which the base is known when the folder is imported."""
+    base = {
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_revision": config.base_revision,
+        "base_digest": config.base_digest or None,
+    }
+    return {
+        **form.config(config, base_architectures),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **{name: value for name, value in base.items() if value is not None},
+    }
+
+
+def read_architectures(base: str, revision: str | None) -> list[str]:
+    """What a base's config.json names as its architectures; none where the base is not on this machine."""
+    path: Any = Path(base) / "config.json"
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache  # only where a hub is used
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            path = try_to_load_from_cache(base, "config.json", revision=revision)
+        except HFValidationError:  # a folder that is not here
+            return []
+        if not isinstance(path, str):
+            return []
+    found = files.read_json(Path(path)).get("architectures")
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def measured_on(source: Path) -> card.Measured:
+    """What the results beside a checkpoint say of it.
+
+    Figures are taken only where they name these very weights; results lie in the project (models/speculator) or
+    in the checkpoint's folder (the guide's script).
+    """
+    root = source.resolve()
+    if root.parts[-2:] == ("models", "speculator"):
+        root = root.parents[1]
+    digest = files.digest_file(source / checkpoint.WEIGHTS)
+    found = [_results(root / "results" / stage / "metrics.json", digest) for stage in ("train", "evaluate")]
+    return card.Measured(features=(found[0] or {}).get("features"), figures=found[1])
+
+
+def _results(path: Path, digest: str) -> dict[str, Any] | None:
+    """A stage's metrics, if they belong to the weights with this digest."""
+    try:
+        values = files.read_json(path)
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and values.get("speculator") == digest else None
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that holds anything but an export."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is a file; name a folder")
+    found = sorted(path.name for path in folder.iterdir())
+    others = [name for name in found if name not in (WEIGHTS, CONFIG, CARD)]
+    if others:
+        raise ExportError(f"{folder} holds {', '.join(others[:5])}; name a folder that is empty or not there")
+    if found and (CARD not in found or card.MARK not in (folder / CARD).read_text(errors="replace")):
+        raise ExportError(f"{folder} holds a model that no export made; name a folder that is empty or not there")
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Give a folder beside `folder` that takes its place when the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as name:
+        new, old = Path(name) / "new", Path(name) / "old"
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            path.chmod(0o644)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)

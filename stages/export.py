@@ -1,0 +1,48 @@
+"""export: write a speculator in the format of a serving engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stages import common
+
+
+@click.command()
+@click.option("--format", "form", required=True, type=click.Choice(["vllm-medusa", "arctic", "ibm-fms"]))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option("--base", default=None, help="The base as the engine finds it, where not as the checkpoint says.")
+def export(form: str, out: Path, checkpoint: Path, dtype: str, base: str | None) -> None:
+    """Write a speculator for a serving engine: weights, config.json and a card.
+
+    vllm-medusa: medusa, for unmodified vLLM. arctic: sum_rnn and sum_lstm, for ArcticInference. ibm-fms: sum_rnn, for
+    TGI and fms-extras.
+    """
+    import torch
+
+    from spec import export as exports
+    from spec import heads
+
+    with common.clear_errors():
+        config = heads.read_config(checkpoint)
+        where = (config.base_model_name_or_path, config.base_revision) if base is None else (base, None)
+        written = exports.write(
+            checkpoint,
+            out,
+            exports.FORMATS[form],
+            getattr(torch, dtype),
+            base=base,
+            base_architectures=exports.read_architectures(*where),
+            measured=exports.measured_on(checkpoint),
+        )
+    common.say(
+        f"export: {written.config.method} with {written.config.n_predict} heads as {form}, {dtype} "
+        f"({common.size(written.bytes)}) -> {out}\n{written.command}"
+    )
+
+
+if __name__ == "__main__":
+    export()

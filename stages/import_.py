@@ -1,0 +1,43 @@
+"""import: read a public speculator into a checkpoint of this project."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from spec.errors import SpecError
+from stages import common
+
+
+@click.command("import")
+@click.argument("source", metavar="SRC")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", default=None, help="Its base: a folder or hub id. It is then checked, and its digest kept.")
+def import_(source: str, out: Path, base: str | None) -> None:
+    """Read the speculator in SRC, a folder or hub id, into the new folder OUT.
+
+    SRC is in IBM's layout (MLPSpeculatorPreTrainedModel), in ArcticTraining's or ArcticInference's, or in vLLM's
+    for Medusa. OUT serves as model.speculator.init, as --checkpoint of `spec generate`, and to be exported.
+    """
+    from spec import export, heads
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    with common.clear_errors():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise SpecError(f"{out} is not empty; name a folder that is empty or not there")
+        known = None if base is None else export.identify_base(base)
+        speculator = export.read(source, known)
+        heads.save(speculator, out)
+    config = speculator.config
+    weights = f"weights {config.base_digest[:16]}" if config.base_digest else "weights not known; --base names them"
+    common.say(
+        f"import: {config.method} with {config.n_predict} heads, {speculator.num_parameters() / 1e6:.1f} M parameters, "
+        f"for {config.base_model_name_or_path} ({weights}) -> {out}"
+    )
+
+
+if __name__ == "__main__":
+    import_()

@@ -1,0 +1,94 @@
+"""The commands `spec export` and `spec import`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from spec import files, heads
+from stages import cli
+from stages.train import initialise
+from tests.spec.export import engines
+from tests.spec.heads.reference import config
+from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, arguments)
+
+
+@pytest.fixture
+def here(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a speculator of the tiny base."""
+    monkeypatch.chdir(tmp_path)
+    digest = files.digest_json("stands for the base's")
+    c = config(
+        hidden_size=HIDDEN_SIZE, vocab_size=VOCAB_SIZE, base_model_name_or_path=str(base_folder), base_digest=digest
+    )
+    engines.checkpoint(tmp_path / "models/speculator", c)
+    return tmp_path
+
+
+def test_there_and_back(here: Path, base_folder: Path) -> None:
+    result = run("export", "--format", "arctic", "--out", "arctic", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("export: sum_rnn with 3 heads as arctic, float32 (")
+    assert f"vllm serve {base_folder}" in result.output
+    assert '"model": "arctic"' in result.output
+    assert engines.config_of(here / "arctic")["base_model_archs"] == ["GPT2LMHeadModel"]
+    result = run("import", "arctic", "back")
+    assert result.exit_code == 0, result.output
+    assert "import: sum_rnn with 3 heads" in result.output
+    for name in ("pytorch_model.bin", "config.json"):
+        assert (here / "back" / name).read_bytes() == (here / "models/speculator" / name).read_bytes()
+
+
+def test_an_import_is_a_warm_start(here: Path, base_folder: Path) -> None:
+    assert run("export", "--format", "ibm-fms", "--out", "e", "--checkpoint", "models/speculator").exit_code == 0
+    assert run("import", "e", "warm").exit_code == 0
+    from spec import config as config_module
+
+    widths = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), 8)
+    asked = {"model": {"speculator": {"n_predict": 3, "init": "warm", **widths}}}
+    shape = heads.read_config("models/speculator")
+    warm = initialise(config_module.from_mapping(asked), shape, torch.zeros(VOCAB_SIZE).long().numpy(), {})
+    expected = heads.load("models/speculator").state_dict()
+    assert all(torch.equal(weight, expected[name].bfloat16().float()) for name, weight in warm.state_dict().items())
+
+
+def test_a_base_of_other_weights_is_refused(here: Path, base_folder: Path) -> None:
+    assert run("export", "--format", "arctic", "--out", "e").exit_code == 0
+    result = run("import", "e", "back", "--base", str(base_folder))
+    assert result.exit_code == 1
+    assert "base_digest" in result.output
+    assert not Path("back").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "--format", "vllm-medusa", "--out", "e"], "Error: format vllm-medusa holds medusa heads"),
+        (["export", "--format", "arctic", "--out", "models"], "Error: models holds speculator"),
+        (["export", "--format", "arctic", "--out", "e", "--checkpoint", "x"], "x/config.json is missing"),
+        (["import", "models/speculator", "back"], "of this project already"),
+        (["import", "models/speculator", "models"], "models is not empty"),
+    ],
+)
+def test_refusals_are_one_message(here: Path, arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert words in result.output
+    assert sorted(path.name for path in here.iterdir()) == ["models"]
+
+
+def test_the_formats_offered_are_those_there_are() -> None:
+    from spec.export import FORMATS
+
+    export = cli.main.get_command(None, "export")  # type: ignore[attr-defined]
+    choice = next(option for option in export.params if option.name == "form").type
+    assert list(choice.choices) == list(FORMATS)
+    assert {"export", "import"} <= set(cli._COMMANDS)
+    for name in ("export", "import"):
+        assert name in run("--help").output
