@@ -25,7 +25,6 @@ from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
 from spec.store import features
 from spec.store.manifest import Manifest
-from spec.store.reader import FeatureReader
 from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
@@ -37,13 +36,19 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints")
 RESULTS = Path("results/train")
-_NO_INFLUENCE = {
+_NO_INFLUENCE = (
+    "data.eval_files",
+    "decode.",
+    "evaluate.",
     "features.store",
     "trainer.experiment_name",
     "trainer.launcher",
     "trainer.logger",
     "trainer.tracking_uri",
-}
+)
+"""How keys begin that do not change what training gives; a checkpoint belongs to all others."""
+_PREFIX = {"train": "", "val": "val."}
+"""What names of curves begin with in MLflow."""
 
 
 @common.worker_option
@@ -61,7 +66,7 @@ def train(config: Config, worker: Path | None) -> None:
         if joint:
             common.check_joint(manifest, split)
             continue
-        FeatureReader(manifest, common.store_root(config))  # complains about a store that lacks something
+        common.open_reader(config, manifest)  # complains about a store that lacks something
         if not manifest.positions:
             raise SpecError(f"{common.features_path(split)} has no position to train on: no token of it is supervised")
     with torch.device("meta"):
@@ -129,8 +134,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
     task = (
         _joint_task(config, shape, me) if not config.model.freeze_base_model else _frozen(config, shape, manifests, me)
     )
-    relevant = {key: value for key, value in flatten(config).items() if key not in _NO_INFLUENCE}
-    digests = {split: manifest.digest for split, manifest in manifests.items()}
+    relevant = {key: value for key, value in flatten(config).items() if not key.startswith(_NO_INFLUENCE)}
     # The order of sequences follows from how they are grouped into segments, so a run belongs to the very files.
     placed = {split: files.digest_file(common.features_path(split)) for split in manifests}
     key = files.digest_json({"params": relevant, "features": placed})
@@ -140,12 +144,11 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             loop.run(config, task, me, checkpoints, stopping=stopping)
             return
         began = time.monotonic()
-        run = tracking.Run(config, "train", {"features": digests["train"], "method": shape.method})
+        run = _tracked(config, shape, manifests, me)
         recorder = _Recorder(run)
         try:
             result = loop.run(config, task, me, checkpoints, recorder.listen, stopping)
             _keep(task, result)
-            tracking.keep_run(common.MODEL, run, tracking.tracking_uri(config))
             recorder.close()
             last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
             files.write_json(
@@ -157,25 +160,41 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                     "steps": result.steps,
                     "parameters": task.speculator.num_parameters(),
                     "positions": manifests["train"].positions,
+                    "features": manifests["train"].digest,
+                    "speculator": files.digest_file(common.MODEL / "pytorch_model.bin"),
                     "seconds": round(time.monotonic() - began, 1),
                 },
             )
-            if cache.METRICS.is_file():
-                kept = files.read_json(cache.METRICS)
-                run.log({f"features.{split}.{k}": v for split, row in kept.items() for k, v in row.items()})
             recorder.draw(RESULTS)
-            run.log({f"best.{name}": value for name, value in result.val.items()}, result.step)
-            run.artifacts(RESULTS, "train")
-            run.artifacts(common.MODEL, "speculator")
+            cached = files.read_json(cache.METRICS) if cache.METRICS.is_file() else {}
             checkpoints.finish()
-            run.finish()
+            run.finish(
+                common.MODEL,
+                metrics={
+                    **{f"best.{name}": value for name, value in result.val.items()},
+                    **{f"features.{split}.{name}": v for split, row in cached.items() for name, v in row.items()},
+                },
+                step=result.step,
+                curves=recorder.curves(),
+                artifacts=dict.fromkeys(sorted(RESULTS.iterdir()), "train"),
+                model=[common.MODEL / name for name in ("config.json", "pytorch_model.bin")],
+            )
         except BaseException as error:
-            run.finish("KILLED" if isinstance(error, loop.StoppedError) else "FAILED")
+            status = "KILLED" if isinstance(error, loop.StoppedError) else "FAILED"
+            run.finish(RESULTS, status, curves=recorder.curves())
             raise
 
 
+def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> tracking.Run:
+    """The MLflow run, with what it follows from."""
+    sources = common.read_sources() if common.SOURCES.is_file() else {"base": manifests["train"].base}
+    tags = {f"features.{split}": manifest.digest for split, manifest in manifests.items()}
+    tags |= {"features": tags["features.train"], "method": shape.method, "hardware.workers": str(me.world)}
+    return tracking.Run(config, "train", tags, sources, ("train", "val"), me.device)
+
+
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
-    readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
+    readers = {split: common.open_reader(config, manifest) for split, manifest in manifests.items()}
     train_reader = readers["train"]
     with_tables = config.model.speculator.init == "base" or shape.method == "medusa" or config.optim.loss == "kl"
     tables = features.load_tables(train_reader.collection) if with_tables else {}
@@ -267,7 +286,10 @@ def initialise(
         heads.check_base(speculator.config, shape.vocab_size, shape.hidden_size, "", allow_other_weights=True)
     except (heads.CheckpointError, OSError) as error:
         raise SpecError(f"model.speculator.init: {error}") from None
-    for name in ("method", "n_predict", "inner_dim", "emb_dim", "proj_dim", "draft_vocab_size", "tie_weights"):
+    names = ["method", "n_predict", "draft_vocab_size", "scale_input", "tie_weights", "num_hidden_layers"]
+    names += [] if shape.method == "medusa" else ["inner_dim", "emb_dim", "proj_dim"]
+    names += ["tie_lstm_embs"] if shape.method == "sum_lstm" else []
+    for name in names:
         found, asked = getattr(speculator.config, name), getattr(shape, name)
         if found != asked:
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
@@ -297,10 +319,10 @@ class _Recorder:
             self.bar = common.progress(progress.total, "steps", "train")
         self.bar.update(progress.step - self.bar.n)
         metrics = progress.metrics
-        self.rows[progress.split].append({"step": progress.step, **metrics})
+        row = {"step": progress.step, "time": round(time.time(), 3), **metrics}
+        self.rows[progress.split].append(row)
         self._write(progress.split)
-        prefix = "" if progress.split == "train" else "val."
-        self.run.log({f"{prefix}{name}": value for name, value in metrics.items()}, progress.step)
+        self.run.log(row, _PREFIX[progress.split])
         if progress.split == "train":
             rate = f"{metrics['positions_per_second']:,.0f} positions/s"
             accuracy = " ".join(f"{v:.2f}" for k, v in metrics.items() if k.startswith("accuracy."))
@@ -320,6 +342,10 @@ class _Recorder:
             if len(rows) == 1:
                 writer.writeheader()
             writer.writerow(rows[-1])
+
+    def curves(self) -> dict[Path, str]:
+        """The files that were written, and what their columns' names begin with in MLflow."""
+        return {RESULTS / f"{split}.csv": _PREFIX[split] for split, rows in self.rows.items() if rows}
 
     def close(self) -> None:
         """End the bar."""

@@ -1,0 +1,78 @@
+"""What a run is traced back to."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from spec import lineage
+
+SOURCES = {
+    "base": {"name": "models/base", "revision": None, "weights": "w" * 64, "tokenizer": "t" * 64},
+    "files": {
+        "train": {"a.parquet": "1" * 64, "b.parquet": "2" * 64},
+        "val": {"b.parquet": "2" * 64},
+        "eval": {"c.parquet": "3" * 64},
+    },
+}
+
+
+def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert lineage.git_state() == ("none", False)
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    assert lineage.git_state() == ("none", False)  # a repository without a commit
+    Path("file").write_text("one")
+    git("add", "file")
+    git("commit", "--quiet", "--message", "one")
+    git("tag", "v1-of-something")
+    commit = git("rev-parse", "HEAD")
+    assert lineage.git_state() == (commit, False)
+    Path("file").write_text("two")
+    assert lineage.git_state() == (commit, True)
+    found = lineage.tags(SOURCES, torch.device("cpu"))
+    assert (found["git.commit"], found["git.dirty"]) == (commit, "true")
+
+
+def test_everything_that_a_run_follows_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    found = lineage.tags(SOURCES, torch.device("cpu"))
+    assert found["dvc.lock"] == "none"
+    assert "dvc.experiment" not in found
+    assert {name: value for name, value in found.items() if name.startswith("base.")} == {
+        "base.name": "models/base",
+        "base.weights": "w" * 64,
+        "base.tokenizer": "t" * 64,
+    }
+    assert found["hardware.device"] == "cpu"
+    assert int(found["hardware.cores"]) >= 1
+    assert found["hardware.cpu"]
+    assert float(found["hardware.memory"].removesuffix(" GB")) > 0
+    assert found["version.torch"] == torch.__version__
+    assert found["version.python"].startswith("3.")
+    Path("dvc.lock").write_text("schema: '2.0'\n")
+    monkeypatch.setenv("DVC_EXP_NAME", "brisk-heads")
+    found = lineage.tags(SOURCES, torch.device("cpu"))
+    assert found["dvc.lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()
+    assert found["dvc.experiment"] == "brisk-heads"
+
+
+def test_a_file_of_two_splits_comes_once() -> None:
+    found = lineage.data_files(SOURCES, ("train", "val"))
+    assert [(file.path, file.digest[0], file.use) for file in found] == [
+        ("a.parquet", "1", "train"),
+        ("b.parquet", "2", "train, val"),
+    ]
+    assert lineage.data_files({"base": {}}, ("train",)) == []
