@@ -55,19 +55,25 @@ def cache(config: Config, worker: Path | None) -> None:
         _work(config, sequences, files.read_json(worker), sources)
         return
     rows = sequences.rows()
-    with common.using_store(config) as root:
-        groups = common.plan_missing(collection, "cache", lambda known: plan_features(config, rows, known))
+    needed_keys = [*(row.key for row in rows), *features.TABLES]
+    with common.using_store(config) as store:
+        groups = common.plan_missing(
+            store, collection, needed_keys, "cache", lambda known: plan_features(config, rows, known)
+        )
         missing = [rows[number] for group in groups for number in group]
         tokens = sum(len(row.ids) for row in missing)
         unique = len({row.key for row in rows})
         common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
-        if groups or not features.has_tables(collection):
+        work = bool(groups) or not features.has_tables(collection)
+        if work:
             positions = sum(int(row.mask[1:].sum()) for row in missing)
             width = text_config(config, sources).hidden_size
             needed = features.stored_bytes(positions, tokens, width, config.model.dtype, config.features.codec)
             common.need_space(collection.folder, needed, "cache")
-            common.run_workers(config, "stages.cache", groups)
-        report = {split: _write(config, split, sequences, root, sources["base"]) for split in splits}
+        with store.uploading(work):
+            if work:
+                common.run_workers(config, "stages.cache", groups)
+        report = {split: _write(config, split, sequences, store.root, sources["base"]) for split in splits}
     files.write_json(METRICS, report)
 
 

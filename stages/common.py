@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ from spec import config as config_module
 from spec import corpus, files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store import answers, features, locks, upkeep
+from spec.store import answers, features, locks, remote, upkeep
 from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
+from spec.store.reader import FeatureReader
+from spec.store.remote import Mirror
+from spec.store.segment import StoreError
 from spec.workers import Worker
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path("data/sources.json")
 MODEL = Path("models/speculator")
@@ -67,7 +73,7 @@ def stage(body: Callable[..., None]) -> click.Command:
     @functools.wraps(body)
     def run(params: Path, overrides: tuple[str, ...], **options: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-        for noisy in ("httpx", "urllib3", "alembic", "mlflow"):
+        for noisy in ("httpx", "urllib3", "alembic", "mlflow", "boto3", "botocore", "s3transfer"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         with clear_errors():
             body(config_module.load(params, overrides), **options)
@@ -120,20 +126,68 @@ def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[C
 
 
 def store_root(config: Config) -> Path:
-    """Where hidden states and answers are kept."""
-    return Path(config.features.store) if config.features.store else files.cache_dir() / "store"
+    """Where hidden states and answers are kept on this machine."""
+    store = config.features.store
+    if store and remote.is_remote(store):
+        return remote.local_folder(store)
+    return Path(store) if store else files.cache_dir() / "store"
+
+
+def mirror(config: Config) -> Mirror | None:
+    """What keeps that folder in step with a store on S3; None where the store is a folder."""
+    store = config.features.store
+    return Mirror(store, _transfer) if store and remote.is_remote(store) else None
+
+
+@dataclass(frozen=True)
+class OpenStore:
+    """A store that a stage uses: where its segments lie, and what mirrors them (None: nothing)."""
+
+    root: Path
+    mirror: Mirror | None
+
+    @contextlib.contextmanager
+    def uploading(self, work: bool) -> Iterator[None]:
+        """See Mirror.uploading; nothing is uploaded where the store is a folder."""
+        with self.mirror.uploading(work) if self.mirror else contextlib.nullcontext():
+            yield
 
 
 @contextlib.contextmanager
-def using_store(config: Config) -> Iterator[Path]:
-    """The store's root; `spec store gc` and `forget` wait while the block runs.
+def using_store(config: Config) -> Iterator[OpenStore]:
+    """The store; `spec store gc` and `forget` on this machine wait while the block runs.
 
     Raises:
-        SpecError: one of them is at work.
+        SpecError: one of them is at work, or a store on S3 cannot be reached.
     """
-    root = store_root(config)
-    with locks.in_use(root):
-        yield root
+    store = OpenStore(store_root(config), mirror(config))
+    if store.mirror:
+        store.mirror.connect()
+        _push_roots(store.mirror)
+    with locks.in_use(store.root):
+        yield store
+    if store.mirror:
+        _push_roots(store.mirror)
+
+
+def _push_roots(found: Mirror) -> None:
+    try:
+        found.push_roots()
+    except StoreError as error:  # whoever may only read the bucket can still train from it
+        log.warning("which manifests are used here was not written down for `spec store gc`: %s", error)
+
+
+def open_reader(config: Config, manifest: Manifest) -> FeatureReader:
+    """The cached sequences of a split; segments that only the bucket has are downloaded first.
+
+    Raises:
+        StoreError: the store lacks a segment, or holds another one than the manifest names.
+    """
+    found = mirror(config)
+    if found:
+        collection = manifest.collection(found.root)
+        found.fetch_segments(collection, [*manifest.segments, collection.name_of(features.TABLES)])
+    return FeatureReader(manifest, store_root(config))
 
 
 def open_manifest(config: Config, split: str) -> Manifest:
@@ -184,13 +238,27 @@ def check_origin(path: Path, expected: dict[str, Any]) -> None:
 
 
 def plan_missing(
-    collection: Collection, name: str, make_plan: Callable[[Iterable[str]], list[list[int]]]
+    store: OpenStore,
+    collection: Collection,
+    keys: Iterable[str],
+    name: str,
+    make_plan: Callable[[Iterable[str]], list[list[int]]],
 ) -> list[list[int]]:
-    """Groups of rows that the collection lacks; what is seen to be damaged is set aside and counts as missing."""
+    """Groups of rows that the store lacks; what is seen to be damaged is set aside and counts as missing.
+
+    Args:
+        store: in use.
+        collection: of the store.
+        keys: of all rows that the stage needs; those that only the bucket has are downloaded.
+        name: of the stage.
+        make_plan: given the keys that the store has.
+    """
     collection.create()
     for damaged, error in collection.survey()[1].items():
         target = collection.set_aside(damaged)
         say(f"{name}: segment {damaged} is damaged ({error.reason}): moved to {target}, its rows are computed again")
+    if store.mirror:
+        store.mirror.fetch(collection, keys)
     return make_plan(collection.find())
 
 
@@ -204,8 +272,15 @@ def need_space(path: Path, needed: int, what: str) -> None:
     if needed > free:
         raise SpecError(
             f"{what} needs up to {size(needed)} in {path}, where {size(free)} are free; "
-            "free some, or set features.store to a larger disk"
+            "free some, or set features.store to a larger disk (of a store on S3: XDG_CACHE_HOME)"
         )
+
+
+@contextlib.contextmanager
+def _transfer(total: int, label: str) -> Iterator[Callable[[int], object]]:
+    """A bar for bytes that travel."""
+    with progress(total, "B", label, shown=total > 0) as bar:
+        yield bar.update
 
 
 def size(count: float) -> str:
@@ -240,9 +315,10 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
         plan_path.write_text(json.dumps(plan))
         command = [*launcher, "-m", module, "--params", str(params), "--worker", str(plan_path)]
         try:
-            # Workers that are asked to stop save first; torchrun's own patience is half a minute.
-            patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
-            process = subprocess.Popen(command, env={**patience, **child_environment()})
+            # Workers that are asked to stop save first; torchrun's own patience is half a minute. Workers that torchrun
+            # starts again must not meet in the store that it shares by default: the dead ones' addresses are in it.
+            torchrun = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            process = subprocess.Popen(command, env={**torchrun, **child_environment()})
         except OSError as error:
             raise SpecError(f"trainer.launcher: {launcher[0]!r} could not be started ({error.strerror})") from None
         previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in _SIGNALS}

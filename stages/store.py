@@ -13,6 +13,7 @@ from spec.config import Config
 from spec.errors import SpecError
 from spec.store import segment, upkeep
 from spec.store.manifest import Manifest
+from spec.store.remote import Mirror
 from stages import common
 
 DAY = 86400.0
@@ -34,9 +35,9 @@ def _command(body: Callable[..., None]) -> Callable[..., None]:
 @click.argument("manifest", required=False, type=click.Path(path_type=Path))
 def info(config: Config, manifest: Path | None) -> None:
     """Describe the store, or one manifest (data/features/SPLIT.json)."""
-    root = common.store_root(config)
+    root, mirror = common.store_root(config), common.mirror(config)
     if manifest is not None:
-        _describe(root, Manifest.load(manifest), manifest)
+        _describe(root, mirror, Manifest.load(manifest), manifest)
         return
     found = list(upkeep.summaries(root))
     for summary in found:
@@ -50,9 +51,14 @@ def info(config: Config, manifest: Path | None) -> None:
             common.say(f"    DAMAGED: {name}")
     total = common.size(sum(summary.bytes for summary in found))
     common.say(f"store {root}: {len(found)} collections, {total}, {common.size(files.free_bytes(root))} free")
+    for there in mirror.summaries() if mirror else ():
+        common.say(
+            f"{config.features.store}/{there.name}: {there.segments} segments, {common.size(there.bytes)}; "
+            f"{there.cached} of them are here"
+        )
 
 
-def _describe(root: Path, manifest: Manifest, path: Path) -> None:
+def _describe(root: Path, mirror: Mirror | None, manifest: Manifest, path: Path) -> None:
     collection = manifest.collection(root)
     missing = []
     for name, digest in zip(manifest.segments, manifest.digests, strict=True):
@@ -61,6 +67,9 @@ def _describe(root: Path, manifest: Manifest, path: Path) -> None:
                 missing.append(name)
         except segment.DamagedError:
             missing.append(name)
+    where = str(collection.folder)
+    if mirror:
+        missing, where = mirror.missing(collection, missing), mirror.url
     counts = np.bincount(np.asarray(manifest.domain, np.int64), minlength=len(manifest.domains))
     domains = ", ".join(f"{name} {count}" for name, count in zip(manifest.domains, counts, strict=True))
     share = manifest.positions / max(manifest.tokens, 1)
@@ -70,7 +79,7 @@ def _describe(root: Path, manifest: Manifest, path: Path) -> None:
         f"    base: {manifest.base['name']} ({manifest.base['weights'][:16]}), {manifest.dtype}, "
         f"d={manifest.hidden_size}, V={manifest.vocab_size}\n"
         f"    digest: {manifest.digest}\n"
-        f"    in {collection.folder}: {len(manifest.segments)} segments, {len(missing)} missing or damaged"
+        f"    in {where}: {len(manifest.segments)} segments, {len(missing)} missing or damaged"
     )
     for name in missing:
         common.say(f"    MISSING: {name}")
@@ -80,10 +89,14 @@ def _describe(root: Path, manifest: Manifest, path: Path) -> None:
 @click.option("--dry-run", is_flag=True, help="Name damaged segments, and leave them where they are.")
 def verify(config: Config, dry_run: bool) -> None:
     """Read everything, check it, and set damaged segments aside, so that respond and cache compute them again."""
-    root = common.store_root(config)
+    root, mirror = common.store_root(config), common.mirror(config)
     total = sum(summary.bytes for summary in upkeep.summaries(root))
     with common.progress(total, "B", "verify") as bar:
         whole, problems = upkeep.verify(root, not dry_run, bar.update)
+    if mirror:
+        more, others = mirror.verify(not dry_run)
+        common.say(f"store {mirror.url}: {more} segments are whole, {len(others)} are not")
+        whole, problems = whole + more, problems + others
     for problem in problems:
         common.say(str(problem))
     if problems:
@@ -107,9 +120,14 @@ def gc(config: Config, older_than: float, dry_run: bool) -> None:
     A manifest counts while its workspace holds it, or for DAYS after a stage last used it (experiments and other
     branches); segments that no manifest names stay for DAYS too, since an interrupted run may come back for them.
     """
-    root = common.store_root(config)
-    removal = upkeep.gc(root, older_than * DAY, not dry_run)
+    root, mirror = common.store_root(config), common.mirror(config)
     done = "would be removed" if dry_run else "removed"
+    if mirror:
+        removal, there = mirror.gc(older_than * DAY, not dry_run)
+        size = common.size(there.bytes)
+        common.say(f"store {mirror.url}: {there.segments} segments ({size}) {done}, {there.kept} kept")
+    else:
+        removal = upkeep.gc(root, older_than * DAY, not dry_run)
     common.say(
         f"store {root}: {removal.segments} segments ({removal.rows:,} rows, {common.size(removal.bytes)}) {done}, "
         f"{removal.kept} kept"
@@ -139,18 +157,26 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
             report=corpus.Report(),
         )
     )
+    mirror = common.mirror(config)
+    where = f"{mirror.url} and {mirror.root}" if mirror else str(common.store_root(config))
     if not yes:
-        click.confirm(f"Remove every stored trace of {len(found)} rows from {common.store_root(config)}?", abort=True)
-    removal = upkeep.forget(
-        common.store_root(config),
-        sources["base"]["tokenizer"],
-        [row.ids[: row.prompt_length] for row in found if row.prompt_length],
-        [row.ids for row in found if not row.prompt_length],
-    )
+        click.confirm(f"Remove every stored trace of {len(found)} rows from {where}?", abort=True)
+    tokenizer_digest = sources["base"]["tokenizer"]
+    prompts = [row.ids[: row.prompt_length] for row in found if row.prompt_length]
+    texts = [row.ids for row in found if not row.prompt_length]
+    if mirror:
+        removal = mirror.forget(tokenizer_digest, prompts, texts)
+    else:
+        removal = upkeep.forget(common.store_root(config), tokenizer_digest, prompts, texts)
     common.say(
-        f"store {common.store_root(config)}: {removal.rows} stored rows of {len(found)} given ones are gone; "
+        f"store {where}: {removal.rows} stored rows of {len(found)} given ones are gone; "
         f"{removal.segments} segments were rewritten or removed"
     )
+    if mirror:
+        common.say(
+            "Other machines drop their copies of these segments when they next use the store; one whose last uploads "
+            "failed must run this command, too. Replicas and backups of the bucket are out of its reach."
+        )
     common.say(
         "Still to be done by you: remove the rows from your data files, run `dvc repro` (nothing is computed again), "
         "then `dvc gc --workspace` and `rm -r` of data/tokens and data/responses in other workspaces. Collections of "

@@ -186,6 +186,49 @@ class Collection:
         segment.check_rows(self.folder, record, arrays, attributes)
         return record
 
+    def receive(
+        self,
+        name: str,
+        fill: Callable[[Path], object],
+        keep: Callable[[Sequence[Row]], bool] = lambda rows: True,
+        again: bool = False,
+    ) -> None:
+        """Take in a segment that was written elsewhere, after all of it has been checked as verify does.
+
+        Args:
+            name: the segment's name.
+            fill: puts the segment's files into the folder that it is given.
+            keep: whether to keep it, given its rows.
+            again: even where the segment is here already; it is replaced then.
+
+        Raises:
+            DamagedError: what came is not the segment of this name; nothing of it is kept.
+        """
+        lock = Lock.acquire(self.folder / f"{_LOCK}{name}", wait=True)
+        assert lock is not None
+        incoming = f"{segment.PARTIAL}{name}"
+        try:
+            if (self.folder / name / segment.RECORD).is_file() and not again:
+                return
+            shutil.rmtree(self.folder / incoming, ignore_errors=True)
+            (self.folder / incoming).mkdir()
+            fill(self.folder / incoming)
+            record = segment.read_record(self.folder, incoming)
+            arrays, attributes = segment.read(self.folder, incoming)
+            segment.check_rows(self.folder, record, arrays, attributes)
+            if self.name_of(record.items) != name or attributes.get("identity") != self.digest:
+                raise DamagedError(self.folder, name, "it holds other rows than its name stands for")
+            if keep(segment.rows_of(arrays, attributes)):
+                if again:
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                segment.publish(self.folder / incoming, self.folder / name)
+                self._records.pop(name, None)
+        except DamagedError as error:
+            raise DamagedError(self.folder, name, error.reason) from error
+        finally:
+            shutil.rmtree(self.folder / incoming, ignore_errors=True)
+            lock.release()
+
     def set_aside(self, name: str) -> Path:
         """Move a damaged segment out of sight, unless another process has or is writing it anew; returns where to."""
         target = self.folder / f"{DAMAGED}{name}"

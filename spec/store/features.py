@@ -28,7 +28,8 @@ BATCH_TOKENS = 8192
 
 POSITION_RULE = "state at t where mask[t+1]"
 OFFSETS = {"states": "state_offsets", "scales": "state_offsets", "ids": "token_offsets", "mask": "token_offsets"}
-_TABLES = ("tables",)
+TABLES = ("tables",)
+"""In place of row keys: the segment of the base's embedding and lm_head."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str)
 
 def save_tables(base: Base, collection: Collection) -> None:
     """Keep the base's embedding and lm_head [V, d] beside its states, so that training never loads the base."""
-    claim = collection.claim(_TABLES)
+    claim = collection.claim(TABLES)
     if claim is None:
         return
     tables = {"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head}
@@ -218,7 +219,7 @@ def save_tables(base: Base, collection: Collection) -> None:
 
 def has_tables(collection: Collection) -> bool:
     """Whether save_tables has run."""
-    return collection.holds(_TABLES)
+    return collection.holds(TABLES)
 
 
 def tables_shape(collection: Collection) -> dict[str, int]:
@@ -227,13 +228,13 @@ def tables_shape(collection: Collection) -> dict[str, int]:
     Raises:
         DamagedError: the tables are missing or damaged.
     """
-    _, attributes = collection.read(collection.name_of(_TABLES), only=())
+    _, attributes = collection.read(collection.name_of(TABLES), only=())
     return {name: attributes[name] for name in ("hidden_size", "vocab_size")}
 
 
 def linear_logits(collection: Collection) -> bool:
     """Whether the base's logits are lm_head times the state, so that soft targets follow from the cache alone."""
-    _, attributes = collection.read(collection.name_of(_TABLES), only=())
+    _, attributes = collection.read(collection.name_of(TABLES), only=())
     return bool(attributes["linear_logits"])
 
 
@@ -249,6 +250,6 @@ def load_tables(collection: Collection) -> dict[str, Tensor]:
     Raises:
         DamagedError: they are missing or damaged.
     """
-    arrays, attributes = collection.read(collection.name_of(_TABLES))
+    arrays, attributes = collection.read(collection.name_of(TABLES))
     dtype = getattr(torch, attributes["dtype"])
     return {name: codecs.from_numpy(arrays[name], dtype) for name in attributes["offsets"]}

@@ -147,18 +147,23 @@ def write(
         size = sum(size for size, _ in marks.values())
         record = Record(name, tuple(items), tuple(digests), size, marks)
         (temporary / RECORD).write_bytes(record.to_bytes())
-        _flush([temporary, *temporary.rglob("*")])
-        try:
-            temporary.rename(folder / name)
-        except OSError:
-            if (folder / name / RECORD).is_file():  # it was here before
-                return record
-            shutil.rmtree(folder / name, ignore_errors=True)  # the rest of a segment that lost its record
-            temporary.rename(folder / name)
-        _flush([folder])
+        publish(temporary, folder / name)
         return record
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Flush a segment's folder to the disk and give it its name; a segment that is already there stays."""
+    _flush([temporary, *temporary.rglob("*")])
+    try:
+        temporary.rename(target)
+    except OSError:
+        if (target / RECORD).is_file():  # it was here before
+            return
+        shutil.rmtree(target, ignore_errors=True)  # the rest of a segment that lost its record
+        temporary.rename(target)
+    _flush([target.parent])
 
 
 def read_record(folder: Path, name: str) -> Record:

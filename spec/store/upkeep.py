@@ -142,6 +142,7 @@ class Removal:
         rows: removed with them.
         bytes: of the disk.
         kept: segments that stay.
+        paths: where they and what else went lay.
     """
 
     segments: int = 0
@@ -170,7 +171,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     removal = Removal()
     with alone(root):
         before = time.time() - older_than
-        live = _live(root, before, remove)
+        live = live_segments(root, before, remove)
         for folder in _folders(root):
             named = live.get(folder.name, set())
             rest = 0
@@ -193,8 +194,17 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     return removal
 
 
-def _live(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
-    """Names of the segments that manifests need, by collection folder; drops manifests that are gone and unused."""
+def live_segments(root: Path, before: float, remove: bool = False) -> dict[str, set[str]]:
+    """Names of the segments that manifests need, by collection folder.
+
+    Args:
+        root: the store.
+        before: seconds since the epoch; manifests that are gone count if a stage has used them since.
+        remove: whether to drop manifests that are gone and unused.
+
+    Raises:
+        StoreError: a root is damaged.
+    """
     live: dict[str, set[str]] = {}
     for path in sorted((root / ROOTS).glob("*.json")):
         try:
@@ -246,15 +256,7 @@ def forget(
         SpecError: a stage is using the store.
     """
     removal = Removal()
-    by_length: dict[int, set[bytes]] = {}
-    for prompt in prompts:
-        by_length.setdefault(len(prompt), set()).add(_bytes(prompt))
-    whole = {_bytes(text) for text in texts}
-
-    def given(row: Row) -> bool:
-        ids = row["ids"] if "ids" in row else row["prompt"]
-        return _bytes(ids) in whole or any(_bytes(ids[:n]) in found for n, found in by_length.items())
-
+    given = matcher(prompts, texts)
     with alone(root):
         for folder in _folders(root):
             collection = Collection.open(folder)
@@ -268,6 +270,20 @@ def forget(
     return removal
 
 
+def matcher(prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]]) -> Callable[[Row], bool]:
+    """Whether a stored row is one of those that forget is given."""
+    by_length: dict[int, set[bytes]] = {}
+    for prompt in prompts:
+        by_length.setdefault(len(prompt), set()).add(_bytes(prompt))
+    whole = {_bytes(text) for text in texts}
+
+    def given(row: Row) -> bool:
+        ids = row["ids"] if "ids" in row else row["prompt"]
+        return _bytes(ids) in whole or any(_bytes(ids[:n]) in found for n, found in by_length.items())
+
+    return given
+
+
 def _forget(collection: Collection, name: str, given: Callable[[Row], bool], removal: Removal) -> None:
     record = collection.record(name)
     arrays, attributes = collection.read(name)
@@ -279,6 +295,7 @@ def _forget(collection: Collection, name: str, given: Callable[[Row], bool], rem
     removal.segments += 1
     removal.rows += len(rows) - len(left)
     removal.bytes += record.size
+    removal.paths.append(collection.folder / name)
     if left:
         claim = collection.claim([record.items[number] for number in left])
         if claim is not None:
