@@ -1,11 +1,16 @@
 # make repro: install, and run the pipeline on the embedded default.   make test: install, and run every check.
+# make serve, make test-vllm: the same with vLLM, in an environment of its own.
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PYTHON ?= python3.11
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
+VENV_VLLM := .venv-vllm
+BIN_VLLM := $(CURDIR)/$(VENV_VLLM)/bin
+# vLLM's CPU build needs torch's, which PyPI does not have.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install repro test lint types unit test-slow ui clean
+.PHONY: install repro test lint types unit test-slow ui test-ui venv-vllm serve test-vllm headline clean
 
 install: $(INSTALLED)
 
@@ -32,8 +37,35 @@ unit: install
 test-slow: install
 	pytest -m slow
 
+PORT ?= 5000
+
 ui: install
-	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
+
+# Needs a Chromium, such as Debian's package; leaves its screenshots in build/ui.
+test-ui: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ui]'
+	pytest tests/browser
+
+venv-vllm: $(VENV_VLLM)/.installed
+
+$(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) \
+	    $$(grep ^torch== constraints-vllm.txt)
+	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# make serve SERVE="--draft head --port 8000": options of `spec serve` and of `vllm serve`.
+serve: venv-vllm
+	$(BIN_VLLM)/spec serve $(SERVE)
+
+test-vllm: venv-vllm
+	$(BIN_VLLM)/python -m pytest tests/vllm
+
+headline: install
+	python -m bench.headline
 
 clean:
 	rm -rf data/tokens data/responses data/features data/sources.json data/prompts models results checkpoints

@@ -32,6 +32,7 @@ from spec.workers import this_worker
 from stages.train import initialise, speculator_config
 
 PUBLIC = (
+    "optim.loss=ce",
     "model.speculator.init=random",
     "model.speculator.draft_vocab_size=null",
     "optim.lr=0.001",
@@ -39,7 +40,7 @@ PUBLIC = (
 )
 CHOICES: dict[str, Sequence[str]] = {
     "params.yaml": (),
-    "public recipe (random init, all tokens, lr 1e-3, decay 0.1)": PUBLIC,
+    "public recipe (ce, random init, all tokens, lr 0.001, decay 0.1)": PUBLIC,
     "init random": ("model.speculator.init=random",),
     "loss ce": ("optim.loss=ce",),
     "lr 1e-3": ("optim.lr=0.001",),

@@ -5,18 +5,30 @@ Every acceptance figure of the project is defined here, once; docs/metrics.md ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spec.heads import Speculator
 from spec.store.reader import CachedSequence, SequenceReader
 
 CHUNK = 2048
 """Positions drafted from at one time."""
+
+CHUNK_LOGITS = 2**24
+"""Logits of the base [rows, V] that exist at one time."""
+
+K = TypeVar("K")
+
+
+def _none_reached() -> NDArray[np.int64]:
+    return np.empty((0, 3), np.int64)
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,15 @@ class Walk:
         domain: of the answer.
         looping: whether the answer ends in a loop.
         greedy: whether the base wrote it greedily, so that the walk is what decoding would do.
+        reached: [R, 3], for each draft that the base came to judge (the accepted ones and the first that was not):
+            the token of the answer whose state judged it, the draft's place in its step, from 1, and the draft.
     """
 
     accepted: NDArray[np.int64]
     domain: str = ""
     looping: bool = False
     greedy: bool = True
+    reached: NDArray[np.int64] = field(default_factory=_none_reached)
 
 
 def walk(matches: Sequence[int], length: int) -> NDArray[np.int64]:
@@ -67,15 +82,47 @@ def acceptance(walks: Iterable[Walk], n: int) -> list[float]:
     return [float((accepted >= i).mean()) if len(accepted) else 0.0 for i in range(1, n + 1)]
 
 
+def conditional(walks: Iterable[Walk], n: int) -> list[float]:
+    """For i = 1..n the share of steps that accepted draft i, among those that accepted the i - 1 before it."""
+    joint = [1.0, *acceptance(walks, n)]
+    return [after / before if before else 0.0 for before, after in pairwise(joint)]
+
+
+def histogram(walks: Iterable[Walk], n: int) -> list[float]:
+    """For k = 0..n the share of steps in which exactly k drafts were accepted; of the last, k or more."""
+    joint = [1.0, *acceptance(walks, n), 0.0]
+    return [more - less for more, less in pairwise(joint)]
+
+
+def longest(walks: Iterable[Walk]) -> int:
+    """The most drafts that a step accepted."""
+    return max((int(walk.accepted.max(initial=0)) for walk in walks), default=0)
+
+
 def interval(walks: Sequence[Walk], samples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of tokens_per_step, by bootstrap over answers."""
+    return _percentiles(_resampled(walks, samples, seed))
+
+
+def gain(walks: Sequence[Walk], baseline: Sequence[Walk], samples: int = 1000, seed: int = 0) -> tuple[float, ...]:
+    """What walks gain in tokens_per_step over a baseline on the same answers: the difference, and its 95 % interval
+    by bootstrap over answers, both drawn alike."""
+    low, high = _percentiles(_resampled(walks, samples, seed) - _resampled(baseline, samples, seed))
+    return tokens_per_step(walks) - tokens_per_step(baseline), low, high
+
+
+def _resampled(walks: Sequence[Walk], samples: int, seed: int) -> NDArray[np.float64]:
+    """tokens_per_step of answers drawn with replacement, [samples]."""
     steps = np.array([len(walk.accepted) for walk in walks], np.float64)
     accepted = np.array([walk.accepted.sum() for walk in walks], np.float64)
     if not steps.sum():
-        return 1.0, 1.0
+        return np.ones(samples)
     drawn = np.random.default_rng(seed).integers(len(walks), size=(samples, len(walks)))
-    ratios = 1 + accepted[drawn].sum(1) / np.maximum(steps[drawn].sum(1), 1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    return np.asarray(1 + accepted[drawn].sum(1) / np.maximum(steps[drawn].sum(1), 1))
+
+
+def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -163,6 +210,13 @@ def draft_answers(
     return sorted(answers, key=lambda answer: answer.index)
 
 
+def _answer_states(sequence: CachedSequence, prompt_length: int) -> Tensor:
+    """[L, d] the states that lead to the last answer's tokens."""
+    cut = _last_answer(sequence, prompt_length)
+    assert cut is not None
+    return cut.states
+
+
 def _last_answer(sequence: CachedSequence, prompt_length: int) -> CachedSequence | None:
     """The sequence cut to the states that lead to its last answer, whose tokens are all supervised."""
     rows = sequence.positions >= max(prompt_length - 1, 0)
@@ -174,26 +228,121 @@ def _last_answer(sequence: CachedSequence, prompt_length: int) -> CachedSequence
     )
 
 
-def walks(
-    reader: SequenceReader, answers: Sequence[Answer], drafts: Callable[[Answer], Iterable[Sequence[int]]]
-) -> list[Walk]:
+Drafts = Callable[[Answer], Iterable[Sequence[int]]]
+"""A source: for an answer, the drafts behind each of its tokens."""
+
+
+def walks(reader: SequenceReader, answers: Sequence[Answer], drafts: Drafts, tokens: int | None = None) -> list[Walk]:
     """Walk over answers with drafts from any source.
 
     Args:
         reader: knows each answer's domain and who wrote it.
         answers: as draft_answers gives them.
-        drafts: the source: for an answer, the drafts behind each of its tokens.
+        drafts: the source.
+        tokens: of an answer at most; None: all.
     """
     manifest = reader.manifest
-    return [
-        Walk(
-            walk(answer.matches(drafts(answer)), answer.length),
-            manifest.domains[manifest.domain[answer.index]],
-            loops(answer.ids[answer.start :].tolist()),
-            bool(manifest.written[answer.index]),
+    found = []
+    for answer in answers:
+        made = list(drafts(answer))
+        length = min(answer.length, tokens or answer.length)
+        accepted = walk(answer.matches(made), length)
+        found.append(
+            Walk(
+                accepted,
+                manifest.domains[manifest.domain[answer.index]],
+                loops(answer.ids[answer.start :].tolist()),
+                bool(manifest.written[answer.index]),
+                _reached(made, accepted, length),
+            )
         )
-        for answer in answers
-    ]
+    return found
+
+
+def _reached(drafts: Sequence[Sequence[int]], accepted: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Walk.reached, from the drafts behind each token of an answer of `length` tokens."""
+    rows = []
+    at = 0
+    for count in accepted.tolist():
+        judged = min(count + 1, len(drafts[at]), length - 1 - at)
+        rows += [(at + i, i, drafts[at][i - 1]) for i in range(1, judged + 1)]
+        at += count + 1
+    return np.asarray(rows, np.int64).reshape(-1, 3)
+
+
+def tokens_per_step_by_length(answers: Sequence[Answer], drafts: Drafts, lengths: Sequence[int]) -> list[float]:
+    """Tokens per step where every draft of a source is cut to each of these lengths."""
+    steps, accepted = np.zeros(len(lengths)), np.zeros(len(lengths))
+    for answer in answers:
+        matches = np.asarray(answer.matches(drafts(answer)), np.int64)
+        for place, length in enumerate(lengths):
+            found = walk(np.minimum(matches, length).tolist(), answer.length)
+            steps[place] += len(found)
+            accepted[place] += found.sum()
+    return [float(ratio) for ratio in 1 + accepted / np.maximum(steps, 1)]
+
+
+@torch.inference_mode()
+def expected_acceptance(
+    reader: SequenceReader,
+    lm_head: Tensor,
+    answers: Sequence[Answer],
+    walks: Mapping[K, Sequence[Walk]],
+    temperatures: Sequence[float],
+    on_positions: Callable[[int], object] = lambda count: None,
+) -> dict[K, dict[float, list[float]]]:
+    """What sampling at a temperature would accept, from the distributions that the cached states stand for.
+
+    A draft d that is certain of itself is accepted with the base's probability p_T(d) (Leviathan et al. 2022, q = 1).
+    For i = 1, 2, .. this is the mean of p_T of draft i over the steps of a walk that accepted the i - 1 before it, 0
+    where there is no draft i or the answer ends. As T goes to 0 it becomes `conditional` of an answer written greedily.
+
+    Args:
+        reader: has the states; no base model is needed.
+        lm_head: [V, d] of the base, whose logits are lm_head times the state (features.linear_logits).
+        answers: as draft_answers gives them.
+        walks: over these answers, by source.
+        temperatures: each above 0.
+        on_positions: called with the number of states just done.
+
+    Returns:
+        By source and temperature.
+    """
+    rows = max(1, CHUNK_LOGITS // len(lm_head))
+    place = {answer.index: number for number, answer in enumerate(answers)}
+    sizes = {
+        source: max([1, *(int(each.reached[:, 1].max(initial=0)) for each in found)]) for source, found in walks.items()
+    }
+    sums = {source: np.zeros((len(temperatures), size)) for source, size in sizes.items()}
+    for index, sequence in reader.sequences(place):
+        states = _answer_states(sequence, reader.manifest.prompt_length[index])
+        for start in range(0, len(states), rows):
+            part = states[start : start + rows].to(lm_head.device, lm_head.dtype)
+            logits = (part @ lm_head.T).float()  # [rows, V]
+            totals = [(logits / temperature).logsumexp(1) for temperature in temperatures]
+            for source, found in walks.items():
+                reached = found[place[index]].reached
+                here = torch.from_numpy(reached[(reached[:, 0] >= start) & (reached[:, 0] < start + rows)])
+                row, token = here[:, 0].to(logits.device) - start, here[:, 2].to(logits.device)
+                chosen = logits[row, token]
+                for t, (temperature, total) in enumerate(zip(temperatures, totals, strict=True)):
+                    p = (chosen / temperature - total[row]).exp().cpu().double().numpy()
+                    np.add.at(sums[source][t], here[:, 1].numpy() - 1, p)
+            on_positions(len(part))
+    result: dict[K, dict[float, list[float]]] = {}
+    for source, found in walks.items():
+        accepted = np.concatenate([np.empty(0, np.int64), *(each.accepted for each in found)])
+        counts = np.array([(accepted >= i).sum() for i in range(sizes[source])])
+        result[source] = {
+            temperature: [float(share) for share in sums[source][t] / np.maximum(counts, 1)]
+            for t, temperature in enumerate(temperatures)
+        }
+    return result
+
+
+def expected_tokens_per_step(conditional: Sequence[float]) -> float:
+    """1 + c_1 + c_1 c_2 + ..: tokens per step where draft i is accepted with probability c_i if it is reached."""
+    return 1.0 + float(np.cumprod(np.asarray(conditional, np.float64)).sum())
 
 
 def head_drafts(answer: Answer) -> Iterable[Sequence[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,6 +186,9 @@ class Respond(Section):
     seed: int = 0
 
 
+_S3 = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/\\?#]+)*/?")
+
+
 class Features(Section):
     """The cache of hidden states."""
 
@@ -194,11 +198,9 @@ class Features(Section):
 
     @field_validator("store")
     @classmethod
-    def _local(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value:
-            raise ValueError(
-                f"{value!r} is a URL, and the store is a folder: name one on a disk or a shared file system"
-            )
+    def _folder_or_s3(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value and not _S3.fullmatch(value):
+            raise ValueError(f"{value!r} is neither a folder nor s3://BUCKET or s3://BUCKET/PREFIX")
         return value
 
 
@@ -241,8 +243,8 @@ class Decode(Section):
     """Where drafts come from when text is generated."""
 
     draft: Literal["head", "ngram", "hybrid"] = "hybrid"
-    ngram_min: Positive = 2
-    ngram_max: Positive = 4
+    ngram_min: Positive = 1
+    ngram_max: Positive = 8
     draft_len: Positive | None = None
 
     @model_validator(mode="after")

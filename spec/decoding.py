@@ -181,6 +181,8 @@ class LanguageModelWithSpeculator:
         top_p: float = 1.0,
         seed: int | None = None,
         draft: Source | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         streamer: Streamer | None = None,
     ) -> Generation:
         """Answer a prompt; see stream for the parameters, for errors, and for tokens as they come.
@@ -198,6 +200,8 @@ class LanguageModelWithSpeculator:
             top_p=top_p,
             seed=seed,
             draft=draft,
+            attention_mask=attention_mask,
+            eos_token_id=eos_token_id,
         )
         if streamer is not None:
             streamer.put(torch.as_tensor(input_ids).cpu())
@@ -230,6 +234,8 @@ class LanguageModelWithSpeculator:
         top_p: float = 1.0,
         seed: int | None = None,
         draft: Source | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> Iterator[Step]:
         """Answer a prompt, and yield what each forward of the base adds: the prefill one token, each step at least one.
 
@@ -244,12 +250,19 @@ class LanguageModelWithSpeculator:
             top_p: see probabilities.
             seed: of sampling. The answer follows from it and the prompt, whatever is drafted; None draws a new one.
             draft: instead of decode.draft; "none" is plain decoding.
+            attention_mask: as tokenizers give it beside input_ids; all ones.
+            eos_token_id: what ends an answer, instead of the base's stop tokens.
 
         Raises:
-            DecodingError: an empty prompt, more than one, or one longer than the base has positions; parameters out
-                of range; heads asked for that are not there.
+            DecodingError: an empty prompt, more than one, a padded one, or one longer than the base has positions;
+                parameters out of range; heads asked for that are not there.
         """
         prompt = _one_prompt(input_ids)
+        if attention_mask is not None and not bool((torch.as_tensor(attention_mask) == 1).all()):
+            raise DecodingError("attention_mask hides tokens: give one prompt without padding")
+        stops = self.base.stop_ids
+        if eos_token_id is not None:
+            stops = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
         if max_new_tokens < 1:
             raise DecodingError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         drafter = Drafter(self.decode, None if self.speculator is None else self.speculator.config.n_predict, draft)
@@ -258,12 +271,14 @@ class LanguageModelWithSpeculator:
             raise DecodingError(f"the prompt has {len(prompt)} tokens, but the base has {positions} positions")
         limit = min(max_new_tokens, positions - len(prompt) + 1)  # the last token of an answer is not read
         pick = _sampler(limit + 1, temperature, top_k, top_p, seed, self.base.device) if do_sample else _greedy
-        return self._steps(prompt, limit, positions - len(prompt), pick, drafter)
+        return self._steps(prompt, limit, positions - len(prompt), pick, drafter, stops)
 
     @torch.inference_mode()
-    def _steps(self, prompt: list[int], limit: int, room: int, pick: Pick, drafter: Drafter) -> Iterator[Step]:
+    def _steps(
+        self, prompt: list[int], limit: int, room: int, pick: Pick, drafter: Drafter, stops: frozenset[int]
+    ) -> Iterator[Step]:
         """The loop. At most `limit` tokens are written, and `room` read behind the prompt."""
-        model, speculator, stops = self.base.model, self.speculator, self.base.stop_ids
+        model, speculator = self.base.model, self.speculator
         cache = make_cache(model.config)
         read: list[Tensor] = []
 
@@ -276,9 +291,10 @@ class LanguageModelWithSpeculator:
             ).logits  # the model's own, after any scaling or capping
             return logits[0], read[0][0]
 
-        def from_heads(k: int) -> Tensor:  # [k]
+        def from_heads(k: int) -> Tensor | list[int]:  # [k]
             assert speculator is not None  # Drafter has seen to it
-            return speculator.draft(state, token, k)[0]
+            drafted = speculator.draft(state, token, k)[0]
+            return drafter.follow(most, drafted.tolist()) if drafter.follows else drafted
 
         with model.get_output_embeddings().register_forward_pre_hook(keep):  # the states, from the same forward
             logits, state = forward(torch.tensor(prompt, device=self.base.device), 1)
@@ -291,7 +307,8 @@ class LanguageModelWithSpeculator:
             while written < limit and run[-1] not in stops:
                 drafter.extend(run)
                 # Draft: what might follow the newest token.
-                draft = drafter.draft(min(limit - written, room - written), from_heads)
+                most = min(limit - written, room - written)
+                draft = drafter.draft(most, from_heads)
                 k = len(draft)
                 inputs = torch.cat([token, torch.as_tensor(draft, dtype=token.dtype, device=token.device)])  # [1 + k]
                 # Verify: what the base writes behind the newest token and behind each draft.

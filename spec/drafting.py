@@ -6,7 +6,7 @@ The offline walk (spec.acceptance) and decoding (spec.decoding) both draft by th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
@@ -17,11 +17,17 @@ from spec.config import Decode
 from spec.errors import SpecError
 
 Source = Literal["none", "head", "ngram", "hybrid"]
-"""What a step drafts: nothing (plain decoding), the heads' draft, an n-gram's continuation, or the latter where it
-exists and else the heads'."""
+"""What a step drafts: nothing (plain decoding), the heads' draft, an n-gram's continuation, or the latter where its
+match is strong and else the heads'. docs/decoding.md has the measurements behind the rule and the numbers below."""
 
-NGRAM_LENGTH = 6
-"""Tokens drafted by n-gram lookup where decode.draft_len is not set."""
+PER_TOKEN = 3
+"""Tokens that n-gram lookup drafts for each token of its match, where decode.draft_len is not set."""
+
+NGRAM_LENGTH = 8
+"""Drafted tokens up to which reports look, and for which engines with a fixed number of drafts are asked."""
+
+STRONG = 2
+"""Tokens of the shortest match that hybrid drafting prefers to the heads."""
 
 T = TypeVar("T")
 
@@ -67,13 +73,27 @@ class NgramIndex:
                     self._behind[tuple(self._ids[end - n :])] = end
             self._ids.append(int(token))
 
-    def draft(self, length: int) -> list[int]:
-        """The next `length` tokens by lookup; none where no suffix occurred before."""
-        end = len(self._ids)
+    def draft(
+        self, length: int, per_token: int | None = None, behind: Sequence[int] = (), minimum: int = 1
+    ) -> list[int]:
+        """The next tokens by lookup; none where no suffix occurred before.
+
+        Args:
+            length: draft so many tokens.
+            per_token: so many for each token of the suffix at most, those of `behind` counted.
+            behind: tokens that are not in the index, and are taken for the sequence's last ones.
+            minimum: length of the shortest suffix, where that is more than the index's own.
+        """
+        tail = [*self._ids[-self._sizes.start :], *behind]
         for n in self._sizes:
-            start = self._behind.get(tuple(self._ids[-n:]))
+            if n < minimum:
+                break
+            start = self._behind.get(tuple(tail[-n:])) if n <= len(tail) else None
             if start is not None:
-                return [self._ids[start + i % (end - start)] for i in range(length)]
+                count = length if per_token is None else min(length, per_token * n - len(behind))
+                period = len(self._ids) + len(behind) - start
+                copied = [*self._ids[start : start + count], *behind]
+                return [copied[i % period] for i in range(count)]
         return []
 
 
@@ -81,9 +101,10 @@ class Drafter:
     """Says what each step drafts while one sequence grows.
 
     - head: decode.draft_len (default: n_predict) tokens from the heads.
-    - ngram: decode.draft_len (default: NGRAM_LENGTH) tokens by lookup, where a suffix of decode.ngram_min to
-      decode.ngram_max tokens occurred before; else nothing.
-    - hybrid: the n-gram's draft where there is one, else the heads', of at most n_predict tokens.
+    - ngram: decode.draft_len tokens (default: PER_TOKEN for each token of the match) by lookup, where a suffix of
+      decode.ngram_min to decode.ngram_max tokens occurred before; else nothing.
+    - hybrid: the n-gram's draft where the match is of STRONG tokens or more; else the heads' (at most n_predict
+      tokens), continued by lookup behind the first of them where such a match exists (see follow).
     - none: nothing.
 
     Args:
@@ -101,7 +122,9 @@ class Drafter:
             raise DecodingError(f"draft is {source!r}, expected one of {', '.join(get_args(Source))}")
         self._ngrams: NgramIndex | None = None
         self._head_length = 0
-        self._ngram_length = decode.draft_len or NGRAM_LENGTH
+        self._length = decode.draft_len or sys.maxsize
+        self._per_token = None if decode.draft_len else PER_TOKEN
+        self._strong = STRONG if source == "hybrid" else 1
         if source in ("ngram", "hybrid"):
             self._ngrams = NgramIndex(decode.ngram_min, decode.ngram_max)
         if source in ("head", "hybrid"):
@@ -124,14 +147,38 @@ class Drafter:
 
         Args:
             limit: draft no more than this many tokens.
-            heads: gives that many (at least one) of the heads' drafts; called only where they are wanted.
+            heads: gives that many (at least one) of the heads' drafts; called only where they are wanted, and what it
+                gives is returned as it is: `follow` continues it.
         """
-        if self._ngrams is not None:
-            found = self._ngrams.draft(min(limit, self._ngram_length))
-            if found:
-                return found
+        found = self._lookup(limit, ())
+        if found:
+            return found
         length = min(limit, self._head_length)
         return heads(length) if length > 0 else []
+
+    @property
+    def follows(self) -> bool:
+        """Whether `follow` may add to the heads' drafts."""
+        return self._ngrams is not None and self._head_length > 0
+
+    def follow(self, limit: int, drafted: list[int]) -> list[int]:
+        """The heads' drafts, continued by lookup behind the first one that ends a strong match.
+
+        Args:
+            limit: as draft had it.
+            drafted: what the heads drafted.
+        """
+        for used in range(1, len(drafted) + 1 if self.follows else 0):
+            found = self._lookup(limit, drafted[:used])
+            if found:
+                return drafted[:used] + found
+        return drafted
+
+    def _lookup(self, limit: int, behind: Sequence[int]) -> list[int]:
+        length = min(limit, self._length) - len(behind)
+        if self._ngrams is None or length < 1:
+            return []
+        return self._ngrams.draft(length, self._per_token, behind, self._strong)
 
 
 def drafts_along(
@@ -159,8 +206,8 @@ def drafts_along(
     rows: list[list[int]] = [[]] * (len(tokens) - start) if heads is None else heads.tolist()
     for token, row in zip(tokens[start:], rows, strict=True):
         drafter.extend([token])
-        yield drafter.draft(sys.maxsize, partial(_first, row))
+        yield drafter.draft(sys.maxsize, partial(_followed, drafter, row))
 
 
-def _first(row: list[int], length: int) -> list[int]:
-    return row[:length]
+def _followed(drafter: Drafter, row: list[int], length: int) -> list[int]:
+    return drafter.follow(sys.maxsize, row[:length])

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
+from torch import Tensor
 
 from spec import acceptance
-from spec.acceptance import Answer, Walk
+from spec.acceptance import Answer, Drafts, Walk
 from spec.config import Decode
 from spec.decoding import Generation, LanguageModelWithSpeculator
 from spec.drafting import Source, drafts_along
@@ -20,36 +21,76 @@ from spec.training.loss import SpeculatorLoss
 
 SOURCES: tuple[Source, ...] = tuple(source for source in get_args(Source) if source != "none")
 
+TEMPERATURES = (0.6, 1.0)
+"""At which expected acceptance is reported."""
+
+LENGTHS = tuple(range(1, 13))
+"""Draft lengths whose tokens per step are reported."""
+
 
 @dataclass(frozen=True)
 class Offline:
     """The exact walk over every answer of a split.
 
     Attributes:
+        answers: with the heads' drafts behind each token.
         walks: by source of drafts, one walk an answer.
         accuracy: of each head alone, fed the true tokens.
+        by_length: by source, tokens per step with drafts of each of LENGTHS (heads draft n_predict at most).
+        expected: by source and temperature, acceptance.expected_acceptance; empty without an lm_head.
     """
 
+    answers: list[Answer]
     walks: dict[Source, list[Walk]]
     accuracy: list[float]
+    by_length: dict[Source, list[float]]
+    expected: dict[Source, dict[float, list[float]]]
 
 
 def offline(
     speculator: Speculator,
     reader: SequenceReader,
     decode: Decode,
+    lm_head: Tensor | None = None,
     on_positions: Callable[[int], object] = lambda count: None,
 ) -> Offline:
-    """Walk over the answers with each source of drafts; needs no base model."""
+    """Walk over the answers with each source of drafts; needs no base model.
+
+    Args:
+        speculator: whose heads draft.
+        reader: of the split.
+        decode: where drafts come from.
+        lm_head: [V, d] of the base; None where its logits are more than lm_head times the state.
+        on_positions: called with the number of positions just drafted from, and again when they are judged.
+    """
     answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions)
-
-    def drafts(source: Source) -> Callable[[Answer], Any]:
-        return lambda answer: drafts_along(answer.ids, answer.start, decode, answer.drafts, source)
-
-    walks = {source: acceptance.walks(reader, answers, drafts(source)) for source in SOURCES}
+    walks = {source: acceptance.walks(reader, answers, drafts_of(source, decode)) for source in SOURCES}
     metrics = head_metrics(with_true_inputs(SpeculatorLoss(speculator), reader, range(len(reader))).numpy())
     n = speculator.config.n_predict
-    return Offline(walks, [metrics[f"accuracy.{i + 1}"] for i in range(n)])
+    long = decode.model_copy(update={"draft_len": max(LENGTHS)})
+    lengths = {source: (decode, LENGTHS[:n]) if source == "head" else (long, LENGTHS) for source in SOURCES}
+    by_length = {
+        source: acceptance.tokens_per_step_by_length(answers, drafts_of(source, how), cut)
+        for source, (how, cut) in lengths.items()
+    }
+    expected = {}
+    if lm_head is not None:
+        expected = acceptance.expected_acceptance(reader, lm_head, answers, walks, TEMPERATURES, on_positions)
+    return Offline(answers, walks, [metrics[f"accuracy.{i + 1}"] for i in range(n)], by_length, expected)
+
+
+def drafts_of(source: Source, decode: Decode) -> Drafts:
+    """What a source drafts behind each token of an answer."""
+    return lambda answer: drafts_along(answer.ids, answer.start, decode, answer.drafts, source)
+
+
+def on_paper(
+    measured: Offline, reader: FeatureReader, decode: Decode, indices: Sequence[int], max_new_tokens: int
+) -> dict[Source, list[Walk]]:
+    """The walk over the prompts that are decoded for real, as far as they are."""
+    wanted = set(indices)
+    answers = [answer for answer in measured.answers if answer.index in wanted]
+    return {source: acceptance.walks(reader, answers, drafts_of(source, decode), max_new_tokens) for source in SOURCES}
 
 
 @dataclass
@@ -131,51 +172,104 @@ def _prompt(reader: FeatureReader, index: int) -> list[int]:
 
 
 def summary(
-    measured: Offline, timed: dict[str, dict[Source, Timed]], same: bool | None, draft: Source, n_predict: int
+    measured: Offline,
+    timed: dict[str, dict[Source, Timed]],
+    paper: dict[Source, list[Walk]],
+    same: bool | None,
+    draft: Source,
 ) -> dict[str, Any]:
     """Every figure of results/evaluate/metrics.json; docs/metrics.md defines them."""
     head, ngram, hybrid = (measured.walks[source] for source in ("head", "ngram", "hybrid"))
-    low, high = acceptance.interval(head)
+    figures = {
+        source: _figures(walks, measured.expected.get(source, {}), len(measured.accuracy) if source == "head" else 1)
+        for source, walks in measured.walks.items()
+    }
     total = {source: _together([sources[source] for sources in timed.values()]) for source in ["none", *SOURCES]}
     domains = {}
     for name in sorted({walk.domain for walk in head}):
-        inside = [walk for walk in head if walk.domain == name]
+        inside, lookup, both = (_of(walks, name) for walks in (head, ngram, hybrid))
+        low, high = acceptance.interval(inside)
         domains[name] = {
             "tokens_per_step": acceptance.tokens_per_step(inside),
+            "tokens_per_step_low": low,
+            "tokens_per_step_high": high,
             "tokens_per_step_nonlooping": acceptance.tokens_per_step(w for w in inside if not w.looping),
-            "ngram_tokens_per_step": acceptance.tokens_per_step(w for w in ngram if w.domain == name),
-            "hybrid_tokens_per_step": acceptance.tokens_per_step(w for w in hybrid if w.domain == name),
+            "ngram_tokens_per_step": acceptance.tokens_per_step(lookup),
+            "hybrid_tokens_per_step": acceptance.tokens_per_step(both),
+            "gain": _gain(both, lookup),
             "repetition": _share(walk.looping for walk in inside),
             "answers": len(inside),
         }
         if name in timed:
-            plain = timed[name]["none"].tokens_per_second
-            domains[name]["speedup"] = timed[name][draft].tokens_per_second / plain
-    plain = total["none"].tokens_per_second
+            domains[name] |= _real(timed[name], {source: _of(walks, name) for source, walks in paper.items()})[draft]
+    real = _real(total, paper)
     return {
-        "offline": {
-            "tokens_per_step": acceptance.tokens_per_step(head),
-            "tokens_per_step_low": low,
-            "tokens_per_step_high": high,
-            "tokens_per_step_nonlooping": acceptance.tokens_per_step(w for w in head if not w.looping),
-            "acceptance": _numbered(acceptance.acceptance(head, n_predict)),
+        "offline": figures["head"]
+        | {
             "accuracy": _numbered(measured.accuracy),
             "answers": len(head),
             "written_by_base": _share(walk.greedy for walk in head),
         },
-        "ngram": {"tokens_per_step": acceptance.tokens_per_step(ngram)},
-        "hybrid": {"tokens_per_step": acceptance.tokens_per_step(hybrid)},
+        "ngram": figures["ngram"],
+        "hybrid": figures["hybrid"] | {"gain": _gain(hybrid, ngram)},
         "repetition": _share(walk.looping for walk in head),
         "decode": {
             "draft": draft,
-            "tokens_per_step": acceptance.tokens_per_step(total[draft].walks),
-            "speedup": total[draft].tokens_per_second / plain if plain else None,
+            "tokens_per_step": real[draft]["decode_tokens_per_step"],
+            "walk_tokens_per_step": real[draft]["walk_tokens_per_step"],
+            "speedup": real[draft]["speedup"],
             "lossless": same,
             "tokens_per_second": {source: timed.tokens_per_second for source, timed in total.items()},
             "prompts": len(total["none"].walks),
+            "sources": real,
         },
         "domains": domains,
     }
+
+
+def _figures(walks: Sequence[Walk], expected: dict[float, list[float]], n: int) -> dict[str, Any]:
+    """The walk's figures for one source."""
+    low, high = acceptance.interval(walks)
+    n = max(n, acceptance.longest(walks))
+    figures = {
+        "tokens_per_step": acceptance.tokens_per_step(walks),
+        "tokens_per_step_low": low,
+        "tokens_per_step_high": high,
+        "tokens_per_step_nonlooping": acceptance.tokens_per_step(w for w in walks if not w.looping),
+        "acceptance": _numbered(acceptance.acceptance(walks, n)),
+        "conditional": _numbered(acceptance.conditional(walks, n)),
+        "histogram": _numbered(acceptance.histogram(walks, n), 0),
+    }
+    if expected:
+        figures["sampling"] = {
+            str(temperature): {
+                "tokens_per_step": acceptance.expected_tokens_per_step(rates),
+                "conditional": _numbered(rates[:n]),
+            }
+            for temperature, rates in expected.items()
+        }
+    return figures
+
+
+def _real(timed: dict[Source, Timed], paper: dict[Source, list[Walk]]) -> dict[Source, dict[str, Any]]:
+    """By source, the real loop beside the walk over the same prompts."""
+    plain = timed["none"].tokens_per_second
+    return {
+        source: {
+            "walk_tokens_per_step": acceptance.tokens_per_step(paper.get(source, [])),
+            "decode_tokens_per_step": acceptance.tokens_per_step(timed[source].walks),
+            "speedup": timed[source].tokens_per_second / plain if plain else None,
+        }
+        for source in SOURCES
+    }
+
+
+def _gain(walks: Sequence[Walk], baseline: Sequence[Walk]) -> dict[str, float]:
+    return dict(zip(("value", "low", "high"), acceptance.gain(walks, baseline), strict=True))
+
+
+def _of(walks: Sequence[Walk], domain: str) -> list[Walk]:
+    return [walk for walk in walks if walk.domain == domain]
 
 
 def _together(parts: Sequence[Timed]) -> Timed:
@@ -191,5 +285,5 @@ def _share(flags: Any) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def _numbered(values: Sequence[float]) -> dict[str, float]:
-    return {str(index): value for index, value in enumerate(values, 1)}
+def _numbered(values: Sequence[float], start: int = 1) -> dict[str, float]:
+    return {str(index): value for index, value in enumerate(values, start)}

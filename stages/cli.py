@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import keyword
 from pathlib import Path
 from typing import Any
 
 import click
 
-_COMMANDS = ("fetch", "tokenize", "respond", "cache", "train", "evaluate", "run", "generate", "plan", "store")
+_COMMANDS = (
+    "fetch",
+    "tokenize",
+    "respond",
+    "cache",
+    "train",
+    "evaluate",
+    "run",
+    "generate",
+    "serve",
+    "plan",
+    "store",
+    "track",
+    "export",
+    "import",
+)
 
 
 class _Lazy(click.Group):
@@ -20,7 +36,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: Any = getattr(importlib.import_module(f"stages.{name}"), name)
+        module = _module(name)
+        command: Any = getattr(importlib.import_module(f"stages.{module}"), module)
         assert isinstance(command, click.Command)
         return command
 
@@ -29,8 +46,13 @@ class _Lazy(click.Group):
             formatter.write_dl([(name, _first_line(name)) for name in _COMMANDS])
 
 
+def _module(name: str) -> str:
+    """Of a command's module and function; a keyword of Python can be neither."""
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
 def _first_line(name: str) -> str:
-    spec = importlib.util.find_spec(f"stages.{name}")
+    spec = importlib.util.find_spec(f"stages.{_module(name)}")
     assert spec is not None
     assert spec.origin is not None
     with Path(spec.origin).open() as file:

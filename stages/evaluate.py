@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,21 @@ def evaluate(config: Config) -> None:
         common.check_joint(manifest, "eval")
         source, manifest = _with_trained_base(config)
     heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, source["weights"])
-    run = tracking.Run(config, "evaluate", {"features": manifest.digest}, parent=tracking.kept_run(common.MODEL))
+    run = tracking.Run(
+        config,
+        "evaluate",
+        {"features": manifest.digest, "method": shape.method},
+        {**common.read_sources(), "base": source},
+        ("eval",),
+        base.choose_device(),
+        parent=tracking.kept_run(common.MODEL),
+    )
     try:
-        with common.using_store(config) as root:
-            metrics = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
+        with common.using_store(config):
+            metrics = _measure(config, source, common.open_reader(config, manifest), shape.n_predict)
         _track(run, metrics)
-        run.finish()
     except BaseException:
-        run.finish("FAILED")
+        run.finish(RESULTS, "FAILED")
         raise
     _report(metrics)
 
@@ -53,10 +60,14 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
     """Walk, decode, compare; writes everything under results/evaluate."""
     dtype = getattr(torch, config.model.dtype)
     device = base.choose_device()
-    with common.progress(reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
-        measured = evaluation.offline(heads.load(common.MODEL, device, dtype), reader, config.decode, bar.update)
+    linear = features.linear_logits(reader.collection)
+    lm_head = features.load_tables(reader.collection)["lm_head"].to(device) if linear else None
+    with common.progress((1 + linear) * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
+        speculator = heads.load(common.MODEL, device, dtype)
+        measured = evaluation.offline(speculator, reader, config.decode, lm_head, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
     timed: dict[str, dict[Any, evaluation.Timed]] = {}
+    paper = evaluation.on_paper(measured, reader, config.decode, indices, config.evaluate.max_new_tokens)
     if indices:
         model = _model(config, source, config.model.dtype)
         with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
@@ -70,7 +81,8 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
         same = evaluation.lossless(model, reader, indices[:LOSSLESS_PROMPTS], length)
     else:
         same = None
-    metrics = evaluation.summary(measured, timed, same, config.decode.draft, n)
+    metrics = evaluation.summary(measured, timed, paper, same, config.decode.draft)
+    metrics["speculator"] = files.digest_file(common.MODEL / "pytorch_model.bin")  # whose figures these are
     files.write_json(RESULTS / "metrics.json", metrics)
     _draw(measured, metrics, n)
     return metrics
@@ -84,12 +96,18 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     identity = features.identity(source, config.model.dtype, config.features.codec)
     collection = Collection(common.store_root(config), "features", identity)
     keyed = list(map(FeatureRow.of, rows))
-    with common.using_store(config):
-        groups = common.plan_missing(collection, "evaluate", lambda known: plan_features(config, keyed, known))
+    keys = [*(row.key for row in keyed), *features.TABLES]
+    with common.using_store(config) as store:
+        groups = common.plan_missing(
+            store, collection, keys, "evaluate", lambda known: plan_features(config, keyed, known)
+        )
         model = base.load(config.model, common.TRAINED_BASE, source["weights"])
-        features.save_tables(model, collection)
         total = sum(len(keyed[number].ids) for group in groups for number in group)
-        with common.progress(total, "tokens", "evaluate: states of the trained base") as bar:
+        with (
+            store.uploading(bool(groups)),
+            common.progress(total, "tokens", "evaluate: states of the trained base") as bar,
+        ):
+            features.save_tables(model, collection)
             features.produce(model, collection, keyed, groups, config.features.codec, bar.update)
     manifest = describe(config, collection, rows, [row.key for row in keyed], source)
     return source, manifest
@@ -109,12 +127,14 @@ def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> N
         source: acceptance.acceptance(walks, n if source == "head" else NGRAM_LENGTH)
         for source, walks in measured.walks.items()
     }
-    with (RESULTS / "acceptance.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["position", "source", "acceptance"])
-        writer.writerows([i, source, share] for source, row in shares.items() for i, share in enumerate(row, 1))
-    lines: dict[str, Any] = {source: (list(range(1, len(row) + 1)), row) for source, row in shares.items()}
-    plots.curves(RESULTS / "acceptance.png", lines, "drafted position", "share of steps that accept it")
+    _curves("acceptance", ("position", "acceptance"), shares, "drafted position", "share of steps that accept it")
+    _curves(
+        "draft_length",
+        ("draft_len", "tokens_per_step"),
+        measured.by_length,
+        "drafted tokens a step, at most",
+        "tokens per step (exact walk)",
+    )
     bars = {
         name: {
             "head": row["tokens_per_step"],
@@ -130,13 +150,25 @@ def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> N
     plots.bars(RESULTS / "domains.png", bars, "tokens per step", baseline=1.0)
 
 
+def _curves(name: str, columns: tuple[str, str], rows: Mapping[Any, Sequence[float]], x: str, y: str) -> None:
+    """By source, a value for each of 1, 2, ..: as a table and as a picture."""
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([columns[0], "source", columns[1]])
+        writer.writerows([i, source, value] for source, row in rows.items() for i, value in enumerate(row, 1))
+    lines: dict[str, Any] = {source: (list(range(1, len(row) + 1)), row) for source, row in rows.items()}
+    plots.curves(RESULTS / f"{name}.png", lines, x, y)
+
+
 def _track(run: tracking.Run, metrics: Mapping[str, Any]) -> None:
     """Record in a child of the run that trained the heads; the headline figures stand on the parent too."""
-    flat = _flat(metrics)
-    run.log(flat)
-    headline = ("offline.tokens_per_step", "ngram.tokens_per_step", "decode.tokens_per_step", "decode.speedup")
-    run.log({name: flat[name] for name in headline if name in flat}, to_parent=True)
-    run.artifacts(RESULTS, "evaluate")
+    written = sorted(path for path in RESULTS.iterdir() if path.name != tracking.RUN_FILE)
+    run.finish(
+        RESULTS,
+        metrics=_flat(metrics),
+        headline=("offline.tokens_per_step", "ngram.tokens_per_step", "decode.tokens_per_step", "decode.speedup"),
+        artifacts=dict.fromkeys(written, "evaluate"),
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -154,34 +186,39 @@ def _report(metrics: Mapping[str, Any]) -> None:
     """The table that a run ends with."""
     decode, offline = metrics["decode"], metrics["offline"]
     common.say("")
-    common.say(f"{'':12}  tokens per step (exact walk)          wall clock")
+    common.say(f"{'':12}  tokens per step, all of eval       {decode['prompts']} prompts, {decode['draft']}")
     common.say(
-        f"{'domain':12}  {'head':>6}  {'n-gram':>6}  {'hybrid':>6}  {'looping':>7}    x plain ({decode['draft']})"
+        f"{'domain':12}  {'head':>6}  {'n-gram':>6}  {'hybrid':>6}  {'looping':>7}  {'walk':>6}  {'loop':>6}  x plain"
     )
-    rows = {
-        **metrics["domains"],
-        "all": {
-            "tokens_per_step": offline["tokens_per_step"],
-            "ngram_tokens_per_step": metrics["ngram"]["tokens_per_step"],
-            "hybrid_tokens_per_step": metrics["hybrid"]["tokens_per_step"],
-            "repetition": metrics["repetition"],
-            "speedup": decode["speedup"],
-        },
+    total = {
+        "tokens_per_step": offline["tokens_per_step"],
+        "ngram_tokens_per_step": metrics["ngram"]["tokens_per_step"],
+        "hybrid_tokens_per_step": metrics["hybrid"]["tokens_per_step"],
+        "repetition": metrics["repetition"],
+        **decode["sources"][decode["draft"]],
     }
-    for name, row in rows.items():
-        speedup = row.get("speedup")
-        common.say(
-            f"{name:12}  {row['tokens_per_step']:6.2f}  {row['ngram_tokens_per_step']:6.2f}  "
-            f"{row['hybrid_tokens_per_step']:6.2f}  {row['repetition']:7.0%}    "
-            + (f"{speedup:.2f}" if speedup else "-")
-        )
+    for name, row in {**metrics["domains"], "all": total}.items():
+        line = f"{name:12}  {row['tokens_per_step']:6.2f}  {row['ngram_tokens_per_step']:6.2f}  "
+        line += f"{row['hybrid_tokens_per_step']:6.2f}  {row['repetition']:7.0%}"
+        if row.get("speedup"):
+            line += f"  {row['walk_tokens_per_step']:6.2f}  {row['decode_tokens_per_step']:6.2f}  {row['speedup']:7.2f}"
+        common.say(line)
     low, high = offline["tokens_per_step_low"], offline["tokens_per_step_high"]
     common.say(f"head: 95 % interval {low:.2f} to {high:.2f} over {offline['answers']} answers")
+    if "sampling" in offline:
+        rates = ", ".join(f"{row['tokens_per_step']:.2f} at {t}" for t, row in offline["sampling"].items())
+        common.say(f"head, sampled at a temperature, expected: {rates}")
     if offline["written_by_base"] < 1:
         share = 1 - offline["written_by_base"]
         common.say(f"note: {share:.0%} of the answers were not written greedily by the base; decoding will differ")
     if offline["tokens_per_step"] <= metrics["ngram"]["tokens_per_step"]:
         common.say("note: n-gram lookup alone, which needs no training, does as well as this head or better")
+    useless = [n for n, row in {**metrics["domains"], "all": metrics["hybrid"]}.items() if row["gain"]["low"] <= 0]
+    if useless:
+        common.say(
+            f"warning: the trained head adds nothing to n-gram lookup that is sure (95 % interval of the gain) in "
+            f"{', '.join(useless)}: more data or a longer training may help (docs/metrics.md)"
+        )
     if decode["lossless"] is not None:
         common.say(f"identical to plain greedy decoding in float32: {'yes' if decode['lossless'] else 'NO'}")
     common.say(f"evaluate: {decode['prompts']} prompts decoded, {offline['answers']} answers walked -> {RESULTS}")

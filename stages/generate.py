@@ -9,7 +9,7 @@ import click
 import torch
 
 from spec.config import Decode
-from spec.drafting import Source
+from spec.drafting import NGRAM_LENGTH, Source
 from stages import common
 
 
@@ -57,7 +57,7 @@ def generate(
             draft=draft,
             streamer=_Screen(tokenizer),
         )
-    rates = " ".join(f"{rate:.2f}" for rate in result.acceptance_rates) or "-"
+    rates = " ".join(f"{rate:.2f}" for rate in result.acceptance_rates[:NGRAM_LENGTH]) or "-"
     click.echo(
         f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s, {result.tokens_per_step:.2f} tokens "
         f"per step, acceptance by position {rates}",

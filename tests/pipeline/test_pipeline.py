@@ -26,12 +26,13 @@ def test_outputs(workspace: Workspace) -> None:
     assert metrics["offline"]["written_by_base"] == 1
     assert metrics["decode"]["lossless"] is True
     assert metrics["decode"]["speedup"] > 0
+    assert metrics["decode"]["walk_tokens_per_step"] == metrics["decode"]["tokens_per_step"]
     assert metrics["ngram"]["tokens_per_step"] >= 1
     for row in metrics["domains"].values():
         assert {"tokens_per_step", "ngram_tokens_per_step", "tokens_per_step_nonlooping"} <= set(row)
     for name in ("pytorch_model.bin", "config.json"):
         assert (workspace.root / "models/speculator" / name).is_file()
-    for name in ("train/loss.png", "evaluate/acceptance.png", "evaluate/domains.png"):
+    for name in ("train/loss.png", "evaluate/acceptance.png", "evaluate/domains.png", "evaluate/draft_length.png"):
         assert (workspace.root / "results" / name).stat().st_size > 5000
     assert "tokens_per_step" in workspace.run("dvc", "metrics", "show").stdout
 

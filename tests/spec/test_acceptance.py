@@ -98,6 +98,33 @@ def test_tokens_per_step_counts_the_bases_own_token(accepted: list[list[int]]) -
         assert share == pytest.approx(sum(a >= i for part in accepted for a in part) / max(count, 1))
 
 
+@given(steps, st.integers(1, 5))
+def test_conditional_acceptance_and_histogram_follow_from_the_steps(accepted: list[list[int]], n: int) -> None:
+    found, every = made(*accepted), [a for part in accepted for a in part]
+    for i, share in enumerate(acceptance.conditional(found, n), 1):
+        reached = [a for a in every if a >= i - 1]
+        assert share == pytest.approx(sum(a >= i for a in reached) / max(len(reached), 1))
+    exactly = [every.count(k) for k in range(n)] + [sum(a >= n for a in every)]
+    if every:
+        assert acceptance.histogram(found, n) == pytest.approx([count / len(every) for count in exactly])
+    assert acceptance.longest(found) == max(every, default=0)
+    joint = acceptance.conditional(found, acceptance.longest(found))
+    assert acceptance.expected_tokens_per_step(joint) == pytest.approx(tokens_per_step(found))
+
+
+def test_a_gain_is_judged_on_the_same_answers() -> None:
+    """Answers differ far more than the two sources do on each of them: drawn apart, nothing would be sure."""
+    generator = np.random.default_rng(0)
+    many = [generator.binomial(6, generator.random(), 10) for _ in range(60)]
+    better = [Walk(steps + (generator.random(10) < 0.2)) for steps in many]
+    value, low, high = acceptance.gain(better, [Walk(steps) for steps in many])
+    assert 0.1 < low < value < high < 0.3
+    assert value == pytest.approx(tokens_per_step(better) - tokens_per_step([Walk(steps) for steps in many]))
+    assert interval(better)[0] < tokens_per_step([Walk(steps) for steps in many])
+    assert acceptance.gain(better, better) == (0, 0, 0)
+    assert acceptance.gain([], []) == (0, 0, 0)
+
+
 def test_steps_weigh_the_same_whatever_answer_they_are_in() -> None:
     assert tokens_per_step(made([3], [0, 0, 0])) == 1.75
 
@@ -290,3 +317,91 @@ def test_walks_know_domain_loops_and_who_wrote_the_answer(tmp_path: Path) -> Non
         ("code", True, True),
     ]
     assert found[0].accepted.tolist() == [0, 1]  # 7 8 [9] 10: the draft behind 8 is right
+
+
+@given(cases(), st.integers(1, 6))
+def test_tokens_per_step_by_draft_length(case: tuple[list[int], list[list[int]]], longest: int) -> None:
+    ids, drafts = case
+    answer = Answer(np.asarray([9, *ids], np.int32), 1, np.asarray(drafts), 0)
+    found = acceptance.tokens_per_step_by_length([answer], acceptance.head_drafts, range(1, longest + 1))
+    cut = [simulate(ids, [draft[:length] for draft in drafts]) for length in range(1, longest + 1)]
+    assert found == pytest.approx([1 + float(np.mean(steps)) if steps else 1.0 for steps in cut])
+
+
+@given(cases())
+def test_what_the_base_came_to_judge(case: tuple[list[int], list[list[int]]]) -> None:
+    ids, drafts = case
+    accepted = walk(Answer(np.asarray([9, *ids], np.int32), 1, np.asarray(drafts), 0).matches(drafts), len(ids))
+    reached = acceptance._reached(drafts, accepted, len(ids)).tolist()
+    right = sum(token == ids[at] for at, _, token in reached)
+    assert right == accepted.sum(), "all that were accepted, and of each step at most one more"
+    assert len(reached) - right <= len(accepted)
+    assert all(drafts[at - place][place - 1] == token for at, place, token in reached)
+
+
+@pytest.mark.parametrize("chunk", [V, 2**24])
+def test_expected_acceptance_by_hand(reader: FeatureReader, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "CHUNK_LOGITS", chunk)
+    lm_head = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+    answers = draft_answers(speculator("sum_rnn"), reader)
+
+    def partly_right(answer: Answer) -> list[list[int]]:  # at place j, j % 3 tokens and then a wrong one
+        tokens = answer.ids[answer.start :].tolist()
+        return [[*tokens[j + 1 : j + 1 + j % 3], 0] for j in range(len(tokens))]
+
+    sources = {"head": acceptance.head_drafts, "scripted": partly_right}
+    found = {name: walks(reader, answers, drafts) for name, drafts in sources.items()}
+    counts: list[int] = []
+    expected = acceptance.expected_acceptance(reader, lm_head, answers, found, [0.5, 2.0], counts.append)
+    assert sum(counts) == sum(answer.length for answer in answers)
+    for name, drafts in sources.items():
+        for temperature in (0.5, 2.0):
+            sums, steps = np.zeros(9), np.zeros(9)
+            for answer, walked in zip(answers, found[name], strict=True):
+                full, made, at = reader.sequence(answer.index), list(drafts(answer)), 0
+                states = full.states[full.positions >= answer.start - 1]
+                for accepted in walked.accepted.tolist():
+                    steps[: accepted + 1] += 1
+                    for i in range(min(accepted + 1, len(made[at]), answer.length - 1 - at)):
+                        logits = lm_head @ states[at + 1 + i]
+                        sums[i] += float((logits / temperature).softmax(0)[made[at][i]])
+                    at += accepted + 1
+            rates = expected[name][temperature]
+            assert rates == pytest.approx((sums / np.maximum(steps, 1))[: len(rates)], rel=1e-5)
+            assert not sums[len(rates) :].any()
+
+
+def test_expected_acceptance_is_what_sampling_accepts(tmp_path: Path) -> None:
+    """Of answers sampled at T = 1, whose every walk is a trial; and of greedy ones as T goes to 0."""
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    generator = np.random.default_rng(0)
+    transition = logits.softmax(1).double().numpy()
+    likeliest = transition.argmax(1)
+    for temperature, count in ((1.0, 400), (1e-3, 20)):
+        rows = []
+        for _ in range(count):
+            ids = [int(generator.integers(6))]
+            while len(ids) < 40:
+                p = transition[ids[-1]]
+                ids.append(int(generator.choice(6, p=p / p.sum()) if temperature == 1 else likeliest[ids[-1]]))
+            rows.append(sequence([0] + [1] * 39, ids))
+
+        def states(row: TokenSequence) -> NDArray[np.float32]:
+            return np.eye(6, dtype=np.float32)[row.ids]
+
+        root = tmp_path / str(count)
+        reader = FeatureReader(store_features(root, rows, vocab_size=6, hidden_size=6, states=states), root)
+        answers = [Answer(row.ids, 1, np.zeros((39, 3), np.int64), i) for i, row in enumerate(rows)]
+
+        def drafts(answer: Answer) -> list[list[int]]:  # the likeliest token, and then others
+            firsts = likeliest[answer.ids[1:]]
+            return [[int(a), int(likeliest[a]), 3] for a in firsts]
+
+        found = walks(reader, answers, drafts)
+        expected = acceptance.expected_acceptance(reader, logits.T, answers, {"x": found}, [temperature])["x"]
+        rates = expected[temperature]
+        accuracy = 4 / np.sqrt(sum(len(w.accepted) for w in found) / 4) if temperature == 1 else 1e-5
+        assert acceptance.expected_tokens_per_step(rates) == pytest.approx(tokens_per_step(found), abs=accuracy)
+        assert rates[0] == pytest.approx(acceptance.conditional(found, 1)[0], abs=accuracy)
+        if temperature == 1:
+            assert 1.2 < tokens_per_step(found) < 3

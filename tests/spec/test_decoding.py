@@ -234,7 +234,7 @@ def test_a_head_that_knows_nothing_has_no_draft_accepted() -> None:
 
 def test_loops_are_foreseen_by_n_grams() -> None:
     base = with_stops(markov([1, 2, 3, 4, 0]))
-    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", ngram_min=2))
+    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", draft_len=6))
     made = lm.generate([0, 1, 2, 3, 4, 0, 1], 29)
     assert made.tokens == [i % 5 for i in range(2, 31)]
     assert made.drafted == made.accepted == [6, 6, 6, 6]
@@ -244,7 +244,7 @@ def test_loops_are_foreseen_by_n_grams() -> None:
 
 def test_a_stop_token_ends_the_answer_inside_an_accepted_run() -> None:
     base = with_stops(markov([1, 2, 3, 4, 0]), [3, 4])
-    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", ngram_min=2))
+    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", draft_len=6))
     made = lm.generate([0, 1, 2, 3, 4, 0], 20)
     assert made.tokens == [1, 2, 3]
     assert (made.drafted, made.accepted) == ([6], [2])
@@ -447,6 +447,16 @@ def test_an_answer_ends_where_the_base_has_no_more_positions() -> None:
         lm.generate([1] * 65, 1)
 
 
+def test_what_a_tokenizer_gives_and_other_stop_tokens() -> None:
+    base = with_stops(tiny())
+    lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
+    whole = lm.generate([1, 2], 20).tokens
+    given = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    assert lm.generate(**given, max_new_tokens=20).tokens == whole
+    for stop in ([whole[9]], whole[9]):
+        assert lm.generate([1, 2], 20, eos_token_id=stop).tokens == whole[: whole.index(whole[9]) + 1]
+
+
 def test_bad_requests_are_refused() -> None:
     base = with_stops(tiny())
     lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
@@ -455,6 +465,8 @@ def test_bad_requests_are_refused() -> None:
             lm.generate(ids)
     with pytest.raises(DecodingError, match=r"\[2, 3\]"):
         lm.generate(torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(DecodingError, match="padding"):
+        lm.generate([0, 1], attention_mask=torch.tensor([[0, 1]]))
     with pytest.raises(DecodingError, match="max_new_tokens is 0"):
         lm.generate([1], 0)
     for bad in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):

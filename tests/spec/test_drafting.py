@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.config import Decode
-from spec.drafting import NGRAM_LENGTH, DecodingError, Drafter, NgramIndex, Source, drafts_along
+from spec.drafting import PER_TOKEN, STRONG, DecodingError, Drafter, NgramIndex, Source, drafts_along
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 
@@ -35,6 +35,25 @@ def test_ngram_draft_is_its_definition(tokens: list[int], minimum: int, more: in
     expected = by_definition(tokens, minimum, minimum + more, length)
     assert ngram_draft(tokens, minimum, minimum + more, length) == expected
     assert ngram_draft(np.array(tokens, np.int32), minimum, minimum + more, length) == expected
+
+
+@given(ids, st.lists(st.integers(0, 3), max_size=3), st.integers(1, 3), st.integers(0, 4), st.integers(1, 4))
+def test_a_draft_behind_tokens_that_are_drafted_themselves(
+    tokens: list[int], drafted: list[int], minimum: int, more: int, per_token: int
+) -> None:
+    """As though the sequence held them, but for occurrences that end among them."""
+    index = NgramIndex(1, minimum + more, tokens)
+    found = index.draft(9, per_token, drafted, minimum)
+    whole = tokens + drafted
+    for n in range(minimum + more, minimum - 1, -1):
+        ends = [end for end in range(n, len(tokens)) if whole[end - n : end] == whole[len(whole) - n :]]
+        if ends and n <= len(whole):
+            grown = list(whole)
+            for i in range(min(9, per_token * n - len(drafted))):
+                grown.append(grown[ends[-1] + i])
+            assert found == grown[len(whole) :]
+            return
+    assert found == []
 
 
 @given(ids, st.integers(1, 4), st.integers(0, 4), st.data())
@@ -78,12 +97,14 @@ def heads(length: int) -> list[int]:
         ("head", 2, [1, 1, 1], 9, heads(2)),
         ("head", None, [1, 1, 1], 1, heads(1)),
         ("head", None, [1, 1, 1], 0, []),
-        ("ngram", None, [1, 1, 1], 9, [1] * NGRAM_LENGTH),
+        ("ngram", None, [1, 1, 1], 9, [1] * 2 * PER_TOKEN),  # a match of two tokens
+        ("ngram", None, [7, 8, 7], 9, [8, 7, 8]),  # of one
         ("ngram", 8, [1, 1, 1], 9, [1] * 8),
         ("ngram", None, [1, 1, 1], 2, [1, 1]),
         ("ngram", None, [1, 2, 3], 9, []),
-        ("hybrid", None, [1, 1, 1], 9, [1] * NGRAM_LENGTH),
+        ("hybrid", None, [1, 1, 1], 9, [1] * 2 * PER_TOKEN),
         ("hybrid", None, [1, 2, 3], 9, heads(3)),
+        ("hybrid", None, [7, 8, 7], 9, heads(3)),  # a match of one token is weak
         ("hybrid", 8, [1, 2, 3], 9, heads(3)),
         ("hybrid", 2, [1, 2, 3], 9, heads(2)),
         ("hybrid", None, [1, 1, 1], 0, []),
@@ -93,10 +114,46 @@ def heads(length: int) -> list[int]:
 def test_what_a_step_drafts(
     source: Source, draft_len: int | None, seen: list[int], limit: int, expected: list[int]
 ) -> None:
-    decode = Decode(ngram_min=2, ngram_max=3, draft_len=draft_len)
+    assert STRONG == 2
+    decode = Decode(ngram_min=1, ngram_max=3, draft_len=draft_len)
     drafter = Drafter(decode, n_predict=3, source=source)
     drafter.extend(seen)
     assert drafter.draft(limit, heads) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "draft_len", "seen", "limit", "expected"),
+    [
+        ("head", None, [5, 100, 6, 7, 5], 9, heads(3)),
+        ("hybrid", None, [5, 100, 6, 7, 5], 9, [100, 6, 7, 5, 100, 6]),  # behind 5 100, 3 x 2 tokens in all
+        ("hybrid", 4, [5, 100, 6, 7, 5], 9, [100, 6, 7, 5]),
+        ("hybrid", 2, [5, 100, 6, 7, 5], 9, [100, 6]),
+        ("hybrid", 1, [5, 100, 6, 7, 5], 9, [100]),
+        ("hybrid", None, [5, 100, 6, 7, 5], 3, [100, 6, 7]),
+        ("hybrid", None, [100, 101, 9, 5], 9, [100, 101, 9, 5, 100, 101]),  # behind the second
+        ("hybrid", None, [101, 9, 5], 9, heads(3)),  # one token is no strong match
+    ],
+)
+def test_lookup_goes_on_behind_the_heads_drafts(
+    source: Source, draft_len: int | None, seen: list[int], limit: int, expected: list[int]
+) -> None:
+    drafter = Drafter(Decode(ngram_min=1, ngram_max=4, draft_len=draft_len), n_predict=3, source=source)
+    drafter.extend(seen)
+    drafted = drafter.draft(limit, heads)
+    assert drafter.follow(limit, drafted) == expected
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.integers(1, 9))
+def test_a_shorter_draft_is_the_beginning_of_a_longer_one(tokens: list[int], length: int) -> None:
+    """So that one walk tells every draft length (acceptance.tokens_per_step_by_length)."""
+    for source in ("ngram", "hybrid"):
+        drafts = []
+        for asked in (length, 10):
+            drafter = Drafter(Decode(ngram_min=1, draft_len=asked), 3, source)
+            drafter.extend(tokens)
+            drafts.append(drafter.follow(99, drafter.draft(99, lambda k: [0, 1, 2][:k])))
+        assert drafts[0] == drafts[1][:length]
 
 
 def test_sources_and_heads_that_are_not_there_are_refused() -> None:
@@ -120,10 +177,10 @@ def test_drafts_along_an_answer_are_those_of_a_drafter_that_reads_it(
 ) -> None:
     start = data.draw(st.integers(1, len(tokens) - 1))
     decode = Decode(ngram_min=2, ngram_max=3)
-    rows = 10 + np.arange((len(tokens) - start) * 3).reshape(-1, 3)
+    rows = data.draw(st.sampled_from([10, 0])) + np.arange((len(tokens) - start) * 3).reshape(-1, 3)
     expected = []
     for j, row in enumerate(rows):
         drafter = Drafter(decode, 3, source)
         drafter.extend(tokens[: start + j + 1])
-        expected.append(drafter.draft(99, lambda k, row=row: row[:k].tolist()))
+        expected.append(drafter.draft(99, lambda k, d=drafter, row=row: d.follow(99, row[:k].tolist())))
     assert list(drafts_along(np.array(tokens), start, decode, rows, source)) == expected

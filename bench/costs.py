@@ -1,0 +1,105 @@
+"""The formulas of docs/scaling.md beside what is measured. `python -m bench.costs [NAME ...]`, after `make repro`.
+
+Each line measures the machine's rates (matrix products, copies) and the work in turn, three times, so that other work
+on the machine weighs on both; `measured / formula` is the median, with the lowest and the highest. NAME: only those
+that begin with it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from bench import train
+from bench.common import default_config, load_base, machine, reader, seconds, spread, table
+from spec import base as base_model
+from spec import costs, files
+from spec.costs import Job, Machine
+from spec.store import features
+from stages import cache, common
+
+ROUNDS = 3
+ROWS, STEPS = 128, 8
+
+
+def main() -> None:
+    wanted = tuple(sys.argv[1:])
+    print(machine())
+    config = default_config()
+    base = load_base(config)
+    manifest = reader(config, "train").manifest
+    speculator = config.model.speculator
+    assert speculator.draft_vocab_size is not None
+    count = sum(p.numel() for p in base.model.parameters())
+    if base.lm_head is not base.embedding:
+        count -= base.embedding.numel()
+    job = Job(
+        base_params=count,
+        hidden_size=base.hidden_size,
+        vocab_size=base.vocab_size,
+        tokens=manifest.tokens,
+        positions=manifest.positions,
+        answers=0,
+        rows=ROWS,
+        n_predict=speculator.n_predict,
+        width=speculator.inner_dim[-1],
+        outputs=speculator.draft_vocab_size,
+    )
+    dtype = getattr(torch, config.model.dtype)
+
+    split = files.read_json(cache.METRICS)["train"]
+    stored = split["bytes_per_position"] * split["positions"]
+    formula = costs.stored_bytes(job, config.model.dtype, config.features.codec)
+    rows = [["disk: the train split", common.size(formula), common.size(stored), f"{stored / formula:.3f}"]]
+
+    width = 256
+    ids = torch.randint(base.vocab_size, (features.BATCH_TOKENS // width // 2, width))
+    prompts = ids[:, :32].repeat(-(-ROWS // len(ids)), 1)[:ROWS].tolist()
+
+    def prefill() -> float:
+        with torch.inference_mode():
+            return seconds(lambda: base_model.hidden_states(base.model, ids))
+
+    def step() -> float:
+        """Of ROWS answers, without the pass over their prompts."""
+        few, many = (seconds(lambda n=n: base_model.answer(base, prompts, n)) for n in (2, 2 + STEPS))
+        return (many - few) / STEPS
+
+    def positions() -> float:
+        return 1 / train.one({"form": "ours", "drafted": speculator.draft_vocab_size})["rate"]
+
+    works: list[tuple[str, Callable[[Machine], float], Callable[[], float]]] = [
+        (
+            f"cache: {ids.numel():,} tokens",
+            lambda rates: costs.prefill_seconds(replace(job, tokens=ids.numel()), rates),
+            prefill,
+        ),
+        (
+            f"respond: a token of each of {ROWS} answers",
+            lambda rates: costs.answer_seconds(replace(job, answers=ROWS), rates),
+            step,
+        ),
+        (
+            "train, optim.loss=ce: 1,000 positions",
+            lambda rates: costs.epoch_seconds(replace(job, positions=1000), rates),
+            lambda: 1000 * positions(),
+        ),
+    ]
+    for name, said, work in works:
+        if wanted and not name.startswith(wanted):
+            continue
+        formulas, measured = [], []
+        for _ in range(ROUNDS):
+            formulas.append(said(costs.measure(torch.device("cpu"), dtype)))
+            measured.append(work())
+        ratios = [found / expected for found, expected in zip(measured, formulas, strict=True)]
+        rows.append([name, f"{sorted(formulas)[ROUNDS // 2]:.3f} s", f"{sorted(measured)[ROUNDS // 2]:.3f} s"])
+        rows[-1].append(spread(ratios))
+    table(["what", "formula", "measured", "measured / formula"], rows)
+
+
+if __name__ == "__main__":
+    main()

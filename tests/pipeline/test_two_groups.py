@@ -1,0 +1,79 @@
+"""Two groups of workers that meet by torchrun's rendezvous make what one worker makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spec import files
+from stages import common
+from tests.pipeline.groups import curve, two_groups
+from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare
+
+TRAIN = ("trainer.test_freq=3", "trainer.total_epochs=4")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which one worker, this process, has done everything up to train."""
+    root = prepare(tmp_path_factory.mktemp("single"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        inline_workers(patch)
+        for name in ("fetch", "tokenize", "respond", "cache"):
+            ok(name)
+        ok("train", *TRAIN)
+    return root
+
+
+def close(one: list[list[float]], other: list[list[float]]) -> bool:
+    """Equal but for the order in which workers' float32 sums are added."""
+    return len(one) == len(other) and all(a == pytest.approx(b, rel=1e-3) for a, b in zip(one, other, strict=True))
+
+
+def segments(store: Path) -> dict[str, str]:
+    """Digests of all files of a store's segments; records hold no times."""
+    return {
+        str(path.relative_to(store)): files.digest_file(path)
+        for path in store.rglob("*")
+        if path.is_file() and path.parent.name != "roots" and not path.name.startswith(".")
+    }
+
+
+def test_two_groups_make_the_same_answers_states_and_curves(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_of(single, tmp_path)
+    for name in ("responses", "features"):
+        for path in (tmp_path / "data" / name).iterdir():
+            path.unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    store = f"features.store={tmp_path}/store"
+    for name, options in (("respond", ()), ("cache", ()), ("train", TRAIN)):
+        ok(name, store, f"trainer.launcher={two_groups(tmp_path)}", *options)
+    for name in ("responses", "features"):
+        assert content(tmp_path / "data" / name) == content(single / "data" / name)
+    assert segments(tmp_path / "store") == segments(single / "store")
+    losses = curve(tmp_path, "train")
+    assert losses[-1][1] < losses[0][1]
+    assert close(losses, curve(single, "train"))
+    assert close(curve(tmp_path, "val"), curve(single, "val"))
+
+
+@pytest.mark.slow
+def test_two_groups_train_what_two_local_workers_train(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, where the number of workers is the same."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made = {}
+    for name in ("local", "groups"):
+        folder = copy_of(single, tmp_path / name)
+        monkeypatch.chdir(folder)
+        launcher = "torchrun --standalone --nproc-per-node=2" if name == "local" else two_groups(folder)
+        ok("train", f"trainer.launcher={launcher}", *TRAIN)
+        made[name] = content(folder / common.MODEL), curve(folder, "train"), curve(folder, "val")
+    assert made["groups"] == made["local"]

@@ -1,0 +1,90 @@
+"""evaluate: the walk beside the real loop, and what the report says of them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spec import files
+from stages import evaluate
+from tests.stages.workspace import inline_workers, ok, prepare
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which everything has run in float32, and what evaluate said."""
+    root = prepare(tmp_path_factory.mktemp("evaluated"), {"evaluate": {"max_prompts": 6, "max_new_tokens": 8}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        inline_workers(patch)
+        for name in ("fetch", "tokenize", "respond", "cache", "train"):
+            ok(name)
+        return root, ok("evaluate")
+
+
+@pytest.fixture
+def metrics(evaluated: tuple[Path, str]) -> Any:
+    return files.read_json(evaluated[0] / "results/evaluate/metrics.json")
+
+
+def test_the_loop_takes_the_steps_of_the_walk(metrics: Any) -> None:
+    """Answers of 12 tokens are stored and 8 are decoded: the walk is cut to them."""
+    decode = metrics["decode"]
+    assert decode["prompts"] == 6
+    for row in (*decode["sources"].values(), *metrics["domains"].values()):
+        assert row["decode_tokens_per_step"] == row["walk_tokens_per_step"]
+    assert decode["tokens_per_step"] == decode["walk_tokens_per_step"]
+    assert decode["speedup"] == decode["sources"]["hybrid"]["speedup"] > 0
+    assert max(row["decode_tokens_per_step"] for row in decode["sources"].values()) > 1
+
+
+def test_figures_of_a_source_agree(metrics: Any) -> None:
+    for source in ("offline", "ngram", "hybrid"):
+        row = metrics[source]
+        joint, low, high = [1.0, *row["acceptance"].values()], row["tokens_per_step_low"], row["tokens_per_step_high"]
+        assert row["tokens_per_step"] == pytest.approx(sum(joint))
+        assert low <= row["tokens_per_step"] <= high
+        assert sum(row["histogram"].values()) == pytest.approx(1)
+        mean = sum(int(k) * share for k, share in row["histogram"].items())
+        assert row["tokens_per_step"] == pytest.approx(1 + mean)
+        for i, share in enumerate(row["conditional"].values(), 1):
+            assert share * joint[i - 1] == pytest.approx(joint[i])
+        assert list(row["sampling"]) == ["0.6", "1.0"]
+        for sampled in row["sampling"].values():
+            assert sampled["tokens_per_step"] >= 1
+            assert all(0 <= share <= 1 for share in sampled["conditional"].values())
+    gain = metrics["hybrid"]["gain"]
+    assert gain["value"] == pytest.approx(metrics["hybrid"]["tokens_per_step"] - metrics["ngram"]["tokens_per_step"])
+    assert gain["low"] <= gain["value"] <= gain["high"]
+
+
+def test_tables_and_pictures(evaluated: tuple[Path, str], metrics: Any) -> None:
+    folder = evaluated[0] / "results/evaluate"
+    with (folder / "draft_length.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    head = [float(row["tokens_per_step"]) for row in rows if row["source"] == "head"]
+    assert head == sorted(head)
+    assert head[-1] == metrics["offline"]["tokens_per_step"]
+    assert [int(row["draft_len"]) for row in rows if row["source"] == "hybrid"] == list(range(1, 13))
+    assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("acceptance", "domains", "draft_length"))
+
+
+@pytest.mark.parametrize("low", [-0.1, 0.0, 0.1])
+def test_heads_that_add_nothing_are_warned_of(metrics: Any, capsys: pytest.CaptureFixture[str], low: float) -> None:
+    for row in (metrics["hybrid"], *metrics["domains"].values()):
+        row["gain"] = {"value": 0.2, "low": 0.1, "high": 0.3}
+    metrics["domains"]["code"]["gain"]["low"] = low
+    evaluate._report(metrics)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warned) == (low <= 0)
+    assert all("adds nothing" in line and " in code:" in line for line in warned)
+
+
+def test_the_report_has_a_row_a_domain(evaluated: tuple[Path, str]) -> None:
+    lines = evaluated[1].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("domain "))
+    assert [line.split()[0] for line in lines[start + 1 : start + 5]] == ["chat", "code", "maths", "all"]
+    assert all(len(line.split()) == 8 for line in lines[start + 1 : start + 5])

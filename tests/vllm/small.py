@@ -1,0 +1,101 @@
+"""The default pipeline in small: two speculators of the real base, trained for a minute, and what they are asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spec.serving.server import Server
+from spec.store.manifest import Manifest
+from spec.store.reader import FeatureReader
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CACHE = os.environ.get("XDG_CACHE_HOME")  # before tests/conftest.py sets its own: the base is downloaded once
+PROMPTS = 20
+NEW_TOKENS = 48
+OVERRIDES = (
+    "model.dtype=float32",
+    "data.max_samples=48",
+    f"respond.max_new_tokens={NEW_TOKENS}",
+    "trainer.logger=console",
+    "trainer.total_epochs=12",
+    "optim.loss=ce",
+    "features.store=store",
+)
+METHODS = {
+    "sum_rnn": (),
+    "medusa": ("model.speculator.method=medusa", "model.speculator.tie_weights=true", "optim.lr=0.002"),
+}
+SERVER = ("--enforce-eager", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")  # most prompts come in parts
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the stages made in a folder.
+
+    Attributes:
+        root: the folder; the base is models/base in it.
+        reader: the eval split.
+    """
+
+    root: Path
+    reader: FeatureReader
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Token ids of the first prompts of the eval split."""
+        lengths = self.reader.manifest.prompt_length
+        return [sequence.ids[: lengths[index]].tolist() for index, sequence in self.reader.sequences(range(PROMPTS))]
+
+    def checkpoint(self, method: str) -> Path:
+        """The speculator of a method."""
+        return self.root / "trained" / method
+
+
+def train_small(root: Path) -> Trained:
+    """Run the stages in an empty folder; a minute or two on two free cores."""
+    (root / "data").mkdir()
+    shutil.copy(REPOSITORY / "params.yaml", root)
+    shutil.copy(REPOSITORY / "data/corpus.lock", root / "data")
+    for stage in ("fetch", "tokenize", "respond", "cache"):
+        run(root, stage, *OVERRIDES)
+    for method, overrides in METHODS.items():
+        run(root, "train", *OVERRIDES, *overrides)
+        (root / "trained").mkdir(exist_ok=True)
+        shutil.move(root / "models/speculator", root / "trained" / method)
+    return Trained(root, FeatureReader(Manifest.load(root / "data/features/eval.json"), root / "store"))
+
+
+def run(root: Path, command: str, *overrides: str, options: Sequence[str] = ()) -> None:
+    """Run `spec` as the command line does, in the folder."""
+    environment = dict(os.environ)
+    environment.pop("XDG_CACHE_HOME")
+    if CACHE is not None:
+        environment["XDG_CACHE_HOME"] = CACHE
+    changed = [part for override in overrides for part in ("-S", override)]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("spec")), command, *changed, *options],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+
+
+def serving(arguments: list[str], root: Path, name: str) -> Server:
+    """A server whose output goes to a file of this name."""
+    return Server([*arguments, *SERVER], root / f"{name}.log")

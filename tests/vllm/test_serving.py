@@ -1,0 +1,231 @@
+"""Speculators in vLLM's own server, over HTTP, in float32: what is written and how much is accepted."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from spec import acceptance, heads
+from spec.acceptance import Answer
+from spec.config import Decode
+from spec.drafting import NGRAM_LENGTH, Source, drafts_along
+from spec.serving import server as servers
+from spec.serving.server import Server
+from tests.vllm.small import NEW_TOKENS, PROMPTS, Trained, run, serving
+
+NAME = "models/base"
+MESSAGES = [{"role": "user", "content": "Name three animals that live in the sea, and say what each of them eats."}]
+LENGTHS = [8, 48, 12, 40, 16, 32, 20, 24]
+CANCELLED = 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the base alone writes.
+
+    Attributes:
+        answers: to each prompt.
+        singles: to the first prompts, each asked on its own, of LENGTHS tokens.
+        chat: to MESSAGES.
+        longest: to the longest prompt, up to the model's maximal length.
+    """
+
+    answers: list[list[int]]
+    singles: list[list[int]]
+    chat: str
+    longest: list[int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to draft: how the server is told, and what the offline walk takes for it."""
+
+    arguments: Callable[[Trained], list[str]]
+    method: str
+    source: Source
+    most: int
+
+
+def by_proposer(source: Source) -> Callable[[Trained], list[str]]:
+    def arguments(trained: Trained) -> list[str]:
+        decode = Decode(draft=source)
+        return servers.command(
+            trained.checkpoint("sum_rnn"), decode, base=str(trained.root / NAME), dtype="float32", more=named()
+        )
+
+    return arguments
+
+
+def by_export(trained: Trained) -> list[str]:
+    """vLLM's own Medusa, which needs nothing of ours at serving time."""
+    out = trained.root / "exported"
+    if not out.exists():
+        options = ("--format", "vllm-medusa", "--out", str(out), "--checkpoint", str(trained.checkpoint("medusa")))
+        run(trained.root, "export", options=(*options, "--dtype", "float32"))
+    method = {"method": "medusa", "model": str(out), "num_speculative_tokens": 3}
+    untracked = json.dumps({"enable_weights_track": False})  # docs/exports.md
+    return [
+        *alone(trained),
+        *("--speculative-config", json.dumps(method)),
+        *("--model-loader-extra-config", untracked),
+    ]
+
+
+def alone(trained: Trained) -> list[str]:
+    return [*servers.plain_command(str(trained.root / NAME), dtype="float32"), *named()]
+
+
+def named() -> list[str]:
+    return ["--served-model-name", NAME]
+
+
+CASES = {
+    "sum_rnn": Case(by_proposer("head"), "sum_rnn", "head", 3),
+    "hybrid": Case(by_proposer("hybrid"), "sum_rnn", "hybrid", NGRAM_LENGTH),
+    "medusa": Case(by_export, "medusa", "head", 3),
+}
+
+
+def longest_prompt(trained: Trained) -> list[int]:
+    return max(trained.prompts, key=len)
+
+
+def room(trained: Trained) -> list[str]:
+    """A maximal length that the longest prompt's answer reaches."""
+    return ["--max-model-len", str(len(longest_prompt(trained)) + NEW_TOKENS + 8)]
+
+
+@pytest.fixture(scope="module")
+def written(trained: Trained) -> Written:
+    with serving([*alone(trained), *room(trained)], trained.root, "alone") as server:
+        return Written(
+            answer(server, trained.prompts),
+            [
+                answer(server, [ids], length)[0]
+                for ids, length in zip(trained.prompts[: len(LENGTHS)], LENGTHS, strict=True)
+            ],
+            client(server).chat.completions.create(**chat()).choices[0].message.content or "",
+            to_the_end(server, trained),
+        )
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def server(case: Case, trained: Trained, written: Written) -> Iterator[Server]:
+    """With a speculator, once the server without one is gone."""
+    with serving([*case.arguments(trained), *room(trained)], trained.root, f"{case.method}-{case.source}") as running:
+        yield running
+
+
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+
+
+def answer(server: Server, prompts: list[list[int]], length: int = NEW_TOKENS, **more: Any) -> list[list[int]]:
+    """Greedy answers to prompts that are asked at once, all as token ids."""
+    done = client(server).completions.create(
+        model=NAME, prompt=prompts, max_tokens=length, temperature=0, extra_body={"return_token_ids": True, **more}
+    )
+    return [choice.model_extra["token_ids"] for choice in sorted(done.choices, key=lambda choice: choice.index)]
+
+
+def to_the_end(server: Server, trained: Trained) -> list[int]:
+    ids = longest_prompt(trained)
+    return answer(server, [ids], NEW_TOKENS + 8, ignore_eos=True)[0]
+
+
+def chat() -> dict[str, Any]:
+    return {"model": NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 40}
+
+
+def test_answers_are_those_of_the_base_alone(trained: Trained, written: Written, server: Server) -> None:
+    before = server.counters()
+    assert answer(server, trained.prompts) == written.answers
+    accepted = "vllm:spec_decode_num_accepted_tokens_total"
+    assert server.counters()[accepted] > before.get(accepted, 0)
+
+
+def test_mean_acceptance_length_is_the_walks(trained: Trained, case: Case, server: Server) -> None:
+    before = server.counters()
+    answer(server, trained.prompts)
+    served = servers.mean_acceptance_length(before, server.counters())
+    speculator = heads.load(trained.checkpoint(case.method))
+    answers = acceptance.draft_answers(speculator, trained.reader, range(PROMPTS))
+
+    def drafts(answer: Answer) -> list[list[int]]:
+        along = drafts_along(answer.ids, answer.start, Decode(), answer.drafts, case.source)
+        return [list(draft[: case.most]) for draft in along]
+
+    walks = acceptance.walks(trained.reader, answers, drafts)
+    low, high = acceptance.interval(walks)
+    figure = acceptance.tokens_per_step(walks)
+    print(f"{case.method}, {case.source}: vLLM {served:.3f}, offline {figure:.3f}, interval {low:.3f} to {high:.3f}")
+    assert figure > 1.15
+    assert low <= served <= high
+
+
+def test_a_chat_is_streamed(written: Written, server: Server) -> None:
+    stream = client(server).chat.completions.create(**chat(), stream=True)
+    parts = [chunk.choices[0].delta.content for chunk in stream if chunk.choices and chunk.choices[0].delta.content]
+    assert len(parts) > 2
+    assert "".join(parts) == written.chat
+
+
+def test_eight_at_once_and_one_gives_up(trained: Trained, written: Written, server: Server) -> None:
+    started = threading.Barrier(len(LENGTHS))
+
+    def ask(i: int) -> list[int]:
+        started.wait(60)
+        stream = client(server).completions.create(
+            model=NAME,
+            prompt=trained.prompts[i],
+            max_tokens=LENGTHS[i],
+            temperature=0,
+            stream=True,
+            extra_body={"return_token_ids": True},
+        )
+        ids: list[int] = []
+        for chunk in stream:
+            ids += chunk.choices[0].model_extra["token_ids"] or []
+            if i == CANCELLED and len(ids) >= 4:
+                stream.close()
+                break
+        return ids
+
+    with ThreadPoolExecutor(len(LENGTHS)) as pool:
+        found = list(pool.map(ask, range(len(LENGTHS))))
+    cancelled = found[CANCELLED]
+    assert 4 <= len(cancelled) < len(written.singles[CANCELLED])
+    assert cancelled == written.singles[CANCELLED][: len(cancelled)]
+    others = [i for i in range(len(LENGTHS)) if i != CANCELLED]
+    assert [found[i] for i in others] == [written.singles[i] for i in others]
+
+
+def test_an_answer_ends_at_the_maximal_length(trained: Trained, written: Written, server: Server) -> None:
+    assert len(written.longest) == NEW_TOKENS + 8
+    assert to_the_end(server, trained) == written.longest
+
+
+def test_a_server_that_cannot_start_says_why(trained: Trained, tmp_path: Path) -> None:
+    command = servers.command(
+        trained.checkpoint("sum_rnn"), Decode(draft="head"), base=str(trained.root / NAME), dtype="float32"
+    )
+    options = json.dumps({"speculator": {"checkpoint": str(tmp_path / "nowhere"), "draft": "head"}})
+    command[command.index("--additional-config") + 1] = options
+    with (
+        pytest.raises(servers.ServingError, match="nowhere"),
+        serving([*command, *room(trained)], tmp_path, "refused"),
+    ):
+        pass
