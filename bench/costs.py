@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -65,7 +66,7 @@ def main() -> None:
 
     def step() -> float:
         """Of ROWS answers, without the pass over their prompts."""
-        few, many = (seconds(lambda n=n: base_model.answer(base, prompts, n)) for n in (2, 2 + STEPS))
+        few, many = (seconds(partial(base_model.answer, base, prompts, n)) for n in (2, 2 + STEPS))
         return (many - few) / STEPS
 
     def positions() -> float:

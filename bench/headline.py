@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--finetune-samples", type=int, default=256, help="solutions that the base is fine-tuned on")
     parser.add_argument("--base-lr", type=float, default=1e-4, help="of the fine-tune")
     parser.add_argument("--own", type=int, default=128, help="prompts that the fine-tuned base answers to train on")
-    parser.add_argument("--own-lr", type=float, default=1e-3, help="of the warm start; a fresh one has params.yaml's")
+    parser.add_argument("--own-lr", type=float, default=2e-4, help="of the warm start; a fresh one has params.yaml's")
     parser.add_argument("--head-epochs", type=int, default=1, help="passes of each of the dozen heads")
     chosen = parser.parse_args()
     print(machine())

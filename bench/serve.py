@@ -24,8 +24,8 @@ from spec.serving import server as servers
 from spec.serving.server import Server
 from stages import common
 
-PROMPTS = 16
-NEW_TOKENS = 96
+PROMPTS = 8
+NEW_TOKENS = 64
 CLIENTS = (1, 2, 4, 8)
 NGRAMS = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}  # vLLM's own takes 5 unless told
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}

@@ -90,7 +90,7 @@ class Server:
         patience: seconds until it must answer.
 
     Raises:
-        ServingError: it ended or did not answer in time; with the end of its output.
+        ServingError: it ended or did not answer in time; with what its output says.
     """
 
     def __init__(
@@ -117,8 +117,10 @@ class Server:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._stop()
-                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
-                raise ServingError(f"the server did not start; the end of {self._log}:\n{tail}")
+                lines = self._log.read_text(errors="replace").splitlines()
+                # vLLM's worker says why, long before the server gives up.
+                shown = dict.fromkeys([*(line for line in lines if "Error: " in line), *lines[-20:]])
+                raise ServingError("\n".join([f"the server did not start; from {self._log}:", *shown]))
             time.sleep(0.5)
         return self
 
