@@ -158,7 +158,7 @@ class Server:
 def mean_acceptance_length(before: dict[str, float], after: dict[str, float]) -> float:
     """vLLM's own figure between two readings of its counters: 1 + accepted drafts / drafts (vllm/v1/spec_decode)."""
     drafts, accepted = (
-        after[name] - before.get(name, 0.0)
+        after.get(name, 0.0) - before.get(name, 0.0)
         for name in ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total")
     )
     return 1 + accepted / drafts if drafts else 1.0
