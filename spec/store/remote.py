@@ -425,8 +425,6 @@ class Mirror:
             raise StoreError(f"{self.url}/{folder} has no {IDENTITY}; remove what is under it")
         path = self.root / folder / IDENTITY
         if not path.is_file():
-            for mark in self.root.glob(f"*/*/{UPLOADED}"):
-                mark.unlink()  # of another store that this folder mirrored
             with files.replacing(path) as temporary:
                 temporary.write_bytes(content)
             try:

@@ -443,6 +443,21 @@ def test_forget(cloud: Cloud, versioned: bool, where: str) -> None:
     assert store_features(last.root, ROWS[1:], states=never).content == store_features(first.root, ROWS[1:]).content
 
 
+def test_a_collection_that_is_new_here_brings_nothing_forgotten_back(cloud: Cloud) -> None:
+    """A machine that meets another's collection still knows which of its own segments the bucket had."""
+    first = cloud.machine("first")
+    filled(first)
+    second = cloud.machine("second")
+    filled(second, dtype="bfloat16")
+    first = cloud.machine("first")
+    first.verify(set_aside=False)  # meets the second machine's collection
+    cloud.machine("second").forget("t", [], [ROWS[0].ids])
+    first = cloud.machine("first")
+    with first.uploading(False):  # its next run
+        pass
+    assert traces(cloud, ROWS[0]) == []
+
+
 def test_forget_leaves_other_tokenizers_alone(cloud: Cloud) -> None:
     filled(cloud.machine("a"))
     before = cloud.objects()
