@@ -87,6 +87,16 @@ def stage(body: Callable[..., None]) -> click.Command:
     return command
 
 
+def stage_of(group: click.Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A stage that is a command of a group, by its function's name; the function itself stays as it is."""
+
+    def add(body: Callable[..., None]) -> Callable[..., None]:
+        group.add_command(stage(body), body.__name__)
+        return body
+
+    return add
+
+
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn errors that users can mend into one message without a traceback."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -24,14 +23,7 @@ def store() -> None:
     """Look after the store of answers and hidden states (features.store)."""
 
 
-def _command(body: Callable[..., None]) -> Callable[..., None]:
-    command = common.stage(body)
-    command.name = body.__name__
-    store.add_command(command)
-    return body
-
-
-@_command
+@common.stage_of(store)
 @click.argument("manifest", required=False, type=click.Path(path_type=Path))
 def info(config: Config, manifest: Path | None) -> None:
     """Describe the store, or one manifest (data/features/SPLIT.json)."""
@@ -85,7 +77,7 @@ def _describe(root: Path, mirror: Mirror | None, manifest: Manifest, path: Path)
         common.say(f"    MISSING: {name}")
 
 
-@_command
+@common.stage_of(store)
 @click.option("--dry-run", is_flag=True, help="Name damaged segments, and leave them where they are.")
 def verify(config: Config, dry_run: bool) -> None:
     """Read everything, check it, and set damaged segments aside, so that respond and cache compute them again."""
@@ -111,7 +103,7 @@ def verify(config: Config, dry_run: bool) -> None:
     common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
 
 
-@_command
+@common.stage_of(store)
 @click.option("--older-than", type=click.FloatRange(min=0), default=7, show_default=True, metavar="DAYS")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 def gc(config: Config, older_than: float, dry_run: bool) -> None:
@@ -134,7 +126,7 @@ def gc(config: Config, older_than: float, dry_run: bool) -> None:
     )
 
 
-@_command
+@common.stage_of(store)
 @click.argument("rows", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import click
 
 from spec import tracking
@@ -17,14 +15,7 @@ def track() -> None:
     """Look after the record of runs in MLflow."""
 
 
-def _command(body: Callable[..., None]) -> Callable[..., None]:
-    command = common.stage(body)
-    command.name = body.__name__
-    track.add_command(command)
-    return body
-
-
-@_command
+@common.stage_of(track)
 def sync(config: Config) -> None:
     """Send to MLflow what it lacks of the runs whose results lie here.
 

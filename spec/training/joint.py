@@ -103,7 +103,7 @@ class JointTask:
         base.model.requires_grad_(True)
         base.model.train()
         if base.model.supports_gradient_checkpointing:
-            model = base.model  # transformers below 5.22 knows the second name alone
+            model = base.model  # earlier releases of transformers 5 know the second name alone
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self._loss = SpeculatorLoss(speculator, config.optim.head_weights).to(worker.device)
 

@@ -14,7 +14,7 @@ import pytest
 
 from stages import common
 from tests.pipeline.groups import CURVES, curve, two_groups
-from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare
+from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, run_through
 from tests.tiny import write_prompts
 
 pytestmark = pytest.mark.slow
@@ -29,11 +29,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which one worker, this process, has done everything up to cache."""
     root = prepare(tmp_path_factory.mktemp("single"))
     write_prompts(root / "prompts", train=600)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        inline_workers(patch)
-        for name in ("fetch", "tokenize", "respond", "cache"):
-            ok(name, DATA)
+    run_through(root, "cache", DATA)
     return root
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages import common
-from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare
+from tests.stages.workspace import content, copy_of, prepare, run_through
 
 pytestmark = pytest.mark.slow
 
@@ -69,11 +69,7 @@ class Cluster:
 
 def test_a_stopped_job_saves_is_queued_again_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = prepare(tmp_path / "ready")
-    with monkeypatch.context() as patch:
-        patch.chdir(ready)
-        inline_workers(patch)
-        for name in ("fetch", "tokenize", "respond", "cache"):
-            ok(name)
+    run_through(ready, "cache")
     whole, parts = (Cluster(copy_of(ready, tmp_path / name), tmp_path / "bin") for name in ("whole", "parts"))
     train = ["python", "-m", "stages.cli", "train"]
     for override in (

@@ -10,7 +10,7 @@ import pytest
 from spec import files
 from stages import common
 from tests.pipeline.groups import curve, two_groups
-from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare
+from tests.stages.workspace import content, copy_of, ok, prepare, run_through
 
 TRAIN = ("trainer.test_freq=3", "trainer.total_epochs=4")
 
@@ -19,12 +19,7 @@ TRAIN = ("trainer.test_freq=3", "trainer.total_epochs=4")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which one worker, this process, has done everything up to train."""
     root = prepare(tmp_path_factory.mktemp("single"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        inline_workers(patch)
-        for name in ("fetch", "tokenize", "respond", "cache"):
-            ok(name)
-        ok("train", *TRAIN)
+    run_through(root, "train", *TRAIN)
     return root
 
 

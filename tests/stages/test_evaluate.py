@@ -10,19 +10,14 @@ import pytest
 
 from spec import files
 from stages import evaluate
-from tests.stages.workspace import inline_workers, ok, prepare
+from tests.stages.workspace import prepare, run_through
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which everything has run in float32, and what evaluate said."""
     root = prepare(tmp_path_factory.mktemp("evaluated"), {"evaluate": {"max_prompts": 6, "max_new_tokens": 8}})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        inline_workers(patch)
-        for name in ("fetch", "tokenize", "respond", "cache", "train"):
-            ok(name)
-        return root, ok("evaluate")
+    return root, run_through(root, "evaluate")
 
 
 @pytest.fixture

@@ -13,18 +13,14 @@ import pytest
 from spec import files
 from spec.store.manifest import Manifest
 from stages import common
-from tests.stages.workspace import copy_of, inline_workers, ok, prepare, refused
+from tests.stages.workspace import copy_of, inline_workers, ok, prepare, refused, run_through
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every stage has run."""
     root = prepare(tmp_path_factory.mktemp("ready"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        inline_workers(patch)
-        for name in ("fetch", "tokenize", "respond", "cache"):
-            ok(name)
+    run_through(root, "cache")
     return root
 
 

@@ -16,7 +16,7 @@ from spec.training import loop
 from spec.training.loop import Progress
 from stages import cli, common
 from tests.mlflow_server import Server
-from tests.stages.workspace import copy_of, inline_workers, ok, prepare, refused
+from tests.stages.workspace import copy_of, inline_workers, ok, prepare, refused, run_through
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which everything up to cache has run."""
     trainer = {"logger": ["console", "mlflow"], "total_epochs": 10, "test_freq": 7, "experiment_name": "killed"}
     root = prepare(tmp_path_factory.mktemp("ready"), {"trainer": trainer})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        inline_workers(patch)
-        for name in ("fetch", "tokenize", "respond", "cache"):
-            ok(name)
+    run_through(root, "cache")
     return root
 
 

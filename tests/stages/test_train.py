@@ -25,7 +25,7 @@ from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop
 from stages import common, train
-from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused
+from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused, run_through
 
 MODEL, LAST = Path("models/speculator"), Path("models/speculator/last")
 
@@ -35,11 +35,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which everything up to cache has run."""
     root = prepare(tmp_path_factory.mktemp("ready"))
     before = content(root / "base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        inline_workers(patch)
-        for name in ("fetch", "tokenize", "respond", "cache"):
-            ok(name)
+    run_through(root, "cache")
     yield root
     assert content(root / "base") == before
 

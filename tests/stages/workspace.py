@@ -16,6 +16,7 @@ from spec import config as config_module
 from spec.config import Config
 from stages import cli, common
 from tests.tiny import make_base, write_prompts
+from tests.workspace import STAGES
 
 SMALL: dict[str, Any] = {
     "data": {"max_length": 96, "train_batch_size": 4, "micro_batch_size_per_gpu": 2},
@@ -62,6 +63,14 @@ def ok(name: str, *overrides: str) -> str:
     result = call(name, *overrides)
     assert result.exit_code == 0, (result.output, result.exc_info)
     return result.output
+
+
+def run_through(root: Path, last: str, *overrides: str) -> str:
+    """Run the stages up to one in a folder, their workers in this process; what the last one said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        inline_workers(patch)
+        return [ok(name, *overrides) for name in STAGES[: STAGES.index(last) + 1]][-1]
 
 
 def refused(name: str, *overrides: str) -> str:
