@@ -214,7 +214,9 @@ def open_manifest(config: Config, split: str) -> Manifest:
     else:
         expected = dict(Manifest.joint(base, config.model.dtype, 0, 0, "").identity)
     check_identity(manifest.identity, expected, str(path))
-    upkeep.touch_root(store_root(config), path)
+    root = store_root(config)
+    if manifest.segments and not upkeep.touch_root(root, path):  # it came with git and DVC, not from a stage here
+        upkeep.add_root(root, path, {manifest.collection(root).folder.name: manifest.segments})
     return manifest
 
 

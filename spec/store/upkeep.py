@@ -1,7 +1,7 @@
 """Looking after a store: what is in it, whether it is whole, what nobody needs any more, what must go.
 
 A **root** is a small file in STORE/roots that names the segments which one manifest (or one file of answers) of some
-workspace uses. Stages write it when they write the manifest, and touch it when they read that manifest.
+workspace uses. Stages write it when they write or first read the manifest, and touch it when they read it again.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ def add_root(root: Path, path: Path, segments: Mapping[str, Sequence[str]]) -> N
     files.write_json(target, {"path": str(path.resolve()), "file": files.digest_file(path), "segments": segments})
 
 
-def touch_root(root: Path, path: Path) -> None:
-    """Write down that a file of a workspace was used today."""
+def touch_root(root: Path, path: Path) -> bool:
+    """Write down that a file of a workspace was used today; False where add_root was not told of it."""
     with contextlib.suppress(OSError):
         os.utime(_root_of(root, path))
+        return True
+    return False
 
 
 def root_segments(root: Path, path: Path) -> dict[str, list[str]]:

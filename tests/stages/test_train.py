@@ -20,7 +20,7 @@ import torch
 from spec import config as config_module
 from spec import files, heads
 from spec.heads import SpeculatorConfig
-from spec.store import features
+from spec.store import features, upkeep
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop
@@ -110,6 +110,17 @@ def test_a_base_whose_logits_are_more_than_lm_head_times_state_has_no_distributi
     monkeypatch.setattr(features, "linear_logits", lambda collection: False)
     assert "a bias, a scale, a cap" in refused("train", "optim.loss=kl")
     ok("train")
+
+
+def test_manifests_that_came_with_dvc_keep_their_segments_once_they_are_read(folder: Path) -> None:
+    """The workspace is a copy: no stage wrote its manifests here."""
+    root = common.store_root(config_module.load())
+    paths = {split: common.features_path(split) for split in ("train", "val")}
+    assert not any(upkeep.root_segments(root, path) for path in paths.values())
+    ok("train", "trainer.total_epochs=1")
+    for path in paths.values():
+        manifest = Manifest.load(path)
+        assert upkeep.root_segments(root, path) == {manifest.collection(root).folder.name: manifest.segments}
 
 
 def test_a_diverged_run_keeps_no_heads(folder: Path) -> None:

@@ -110,14 +110,14 @@ def test_branches_that_write_one_path_keep_a_root_each(tmp_path: Path) -> None:
 
 def test_use_is_written_down_and_makes_no_root(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
-    upkeep.touch_root(tmp_path, path)
+    assert not upkeep.touch_root(tmp_path, path)
     path.write_text("one")
-    upkeep.touch_root(tmp_path, path)
+    assert not upkeep.touch_root(tmp_path, path)
     assert not (tmp_path / upkeep.ROOTS).exists()
     upkeep.add_root(tmp_path, path, {})
     (root,) = (tmp_path / upkeep.ROOTS).iterdir()
     aged(root)
-    upkeep.touch_root(tmp_path, path)
+    assert upkeep.touch_root(tmp_path, path)
     assert time.time() - root.stat().st_mtime < AGE
 
 
