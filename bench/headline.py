@@ -123,11 +123,10 @@ def finetune(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> N
     found["pass"] = {"seconds": before.run("cache"), **before.json("results/cache/metrics.json")}
     if chosen.speculator:
         shutil.copytree(chosen.speculator, before.speculator, dirs_exist_ok=True)
-        (before.root / common.TRAINED_BASE).mkdir(parents=True, exist_ok=True)
     else:
         before.run("train", overrides=[f"trainer.total_epochs={chosen.epochs}", "trainer.test_freq=32"])
     before.run("evaluate")
-    found["A"] = measured(before)
+    found["A"] = measured(before, trained=not chosen.speculator)
 
     tuned_base = chosen.finetuned.resolve() if chosen.finetuned else tune(root, chosen, before, found)
     after = Space(
@@ -139,9 +138,8 @@ def finetune(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> N
     found["cache_seconds"] = after.run("cache")
     found["answers"] = compare(before, after)
     relabel(before.speculator, after.speculator, tuned_base)
-    (after.root / common.TRAINED_BASE).mkdir(parents=True, exist_ok=True)
     after.run("evaluate")
-    found["B"] = measured(after)
+    found["B"] = measured(after, trained=False)
     training = [f"trainer.total_epochs={chosen.epochs}", "trainer.test_freq=8"]
     warm = [f"model.speculator.init={before.speculator}", f"optim.lr={chosen.own_lr}"]
     for name, start in (("C", warm), ("fresh", [])):
@@ -202,10 +200,9 @@ def compare(before: Space, after: Space) -> dict[str, float]:
     }
 
 
-def measured(space: Space) -> dict[str, Any]:
-    """What evaluate found, and the seconds of training where any took place here."""
-    trained = space.root / "results/train/metrics.json"
-    seconds = files.read_json(trained)["seconds"] if trained.is_file() else None
+def measured(space: Space, trained: bool = True) -> dict[str, Any]:
+    """What evaluate found, and the seconds of training where any came before it."""
+    seconds = space.json("results/train/metrics.json")["seconds"] if trained else None
     return {"train_seconds": seconds, **space.json("results/evaluate/metrics.json")}
 
 

@@ -19,9 +19,8 @@ from typing import Any
 from bench.common import default_config, machine, reader, table
 from spec import heads
 from spec.config import Decode
-from spec.drafting import NGRAM_LENGTH
 from spec.serving import server as servers
-from spec.serving.server import Server
+from spec.serving.server import NGRAM_DRAFT, Server
 from stages import common
 
 PROMPTS = 8
@@ -37,9 +36,10 @@ def main() -> None:
     found = reader(config, "eval")
     lengths = found.manifest.prompt_length
     prompts = [sequence.ids[: lengths[i]].tolist() for i, sequence in found.sequences(range(PROMPTS))]
-    base = heads.read_config(common.MODEL).base_model_name_or_path
-    alone = servers.plain_command(base, dtype=config.model.dtype)
-    ngram = json.dumps({"method": "ngram", "num_speculative_tokens": NGRAM_LENGTH, **NGRAMS})
+    shape = heads.read_config(common.MODEL)
+    base = shape.base_model_name_or_path
+    alone = servers.plain_command(base, shape.base_revision, dtype=config.model.dtype)
+    ngram = json.dumps({"method": "ngram", "num_speculative_tokens": NGRAM_DRAFT, **NGRAMS})
     commands = {
         "base alone": alone,
         "vLLM's n-gram": [*alone, "--speculative-config", ngram],
@@ -52,13 +52,13 @@ def main() -> None:
     rows = []
     for name, command in commands.items():
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            more = ("--enforce-eager", "--max-model-len", "1024", "--served-model-name", base)
+            more = ("--enforce-eager", "--max-model-len", "1024")
             with Server([*command, *more], Path(folder) / "log", ENVIRONMENT) as server:
                 rates[name], accepted, ratio = measure(server, base, prompts)
         shown = [
             f"{rate:.1f} ({rate / plain:.2f})" for rate, plain in zip(rates[name], rates["base alone"], strict=True)
         ]
-        rows.append([name, *shown, f"{accepted:.2f}", f"{ratio:.2f}"])
+        rows.append([name, *shown, f"{accepted:.2f}" if name != "base alone" else "-", f"{ratio:.2f}"])
         print(rows[-1], flush=True)
     header = ["tokens/s (x base alone) at", *(f"{count} at a time" for count in CLIENTS)]
     table([*header, "mean acceptance length", "tokens per step"], rows)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import logging as transformers_logging
 
 from spec import files
@@ -81,15 +81,13 @@ def resolve(name: str, revision: str | None) -> Path:
     folder = Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise BaseError(f"model.partial_pretrain: no folder {name!r}; give a folder or a hub id such as owner/name")
+            raise BaseError(f"no folder {name!r}; give a folder or a hub id such as owner/name")
         from huggingface_hub import snapshot_download  # only where a hub is used
 
         try:
             return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
         except Exception as error:
-            raise BaseError(
-                f"model.partial_pretrain: {name!r} is no local folder and could not be downloaded ({error})"
-            ) from None
+            raise BaseError(f"{name!r} is no local folder and could not be downloaded ({error})") from None
     if not (folder / "config.json").is_file():
         raise BaseError(f"{folder}: no config.json; this is not a model folder")
     if not _weight_files(folder):
@@ -144,6 +142,23 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise BaseError(f"{folder}: no tokenizer could be loaded ({error})") from None
 
 
+def stop_ids(folder: Path, trust_remote_code: bool = False) -> frozenset[int]:
+    """Base.stop_ids of the model in a folder, without its weights."""
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:  # there is none; a model takes its own from config.json then
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        generation = GenerationConfig.from_model_config(config)
+    return _stop_ids(generation, load_tokenizer(folder, trust_remote_code))
+
+
+def _stop_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for value in (generation.eos_token_id, tokenizer.eos_token_id):
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)
+
+
 @dataclass(frozen=True)
 class Base:
     """A causal language model ready to run; `digest` is identify's weights digest."""
@@ -178,10 +193,7 @@ class Base:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        found: set[int] = set()
-        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-        return frozenset(found)
+        return _stop_ids(self.model.generation_config, self.tokenizer)
 
 
 def load(

@@ -179,7 +179,7 @@ class Respond(Section):
     """Who writes the answers, and how."""
 
     source: Literal["base", "data"] = "base"
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     max_new_tokens: Positive = 256
     temperature: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Positive = 64
@@ -283,6 +283,11 @@ class Config(Section):
         weights, n = self.optim.head_weights, self.model.speculator.n_predict
         if weights is not None and len(weights) != n:
             raise ValueError(f"optim.head_weights has {len(weights)} numbers and model.speculator.n_predict is {n}")
+        if self.decode.draft == "head" and (self.decode.draft_len or 0) > n:
+            raise ValueError(
+                f"decode.draft_len is {self.decode.draft_len} and model.speculator.n_predict is {n}: with draft=head a "
+                "step drafts at most one token a head"
+            )
         if not self.model.freeze_base_model and self.optim.loss == "kl":
             raise ValueError("optim.loss=kl distils a frozen base: set model.freeze_base_model to true, or loss to ce")
         return self

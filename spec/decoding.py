@@ -160,7 +160,7 @@ class LanguageModelWithSpeculator:
             folder = bases.resolve(str(base or config.base_model_name_or_path), revision)
         except bases.BaseError as error:
             raise bases.BaseError(
-                f"the base of {checkpoint} is not found, say with base= where it is: {error}"
+                f"the base of {checkpoint} is not found, say with --base (base= in Python) where it is: {error}"
             ) from None
         digest = bases.identify(folder)["weights"]
         name = str(dtype or torch.bfloat16).removeprefix("torch.")

@@ -23,9 +23,6 @@ match is strong and else the heads'. docs/decoding.md has the measurements behin
 PER_TOKEN = 3
 """Tokens that n-gram lookup drafts for each token of its match, where decode.draft_len is not set."""
 
-NGRAM_LENGTH = 8
-"""Drafted tokens up to which reports look, and for which engines with a fixed number of drafts are asked."""
-
 STRONG = 2
 """Tokens of the shortest match that hybrid drafting prefers to the heads."""
 
@@ -113,7 +110,8 @@ class Drafter:
         source: instead of decode.draft.
 
     Raises:
-        DecodingError: an unknown source; heads asked for without a speculator, or more of them than were trained.
+        DecodingError: an unknown source; heads asked for without a speculator; decode asks for drafts of the heads
+            alone, and for more than were trained.
     """
 
     def __init__(self, decode: Decode, n_predict: int | None, source: Source | None = None) -> None:
@@ -130,7 +128,7 @@ class Drafter:
         if source in ("head", "hybrid"):
             if n_predict is None:
                 raise DecodingError(f"draft is {source!r}, but there is no speculator: give one, or draft by 'ngram'")
-            if source == "head" and (decode.draft_len or 0) > n_predict:
+            if source == decode.draft == "head" and (decode.draft_len or 0) > n_predict:
                 raise DecodingError(
                     f"draft_len is {decode.draft_len}, but the speculator was trained with n_predict {n_predict}: "
                     f"set decode.draft_len to at most {n_predict}"

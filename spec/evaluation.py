@@ -244,7 +244,7 @@ def _figures(walks: Sequence[Walk], expected: dict[float, list[float]], n: int) 
         figures["sampling"] = {
             str(temperature): {
                 "tokens_per_step": acceptance.expected_tokens_per_step(rates),
-                "conditional": _numbered(rates[:n]),
+                "conditional": _numbered(rates),
             }
             for temperature, rates in expected.items()
         }

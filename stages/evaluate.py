@@ -13,7 +13,6 @@ import torch
 from spec import acceptance, base, corpus, evaluation, files, heads, plots, tracking
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
-from spec.drafting import NGRAM_LENGTH
 from spec.store import features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
@@ -23,6 +22,9 @@ from stages import common
 from stages.cache import describe, plan_features
 
 RESULTS = Path("results/evaluate")
+DRAWN = 8
+"""Positions of an n-gram's draft that acceptance.csv and its picture show."""
+
 LOSSLESS_PROMPTS = 4
 LOSSLESS_TOKENS = 32
 
@@ -124,7 +126,7 @@ def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageMod
 def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> None:
     """Tables for dvc, and pictures."""
     shares = {
-        source: acceptance.acceptance(walks, n if source == "head" else NGRAM_LENGTH)
+        source: acceptance.acceptance(walks, n if source == "head" else DRAWN)
         for source, walks in measured.walks.items()
     }
     _curves("acceptance", ("position", "acceptance"), shares, "drafted position", "share of steps that accept it")

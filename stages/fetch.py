@@ -15,7 +15,10 @@ def fetch(config: Config) -> None:
     model = config.model
     if embedded.is_embedded(model.partial_pretrain):
         embedded.ensure(model.partial_pretrain, files.cache_dir())
-    folder = base.resolve(model.partial_pretrain, model.revision)
+    try:
+        folder = base.resolve(model.partial_pretrain, model.revision)
+    except base.BaseError as error:
+        raise base.BaseError(f"model.partial_pretrain: {error}") from None
     splits: dict[str, dict[str, str]] = {}
     for split in common.SPLITS:
         for path in config.data.files(split):

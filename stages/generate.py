@@ -8,9 +8,11 @@ from typing import Any, get_args
 import click
 import torch
 
-from spec.config import Decode
-from spec.drafting import NGRAM_LENGTH, Source
+from spec.drafting import Source
 from stages import common
+
+SHOWN = 8
+"""Drafted positions whose acceptance the last line says; an n-gram's draft may be longer."""
 
 
 @click.command()
@@ -39,8 +41,7 @@ def generate(
     from spec.decoding import LanguageModelWithSpeculator
 
     with common.clear_errors():
-        decode = Decode(draft="hybrid" if draft == "none" else draft)
-        model = LanguageModelWithSpeculator.from_pretrained(checkpoint, base=base, dtype=dtype, decode=decode)
+        model = LanguageModelWithSpeculator.from_pretrained(checkpoint, base=base, dtype=dtype)
         tokenizer = model.base.tokenizer
         if raw:
             ids = tokenizer(prompt)["input_ids"]
@@ -57,7 +58,7 @@ def generate(
             draft=draft,
             streamer=_Screen(tokenizer),
         )
-    rates = " ".join(f"{rate:.2f}" for rate in result.acceptance_rates[:NGRAM_LENGTH]) or "-"
+    rates = " ".join(f"{rate:.2f}" for rate in result.acceptance_rates[:SHOWN]) or "-"
     click.echo(
         f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s, {result.tokens_per_step:.2f} tokens "
         f"per step, acceptance by position {rates}",

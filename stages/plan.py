@@ -57,20 +57,9 @@ def plan(
     if any(value is not None for value in asked):
         if base_params is None or hidden is None or vocab is None or tokens is None:
             raise SpecError("for a base that is not here give all of --base-params, --hidden, --vocab and --tokens")
-        speculator = config.model.speculator
         # The widths of params.yaml are another base's: heads are as wide as this one, over its whole vocabulary.
-        job = Job(
-            base_params,
-            hidden,
-            vocab,
-            tokens,
-            share * tokens,
-            share * tokens,
-            config.respond.batch_size,
-            speculator.n_predict,
-            hidden,
-            vocab,
-        )
+        job = _job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
+        job = replace(job, width=hidden, outputs=vocab)
         common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
         _print_bytes(job, job, config)
         _print_formulas(config, job, machine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
 from spec.errors import SpecError
+from spec.serving import require_vllm
 from spec.store import answers, upkeep
 from spec.store.collection import Collection
 from spec.store.plan import item_key, plan
@@ -35,6 +37,8 @@ def respond(config: Config, worker: Path | None) -> None:
     """Let the base write each row's last answer, and write data/responses/SPLIT.parquet."""
     sources = common.read_sources()
     tokens = {split: _read(split, sources) for split in common.SPLITS}
+    if config.base_answers and config.respond.engine == "vllm":
+        require_vllm()
     if not config.base_answers:
         for split, rows in tokens.items():
             _write(split, rows, 0, common.responses_origin(config, sources))
@@ -103,13 +107,32 @@ def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
 
 def _work(config: Config, prompts: _Prompts, groups: list[list[int]], sources: dict[str, Any]) -> None:
     """This worker's part."""
-    me = this_worker()
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-    model = base.load(config.model, folder, sources["base"]["weights"])
+    answer: answers.Answer
+    if config.respond.engine == "vllm":
+        from spec.serving import answering  # vLLM is an extra
+
+        me = answering.worker_with_own_device()
+        longest = max(len(prompts.ids[row]) for group in groups for row in group) + config.respond.max_new_tokens
+        engine = answering.Engine(config.model, folder, longest)
+        answer, producer = engine.answer, engine.producer
+    else:
+        me = this_worker()
+        model = base.load(config.model, folder, sources["base"]["weights"])
+        answer, producer = partial(base.answer, model), base.producer(model.device)
     most = sum(map(len, groups)) * config.respond.max_new_tokens
     with common.shared_progress(most, "tokens", "respond", me) as advance:
         answers.produce(
-            model, prompts.collection, prompts.keys, prompts.ids, groups, config.respond, advance, me.rank, me.world
+            answer,
+            producer,
+            prompts.collection,
+            prompts.keys,
+            prompts.ids,
+            groups,
+            config.respond,
+            advance,
+            me.rank,
+            me.world,
         )
 
 

@@ -190,6 +190,11 @@ def _replacing(folder: Path) -> Iterator[Path]:
         yield new
         for path in new.iterdir():
             path.chmod(0o644)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except OSError as error:  # a mount point, the working directory
+            raise ExportError(
+                f"{folder} cannot be replaced ({error.strerror}); name a folder that is not there yet"
+            ) from None

@@ -144,7 +144,8 @@ def check_base(
         raise CheckpointError(
             f"base_digest: the speculator was trained on {config.base_model_name_or_path} with weights "
             f"{config.base_digest}, this base's are {digest}. The shapes agree: if this is a fine-tune of that base, "
-            "allow other weights (drafts may be accepted less often)"
+            "start from the speculator and train on its own answers (model.speculator.init), or pass "
+            "allow_other_weights=True in Python (drafts may be accepted less often)"
         )
 
 

@@ -1,7 +1,23 @@
 """Serving speculators in inference engines; docs/serving.md says which engine takes what."""
 
+import importlib.util
+import sys
+
 from spec.errors import SpecError
 
 
 class ServingError(SpecError):
     """A speculator that cannot be served: says what was found and what would fit."""
+
+
+def require_vllm() -> None:
+    """Stop where vLLM, an extra, is not installed.
+
+    Raises:
+        ServingError: says how to install it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ServingError(
+            f"vLLM is not installed in {sys.prefix}: `pip install '.[vllm]'`, or `make venv-vllm` for a "
+            "machine without a GPU (docs/serving.md)"
+        )

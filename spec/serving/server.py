@@ -6,7 +6,6 @@ vLLM itself is not imported here; it has to be installed beside this project.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -23,8 +22,11 @@ from types import TracebackType
 from spec import base as bases
 from spec import heads
 from spec.config import Decode
-from spec.drafting import NGRAM_LENGTH, Drafter
-from spec.serving import ServingError
+from spec.drafting import Drafter
+from spec.serving import ServingError, require_vllm
+
+NGRAM_DRAFT = 8
+"""num_speculative_tokens with n-grams, unless asked otherwise: vLLM makes room for so many in every step."""
 
 PROPOSER = "spec.serving.vllm.SpeculatorProposer"
 
@@ -36,7 +38,7 @@ def command(
 
     Args:
         checkpoint: the speculator's folder.
-        decode: where drafts come from; draft_len bounds them (default: n_predict; with n-grams at least NGRAM_LENGTH).
+        decode: where drafts come from; draft_len bounds them (default: n_predict; with n-grams at least NGRAM_DRAFT).
         base: folder or hub id of the base, where it is no longer where the checkpoint says.
         dtype: of base and speculator; auto is that of the base's checkpoint.
         more: vLLM's own options.
@@ -48,7 +50,7 @@ def command(
         ServingError: vLLM is not installed here.
     """
     config = heads.read_config(checkpoint)
-    length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_LENGTH)
+    length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_DRAFT)
     Drafter(decode, config.n_predict)  # says what does not fit before vLLM spends a minute on starting
     method = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": decode.draft_len or length}
     chosen = decode.model_dump(exclude_none=True)
@@ -69,12 +71,11 @@ def plain_command(base: str, revision: str | None = None, dtype: str = "auto") -
         BaseError: the base is not found.
         ServingError: vLLM is not installed here.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ServingError(
-            f"vLLM is not installed in {sys.prefix}: `pip install '.[vllm]'`, or `make venv-vllm` for a "
-            "machine without a GPU (docs/serving.md)"
-        )
-    folder = bases.resolve(base, revision)
+    require_vllm()
+    try:
+        folder = bases.resolve(base, revision)
+    except bases.BaseError as error:
+        raise bases.BaseError(f"the base is not found, say with --base where it is: {error}") from None
     # What `vllm serve` runs; that command fails in the CPU build, whose package has another name than it asks for.
     run = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     return [*run, "--served-model-name", base, "--dtype", dtype]
@@ -113,16 +114,23 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        try:
+            self._wait()
+        except BaseException:  # an interrupt, too: the server has a session of its own, and would go on
+            self._stop()
+            raise
+        return self
+
+    def _wait(self) -> None:
+        """Until it answers."""
         deadline = time.monotonic() + self._patience
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self._stop()
                 lines = self._log.read_text(errors="replace").splitlines()
                 # vLLM's worker says why, long before the server gives up.
                 shown = dict.fromkeys([*(line for line in lines if "Error: " in line), *lines[-20:]])
                 raise ServingError("\n".join([f"the server did not start; from {self._log}:", *shown]))
             time.sleep(0.5)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -148,11 +156,13 @@ class Server:
     def _stop(self) -> None:
         """Ask it to end, and end what is left of its processes."""
         self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session's group
-        self._process.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its own session's group
+            self._process.wait()
 
 
 def mean_acceptance_length(before: dict[str, float], after: dict[str, float]) -> float:

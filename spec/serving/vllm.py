@@ -6,7 +6,7 @@
         --additional-config '{"speculator": {"checkpoint": "models/speculator", "draft": "head"}}'
 
 vLLM gives such a proposer the tokens of each request, but not the hidden states that heads read. ``_hand_over_states``
-is the one place that reaches into vLLM for them. This module is the only one that imports vLLM.
+is the one place that reaches into vLLM for them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Verified:
             ServingError: rows and requests do not fit each other.
         """
         rows = np.ones(len(sampled), np.int64) if self.drafted is None else np.asarray(self.drafted, np.int64) + 1
-        if len(rows) != len(sampled) or len(self.requests) < len(sampled) or rows.sum() != len(self.states):
+        if len(rows) != len(sampled) or rows.sum() != len(self.states):
             raise ServingError(
                 f"{_changed()}: {len(self.states)} hidden states for {len(sampled)} requests with {self.drafted} drafts"
             )
@@ -156,6 +156,8 @@ class SpeculatorProposer:
         if verified is None or self._speculator is None:
             raise ServingError(f"{_changed()}: propose was called without the step's hidden states")
         requests = verified.requests[: len(sampled_token_ids)]
+        if len(requests) < len(sampled_token_ids):
+            raise ServingError(f"{_changed()}: {len(requests)} requests for {len(sampled_token_ids)} rows of tokens")
         # Ended and preempted ones; the latter are indexed anew when they come back.
         for gone in self._drafters.keys() - set(requests):
             del self._drafters[gone]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spec import base as base_model
-from spec.base import Base
 from spec.config import Respond
 from spec.store.collection import Collection, Writer, share_out
 from spec.store.segment import Row, rows_of
+
+ENGINES = {"transformers": "transformers, padded to powers of two", "vllm": "vllm"}
+"""What an answer's arithmetic depends on, by respond.engine."""
 
 OFFSETS = {"prompt": "prompt_offsets", "answer": "answer_offsets"}
 
@@ -28,12 +29,28 @@ def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, 
         "max_new_tokens": params.max_new_tokens,
         "temperature": params.temperature,
         "seed": params.seed if params.temperature else None,
-        "producer": f"{params.engine}, padded to powers of two",
+        "producer": ENGINES[params.engine],
     }
 
 
+class Answer(Protocol):
+    """What writes answers: spec.base.answer with its base given, or vLLM's engine."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        on_tokens: Callable[[int], object],
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt."""
+        ...
+
+
 def produce(
-    base: Base,
+    answer: Answer,
+    producer: Mapping[str, str],
     collection: Collection,
     keys: Sequence[str],
     prompts: Sequence[NDArray[np.int32]],
@@ -46,7 +63,8 @@ def produce(
     """Let the base answer groups of prompts, and commit one segment a group.
 
     Args:
-        base: the frozen model.
+        answer: the frozen base, as a function.
+        producer: what it runs on, noted in each segment.
         collection: where the answers go.
         keys: content key of each prompt.
         prompts: tokens of each.
@@ -56,22 +74,17 @@ def produce(
         rank: this worker among `world` that share the groups.
         world: number of workers.
     """
-    attributes = {"offsets": OFFSETS, "producer": base_model.producer(base.device)}
+    attributes = {"offsets": OFFSETS, "producer": dict(producer)}
     with Writer("none") as writer:
         for index, claim in share_out(collection, [[keys[r] for r in group] for group in groups], rank, world):
             asked = [prompts[row] for row in groups[index]]
             seeds = [params.seed ^ int(key[:15], 16) for key in claim.items]
-            answers = base_model.answer(
-                base,
-                [prompt.tolist() for prompt in asked],
-                params.max_new_tokens,
-                params.temperature,
-                seeds,
-                on_tokens,
+            answers = answer(
+                [prompt.tolist() for prompt in asked], params.max_new_tokens, params.temperature, seeds, on_tokens
             )
             rows: list[Row] = [
-                {"prompt": prompt, "answer": np.asarray(answer, np.int32)}
-                for prompt, answer in zip(asked, answers, strict=True)
+                {"prompt": prompt, "answer": np.asarray(written, np.int32)}
+                for prompt, written in zip(asked, answers, strict=True)
             ]
             writer.write(claim, partial(list, rows), attributes)
 

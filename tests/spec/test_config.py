@@ -393,3 +393,10 @@ def test_dvc_yaml_names_parameters_that_exist() -> None:
     assert named
     missing = [p for p in named if p not in known and not any(key.startswith(f"{p}.") for key in known)]
     assert missing == []
+
+
+def test_heads_alone_draft_no_more_than_there_are() -> None:
+    shape = {"model": {"speculator": {"n_predict": 3}}}
+    with pytest.raises(ConfigError, match=r"decode\.draft_len is 4 and model\.speculator\.n_predict is 3"):
+        from_mapping({"decode": {"draft": "head", "draft_len": 4}, **shape})
+    assert from_mapping({"decode": {"draft": "hybrid", "draft_len": 4}, **shape}).decode.draft_len == 4

@@ -164,6 +164,8 @@ def test_sources_and_heads_that_are_not_there_are_refused() -> None:
             Drafter(Decode(draft=source), None)
     with pytest.raises(DecodingError, match=r"draft_len is 4.*n_predict 3"):
         Drafter(Decode(draft="head", draft_len=4), 3)
+    heads_of_hybrid = Drafter(Decode(draft="hybrid", draft_len=4), 3, "head")  # as evaluate measures them
+    assert heads_of_hybrid.draft(9, lambda k: list(range(k))) == [0, 1, 2]
 
 
 @settings(max_examples=50)

@@ -77,8 +77,8 @@ def train_small(root: Path) -> Trained:
     return Trained(root, FeatureReader(Manifest.load(root / "data/features/eval.json"), root / "store"))
 
 
-def run(root: Path, command: str, *overrides: str, options: Sequence[str] = ()) -> None:
-    """Run `spec` as the command line does, in the folder."""
+def run(root: Path, command: str, *overrides: str, options: Sequence[str] = ()) -> str:
+    """Run `spec` as the command line does, in the folder; what it said."""
     environment = dict(os.environ)
     environment.pop("XDG_CACHE_HOME")
     if CACHE is not None:
@@ -94,6 +94,7 @@ def run(root: Path, command: str, *overrides: str, options: Sequence[str] = ()) 
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def serving(arguments: list[str], root: Path, name: str) -> Server:

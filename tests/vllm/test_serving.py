@@ -16,7 +16,7 @@ import pytest
 from spec import acceptance, heads
 from spec.acceptance import Answer
 from spec.config import Decode
-from spec.drafting import NGRAM_LENGTH, Source, drafts_along
+from spec.drafting import Source, drafts_along
 from spec.serving import server as servers
 from spec.serving.server import Server
 from tests.vllm.small import NEW_TOKENS, PROMPTS, Trained, run, serving
@@ -89,7 +89,7 @@ def named() -> list[str]:
 
 CASES = {
     "sum_rnn": Case(by_proposer("head"), "sum_rnn", "head", 3),
-    "hybrid": Case(by_proposer("hybrid"), "sum_rnn", "hybrid", NGRAM_LENGTH),
+    "hybrid": Case(by_proposer("hybrid"), "sum_rnn", "hybrid", servers.NGRAM_DRAFT),
     "medusa": Case(by_export, "medusa", "head", 3),
 }
 

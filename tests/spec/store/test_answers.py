@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def produce(
     groups = plan(keys, lengths, collection.find(), base_model.prompt_bucket, params.batch_size, lambda length: 1)
 
     def work(rank: int) -> None:
-        answers.produce(base, made(root, params), keys, prompts, groups, params, on_tokens, rank, world)
+        answer, made_by = partial(base_model.answer, base), base_model.producer(base.device)
+        answers.produce(answer, made_by, made(root, params), keys, prompts, groups, params, on_tokens, rank, world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
     for thread in threads:
