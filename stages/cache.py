@@ -73,6 +73,7 @@ def cache(config: Config, worker: Path | None) -> None:
         with store.uploading(work):
             if work:
                 common.run_workers(config, "stages.cache", groups)
+        collection.refresh()
         report = {split: _write(config, split, sequences, store.root, sources["base"]) for split in splits}
     files.write_json(METRICS, report)
 

@@ -131,6 +131,10 @@ class Collection:
             self._records[name] = record
         return self._records[name]
 
+    def refresh(self) -> None:
+        """Read every record again when it is next asked for: a Mirror may have replaced segments meanwhile."""
+        self._records.clear()
+
     def find(self) -> dict[str, tuple[str, int]]:
         """Where each stored row lies: key -> (segment, row)."""
         return {key: (name, row) for name, record in self.records().items() for row, key in enumerate(record.items)}

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 pytest.importorskip("boto3", reason="needs what `pip install '.[dev]'` installs")
 pytest.importorskip("moto.server", reason="needs what `pip install '.[dev]'` installs")
 
+from spec.store import codecs, remote
 from spec.store.manifest import Manifest
 from stages import cli, common
 from tests import s3
@@ -20,7 +21,7 @@ from tests.stages.workspace import content, inline_workers, ok, prepare, refused
 
 BEFORE = ("fetch", "tokenize")
 STAGES = ("respond", "cache", "train")
-BUCKET, UPKEEP = "features.store=s3://bucket/project", "features.store=s3://bucket/upkeep"
+BUCKET, UPKEEP, OTHERS = (f"features.store=s3://bucket/{name}" for name in ("project", "upkeep", "others"))
 MEASURED = ("time", "positions_per_second", "data_wait", "memory_gb")
 
 
@@ -108,6 +109,28 @@ def test_a_store_on_s3_changes_nothing(machines: Machines, monkeypatch: pytest.M
     ok("train", BUCKET)
     assert made(Path.cwd()) == made(here)
     ok("evaluate", BUCKET)
+
+
+def test_what_could_not_be_uploaded_gives_way_to_the_buckets(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine has uploaded the same rows with other bits meanwhile: manifests name the bucket's."""
+    machines.enter("uploaded")
+    for name in ("respond", "cache"):
+        ok(name, OTHERS)
+    there = Path.cwd()
+    machines.enter("offline")
+    here = f"features.store={remote.local_folder('s3://bucket/others')}"
+    with monkeypatch.context() as patch:
+        encode = codecs.encode
+        patch.setattr(codecs, "encode", lambda states, encoding: encode(states + 1, encoding))
+        for name in ("respond", "cache"):
+            ok(name, here)
+    ok("cache", OTHERS)
+    for split in common.SPLITS:
+        path = common.features_path(split)
+        assert Manifest.load(path).digests == Manifest.load(there / path).digests
+    ok("train", OTHERS)
 
 
 def test_looking_after_it(machines: Machines, ready: Path) -> None:
