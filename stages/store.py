@@ -12,10 +12,8 @@ from spec.config import Config
 from spec.errors import SpecError
 from spec.store import segment, upkeep
 from spec.store.manifest import Manifest
-from spec.store.remote import Mirror
+from spec.store.remote import DAY, Mirror
 from stages import common
-
-DAY = 86400.0
 
 
 @click.group()

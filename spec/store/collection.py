@@ -21,7 +21,8 @@ from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreE
 IDENTITY = "identity.json"
 DAMAGED = ".damaged-"
 _LOCK = ".lock-"
-_NAME = re.compile("[a-z]+-[0-9a-f]{16}")
+NAME = re.compile("[a-z]+-[0-9a-f]{16}")
+"""Of a collection's folder."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,11 @@ class Collection:
 
     def holds(self, items: Sequence[str]) -> bool:
         """Whether the segment of exactly these rows is here."""
-        return (self.folder / self.name_of(items) / segment.RECORD).is_file()
+        return self.has(self.name_of(items))
+
+    def has(self, name: str) -> bool:
+        """Whether a segment of this name is here."""
+        return (self.folder / name / segment.RECORD).is_file()
 
     def claim(self, items: Sequence[str], wait: bool = False) -> Claim | None:
         """The sole right to compute these rows' segment, until it is committed or given up or this process dies.
@@ -212,7 +217,7 @@ class Collection:
         assert lock is not None
         incoming = f"{segment.PARTIAL}{name}"
         try:
-            if (self.folder / name / segment.RECORD).is_file() and not again:
+            if self.has(name) and not again:
                 return
             shutil.rmtree(self.folder / incoming, ignore_errors=True)
             (self.folder / incoming).mkdir()
@@ -378,7 +383,7 @@ class Writer:
 def collections(root: Path) -> Iterator[Path]:
     """The folders of a store that hold collections, in order; others in the same place are none of the store's."""
     with contextlib.suppress(FileNotFoundError):
-        yield from sorted(path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+        yield from sorted(path for path in root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
 
 
 __all__ = [

@@ -38,7 +38,7 @@ from spec import files
 from spec.errors import SpecError
 from spec.store import features, locks, segment, upkeep
 from spec.store.bucket import Bucket, OnBytes, RemoteError, Stored
-from spec.store.collection import DAMAGED, IDENTITY, Collection, collections
+from spec.store.collection import DAMAGED, IDENTITY, NAME, Collection, collections
 from spec.store.segment import DamagedError, Record, StoreError
 from spec.store.upkeep import Removal
 
@@ -61,8 +61,8 @@ PAUSE = 5.0
 """Seconds between two looks for new segments while workers write them."""
 
 DAY = 86400.0
-_SEGMENT = re.compile(r"([0-9a-f]{32})\.tar")
-_COLLECTION = re.compile("[a-z]+-[0-9a-f]{16}")
+_SEGMENT = re.compile(r"[^/]+/([0-9a-f]{32})\.tar")
+_ROOT = re.compile(rf"{upkeep.ROOTS}/[0-9a-f]{{32}}\.json")
 
 Progress = Callable[[int, str], AbstractContextManager[OnBytes]]
 """Given a number of bytes and what is done with them: something to be told of bytes that are done."""
@@ -155,8 +155,8 @@ class Mirror:
             SpecError: the disk has no room for them.
         """
         self.connect()
-        while True:
-            wanted = set(keys) - collection.find().keys()
+        needed = set(keys)
+        while wanted := needed - collection.find().keys():
             chosen: dict[str, Stored] = {}
             problems: dict[str, DamagedError] = {}
             there = self._absent(collection)
@@ -180,7 +180,7 @@ class Mirror:
             StoreError: a segment in the bucket is damaged.
             SpecError: the disk has no room for them.
         """
-        missing = [name for name in names if not (collection.folder / name / segment.RECORD).is_file()]
+        missing = [name for name in names if not collection.has(name)]
         if not missing:
             return
         self.connect()
@@ -295,10 +295,11 @@ class Mirror:
         return found
 
     def missing(self, collection: Collection, names: Sequence[str]) -> list[str]:
-        """Those of the segments that neither the bucket nor this machine has."""
+        """Of segments that are not whole here, those that are not simply to be downloaded: the bucket lacks them too,
+        or what is here in their place is damaged."""
         self.connect()
         there = _segments(self._bucket.objects(f"{collection.folder.name}/"))
-        return [n for n in names if n not in there and not (collection.folder / n / segment.RECORD).is_file()]
+        return [name for name in names if collection.has(name) or name not in there]
 
     def verify(self, set_aside: bool) -> tuple[int, list[StoreError]]:
         """Read everything in the bucket; keeps nothing of it here.
@@ -412,7 +413,7 @@ class Mirror:
         return removal
 
     def _folders(self) -> list[str]:
-        return [name for name in self._bucket.folders() if _COLLECTION.fullmatch(name)]
+        return [name for name in self._bucket.folders() if NAME.fullmatch(name)]
 
     def _collection(self, folder: str) -> Collection:
         """The collection of the bucket's folder, which is made here, too.
@@ -448,7 +449,7 @@ class Mirror:
     def _absent(self, collection: Collection) -> dict[str, Stored]:
         """The bucket's segments that are not here."""
         there = _segments(self._bucket.objects(f"{collection.folder.name}/"))
-        return {n: s for n, s in there.items() if not (collection.folder / n / segment.RECORD).is_file()}
+        return {name: stored for name, stored in there.items() if not collection.has(name)}
 
     def _records(self, collection: Collection, names: Iterable[str]) -> dict[str, Record | DamagedError]:
         """What segments of the bucket hold, from their first bytes."""
@@ -535,8 +536,12 @@ class Mirror:
                 failed = True
 
     def _pull_roots(self) -> dict[str, Stored]:
-        """Bring the roots of other machines here, and when they were last used; returns the bucket's."""
-        there = self._bucket.objects(f"{upkeep.ROOTS}/")
+        """Bring the roots of other machines here, and when they were last used; returns the bucket's.
+
+        Whatever else lies beside them (a console's folder marker, say) is none of the store's.
+        """
+        objects = self._bucket.objects(f"{upkeep.ROOTS}/")
+        there = {name: stored for name, stored in objects.items() if _ROOT.fullmatch(name)}
         for name, stored in there.items():
             path = self.root / name
             content = None if path.is_file() else self._bucket.get(name)
@@ -594,7 +599,7 @@ def _object(folder: str, name: str) -> str:
 
 def _segments(objects: Mapping[str, Stored]) -> dict[str, Stored]:
     """The segments among a collection's objects, by their names."""
-    matches = ((_SEGMENT.fullmatch(name.rpartition("/")[2]), stored) for name, stored in objects.items())
+    matches = ((_SEGMENT.fullmatch(name), stored) for name, stored in objects.items())
     return {match[1]: stored for match, stored in matches if match}
 
 

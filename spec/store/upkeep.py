@@ -80,7 +80,7 @@ def _root_of(root: Path, path: Path) -> Path:
 
 def summaries(root: Path) -> Iterator[Summary]:
     """Every collection of a store that can be read; verify names the others."""
-    for folder in _folders(root):
+    for folder in collections(root):
         try:
             collection = Collection.open(folder)
         except StoreError:
@@ -118,7 +118,7 @@ def verify(
     """
     whole = 0
     problems: list[StoreError] = []
-    for folder in _folders(root):
+    for folder in collections(root):
         try:
             collection = Collection.open(folder)
         except StoreError as error:
@@ -174,7 +174,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     with alone(root):
         before = time.time() - older_than
         live = live_segments(root, before, remove)
-        for folder in _folders(root):
+        for folder in collections(root):
             named = live.get(folder.name, set())
             rest = 0
             for path in sorted(folder.iterdir()):
@@ -260,7 +260,7 @@ def forget(
     removal = Removal()
     given = matcher(prompts, texts)
     with alone(root):
-        for folder in _folders(root):
+        for folder in collections(root):
             collection = Collection.open(folder)
             if collection.identity.get("tokenizer") != tokenizer:
                 continue
@@ -308,7 +308,3 @@ def _forget(collection: Collection, name: str, given: Callable[[Row], bool], rem
 
 def _bytes(ids: NDArray[Any]) -> bytes:
     return np.ascontiguousarray(ids, np.int32).tobytes()
-
-
-def _folders(root: Path) -> Iterator[Path]:
-    return (folder for folder in collections(root) if folder.name != ROOTS)

@@ -141,6 +141,15 @@ def test_looking_after_it(machines: Machines, ready: Path) -> None:
     said = store("info", "data/features/train.json")
     assert "in s3://bucket/upkeep" in said
     assert "0 missing or damaged" in said
+    manifest = Manifest.load(common.features_path("train"))
+    (name,) = manifest.segments[:1]
+    states = manifest.collection(remote.local_folder("s3://bucket/upkeep")).folder / name / "states/c/0/0"
+    content = states.read_bytes()
+    states.write_bytes(content[:-1])
+    said = store("info", "data/features/train.json")
+    assert "1 missing or damaged" in said, "the bucket's copy is of no use while this one is here"
+    assert f"MISSING: {name}" in said
+    states.write_bytes(content)
     assert "are whole, 0 are not" in store("verify")
     assert "store s3://bucket/upkeep: 0 segments (0 B) removed" in store("gc", "--older-than", "0")
 

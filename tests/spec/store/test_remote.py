@@ -179,12 +179,26 @@ def test_a_record_longer_than_the_first_look(cloud: Cloud) -> None:
     assert other.keys(made.collection(other.root)) == {item_key(row.ids, row.mask) for row in rows}
 
 
-def test_what_is_here_needs_no_network(cloud: Cloud) -> None:
+def test_what_is_here_needs_no_network(cloud: Cloud, server: str) -> None:
+    line = s3.Line(server)
+    cloud.patch.setenv("AWS_ENDPOINT_URL", line.url)
     mirror = cloud.machine("a")
     made = filled(mirror)
-    cloud.patch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
-    Mirror(cloud.url)  # connects to nothing
+    line.cut()
+    mirror = cloud.machine("a")
     mirror.fetch_segments(made.collection(mirror.root), made.segments)
+    with pytest.raises(RemoteError, match="is the network up"):
+        mirror.fetch_segments(made.collection(mirror.root), ["0" * 32])
+
+
+def test_where_no_row_is_wanted_no_segment_is_looked_into(cloud: Cloud) -> None:
+    made = filled(cloud.machine("a"))
+    mirror = cloud.machine("b")
+    collection = made.collection(mirror.root)
+    collection.create()
+    mirror.fetch(collection, KEYS[:1])
+    cloud.patch.setattr(Mirror, "_record", lambda *_: pytest.fail("looked into a segment"))
+    mirror.fetch(collection, KEYS[:1])
 
 
 def test_the_same_rows_with_other_bits(cloud: Cloud) -> None:
@@ -544,15 +558,33 @@ def test_a_manifest_of_another_machine_counts_for_days(cloud: Cloud) -> None:
     assert cloud.tars() == []
 
 
+def test_what_is_none_of_the_stores_is_left_alone(cloud: Cloud) -> None:
+    """Such as the marker of a folder that was made in a console."""
+    made = filled(cloud.machine("first"))
+    folder = made.collection(Path()).folder.name
+    others = {f"roots/{name}": b"" for name in ("", "notes.txt", "deep/er.json")}
+    others |= {f"{folder}/{name}": b"" for name in ("", f"deep/{'0' * 32}.tar")}
+    for name, content in others.items():
+        cloud.put(name, content)
+    before = cloud.objects()
+    second = cloud.machine("second")
+    assert second.verify(set_aside=True) == (len(made.segments), [])
+    second.gc(60, True)
+    assert cloud.objects() == before
+    assert not (second.root / upkeep.ROOTS).exists()
+
+
 def test_summaries(cloud: Cloud) -> None:
     mirror = cloud.machine("a")
     made = filled(mirror)
     (summary,) = mirror.summaries()
     assert (summary.segments, summary.cached) == (len(made.segments), len(made.segments))
     assert summary.bytes == sum(len(cloud.objects()[name]) for name in cloud.tars())
-    (other,) = cloud.machine("b").summaries()
+    second = cloud.machine("b")
+    (other,) = second.summaries()
     assert (other.segments, other.cached) == (len(made.segments), 0)
-    assert mirror.missing(made.collection(mirror.root), [*made.segments, "0" * 32]) == ["0" * 32]
+    assert second.missing(made.collection(second.root), [*made.segments, "0" * 32]) == ["0" * 32]
+    assert mirror.missing(made.collection(mirror.root), made.segments[:1]) == made.segments[:1], "damaged here"
 
 
 def test_a_full_disk(cloud: Cloud) -> None:
