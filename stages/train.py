@@ -147,7 +147,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
         run = _tracked(config, shape, manifests, me)
         recorder = _Recorder(run)
         try:
-            result = loop.run(config, task, me, checkpoints, recorder.listen, stopping)
+            result = loop.run(config, task, me, checkpoints, recorder.listen, stopping, recorder.advance)
             _keep(task, result)
             recorder.close()
             last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
@@ -313,11 +313,15 @@ class _Recorder:
         shutil.rmtree(RESULTS, ignore_errors=True)
         RESULTS.mkdir(parents=True)
 
+    def advance(self, step: int, total: int) -> None:
+        """Show how far it is."""
+        if self.bar is None:
+            self.bar = common.progress(total, "steps", "train")
+        self.bar.update(step - self.bar.n)
+
     def listen(self, progress: loop.Progress) -> None:
         """Take up one logged step."""
-        if self.bar is None:
-            self.bar = common.progress(progress.total, "steps", "train")
-        self.bar.update(progress.step - self.bar.n)
+        self.advance(progress.step, progress.total)
         metrics = progress.metrics
         row = {"step": progress.step, "time": round(time.time(), 3), **metrics}
         self.rows[progress.split].append(row)

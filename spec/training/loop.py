@@ -148,6 +148,7 @@ def run(
     checkpoints: Checkpoints,
     listen: Callable[[Progress], None] = lambda progress: None,
     stopping: Callable[[], bool] = lambda: False,
+    advance: Callable[[int, int], object] = lambda step, total: None,
 ) -> Result:
     """Train, validate every trainer.test_freq steps, and return the weights that Task.score finds best on val.
 
@@ -162,11 +163,12 @@ def run(
         checkpoints: where to save and resume.
         listen: told of every logged step, on the first worker only.
         stopping: asked at every step whether to save and leave; one worker's yes counts for all.
+        advance: told the steps done and those of the whole run, before the first step and after each.
 
     Raises:
         StoppedError: after saving, because of `stopping`.
     """
-    return _Run(config, task, worker, checkpoints, listen, stopping).run()
+    return _Run(config, task, worker, checkpoints, listen, stopping).run(advance)
 
 
 class _Run:
@@ -197,7 +199,8 @@ class _Run:
         module = task.module
         self.parallel = DistributedDataParallel(module, broadcast_buffers=False) if worker.world > 1 else module
 
-    def run(self) -> Result:
+    def run(self, advance: Callable[[int, int], object]) -> Result:
+        advance(self.step, self.total)
         began = time.monotonic()
         asked = torch.zeros(())  # whether any worker was asked to stop, as of the step before
         for micro_batches in () if self._exhausted() else prefetch(self._batches()):
@@ -205,6 +208,7 @@ class _Run:
             norm, asked_now = self._step(micro_batches)
             self.trained += time.monotonic() - began
             self.step += 1
+            advance(self.step, self.total)
             last = self.step == self.total
             leaving = bool(asked) and not last
             saving = self.step % self.config.trainer.save_freq == 0 or last or leaving

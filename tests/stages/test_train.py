@@ -139,7 +139,7 @@ def asked_to_stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
     run = loop.run
 
     def with_signal(*args: Any) -> loop.Result:
-        *others, stopping = args
+        *others, stopping, advance = args
         begun = iter(range(1, 1000))
 
         def asked() -> bool:
@@ -147,7 +147,7 @@ def asked_to_stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return bool(stopping())
 
-        return run(*others, asked)
+        return run(*others, asked, advance)
 
     patch.setattr(loop, "run", with_signal)
 

@@ -17,7 +17,7 @@ from spec.heads import Speculator, build
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import frozen, loop
-from spec.training.frozen import head_metrics, with_true_inputs
+from spec.training.frozen import FrozenTask, head_metrics, with_true_inputs
 from spec.training.loop import Progress
 from spec.training.loss import SpeculatorLoss
 from spec.training.resume import Checkpoints
@@ -80,6 +80,14 @@ def test_what_listeners_are_told(store: Path, tmp_path: Path, monkeypatch: pytes
     assert told[-2].metrics["positions_seen"] == 2 * manifest.positions
     saved = sorted(int(path.name.rpartition("_")[2]) for path in tmp_path.iterdir())
     assert saved == [3, 6, 9, 12, 15, 16]
+
+
+def test_every_step_is_told_as_it_ends(store: Path, tmp_path: Path) -> None:
+    """So that a bar moves while steps are slow, long before the first of them is logged."""
+    seen: list[tuple[int, int]] = []
+    task = FrozenTask(make_config(), make_speculator(), *readers_of(store), ALONE, teacher())
+    loop.run(task.config, task, ALONE, Checkpoints(tmp_path, "key"), advance=lambda *at: seen.append(at))
+    assert seen == [(step, TOTAL) for step in range(TOTAL + 1)]
 
 
 def test_metrics_are_means_over_positions() -> None:
