@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--finetuned", type=Path, help="a fine-tune of the embedded base, instead of making one")
     parser.add_argument("--samples", type=int, default=384, help="prompts of the original speculator")
     parser.add_argument("--epochs", type=int, default=5, help="its passes over their answers, and the warm start's")
-    parser.add_argument("--finetune-samples", type=int, default=256, help="solutions that the base is fine-tuned on")
+    parser.add_argument("--finetune-samples", type=int, default=96, help="solutions that the base is fine-tuned on")
     parser.add_argument("--base-lr", type=float, default=1e-4, help="of the fine-tune")
     parser.add_argument("--own", type=int, default=128, help="prompts that the fine-tuned base answers to train on")
     parser.add_argument("--own-lr", type=float, default=2e-4, help="of the warm start; a fresh one has params.yaml's")
