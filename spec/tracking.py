@@ -8,6 +8,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections import Counter
@@ -70,6 +71,11 @@ def tracking_uri(config: Config) -> str:
     return named_uri(config) or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
+def without_password(text: str) -> str:
+    """A text, such as an error's, whose addresses name neither user nor password."""
+    return re.sub(r"(?<=://)[^\s/]*@", "", text)
+
+
 @dataclass(frozen=True)
 class Record:
     """What an MLflow run holds, or the files in which it lies: from it the run can be made again on any server.
@@ -77,11 +83,10 @@ class Record:
     Attributes:
         id: the run's tag "record", by which it is found on a server.
         run_id: MLflow's id on the server that it was made on.
-        tracking_uri: that server.
+        tracking_uri: that server, without user and password.
         experiment: its name.
         name: of the run.
         parent: id of the record of the run that it belongs to.
-        parent_run: MLflow's id of that run.
         started, ended: milliseconds since the epoch.
         status: FINISHED, FAILED or KILLED.
         params, tags: as MLflow has them.
@@ -102,7 +107,6 @@ class Record:
     experiment: str
     name: str
     parent: str | None
-    parent_run: str | None
     started: int
     params: dict[str, str]
     tags: dict[str, str]
@@ -159,7 +163,7 @@ class Run:
         parent: the record of an earlier run: this run becomes its child.
 
     Raises:
-        SpecError: the tracking server does not answer.
+        SpecError: the tracking server does not answer, or refuses the run.
     """
 
     def __init__(
@@ -183,13 +187,12 @@ class Run:
         record = Record(
             id=identity,
             run_id="",
-            tracking_uri=uri,
+            tracking_uri=without_password(uri),
             experiment=config.trainer.experiment_name,
             name=name,
             parent=parent.id if parent else None,
-            parent_run=parent.run_id if parent else None,
             started=_now(),
-            params={key: str(value)[:_VALUE_LIMIT] for key, value in flatten(config).items()},
+            params={key: without_password(str(value))[:_VALUE_LIMIT] for key, value in flatten(config).items()},
             tags=_tags(name, identity, {**lineage.tags(sources, device), **tags}, parent),
             data=lineage.data_files(sources, splits),
             texts={"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {},
@@ -198,8 +201,11 @@ class Run:
             self._server = _Server(uri, record)
             run_id = self._server.create()
         except Exception as error:
+            cause = error.__context__
+            down = isinstance(cause, OSError) and not isinstance(cause, ValueError)  # requests' errors; no bad address
             raise SpecError(
-                f"MLflow at {uri} does not answer ({error}); start it, or run with trainer.logger=console"
+                f"MLflow at {record.tracking_uri} could not be used ({without_password(str(error))}); "
+                f"{'start it, or ' if down else ''}run with trainer.logger=console"
             ) from None
         self.record = replace(record, run_id=run_id)
         self._try(lambda: self._server.send_beginning(Counter()))
@@ -268,7 +274,7 @@ class Run:
                     "MLflow at %s stopped answering (%s); the stage goes on, its files hold everything, and "
                     "`spec track sync` completes the record",
                     self.record.tracking_uri,
-                    error,
+                    without_password(str(error)),
                 )
             self._failed = True
             return False
@@ -294,7 +300,8 @@ def sync(record: Record, uri: str) -> Counter[str]:
             server.create()
         return server.send() + Counter({} if found else {"run": 1})
     except Exception as error:
-        raise SpecError(f"MLflow at {uri} did not take the whole run ({error}); run this again") from error
+        message = f"MLflow at {uri} did not take the whole run ({error}); run this again"
+        raise SpecError(without_password(message)) from error
 
 
 class _Server:
@@ -310,13 +317,21 @@ class _Server:
         self.run_id = ""
 
     def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         local = self.uri.startswith("sqlite:///")
         database = Path(self.uri.removeprefix("sqlite:///")).resolve()
         artifacts = (database.parent / "mlartifacts").as_uri() if local else None
-        return str(self.client.create_experiment(name, artifact_location=artifacts))
+        try:
+            return str(self.client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException:
+            found = self.client.get_experiment_by_name(name)  # another run may have made it just now
+            if found is None:
+                raise
+            return str(found.experiment_id)
 
     def find(self) -> str | None:
         """The run's id, if it is here."""
@@ -325,10 +340,17 @@ class _Server:
         return found
 
     def _find(self, identity: str | None) -> str | None:
+        """The run of a record, in whatever experiment: an evaluation may have another one than its training."""
         if identity is None:
             return None
-        runs = self.client.search_runs([self.experiment], f"tags.{RECORD_TAG} = '{identity}'", max_results=1)
+        runs = self.client.search_runs(list(self._experiments()), f"tags.{RECORD_TAG} = '{identity}'", max_results=1)
         return str(runs[0].info.run_id) if runs else None
+
+    def _experiments(self) -> Iterator[str]:
+        page = None
+        while page is None or page.token:
+            page = self.client.search_experiments(page_token=page.token if page else None)
+            yield from (str(each.experiment_id) for each in page)
 
     def create(self) -> str:
         """Make the run; returns its id."""

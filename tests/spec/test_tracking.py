@@ -196,11 +196,97 @@ def test_console_alone_makes_nothing_but_an_empty_record(tmp_path: Path, monkeyp
 
 
 def test_a_server_that_does_not_answer_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "")  # so that what the run sets is undone, too
+        monkeypatch.delenv(name)
     began = time.monotonic()
-    with pytest.raises(SpecError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer.*trainer\.logger=console"):
+    with pytest.raises(SpecError, match=r"MLflow at http://127\.0\.0\.1:9 could not be used .*; start it, or run with"):
         begin(make_config("http://127.0.0.1:9"))
     assert time.monotonic() - began < 20  # not mlflow's own seven retries, which take minutes
+
+
+def test_a_server_that_refuses_is_not_said_to_be_down(database: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(database)
+    client.delete_experiment(client.create_experiment("deleted"))
+    with pytest.raises(SpecError, match=r"could not be used \(.*deleted.*\); run with trainer\.logger=console"):
+        begin(make_config(database, experiment_name="deleted"))
+
+
+PASSWORD = "p@ss:word"
+
+
+def test_a_password_in_the_address_is_used_and_told_nowhere(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    address, asked = f"http://me:{PASSWORD}@host:5000", []
+
+    def client(tracking_uri: str) -> MlflowClient:
+        asked.append(tracking_uri)
+        return MlflowClient(database)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.MlflowClient", client)
+        run = begin(make_config(address))
+        patch.setattr(run._server.client, "log_batch", lambda *_, **__: (_ for _ in ()).throw(OSError(f"at {address}")))
+        run.log(ROWS[0])
+    assert asked == [address]
+    assert run.record is not None
+    assert run.record.tracking_uri == run.record.params["trainer.tracking_uri"] == "http://host:5000"
+    run.finish(tmp_path)
+    assert "at http://host:5000 stopped answering (at http://host:5000)" in caplog.text
+    assert PASSWORD not in caplog.text + (tmp_path / RUN_FILE).read_text()
+    assert run.id is not None
+    assert PASSWORD not in str(MlflowClient(database).get_run(run.id))
+
+    address = address.replace("host:5000", "127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(SpecError, match=r"at http://127\.0\.0\.1:9 could not be used") as error:
+        begin(make_config(address))
+    assert PASSWORD not in str(error.value)
+    with pytest.raises(SpecError, match=r"at http://127\.0\.0\.1:9 did not take the whole run") as error:
+        sync(run.record, address)
+    assert PASSWORD not in str(error.value)
+
+
+def test_an_experiment_that_another_run_makes_first() -> None:
+    from mlflow.exceptions import MlflowException
+
+    def create(name: str, artifact_location: str | None) -> str:
+        raise MlflowException("already exists")
+
+    found = iter((None, SimpleNamespace(experiment_id="7"), None, None))
+    server = tracking._Server.__new__(tracking._Server)
+    server.uri = "http://host:5000"
+    server.client = SimpleNamespace(get_experiment_by_name=lambda name: next(found), create_experiment=create)
+    assert server._experiment("tests") == "7"
+    with pytest.raises(MlflowException, match="already exists"):
+        server._experiment("tests")
+
+
+def test_an_evaluation_finds_its_training_in_another_experiment(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    write_results()
+    run = begin(make_config(database))
+    end(run)
+    child = begin(make_config(database, experiment_name="others"), "evaluate", kept_run(Path("model")))
+    child.finish(tmp_path, metrics={"a": 2.0}, headline=["a"])
+    assert run.id is not None
+    assert child.id is not None
+    client = MlflowClient(database)
+    parent, inner = client.get_run(run.id), client.get_run(child.id)
+    assert inner.info.experiment_id != parent.info.experiment_id
+    assert inner.data.tags["mlflow.parentRunId"] == run.id
+    assert parent.data.metrics["a"] == 2.0
+    assert inner.inputs.model_inputs[0].model_id == parent.outputs.model_outputs[0].model_id
 
 
 def test_a_database_named_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

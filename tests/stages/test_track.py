@@ -31,7 +31,6 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(copy_of(ready, tmp_path / "work"))
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     inline_workers(monkeypatch)
     return tmp_path / "work"
 
@@ -123,7 +122,7 @@ def test_a_server_that_is_killed_while_training(folder: Path, server: Server, mo
     assert record is not None
     assert record.status == "FINISHED"
 
-    assert f"MLflow at {server.uri} does not answer" in refused("evaluate", to)
+    assert f"MLflow at {server.uri} could not be used" in refused("evaluate", to)
     assert not Path("results/evaluate").exists()
     assert "did not take the whole run" in sync(status=1)
 
@@ -153,12 +152,16 @@ def test_a_server_that_is_killed_while_training(folder: Path, server: Server, mo
         "evaluate/domains.png",
     }
     assert sync().count("all was there") == 2
+    Path("results/train/loss.png").write_bytes(b"another")
+    said = sync(status=1)
+    assert "results/train/loss.png is missing or not the file that train run" in said
+    assert f"evaluate run {made.run_id} at {server.uri}: all was there" in said
 
 
 def test_nothing_starts_when_the_server_is_down(folder: Path) -> None:
     message = refused("train", "trainer.tracking_uri=http://127.0.0.1:9")
-    assert "MLflow at http://127.0.0.1:9 does not answer" in message
-    assert "trainer.logger=console" in message
+    assert "MLflow at http://127.0.0.1:9 could not be used" in message
+    assert "; start it, or run with trainer.logger=console" in message
     assert not common.MODEL.exists()
     assert not list(Path().glob("checkpoints/*"))
 
