@@ -274,8 +274,19 @@ def plan_missing(
     return make_plan(collection.find())
 
 
-def need_space(path: Path, needed: int, what: str) -> None:
+def need_space(
+    path: Path,
+    needed: int,
+    what: str,
+    remedy: str = "set features.store to a larger disk (of a store on S3: XDG_CACHE_HOME)",
+) -> None:
     """Stop before any work when the disk cannot hold what is to be written.
+
+    Args:
+        path: where to.
+        needed: bytes.
+        what: needs them.
+        remedy: what to do where no space can be freed.
 
     Raises:
         SpecError: says what is needed, what is free, and what to change.
@@ -283,8 +294,7 @@ def need_space(path: Path, needed: int, what: str) -> None:
     free = files.free_bytes(path)
     if needed > free:
         raise SpecError(
-            f"{what} needs up to {size(needed)} in {path}, where {size(free)} are free; "
-            "free some, or set features.store to a larger disk (of a store on S3: XDG_CACHE_HOME)"
+            f"{what} needs up to {size(needed)} in {path}, where {size(free)} are free; free some, or {remedy}"
         )
 
 

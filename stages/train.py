@@ -76,7 +76,7 @@ def train(config: Config, worker: Path | None) -> None:
         f"train: {shape.method} with {shape.n_predict} heads, {count / 1e6:.1f} M parameters, {what} x "
         f"{config.trainer.total_epochs} epochs"
     )
-    common.need_space(CHECKPOINTS, 24 * count, "train")
+    common.need_space(CHECKPOINTS, 24 * count, "train", "move the project to a larger disk")
     with common.using_store(config):
         common.run_workers(config, "stages.train", {})
     metrics = files.read_json(RESULTS / "metrics.json")
@@ -167,7 +167,6 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             )
             recorder.draw(RESULTS)
             cached = files.read_json(cache.METRICS) if cache.METRICS.is_file() else {}
-            checkpoints.finish()
             run.finish(
                 common.MODEL,
                 metrics={
@@ -179,6 +178,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                 artifacts=dict.fromkeys(sorted(RESULTS.iterdir()), "train"),
                 model=[common.MODEL / name for name in ("config.json", "pytorch_model.bin")],
             )
+            checkpoints.finish()  # last: a full disk above leaves the state to go on from
         except BaseException as error:
             status = "KILLED" if isinstance(error, loop.StoppedError) else "FAILED"
             run.finish(RESULTS, status, curves=recorder.curves())

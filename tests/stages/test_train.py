@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from spec import config as config_module
-from spec import files, heads
+from spec import files, heads, tracking
 from spec.heads import SpeculatorConfig
 from spec.store import features, upkeep
 from spec.store.manifest import Manifest
@@ -171,6 +172,27 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder: Path, monkeypatch: 
     ok("train", "trainer.test_freq=3", "trainer.logger=[]", "trainer.experiment_name=other")  # of no influence
     assert content(Path("models")) == expected
     assert val_curve() == curve
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_what_to_go_on_from(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "models/speculator/mlflow_run.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.Run, "finish", full)
+        assert "no space left on models/speculator/mlflow_run.json" in refused("train")
+    assert (checkpoint(12) / "training.pt").is_file()
+    assert "resuming at step 12" in ok("train")
+    assert not list(Path("checkpoints").rglob("training.pt"))
+
+
+def test_a_disk_without_room_for_checkpoints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
+    message = refused("train")
+    assert "in checkpoints, where 10 B are free; free some, or move the project to a larger disk" in message
+    assert "features.store" not in message
 
 
 def test_another_runs_checkpoint_is_not_taken_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
