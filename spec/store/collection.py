@@ -322,7 +322,15 @@ def share_out(
         groups: content keys of each group's rows.
         rank: this worker, below world.
         world: number of workers; a right number only saves time.
+
+    Raises:
+        StoreError: the folder that the stage made is not to be seen from here.
     """
+    if not collection.folder.is_dir():
+        raise StoreError(
+            f"{collection.folder} is not here, though the stage that started this worker made it: all nodes need the "
+            "same features.store (of a store on S3: XDG_CACHE_HOME) on a file system that they share"
+        )
     own = list(range(rank % world, len(groups), world))
     rest = [index for index in range(len(groups)) if index % world != rank % world]
     for wait, indices in ((False, own), (False, rest), (True, own + rest)):

@@ -2,6 +2,7 @@
 
     s3://BUCKET/PREFIX/
       store.json                      which store this is
+      writable                        empty; written by a stage before it computes, to see that it may write
       roots/NAME.json                 as in a local store
       COLLECTION/identity.json        as in a local store
       COLLECTION/SEGMENT.tar          the segment's files, record.json first

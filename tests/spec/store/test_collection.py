@@ -54,6 +54,11 @@ def full(*_: object) -> None:
     raise OSError("the disk is full")
 
 
+def test_a_worker_that_does_not_see_the_stages_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"features-[0-9a-f]{16} is not here, .*XDG_CACHE_HOME"):
+        next(share_out(Collection(tmp_path, "features", IDENTITY), [["a"]], 1, 2))
+
+
 @pytest.mark.parametrize("changed", [{"base": "v"}, {"dtype": "float32"}, {"norm": "before"}, {"extra": 1}])
 def test_another_identity_is_another_folder(tmp_path: Path, changed: dict[str, Any]) -> None:
     one, other = collection(tmp_path), collection(tmp_path, **changed)
