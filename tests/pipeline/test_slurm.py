@@ -67,7 +67,7 @@ class Cluster:
         )
 
 
-def test_a_stopped_job_saves_is_queued_again_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_job_saves_is_queued_again_and_goes_on(tmp_path: Path) -> None:
     ready = prepare(tmp_path / "ready")
     run_through(ready, "cache")
     whole, parts = (Cluster(copy_of(ready, tmp_path / name), tmp_path / "bin") for name in ("whole", "parts"))
