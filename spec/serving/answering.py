@@ -45,7 +45,8 @@ class Engine:
     """
 
     def __init__(self, params: Model, folder: Path, longest: int) -> None:
-        self.producer = {"vllm": vllm.__version__, **base_model.producer(base_model.choose_device())}
+        device = base_model.choose_device()
+        self.producer = {"vllm": vllm.__version__, **base_model.producer(device)}
         self._stops = sorted(base_model.stop_ids(folder, params.trust_remote_code))
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
@@ -54,6 +55,7 @@ class Engine:
                 trust_remote_code=params.trust_remote_code,
                 max_model_len=longest,
                 enable_prefix_caching=False,
+                enforce_eager=device.type != "cuda",  # on a CPU compiling takes longer than it saves
                 disable_log_stats=True,
             )
         )
