@@ -62,7 +62,7 @@ def plan(
         job = replace(job, width=hidden, outputs=vocab)
         common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
         _print_bytes(job, job, config)
-        _print_formulas(config, job, machine)
+        _print_formulas(config, job, job, machine)
     else:
         _plan_here(config, machine, not no_measure)
 
@@ -134,11 +134,12 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
     )
     written = work.answers_missing * config.respond.max_new_tokens
     job = _job(config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written)
-    _print_bytes(replace(job, tokens=work.tokens, positions=work.positions), job, config)
+    whole = replace(job, tokens=work.tokens, positions=work.positions)
+    _print_bytes(whole, job, config)
     if measured and (written or work.tokens_missing):
-        _print_measured(config, sources, replace(job, positions=work.positions), machine, prompts, rows)
+        _print_measured(config, sources, whole, job, machine, prompts, rows)
     else:
-        _print_formulas(config, replace(job, positions=work.positions), machine)
+        _print_formulas(config, whole, job, machine)
 
 
 def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[TokenSequence]]:
@@ -195,7 +196,13 @@ def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
 
 
 def _print_measured(
-    config: Config, sources: dict[str, Any], job: Job, machine: Machine, prompts: list[Any], rows: list[TokenSequence]
+    config: Config,
+    sources: dict[str, Any],
+    whole: Job,
+    job: Job,
+    machine: Machine,
+    prompts: list[Any],
+    rows: list[TokenSequence],
 ) -> None:
     """Times at the rates at which the base really runs here."""
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
@@ -216,16 +223,16 @@ def _print_measured(
             seen += ids.numel()
     rate = seen / (time.perf_counter() - began) * machine.devices
     _print_time("cache", job.tokens / rate, f"at {rate:,.0f} tokens/s, measured")
-    _print_training(config, job, machine)
+    _print_training(config, whole, machine)
 
 
-def _print_formulas(config: Config, job: Job, machine: Machine) -> None:
+def _print_formulas(config: Config, whole: Job, job: Job, machine: Machine) -> None:
     """Times by formula, at the device's full rate."""
     if config.base_answers:
         rows = f"{job.rows} answers at a time, by formula"
         _print_time("respond", costs.answer_seconds(job, machine), rows)
     _print_time("cache", costs.prefill_seconds(job, machine), "by formula, at full rate")
-    _print_training(config, job, machine)
+    _print_training(config, whole, machine)
 
 
 def _print_training(config: Config, job: Job, machine: Machine) -> None:

@@ -1,0 +1,23 @@
+"""spec plan: what is left to do, and what an epoch costs however much of it is done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.stages.workspace import ok, prepare, run_through
+
+
+def test_an_epoch_costs_the_same_whatever_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = prepare(tmp_path)
+    run_through(root, "respond")
+    monkeypatch.chdir(root)
+    before = ok("plan")
+    ok("cache")
+    after = ok("plan")
+    assert re.search(r"not in the store yet: 0 answers, [1-9]", before)
+    assert "not in the store yet: 0 answers, 0 tokens" in after
+    ratios = [re.search(r"base in the loop takes ([\d.]+) x", said) for said in (before, after)]
+    assert [ratio and float(ratio[1]) > 1 for ratio in ratios] == [True, True]
