@@ -30,11 +30,12 @@ def serve(
     more: tuple[str, ...],
 ) -> None:
     """Become vLLM's server, with a base and its speculator, in an environment that has vLLM."""
-    from spec.serving import server
+    from spec.serving import bound_cpu_memory, server
 
     with common.clear_errors():
         decode = Decode(draft=draft, draft_len=draft_len)
         command = server.command(checkpoint, decode, base=base, dtype=dtype, more=more)
+    bound_cpu_memory()
     os.execv(command[0], command)
 
 

@@ -14,6 +14,7 @@ from vllm.inputs import TokensPrompt
 
 from spec import base as base_model
 from spec.config import Model
+from spec.serving import bound_cpu_memory
 from spec.workers import Worker
 
 _PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
@@ -45,6 +46,7 @@ class Engine:
     """
 
     def __init__(self, params: Model, folder: Path, longest: int) -> None:
+        bound_cpu_memory()
         device = base_model.choose_device()
         self.producer = {"vllm": vllm.__version__, **base_model.producer(device)}
         self._stops = sorted(base_model.stop_ids(folder, params.trust_remote_code))
