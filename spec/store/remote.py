@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
@@ -506,7 +506,7 @@ class Mirror:
             file.seek(0)
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    tar.extractall(folder, filter="data")
+                    _extract(tar, folder)
                 (folder / UPLOADED).touch()
             except (tarfile.TarError, ValueError, EOFError) as error:
                 raise DamagedError(collection.folder, name, error) from error
@@ -635,3 +635,20 @@ def _pack(folder: Path, record: Record, file: IO[bytes]) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for path in (segment.RECORD, *sorted(record.files)):
             tar.add(folder / path, arcname=path, recursive=False, filter=bare)
+
+
+def _extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Plain files below the folder and nothing else (Python before 3.11.4 has no filter="data").
+
+    Raises:
+        ValueError: a member that is no plain file, or lies elsewhere.
+    """
+    for member in tar:
+        path = PurePosixPath(member.name)
+        content = tar.extractfile(member) if member.isreg() else None
+        if path.is_absolute() or ".." in path.parts or content is None:
+            raise ValueError(f"{member.name!r} is no plain file of a segment")
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with content, target.open("wb") as file:
+            shutil.copyfileobj(content, file)

@@ -603,3 +603,20 @@ def test_folders_of_servers_and_prefixes_differ(monkeypatch: pytest.MonkeyPatch)
     folders.append(remote.local_folder("s3://one"))
     assert len(set(folders)) == len(folders)
     assert remote.local_folder("s3://one/a/") == remote.local_folder("s3://one/a")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("../out", tarfile.REGTYPE), ("a/../../out", tarfile.REGTYPE), ("/out", tarfile.REGTYPE), ("a", tarfile.SYMTYPE)],
+)
+def test_a_tar_writes_nothing_outside_its_folder(tmp_path: Path, name: str, kind: bytes) -> None:
+    folder, packed = tmp_path / "folder", BytesIO()
+    folder.mkdir()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member, BytesIO())
+    packed.seek(0)
+    with tarfile.open(fileobj=packed) as tar, pytest.raises(ValueError, match="no plain file of a segment"):
+        remote._extract(tar, folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
