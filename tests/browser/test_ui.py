@@ -1,6 +1,6 @@
 """A whole run as a person sees it: Chromium against `make ui`. `make test-ui` runs this."""
 
-from __future__ import annotations
+from __future__ import contextlib
 
 import os
 import shutil
@@ -96,8 +96,9 @@ def record(folder: Path) -> tracking.Record:
 def see(page: Any, text: str, exact: bool = True) -> None:
     """Wait until the page shows a text."""
     shown = page.get_by_text(text, exact=exact).first
-    shown.scroll_into_view_if_needed()
     playwright.expect(shown).to_be_visible(timeout=PATIENCE)
+    with contextlib.suppress(playwright.Error):  # for the screenshot alone; the page may just be drawing it anew
+        shown.scroll_into_view_if_needed()
 
 
 def open_run(page: Any, ui: str, run: str, tab: str = "") -> None:
