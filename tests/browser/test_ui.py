@@ -1,7 +1,8 @@
 """A whole run as a person sees it: Chromium against `make ui`. `make test-ui` runs this."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
