@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> No
     else:
         keys = list(map(item_key, rows))
         groups = plan(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)
-        answers.produce(base, made, keys, rows, groups, RESPOND, rank=rank, world=world)
+        answer = partial(base_model.answer, base)
+        answers.produce(answer, {}, made, keys, rows, groups, RESPOND, rank=rank, world=world)
 
 
 def logging_claims(path: Path) -> None:
