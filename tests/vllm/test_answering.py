@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from spec import corpus
 from spec.config import Model
 from spec.serving.answering import Engine
@@ -23,7 +25,12 @@ def workspace(trained: Trained, root: Path) -> Path:
     return root
 
 
-def test_vllm_writes_what_transformers_writes_and_writes_nothing_twice(trained: Trained, tmp_path: Path) -> None:
+def test_vllm_writes_what_transformers_writes_and_writes_nothing_twice(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", "1"
+    )  # for each of the two workers: more threads than cores wait for each other
     root = workspace(trained, tmp_path)
     run(root, "respond", *ENGINE)
     pairs = []
