@@ -37,12 +37,12 @@ def respond(config: Config, worker: Path | None) -> None:
     """Let the base write each row's last answer, and write data/responses/SPLIT.parquet."""
     sources = common.read_sources()
     tokens = {split: _read(split, sources) for split in common.SPLITS}
-    if config.base_answers and config.respond.engine == "vllm":
-        require_vllm()
     if not config.base_answers:
         for split, rows in tokens.items():
             _write(split, rows, 0, common.responses_origin(config, sources))
         return
+    if config.respond.engine == "vllm":
+        require_vllm()
     asked = [row.ids[: row.prompt_length] for rows in tokens.values() for row in rows if row.prompt_length]
     identity = answers.identity(sources["base"], config.model.dtype, config.respond)
     collection = Collection(common.store_root(config), "answers", identity)

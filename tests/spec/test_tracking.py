@@ -104,6 +104,14 @@ def end(run: Run) -> None:
     )
 
 
+def ended_run(database: str) -> Run:
+    """A run with its results, from its beginning to its end."""
+    write_results()
+    run = begin(make_config(database))
+    end(run)
+    return run
+
+
 def curve(uri: str, run_id: str, name: str) -> list[tuple[int, int, float]]:
     from mlflow import MlflowClient
 
@@ -274,9 +282,7 @@ def test_an_evaluation_finds_its_training_in_another_experiment(
     from mlflow import MlflowClient
 
     monkeypatch.chdir(tmp_path)
-    write_results()
-    run = begin(make_config(database))
-    end(run)
+    run = ended_run(database)
     child = begin(make_config(database, experiment_name="others"), "evaluate", kept_run(Path("model")))
     child.finish(tmp_path, metrics={"a": 2.0}, headline=["a"])
     assert run.id is not None
@@ -405,9 +411,7 @@ def test_files_that_are_no_longer_the_runs_are_not_sent(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_results()
-    run = begin(make_config(database))
-    end(run)
+    ended_run(database)
     record = kept_run(Path("model"))
     assert record is not None
     Path("results/train.csv").write_text("step,time,speculator_loss\n10,1,9\n")

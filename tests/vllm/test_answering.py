@@ -28,9 +28,7 @@ def workspace(trained: Trained, root: Path) -> Path:
 def test_vllm_writes_what_transformers_writes_and_writes_nothing_twice(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "OMP_NUM_THREADS", "1"
-    )  # for each of the two workers: more threads than cores wait for each other
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of each worker: more threads than cores wait for each other
     root = workspace(trained, tmp_path)
     run(root, "respond", *ENGINE)
     pairs = []
