@@ -49,7 +49,7 @@ def main() -> None:
         width=speculator.inner_dim[-1],
         outputs=speculator.draft_vocab_size,
     )
-    dtype = getattr(torch, config.model.dtype)
+    dtype = base.model.dtype
 
     split = files.read_json(cache.METRICS)["train"]
     stored = split["bytes_per_position"] * split["positions"]

@@ -56,7 +56,7 @@ def main() -> None:
 def model(decode: Decode | None = None) -> LanguageModelWithSpeculator:
     config = default_config()
     base = load_base(config)
-    speculator = heads.load(common.MODEL, base.device, getattr(torch, config.model.dtype))
+    speculator = heads.load(common.MODEL, base.device, base.model.dtype)
     return LanguageModelWithSpeculator(base, speculator, decode or config.decode)
 
 

@@ -112,7 +112,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
 
 
 def walked(speculator: Speculator, found: FeatureReader) -> float:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=this_worker().mixed("bfloat16")):
         answers = acceptance.draft_answers(speculator, found)
     return acceptance.tokens_per_step(acceptance.walks(found, answers, acceptance.head_drafts))
 

@@ -166,7 +166,7 @@ def ours(
 
     def step(number: int) -> tuple[int, float]:
         batch = batches[number]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=worker.mixed(config.model.dtype)):
             loss, _ = module(batch, batch.counts)
         loss.backward()
         optimizer.step()

@@ -35,6 +35,12 @@ bit, for all batch sizes from a few rows on, but a single row is multiplied by o
 COMPACT = 0.75
 """Ended rows are taken out of a batch when at most this share of it still writes."""
 
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""What torch.cpu.get_capabilities calls the instructions of x86 and Arm for these numbers."""
+
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
     "tokenizer",
@@ -70,6 +76,20 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def arithmetic(dtype: str, device: torch.device) -> torch.dtype:
+    """What numbers of a dtype are computed in on a device: in that dtype, but in float32 on a CPU that lacks the
+    instructions for it, where matrix products would take several times as long (docs/scaling.md).
+
+    What is stored keeps its dtype: weights are widened, which changes none of them, and states are rounded.
+    """
+    given: torch.dtype = getattr(torch, dtype)
+    needed = _INSTRUCTIONS.get(given)
+    if device.type != "cpu" or needed is None:
+        return given
+    found = torch.cpu.get_capabilities()
+    return given if any(found.get(name) for name in needed) else torch.float32
 
 
 def resolve(name: str, revision: str | None) -> Path:
@@ -117,12 +137,13 @@ def identify(folder: Path) -> dict[str, Any]:
     return {part: files.digest_json({p.name: digests[str(p)] for p in paths}) for part, paths in parts.items()}
 
 
-def producer(device: torch.device) -> dict[str, str]:
-    """What computed something, as segments write it down: versions and the kind of device."""
+def producer(device: torch.device, arithmetic: torch.dtype) -> dict[str, str]:
+    """What computed something, as segments write it down: versions, the kind of device and its arithmetic."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "arithmetic": str(arithmetic).removeprefix("torch."),
     }
 
 
@@ -161,12 +182,26 @@ def _stop_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Base:
-    """A causal language model ready to run; `digest` is identify's weights digest."""
+    """A causal language model ready to run.
+
+    Attributes:
+        model: in the dtype that it computes in, which may be wider than `dtype` (see arithmetic).
+        tokenizer: of its folder.
+        digest: identify's weights digest.
+        device: where it is.
+        dtype: of its weights as they were asked for, and of its states and tables where they are stored.
+    """
 
     model: Any
     tokenizer: Any
     digest: str
     device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def producer(self) -> dict[str, str]:
+        """What computes here, as segments write it down."""
+        return producer(self.device, self.model.dtype)
 
     @property
     def hidden_size(self) -> int:
@@ -212,12 +247,14 @@ def load(
         BaseError: weights that do not load.
     """
     device = device or choose_device()
+    dtype = dtype or params.dtype
+    computed = arithmetic(dtype, device)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype or params.dtype),
+            dtype=getattr(torch, dtype),
             trust_remote_code=params.trust_remote_code,
             output_loading_info=True,
         )
@@ -227,7 +264,10 @@ def load(
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise BaseError(f"{folder}: the weights lack {missing}; copy every weight file of the model")
     model = model.to(device).eval().requires_grad_(False)
-    base = Base(model, load_tokenizer(folder, params.trust_remote_code), digest, device)
+    if computed != model.dtype:
+        log.warning("this CPU has no instructions for %s: the base computes in float32", dtype)
+        model = model.to(computed)
+    base = Base(model, load_tokenizer(folder, params.trust_remote_code), digest, device, getattr(torch, dtype))
     _check_states(base)
     return base
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spec.base import choose_device
+from spec.base import arithmetic, choose_device
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Worker:
     def first(self) -> bool:
         """Whether this worker writes and logs."""
         return self.rank == 0
+
+    def mixed(self, dtype: str) -> bool:
+        """Whether training computes in bf16 over float32 weights: where model.dtype asks for less than float32, and
+        the device has bf16."""
+        return dtype != "float32" and arithmetic("bfloat16", self.device) == torch.bfloat16
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of every worker's tensor, in place."""

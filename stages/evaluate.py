@@ -60,10 +60,10 @@ def evaluate(config: Config) -> None:
 
 def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n: int) -> dict[str, Any]:
     """Walk, decode, compare; writes everything under results/evaluate."""
-    dtype = getattr(torch, config.model.dtype)
     device = base.choose_device()
+    dtype = base.arithmetic(config.model.dtype, device)
     linear = features.linear_logits(reader.collection)
-    lm_head = features.load_tables(reader.collection)["lm_head"].to(device) if linear else None
+    lm_head = features.load_tables(reader.collection)["lm_head"].to(device, dtype) if linear else None
     with common.progress((1 + linear) * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
         speculator = heads.load(common.MODEL, device, dtype)
         measured = evaluation.offline(speculator, reader, config.decode, lm_head, bar.update)
@@ -74,7 +74,7 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
         model = _model(config, source, config.model.dtype)
         with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
             timed = evaluation.decoding(model, reader, indices, config.evaluate.max_new_tokens, bar.update)
-        if config.model.dtype != "float32":
+        if model.base.model.dtype != torch.float32:
             del model
             gc.collect()
             model = _model(config, source, "float32")
@@ -118,9 +118,8 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:
     folder = base.resolve(source["name"], source["revision"])
     model = base.load(config.model, folder, source["weights"], dtype=dtype)
-    return LanguageModelWithSpeculator(
-        model, heads.load(common.MODEL, model.device, getattr(torch, dtype)), config.decode
-    )
+    speculator = heads.load(common.MODEL, model.device, model.model.dtype)
+    return LanguageModelWithSpeculator(model, speculator, config.decode)
 
 
 def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> None:

@@ -70,11 +70,12 @@ def plan(
 def _machine(config: Config, tflops: float | None, bandwidth: float | None, devices: int) -> Machine:
     device = base.choose_device()
     if tflops is None or bandwidth is None:
-        found = costs.measure(device, getattr(torch, config.model.dtype))
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        dtype = base.arithmetic(config.model.dtype, device)
+        found = costs.measure(device, dtype)
+        made_by = base.producer(device, dtype)
         common.say(
-            f"plan: this {name} does {found.flops / 1e12:.2f} TFLOP/s in {config.model.dtype} matrix products and "
-            f"reads {found.bandwidth / 1e9:.0f} GB/s"
+            f"plan: this {made_by['device']} does {found.flops / 1e12:.2f} TFLOP/s in {made_by['arithmetic']} matrix "
+            f"products and reads {found.bandwidth / 1e9:.0f} GB/s"
         )
     else:
         found = Machine(0.0, 0.0)

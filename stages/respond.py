@@ -119,7 +119,7 @@ def _work(config: Config, prompts: _Prompts, groups: list[list[int]], sources: d
     else:
         me = this_worker()
         model = base.load(config.model, folder, sources["base"]["weights"])
-        answer, producer = partial(base.answer, model), base.producer(model.device)
+        answer, producer = partial(base.answer, model), model.producer
     most = sum(map(len, groups)) * config.respond.max_new_tokens
     with common.shared_progress(most, "tokens", "respond", me) as advance:
         answers.produce(

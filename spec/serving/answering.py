@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine ends with this process, however that ends
 
+import torch
 import vllm
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs import TokensPrompt
@@ -48,7 +49,7 @@ class Engine:
     def __init__(self, params: Model, folder: Path, longest: int) -> None:
         bound_cpu_memory()
         device = base_model.choose_device()
-        self.producer = {"vllm": vllm.__version__, **base_model.producer(device)}
+        self.producer = {"vllm": vllm.__version__, **base_model.producer(device, getattr(torch, params.dtype))}
         self._stops = sorted(base_model.stop_ids(folder, params.trust_remote_code))
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(

@@ -56,7 +56,7 @@ def identity(base: Mapping[str, str], dtype: str, codec: str) -> dict[str, Any]:
 
     Args:
         base: identify's digests; the tokenizer's too, since ids of another one mean another text.
-        dtype: of the base's arithmetic and of the states.
+        dtype: of the base's weights and of the states as they are stored.
         codec: lossless ones make no difference.
     """
     return {
@@ -111,11 +111,11 @@ def produce(
     """
     encoding = codecs.encoding(codec)
     attributes = {
-        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "dtype": str(base.dtype).removeprefix("torch."),
         "positions": POSITION_RULE,
         "encoding": encoding,
         "offsets": {key: OFFSETS[key] for key in OFFSETS if key != "scales" or encoding == codecs.FP8},
-        "producer": base_model.producer(base.device),
+        "producer": base.producer,
     }
     budget = BATCH_TOKENS
     with Writer(codec) as writer:
@@ -180,7 +180,7 @@ def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str)
         kept[number, : len(row.ids) - 1] = row.mask[1:]
     at = torch.from_numpy(np.flatnonzero(kept)).to(base.device, non_blocking=True)
     hidden = base_model.hidden_states(base.model, torch.from_numpy(ids).to(base.device, non_blocking=True))
-    flat = hidden.flatten(0, 1).index_select(0, at)  # [P, d]
+    flat = hidden.flatten(0, 1).index_select(0, at).to(base.dtype)  # [P, d]
     # amax hands NaN on, and is five times as fast as isfinite on a CPU.
     damaged = (~flat.abs().amax(1).isfinite()).float() if flat.numel() else flat.new_zeros(0, dtype=torch.float32)
     count = torch.zeros(len(group), device=base.device).index_add_(0, at // width, damaged)
@@ -205,14 +205,14 @@ def save_tables(base: Base, collection: Collection) -> None:
     if claim is None:
         return
     tables = {"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head}
-    row = {name: codecs.to_numpy(table.detach().cpu().contiguous()) for name, table in tables.items()}
+    row = {name: codecs.to_numpy(table.detach().cpu().to(base.dtype).contiguous()) for name, table in tables.items()}
     attributes = {
-        "dtype": str(base.lm_head.dtype).removeprefix("torch."),
+        "dtype": str(base.dtype).removeprefix("torch."),
         "offsets": {name: f"{name}_offsets" for name in row},
         "vocab_size": base.vocab_size,
         "hidden_size": base.hidden_size,
         "linear_logits": base_model.has_linear_logits(base),
-        "producer": base_model.producer(base.device),
+        "producer": base.producer,
     }
     claim.commit([row], attributes, "zstd")
 

@@ -67,7 +67,10 @@ class FrozenTask:
         occurring = np.flatnonzero(train_reader.token_counts())
         tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past a sequence's end
         self._trained, self._tables = twin(speculator, tokens)
+        self._mixed = worker.mixed(config.model.dtype)
         self._teacher = lm_head if config.optim.loss == "kl" else None
+        if self._teacher is not None and not self._mixed:
+            self._teacher = self._teacher.float()
         self._loss = SpeculatorLoss(self._trained, config.optim.head_weights, self._teacher).to(worker.device)
 
     @property
@@ -116,10 +119,9 @@ class FrozenTask:
     def validate(self) -> dict[str, float]:
         """Loss and accuracy by head on val, and the exact walk."""
         self._flush()
-        mixed = self.config.model.dtype != "float32"
         loss = SpeculatorLoss(self.speculator)
         loss.lm_head = self._loss.lm_head  # already reduced to the draft vocabulary
-        return validate(self.speculator, self.val_reader, self.worker, mixed, loss.to(self.worker.device))
+        return validate(self.speculator, self.val_reader, self.worker, self._mixed, loss.to(self.worker.device))
 
     def score(self, metrics: dict[str, float]) -> float:
         """Tokens per step of the exact walk."""

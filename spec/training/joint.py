@@ -82,7 +82,7 @@ class JointTask:
 
     Args:
         config: of the run.
-        base: loaded in float32 (arithmetic is bf16 unless model.dtype is float32); trained in place.
+        base: loaded in float32 (arithmetic is bf16 where Worker.mixed says so); trained in place.
         speculator: initialised, on the base's device; trained in place.
         train: sequences to train on.
         val: sequences that choose the checkpoint.
@@ -152,7 +152,7 @@ class JointTask:
 
     def validate(self) -> dict[str, float]:
         """As FrozenTask, over the states that the base has now; and the base's own loss."""
-        mixed = self.config.model.dtype != "float32"
+        mixed = self.worker.mixed(self.config.model.dtype)
         found = LiveReader(self.base, self._val, mixed)
         self.base.model.eval()
         try:

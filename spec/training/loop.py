@@ -283,8 +283,8 @@ class _Run:
 
     @property
     def mixed(self) -> bool:
-        """bf16 arithmetic over float32 weights, unless everything is asked to be float32."""
-        return self.config.model.dtype != "float32"
+        """Whether arithmetic is bf16, over float32 weights."""
+        return self.worker.mixed(self.config.model.dtype)
 
     def _check(self, norm: Tensor) -> None:
         if not norm.isfinite():

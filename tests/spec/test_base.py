@@ -40,7 +40,7 @@ def bases(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bas
 def halves(bases: dict[str, Base]) -> dict[str, Base]:
     """The same in bfloat16."""
     halved = {name: copy.deepcopy(base.model).to(torch.bfloat16) for name, base in bases.items()}
-    return {name: replace(bases[name], model=model) for name, model in halved.items()}
+    return {name: replace(bases[name], model=model, dtype=torch.bfloat16) for name, model in halved.items()}
 
 
 @pytest.fixture
@@ -202,10 +202,11 @@ def test_logits_that_are_more_than_lm_head_times_the_state_are_told(bases: dict[
 
 
 def test_what_computed_something_is_told() -> None:
-    assert base_model.producer(CPU) == {
+    assert base_model.producer(CPU, torch.float32) == {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": "cpu",
+        "arithmetic": "float32",
     }
 
 
@@ -236,9 +237,61 @@ def test_buckets(length: int) -> None:
     assert padded >= max(length, base_model.BUCKET)
 
 
+def with_instructions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As on a CPU that has these."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True) | {"architecture": "any"})
+
+
+@pytest.mark.parametrize(
+    ("instructions", "dtype", "device", "expected"),
+    [
+        (["avx2"], "bfloat16", "cpu", torch.float32),
+        (["avx2", "avx512_f"], "bfloat16", "cpu", torch.float32),
+        (["avx2", "avx512_bf16"], "bfloat16", "cpu", torch.bfloat16),
+        (["amx_bf16"], "bfloat16", "cpu", torch.bfloat16),
+        (["neon", "bf16"], "bfloat16", "cpu", torch.bfloat16),
+        (["neon"], "bfloat16", "cpu", torch.float32),
+        (["avx512_bf16"], "float16", "cpu", torch.float32),
+        (["avx512_fp16"], "float16", "cpu", torch.float16),
+        (["avx512_bf16"], "float32", "cpu", torch.float32),
+        ([], "bfloat16", "cuda", torch.bfloat16),
+        ([], "float16", "mps", torch.float16),
+    ],
+)
+def test_arithmetic_is_what_the_device_has(
+    instructions: list[str], dtype: str, device: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_instructions(monkeypatch, *instructions)
+    assert base_model.arithmetic(dtype, torch.device(device)) == expected
+
+
+def test_every_name_of_an_instruction_is_one_that_torch_knows() -> None:
+    known = set(torch.cpu.get_capabilities())
+    if "avx2" in known:
+        assert {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16"} <= known
+    else:
+        assert {"bf16", "fp16_arith"} <= known
+
+
+def test_weights_are_the_same_whatever_they_are_computed_in(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_instructions(monkeypatch, "avx512_bf16")
+    narrow = load(Model(), base_folder, "digest", CPU)
+    assert not caplog.messages
+    with_instructions(monkeypatch)
+    wide = load(Model(), base_folder, "digest", CPU)
+    assert (narrow.model.dtype, wide.model.dtype) == (torch.bfloat16, torch.float32)
+    assert narrow.dtype == wide.dtype == torch.bfloat16
+    for mine, theirs in zip(narrow.model.parameters(), wide.model.parameters(), strict=True):
+        assert torch.equal(mine.float(), theirs)
+    assert caplog.messages == ["this CPU has no instructions for bfloat16: the base computes in float32"]
+    assert wide.producer == {**narrow.producer, "arithmetic": "float32"}
+
+
 def test_dtype_is_the_parameters_unless_told_otherwise(base_folder: Path) -> None:
     loaded = load(Model(), base_folder, "digest", CPU)
-    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.dtype == torch.bfloat16
     assert loaded.digest == "digest"
     assert load(Model(), base_folder, "digest", CPU, dtype="float32").model.dtype == torch.float32
 

@@ -60,7 +60,7 @@ def produce(
     groups = plan(keys, lengths, collection.find(), base_model.prompt_bucket, params.batch_size, lambda length: 1)
 
     def work(rank: int) -> None:
-        answer, made_by = partial(base_model.answer, base), base_model.producer(base.device)
+        answer, made_by = partial(base_model.answer, base), base.producer
         answers.produce(answer, made_by, made(root, params), keys, prompts, groups, params, on_tokens, rank, world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
@@ -99,7 +99,7 @@ def test_prompts_lie_beside_their_answers(base: Base, tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             arrays["prompt"][slice(*arrays["prompt_offsets"][row : row + 2])], prompt, strict=True
         )
-        assert attributes["producer"] == base_model.producer(base.device)
+        assert attributes["producer"] == base.producer
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])

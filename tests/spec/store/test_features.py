@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,11 @@ LIMIT = 200
 BASE = {"weights": "w", "tokenizer": "t"}
 
 
-@pytest.fixture(scope="module")
-def half(base_folder: Path) -> Base:
-    """The base in bfloat16."""
-    return base_model.load(Model(), base_folder, "digest", torch.device("cpu"))
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def half(base_folder: Path, request: pytest.FixtureRequest) -> Base:
+    """The base in bfloat16, computed in either."""
+    loaded = base_model.load(Model(), base_folder, "digest", torch.device("cpu"))
+    return dataclasses.replace(loaded, model=loaded.model.to(getattr(torch, request.param)))
 
 
 def make_rows(count: int, seed: int = 0) -> list[TokenSequence]:
@@ -53,7 +55,7 @@ def key_of(row: TokenSequence) -> str:
 
 
 def made(root: Path, base: Base, codec: str = "none") -> Collection:
-    dtype = str(base.model.dtype).removeprefix("torch.")
+    dtype = str(base.dtype).removeprefix("torch.")
     collection = Collection(root, "features", features.identity(BASE, dtype, codec))
     collection.create()
     return collection
@@ -153,7 +155,7 @@ def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path
     collection = produce(model, tmp_path, rows, codec="zstd")
     for row in rows:
         with torch.no_grad():
-            direct = base_model.hidden_states(model.model, torch.from_numpy(row.ids).long()[None])[0]
+            direct = base_model.hidden_states(model.model, torch.from_numpy(row.ids).long()[None])[0].to(model.dtype)
         kept = [t for t in range(len(row) - 1) if row.mask[t + 1]]
         found = stored(collection, row)
         assert found.shape == (len(kept), HIDDEN_SIZE)
@@ -165,7 +167,8 @@ def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path
             padded = torch.zeros(1, width, dtype=torch.long)
             padded[0, : len(row)] = torch.from_numpy(row.ids)
             with torch.no_grad():
-                assert torch.equal(found, base_model.hidden_states(model.model, padded)[0, kept])
+                alone = base_model.hidden_states(model.model, padded)[0, kept]
+                assert torch.equal(found, alone.to(model.dtype))
 
 
 def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) -> None:
@@ -420,8 +423,8 @@ def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path
     tables = features.load_tables(collection)
     assert tables["lm_head"].shape == tables["embedding"].shape == (VOCAB_SIZE, HIDDEN_SIZE)
     assert tables["lm_head"].dtype == getattr(torch, dtype)
-    assert torch.equal(tables["lm_head"], model.lm_head)
-    assert torch.equal(tables["embedding"], model.embedding[:VOCAB_SIZE])
+    assert torch.equal(tables["lm_head"], model.lm_head.to(model.dtype))  # weights are widened, so no bit is lost
+    assert torch.equal(tables["embedding"].to(model.model.dtype), model.embedding[:VOCAB_SIZE])
     assert features.tables_shape(collection) == {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
     assert features.linear_logits(collection)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -446,6 +449,6 @@ def test_damaged_tables_are_refused(base: Base, tmp_path: Path) -> None:
 def test_segments_say_what_computed_them(base: Base, tmp_path: Path) -> None:
     collection = produce(base, tmp_path, make_rows(1))
     _, attributes = collection.read(next(iter(collection.records())))
-    assert attributes["producer"] == base_model.producer(base.device)
+    assert attributes["producer"] == base.producer
     assert attributes["producer"]["torch"] == torch.__version__
     assert attributes["positions"] == features.POSITION_RULE
