@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from spec.base import arithmetic
+
 LOCK = Path("dvc.lock")
 _PACKAGES = ("speculator-training", "torch", "transformers", "zarr", "numpy", "dvc", "mlflow")
 
@@ -81,8 +83,13 @@ def lock_digest() -> str:
 
 
 def hardware(device: torch.device) -> dict[str, str]:
-    """The machine of this process."""
-    found = {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "memory": _gigabytes(psutil.virtual_memory().total)}
+    """The machine of this process; `bfloat16` is whether the device computes in it."""
+    found = {
+        "cpu": _cpu_name(),
+        "cores": str(os.cpu_count()),
+        "memory": _gigabytes(psutil.virtual_memory().total),
+        "bfloat16": str(arithmetic("bfloat16", device) == torch.bfloat16).lower(),
+    }
     if device.type != "cuda":
         return found | {"device": device.type}
     properties = torch.cuda.get_device_properties(device)

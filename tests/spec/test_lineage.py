@@ -57,6 +57,7 @@ def test_everything_that_a_run_follows_from(tmp_path: Path, monkeypatch: pytest.
         "base.tokenizer": "t" * 64,
     }
     assert found["hardware.device"] == "cpu"
+    assert found["hardware.bfloat16"] in ("true", "false")
     assert int(found["hardware.cores"]) >= 1
     assert found["hardware.cpu"]
     assert float(found["hardware.memory"].removesuffix(" GB")) > 0
