@@ -118,7 +118,7 @@ class Source:
 
 def synthetic(config: Config, root: Path) -> None:
     width, length, count = 512, 512, 1600  # 818,000 positions: 940 MB at d=576
-    model = Base(Source(real_states(config, features.BATCH_TOKENS)), None, "", torch.device("cpu"))
+    model = Base(Source(real_states(config, features.BATCH_TOKENS)), None, "", torch.device("cpu"), Source.dtype)
     generator = np.random.default_rng(0)
     mask = np.ones(length, np.uint8)
     rows = [FeatureRow(str(i), generator.integers(0, 49152, length, np.int32), mask) for i in range(count)]

@@ -25,6 +25,7 @@ import torch
 
 from bench.common import default_config, load_base, machine, reader, table
 from spec import acceptance, drafting, heads, plots
+from spec.base import arithmetic, choose_device
 from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import Drafter, NgramIndex, Source, drafts_along
@@ -46,7 +47,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="of each domain; rules takes all of val")
     parser.add_argument("--tokens", type=int, default=96, help="at most, of an answer")
     asked = parser.parse_args()
-    print(f"{machine()}, {torch.get_num_threads()} threads, {default_config().model.dtype}")
+    computed = arithmetic(default_config().model.dtype, choose_device())
+    print(f"{machine()}, {torch.get_num_threads()} threads, {computed}")
     for name in asked.part or parts:
         began = time.perf_counter()
         parts[name](asked.prompts, asked.tokens)

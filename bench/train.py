@@ -191,7 +191,7 @@ def public(
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
     batches = list(found.batches(parts, n))  # type: ignore[attr-defined]
-    mixed = config.model.dtype != "float32"
+    mixed = config.model.dtype != "float32"  # as they do it, whether or not the CPU has bf16
 
     def step(number: int) -> tuple[int, float]:
         batch = batches[number]

@@ -137,13 +137,13 @@ def identify(folder: Path) -> dict[str, Any]:
     return {part: files.digest_json({p.name: digests[str(p)] for p in paths}) for part, paths in parts.items()}
 
 
-def producer(device: torch.device, arithmetic: torch.dtype) -> dict[str, str]:
+def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
     """What computed something, as segments write it down: versions, the kind of device and its arithmetic."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "arithmetic": str(arithmetic).removeprefix("torch."),
+        "arithmetic": str(computed).removeprefix("torch."),
     }
 
 
@@ -264,7 +264,7 @@ def load(
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise BaseError(f"{folder}: the weights lack {missing}; copy every weight file of the model")
     model = model.to(device).eval().requires_grad_(False)
-    if computed != model.dtype:
+    if computed != getattr(torch, dtype):
         log.warning("this CPU has no instructions for %s: the base computes in float32", dtype)
         model = model.to(computed)
     base = Base(model, load_tokenizer(folder, params.trust_remote_code), digest, device, getattr(torch, dtype))

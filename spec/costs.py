@@ -22,7 +22,7 @@ class Machine:
     """One device, or several of the same kind.
 
     Attributes:
-        flops: of matrix products in the base's dtype, a second and device.
+        flops: of matrix products in what the base computes in, a second and device.
         bandwidth: bytes read from memory, a second and device.
         devices: how many work together.
     """

@@ -72,10 +72,10 @@ def _machine(config: Config, tflops: float | None, bandwidth: float | None, devi
     if tflops is None or bandwidth is None:
         dtype = base.arithmetic(config.model.dtype, device)
         found = costs.measure(device, dtype)
-        made_by = base.producer(device, dtype)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         common.say(
-            f"plan: this {made_by['device']} does {found.flops / 1e12:.2f} TFLOP/s in {made_by['arithmetic']} matrix "
-            f"products and reads {found.bandwidth / 1e9:.0f} GB/s"
+            f"plan: this {name} does {found.flops / 1e12:.2f} TFLOP/s in matrix products ({dtype}) "
+            f"and reads {found.bandwidth / 1e9:.0f} GB/s"
         )
     else:
         found = Machine(0.0, 0.0)

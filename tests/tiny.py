@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -193,3 +194,8 @@ def store_features(
         tokens=sum(map(len, rows)),
         positions=sum(int(row.mask[1:].sum()) for row in rows),
     )
+
+
+def with_instructions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As on a CPU that has these."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True) | {"architecture": "any"})

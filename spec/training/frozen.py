@@ -68,10 +68,11 @@ class FrozenTask:
         tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past a sequence's end
         self._trained, self._tables = twin(speculator, tokens)
         self._mixed = worker.mixed(config.model.dtype)
-        self._teacher = lm_head if config.optim.loss == "kl" else None
-        if self._teacher is not None and not self._mixed:
-            self._teacher = self._teacher.float()
-        self._loss = SpeculatorLoss(self._trained, config.optim.head_weights, self._teacher).to(worker.device)
+        teacher = lm_head if config.optim.loss == "kl" else None
+        loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher)
+        if loss.lm_head is not None and not self._mixed:
+            loss.lm_head = loss.lm_head.float()
+        self._loss = loss.to(worker.device)
 
     @property
     def module(self) -> nn.Module:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from spec import base as base_model
 from spec.base import Base, BaseError, answer, bucket, hidden_states, identify, load, prompt_bucket, resolve
 from spec.config import Model
-from tests.tiny import CHATML, HIDDEN_SIZE, VOCAB_SIZE, make_base
+from tests.tiny import CHATML, HIDDEN_SIZE, VOCAB_SIZE, make_base, with_instructions
 
 CPU = torch.device("cpu")
 NEW = 24
@@ -235,11 +235,6 @@ def test_buckets(length: int) -> None:
     padded = prompt_bucket(length)
     assert padded == base_model.BUCKET or (padded & (padded - 1) == 0 and padded < 2 * length)
     assert padded >= max(length, base_model.BUCKET)
-
-
-def with_instructions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """As on a CPU that has these."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True) | {"architecture": "any"})
 
 
 @pytest.mark.parametrize(

@@ -504,6 +504,7 @@ def test_from_pretrained_loads_the_base_that_the_checkpoint_names(tmp_path: Path
     assert (made.tokens, made.accepted) == (expected.tokens, expected.accepted)
     assert lm.base.stop_ids == {0}
     rounded = LanguageModelWithSpeculator.from_pretrained(tmp_path / "speculator", device="cpu")
+    assert rounded.base.dtype == torch.bfloat16
     assert rounded.base.lm_head.dtype == next(iter(rounded.speculator.parameters())).dtype  # type: ignore[union-attr]
 
     other = build(speculator_config(base_model_name_or_path=str(tmp_path / "base"), base_digest="another"))

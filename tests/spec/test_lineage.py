@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spec import lineage
+from tests.tiny import with_instructions
 
 SOURCES = {
     "base": {"name": "models/base", "revision": None, "weights": "w" * 64, "tokenizer": "t" * 64},
@@ -57,7 +58,6 @@ def test_everything_that_a_run_follows_from(tmp_path: Path, monkeypatch: pytest.
         "base.tokenizer": "t" * 64,
     }
     assert found["hardware.device"] == "cpu"
-    assert found["hardware.bfloat16"] in ("true", "false")
     assert int(found["hardware.cores"]) >= 1
     assert found["hardware.cpu"]
     assert float(found["hardware.memory"].removesuffix(" GB")) > 0
@@ -68,6 +68,14 @@ def test_everything_that_a_run_follows_from(tmp_path: Path, monkeypatch: pytest.
     found = lineage.tags(SOURCES, torch.device("cpu"))
     assert found["dvc.lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()
     assert found["dvc.experiment"] == "brisk-heads"
+
+
+@pytest.mark.parametrize(("instructions", "told"), [(["avx2"], "false"), (["avx512_bf16"], "true")])
+def test_hardware_says_whether_it_has_bfloat16(
+    instructions: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_instructions(monkeypatch, *instructions)
+    assert lineage.hardware(torch.device("cpu"))["bfloat16"] == told
 
 
 def test_a_file_of_two_splits_comes_once() -> None:

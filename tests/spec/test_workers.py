@@ -14,6 +14,7 @@ import torch
 
 from spec import workers as workers_module
 from spec.workers import Worker, joined, this_worker
+from tests.tiny import with_instructions
 
 
 def work(rank: int, port: int, folder: Path) -> None:
@@ -64,3 +65,21 @@ def test_workers_sum_and_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for rank in range(2):
         answer = json.loads((tmp_path / f"{rank}.json").read_text())
         assert answer == {"first": rank == 0, "world": 2, "sum": [2.0, 1.0], "gathered": gathered}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "instructions", "device", "mixed"),
+    [
+        ("bfloat16", ["avx512_bf16"], "cpu", True),
+        ("float16", ["avx512_bf16"], "cpu", True),
+        ("float32", ["avx512_bf16"], "cpu", False),
+        ("bfloat16", ["avx2"], "cpu", False),
+        ("bfloat16", [], "cuda", True),
+        ("float32", [], "cuda", False),
+    ],
+)
+def test_training_is_mixed_where_the_device_has_bfloat16(
+    dtype: str, instructions: list[str], device: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_instructions(monkeypatch, *instructions)
+    assert Worker(0, 1, torch.device(device)).mixed(dtype) is mixed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ Prompt = NDArray[np.int32]
 
 @pytest.fixture(scope="module")
 def half(base_folder: Path) -> Base:
-    """The base in bfloat16."""
-    return base_model.load(Model(), base_folder, "digest", torch.device("cpu"))
+    """The base in bfloat16, whatever this CPU would compute in."""
+    loaded = base_model.load(Model(), base_folder, "digest", torch.device("cpu"))
+    return replace(loaded, model=loaded.model.to(torch.bfloat16))
 
 
 def make_prompts(count: int = 8, longest: int = 90) -> list[Prompt]:

@@ -42,7 +42,7 @@ from tests.spec.training.runs import (
     together,
     uninterrupted,
 )
-from tests.tiny import make_base
+from tests.tiny import make_base, with_instructions
 
 TOTAL = 30
 
@@ -267,13 +267,18 @@ def test_a_worker_without_a_sequence_takes_part(exact: Path) -> None:
         assert not parameter.grad.any()
 
 
-def test_mixed_precision_keeps_float32_weights(exact: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("instructions", [["avx512_bf16"], []])
+def test_mixed_precision_keeps_float32_weights(
+    exact: Path, tmp_path: Path, instructions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_instructions(monkeypatch, *instructions)
     task = joint_task(joint_config(model={"dtype": "bfloat16"}), exact, ALONE)
     result = run(task, tmp_path / "mixed")
     assert {weight.dtype for weight in task.weights().values()} == {torch.float32}
     other = run(joint_task(joint_config(), exact, ALONE), tmp_path / "exact")
     assert result.val["base_loss"] == pytest.approx(other.val["base_loss"], rel=0.05)
     assert result.val["speculator_loss"] == pytest.approx(other.val["speculator_loss"], rel=0.05)
+    assert (result.val == other.val) == (not instructions)
 
 
 @pytest.mark.parametrize("world", [2, 4])

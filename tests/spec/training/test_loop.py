@@ -41,7 +41,7 @@ from tests.spec.training.runs import (
     teacher,
     together,
 )
-from tests.tiny import sequence, store_features
+from tests.tiny import sequence, store_features, with_instructions
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +250,27 @@ def test_a_split_smaller_than_a_batch(store: Path, tmp_path: Path) -> None:
     assert run(store, tmp_path, config)[0].steps == 1
 
 
-def test_mixed_precision_keeps_float32_weights(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("instructions", [["avx512_bf16"], []])
+def test_mixed_precision_keeps_float32_weights(
+    store: Path, tmp_path: Path, instructions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_instructions(monkeypatch, *instructions)
     config = make_config(model={"dtype": "bfloat16"})
     result, speculator = run(store, tmp_path / "mixed", config)
     assert {parameter.dtype for parameter in speculator.parameters()} == {torch.float32}
     exact, _ = run(store, tmp_path / "exact")
     assert result.val["speculator_loss"] == pytest.approx(exact.val["speculator_loss"], rel=0.05)
+    assert (result.val == exact.val) == (not instructions)  # a CPU without bf16 computes in float32
+
+
+@pytest.mark.parametrize(("instructions", "expected"), [(["avx512_bf16"], torch.bfloat16), ([], torch.float32)])
+def test_the_teacher_is_in_what_is_computed_in(
+    store: Path, instructions: list[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_instructions(monkeypatch, *instructions)
+    config = make_config(model={"dtype": "bfloat16"}, optim={"loss": "kl"})
+    task = FrozenTask(config, make_speculator(), *readers_of(store), ALONE, teacher().bfloat16())
+    assert dict(task.module.named_buffers())["loss.lm_head"].dtype == expected
 
 
 @pytest.mark.parametrize("drafted", [None, 15])
