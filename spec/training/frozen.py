@@ -70,8 +70,8 @@ class FrozenTask:
         self._mixed = worker.mixed(config.model.dtype)
         teacher = lm_head if config.optim.loss == "kl" else None
         loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher)
-        if loss.lm_head is not None and not self._mixed:
-            loss.lm_head = loss.lm_head.float()
+        if loss.lm_head is not None:
+            loss.lm_head = loss.lm_head.to(torch.bfloat16 if self._mixed else torch.float32)
         self._loss = loss.to(worker.device)
 
     @property

@@ -42,14 +42,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(min(CHUNK_LOGITS // len(weight), len(hidden)), 1)
         # Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU.
         room = [losses.new_empty(chunk, len(weight)) for _ in range(1 if teacher is None else 2)]
-        low_room = low_weight.new_empty(chunk, len(weight))
+        low_room = room[0] if low_weight.dtype == losses.dtype else low_weight.new_empty(chunk, len(weight))
         part = torch.empty_like(low_weight) if needed else None
+        taught, table = (None, None) if teacher is None else (teacher[0], teacher[1].to(low_weight.dtype))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 inputs, target = hidden[rows].to(low_weight.dtype), targets[rows, None]
                 low, *held = (buffer[: len(inputs)] for buffer in (low_room, *room))  # each [C, V]
-                soft, entropy = (None, None) if teacher is None else _distribution(teacher[0][rows], teacher[1], held)
+                soft = entropy = None
+                if taught is not None and table is not None:
+                    soft, entropy = _distribution(taught[rows], table, low, held)
                 logits = held[0].copy_(torch.mm(inputs, low_weight.T, out=low))
                 at_target = logits.gather(1, target.clamp(min=0))
                 top = logits.amax(1, keepdim=True)
@@ -80,10 +83,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
 
 
-def _distribution(states: Tensor, table: Tensor, room: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _distribution(states: Tensor, table: Tensor, low: Tensor, room: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The base's own distribution behind these states, from its lm_head's rows: [C, V], in the second of two tensors
-    of that shape; and its entropy, [C, 1]."""
-    logits = room[0].copy_(states.to(table.dtype) @ table.T)
+    of that shape (the product is made in `low`, which may be the first); and its entropy, [C, 1]."""
+    logits = room[0].copy_(torch.mm(states.to(low.dtype), table.T, out=low))
     logits.sub_(logits.amax(1, keepdim=True))
     probabilities = torch.exp(logits, out=room[1])
     total = probabilities.sum(1, keepdim=True)
