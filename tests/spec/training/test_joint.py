@@ -26,8 +26,8 @@ from tests.spec.training.runs import (
     ALONE,
     InterruptedRunError,
     N,
-    assert_same_but_for_rounding,
     assert_same_outcome,
+    in_float64,
     interrupt,
     interrupted,
     joint_config,
@@ -35,6 +35,7 @@ from tests.spec.training.runs import (
     joint_task,
     load_outcome,
     losses_of,
+    make_exact_joint,
     make_joint,
     outcome,
     run_to_the_end,
@@ -204,12 +205,13 @@ def test_micro_batches_change_nothing_but_rounding(qwen: Path, tmp_path: Path, m
     curves, weights = [], []
     for size in (4, micro):
         told: list[Progress] = []
-        task = joint_task(joint_config(data={"micro_batch_size_per_gpu": size}), qwen, ALONE)
+        task = in_float64(joint_task(joint_config(data={"micro_batch_size_per_gpu": size}), qwen, ALONE))
         run(task, tmp_path / str(size), told)
         curves.append(losses_of(told) + losses_of(told, "base_loss"))
         weights.append(task.weights())
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
-    assert_same_but_for_rounding(weights[1], weights[0])
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("family", ["exact", "base_folder", "qwen"])
@@ -284,15 +286,16 @@ def test_mixed_precision_keeps_float32_weights(
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_workers_come_out_where_one_does(qwen: Path, tmp_path: Path, world: int) -> None:
     """The last batch of an epoch has two sequences: of four workers two have none."""
-    expected = uninterrupted(partial(make_joint, qwen), tmp_path)
-    ends = together(world, run_to_the_end, (partial(make_joint, qwen), tmp_path))
+    expected = uninterrupted(partial(make_exact_joint, qwen), tmp_path)
+    ends = together(world, run_to_the_end, (partial(make_exact_joint, qwen), tmp_path))
     assert [code for code, _ in ends] == [0] * world
     for rank in range(world):
         found = load_outcome(tmp_path, rank)
         for part in ("last", "best"):
-            assert_same_but_for_rounding(found[part], expected[part])
+            for name, weight in expected[part].items():
+                torch.testing.assert_close(found[part][name], weight, rtol=0, atol=1e-4, msg=name)
         assert found["figures"][:2] == expected["figures"][:2]
-        assert found["figures"][2] == pytest.approx(expected["figures"][2], rel=1e-4, abs=1e-5)
+        assert found["figures"][2] == pytest.approx(expected["figures"][2], abs=1e-5)
         if rank == 0:
             for (*place, mine), (*other, wanted) in zip(found["history"], expected["history"], strict=True):
                 assert place == other
