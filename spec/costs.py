@@ -24,11 +24,13 @@ class Machine:
     Attributes:
         flops: of matrix products in what the base computes in, a second and device.
         bandwidth: bytes read from memory, a second and device.
+        weight_bytes: of one of the base's weights in what it computes in.
         devices: how many work together.
     """
 
     flops: float
     bandwidth: float
+    weight_bytes: int = 2
     devices: int = 1
 
 
@@ -74,10 +76,11 @@ def prefill_seconds(job: Job, machine: Machine) -> float:
 def answer_seconds(job: Job, machine: Machine) -> float:
     """Seconds in which the base writes the answers (respond).
 
-    A step of `rows` answers reads all weights once (two bytes each) and does 2 N operations a row; it takes the longer
-    of the two. Attention is left out.
+    A step of `rows` answers reads all weights once and does 2 N operations a row; it takes the longer of the two.
+    Attention is left out.
     """
-    step = max(2 * job.base_params / machine.bandwidth, 2 * job.base_params * job.rows / machine.flops)
+    reading = machine.weight_bytes * job.base_params / machine.bandwidth
+    step = max(reading, 2 * job.base_params * job.rows / machine.flops)
     return job.answers / job.rows * step / machine.devices
 
 
@@ -111,7 +114,7 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> M
     flops = 2 * 2048**3 * _times_a_second(lambda: a @ b, device, seconds / 2)
     block, copy = torch.ones(2, 2**26, device=device)
     bandwidth = 2 * block.nbytes * _times_a_second(lambda: copy.copy_(block), device, seconds / 2)
-    return Machine(flops, bandwidth)
+    return Machine(flops, bandwidth, dtype.itemsize)
 
 
 def _times_a_second(work: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -79,7 +79,8 @@ def _machine(config: Config, tflops: float | None, bandwidth: float | None, devi
         )
     else:
         found = Machine(0.0, 0.0)
-    return Machine(tflops * 1e12 if tflops else found.flops, bandwidth * 1e9 if bandwidth else found.bandwidth, devices)
+    flops = tflops * 1e12 if tflops else found.flops
+    return replace(found, flops=flops, bandwidth=bandwidth * 1e9 if bandwidth else found.bandwidth, devices=devices)
 
 
 def _job(

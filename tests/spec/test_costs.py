@@ -1,0 +1,60 @@
+"""The formulas of docs/scaling.md, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spec import costs
+from spec.costs import Job, Machine
+
+JOB = Job(
+    base_params=8e9,
+    hidden_size=4096,
+    vocab_size=128256,
+    tokens=1e9,
+    positions=6e8,
+    answers=6e8,
+    rows=64,
+    n_predict=3,
+    width=4096,
+    outputs=128256,
+)
+MACHINE = Machine(flops=400e12, bandwidth=3e12)
+
+
+def test_seconds_of_each_stage() -> None:
+    assert costs.prefill_seconds(JOB, MACHINE) == pytest.approx(2 * 8e9 * 1e9 / 400e12)
+    weights = 3 * 128256 * 4096 + 3 * 4096**2
+    assert costs.epoch_seconds(JOB, MACHINE) == pytest.approx(6 * weights * 6e8 / 400e12)
+    together = costs.prefill_seconds(JOB, MACHINE) + costs.epoch_seconds(JOB, MACHINE)
+    assert costs.loop_epoch_seconds(JOB, MACHINE) == pytest.approx(together)
+
+
+def test_a_step_of_few_answers_reads_the_weights_and_of_many_multiplies_them() -> None:
+    few, many = replace(JOB, rows=8), replace(JOB, rows=4096)
+    assert costs.answer_seconds(few, MACHINE) == pytest.approx(6e8 / 8 * 16e9 / 3e12)
+    assert costs.answer_seconds(many, MACHINE) == pytest.approx(6e8 * 16e9 / 400e12)
+    wide = replace(MACHINE, weight_bytes=4)
+    assert costs.answer_seconds(few, wide) == pytest.approx(2 * costs.answer_seconds(few, MACHINE))
+    assert costs.answer_seconds(many, wide) == costs.answer_seconds(many, MACHINE)
+
+
+def test_devices_share_the_work() -> None:
+    four = replace(MACHINE, devices=4)
+    for seconds in (costs.prefill_seconds, costs.answer_seconds, costs.epoch_seconds):
+        assert seconds(JOB, MACHINE) == pytest.approx(4 * seconds(JOB, four))
+
+
+def test_what_the_store_takes() -> None:
+    assert costs.stored_bytes(JOB, "bfloat16", "none") == pytest.approx(6e8 * 2 * 4096 + 5e9)
+    assert costs.stored_bytes(JOB, "float32", "none") == pytest.approx(6e8 * 4 * 4096 + 5e9)
+
+
+def test_rates_of_this_machine() -> None:
+    found = costs.measure(torch.device("cpu"), torch.float32, seconds=0.02)
+    assert found.flops > 1e8
+    assert found.bandwidth > 1e8
+    assert found.weight_bytes == 4
