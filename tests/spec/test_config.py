@@ -370,7 +370,7 @@ trees = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tree=trees)
 def test_what_is_saved_loads_back_equal(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     config = from_mapping(tree)

@@ -342,7 +342,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return messages if draw(st.booleans()) else messages[:-1]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(messages=conversations(), trim=st.booleans())
 def test_any_conversation_is_masked_by_the_token(messages: list[dict[str, Any]], trim: bool) -> None:
     tokenizer = byte_level(trim=trim)
@@ -363,7 +363,7 @@ def test_any_conversation_is_masked_by_the_token(messages: list[dict[str, Any]],
         assert turn == content or (content[0] == "\n" and content.endswith(turn))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(messages=conversations())
 def test_any_conversation_keeps_its_prompt_in_a_template_that_strips(messages: list[dict[str, Any]]) -> None:
     tokenizer = sentencepiece_like()

@@ -159,7 +159,7 @@ def transformers_greedy(base: Base, prompt: Sequence[int], max_new_tokens: int) 
 prompts = st.lists(st.integers(0, V - 1), min_size=1, max_size=24)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(
     kind=st.sampled_from(list(CONFIGS)),
     seed=st.integers(0, 2),
@@ -201,7 +201,7 @@ def test_answers_are_those_of_the_training_data(kind: str) -> None:
     assert [lm.generate(prompt, 20).tokens] == answer(base, [prompt], 20)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     kind=st.sampled_from(list(CONFIGS)),
     n=st.integers(1, 5),
@@ -353,7 +353,7 @@ def test_sampled_sequences_have_the_distribution_of_plain_sampling(settings_: di
     assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p = 0.001
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     kind=st.sampled_from(["llama", "gpt2"]),
     source=st.sampled_from(SOURCES),

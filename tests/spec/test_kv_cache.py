@@ -45,7 +45,7 @@ operations = st.one_of(
 )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     family=st.sampled_from(sorted(CONFIGS)),
     rows=st.integers(1, 3),

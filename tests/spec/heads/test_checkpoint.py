@@ -27,7 +27,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(c=configs())
 def test_round_trip_is_bit_equal(tmp_path: Path, c: SpeculatorConfig) -> None:
     speculator = randomized(c)

@@ -48,7 +48,7 @@ def randomized(c: SpeculatorConfig, token_map: torch.Tensor | None = None) -> Sp
     return speculator
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(c=configs())
 def test_every_option_follows_the_formulas(c: SpeculatorConfig) -> None:
     speculator = randomized(c)
@@ -57,7 +57,7 @@ def test_every_option_follows_the_formulas(c: SpeculatorConfig) -> None:
     torch.testing.assert_close(speculator(states, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(c=configs(), n=st.integers(1, 4), fused=st.booleans())
 def test_a_draft_is_the_chain_of_argmaxes(c: SpeculatorConfig, n: int, fused: bool) -> None:
     n = min(n, c.n_predict)

@@ -57,7 +57,7 @@ def digest(root: Path, rows: Sequence[TokenSequence] = ROWS, **options: Any) -> 
     return store_features(root, rows, **options).digest
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(limit=st.integers(1, 200), before=st.integers(0, len(ROWS)), seed=st.integers(0, 9))
 def test_the_digest_does_not_depend_on_how_rows_were_grouped(
     tmp_path_factory: pytest.TempPathFactory, limit: int, before: int, seed: int

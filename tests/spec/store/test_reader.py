@@ -262,7 +262,7 @@ def test_room_is_a_share_of_what_is_free_among_the_workers_of_a_machine(
     assert alone > 2**20
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     parts=st.lists(st.lists(st.integers(0, 59), max_size=6), max_size=16),
     n=st.integers(1, 4),
@@ -278,7 +278,7 @@ def test_batches_are_the_positions_of_each_part(wide: Wide, parts: list[list[int
         assert_equal(batch, reader.positions(part, n))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(indices=st.lists(st.integers(0, 59), max_size=30), memory=st.sampled_from([0, 10**9]))
 def test_sequences_come_with_their_indices_in_the_order_of_the_store(
     wide: Wide, indices: list[int], memory: int
@@ -313,7 +313,7 @@ def test_parts_are_asked_for_ahead_but_not_all_at_once(wide: Wide) -> None:
     stream.close()  # type: ignore[attr-defined]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(batch=st.lists(st.integers(0, 59), max_size=40), world=st.integers(1, 9))
 def test_the_shares_of_all_ranks_are_the_batch(wide: Wide, batch: list[int], world: int) -> None:
     _, manifest, root = wide
@@ -464,7 +464,6 @@ def prefetching() -> bool:
     return any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 5))
 def test_prefetch_hands_on_every_item_in_order(items: list[int], depth: int) -> None:
     assert list(prefetch(iter(items), depth)) == items

@@ -77,7 +77,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "_CHUNK_BYTES", SMALL_CHUNKS)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 23, 24, 25, 47, 48, 49, 96, 97]), min_size=1, max_size=4),
     chunk=st.sampled_from([1, SMALL_CHUNKS, 2**20]),
@@ -263,7 +263,7 @@ def files_of(collection: Collection) -> list[Path]:
     return sorted(path for path in segment_of(collection).rglob("*") if path.is_file())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_damage_to_any_file_is_noticed(whole: Collection, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(files_of(whole)))

@@ -51,7 +51,7 @@ def test_rows_are_those_of_the_joined_array_and_zeros_past_the_end(array: Pieces
     np.testing.assert_array_equal(array.rows(start, stop), expected, strict=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     array=pieces(),
     codec=st.sampled_from(["none", "zstd", "fp8"]),
@@ -89,7 +89,7 @@ def test_a_shard_is_byte_for_byte_zarrs(
         codecs.check_shard(path, made.shards[0] // made.chunks[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), codec=st.sampled_from(["none", "zstd"]))
 def test_any_flipped_bit_of_a_shard_is_noticed(
     tmp_path_factory: pytest.TempPathFactory, pool: Executor, data: st.DataObject, codec: str

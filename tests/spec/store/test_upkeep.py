@@ -445,7 +445,7 @@ def digests(collection: Collection) -> dict[str, str]:
     return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     gone=st.sets(st.integers(0, 7)),
     limit=st.sampled_from([1, 40, 10**6]),

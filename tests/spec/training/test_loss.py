@@ -43,7 +43,7 @@ def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tupl
 rows_of_logits = st.sampled_from([1, V - 1, V, 2 * V, 5 * V + 3, 1000 * V])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(0, 17), seed=st.integers(0, 99), factor=st.sampled_from([1.0, -3.5]), chunk=rows_of_logits)
 def test_the_fused_loss_is_cross_entropy(rows: int, seed: int, factor: float, chunk: int) -> None:
     hidden, weight, targets, scale = inputs(rows, seed)
@@ -61,7 +61,7 @@ def test_the_fused_loss_is_cross_entropy(rows: int, seed: int, factor: float, ch
     assert not losses.requires_grad
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(0, 17), seed=st.integers(0, 99), factor=st.sampled_from([1.0, -3.5]), chunk=rows_of_logits)
 def test_with_a_teacher_it_is_the_divergence_from_its_distribution(
     rows: int, seed: int, factor: float, chunk: int
@@ -275,7 +275,7 @@ def table() -> Tensor:
     return torch.randn(V, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     split=splits(),
     case=st.sampled_from(CASES),
@@ -360,7 +360,7 @@ def test_heads_that_are_the_base_have_nothing_to_learn(drafted: int | None, tied
         assert parameter.grad.abs().max() < 1e-13
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(split=splits(), cuts=st.lists(st.integers(0, 4), max_size=3), soft=st.booleans(), case=st.sampled_from(CASES))
 def test_micro_batches_add_up_to_their_batch(
     split: Split, cuts: list[int], soft: bool, case: tuple[str, dict[str, Any]]
