@@ -31,8 +31,9 @@ lint: install
 types: install
 	mypy
 
+# A process a core, each with test files of its own; the tests' torch has one thread.
 unit: install
-	pytest
+	pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: install
 	pytest -m slow
