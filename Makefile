@@ -31,7 +31,7 @@ lint: install
 types: install
 	mypy
 
-# A process a core, each with test files of its own: the tests let torch have one thread.
+# A process a core, at most four, each with test files of its own: the tests let torch have one thread.
 unit: install
 	pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 

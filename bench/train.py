@@ -6,7 +6,7 @@
 2. An epoch from the cache against an epoch with the base in the loop, and what the formulas say for 8B and 70B.
 3. Speed of draft vocabularies of 4k, 8k, 16k and all tokens.
 
-Each form runs in a process of its own, so that its peak memory is its own.
+Each form runs in a process of its own, so that its peak memory is its own, which is read from Linux's /proc.
 """
 
 from __future__ import annotations
