@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spec.heads import Speculator
 from spec.store.reader import Positions
 
-CHUNK_LOGITS = 2**24
-"""Logits [rows, V] that exist at one time."""
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits [rows, V] that exist at one time, by device. Each chunk passes over the weight and its gradient once, which a
+GPU has to hide behind more rows."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -35,47 +37,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         low_weight = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
-        losses = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        groups = 1 if teacher is None else max(len(hidden) // max(len(teacher[0]), 1), 1)
+        length = len(hidden) // groups
+        hidden = hidden.view(groups, length, hidden.shape[1])
+        targets, scale = targets.view(groups, length), scale.view(groups, length)
+        losses = torch.empty(targets.shape, dtype=kind, device=hidden.device)
+        correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needed else None
         grad_weight = torch.zeros_like(weight) if needed else None
-        chunk = max(min(CHUNK_LOGITS // len(weight), len(hidden)), 1)
+        chunk = max(min(CHUNK_LOGITS[device] // (len(weight) * groups), length), 1)
         # Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU.
-        room = [losses.new_empty(chunk, len(weight)) for _ in range(1 if teacher is None else 2)]
-        low_room = room[0] if low_weight.dtype == losses.dtype else low_weight.new_empty(chunk, len(weight))
+        room = losses.new_empty(groups * chunk, len(weight))
+        low_room = room if low_weight.dtype == kind else low_weight.new_empty(room.shape)
+        soft_room = None if teacher is None else losses.new_empty(chunk, len(weight))
         part = torch.empty_like(low_weight) if needed else None
         taught, table = (None, None) if teacher is None else (teacher[0], teacher[1].to(low_weight.dtype))
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(hidden), chunk):
+            for start in range(0, length, chunk):
                 rows = slice(start, start + chunk)
-                inputs, target = hidden[rows].to(low_weight.dtype), targets[rows, None]
-                low, *held = (buffer[: len(inputs)] for buffer in (low_room, *room))  # each [C, V]
+                inputs = hidden[:, rows].to(low_weight.dtype).flatten(0, 1)  # [G * C, h]
+                target, factor = (tensor[:, rows].reshape(-1, 1) for tensor in (targets, scale))
+                low, logits = low_room[: len(inputs)], room[: len(inputs)]  # [G * C, V]
                 soft = entropy = None
-                if taught is not None and table is not None:
-                    soft, entropy = _distribution(taught[rows], table, low, held)
-                logits = held[0].copy_(torch.mm(inputs, low_weight.T, out=low))
+                if taught is not None and table is not None and soft_room is not None:
+                    soft, entropy = _distribution(taught[rows], table, low, logits, soft_room)
+                logits.copy_(torch.mm(inputs, low_weight.T, out=low))
                 at_target = logits.gather(1, target.clamp(min=0))
                 top = logits.amax(1, keepdim=True)
-                correct[rows] = ((at_target >= top) & (target >= 0))[:, 0]
+                correct[:, rows] = ((at_target >= top) & (target >= 0)).view(groups, -1)
                 expected = at_target
-                if soft is not None:  # KL(p || q) = -entropy(p) - sum p log q
-                    expected = torch.linalg.vecdot(soft, logits)[:, None] + entropy
+                by_group = logits.view(groups, -1, len(weight))  # [G, C, V]
+                if soft is not None and entropy is not None:  # KL(p || q) = -entropy(p) - sum p log q
+                    expected = (_dots(soft, by_group) + entropy).reshape(-1, 1)
                 probabilities = logits.sub_(top).exp_()
                 total = probabilities.sum(1, keepdim=True)
-                losses[rows] = (total.log() + top - expected)[:, 0]
+                losses[:, rows] = (total.log() + top - expected).view(groups, -1)
                 if grad_hidden is not None and grad_weight is not None and part is not None:
-                    factor = scale[rows, None]
                     grad = probabilities.mul_(factor / total)
                     if soft is None:
                         grad.scatter_add_(1, target, -factor.to(grad.dtype))
                     else:
-                        grad.sub_(soft.mul_(factor))
+                        by_group.addcmul_(soft, factor.view(groups, -1, 1).to(kind), value=-1)
                     low_grad = low.copy_(grad)
-                    grad_hidden[rows] = (low_grad @ low_weight).to(hidden.dtype)
+                    grad_hidden[:, rows] = (low_grad @ low_weight).to(hidden.dtype).view(groups, -1, hidden.shape[-1])
                     grad_weight += torch.mm(low_grad.T, inputs, out=part)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        total, losses, correct = (losses * scale).sum(), losses.flatten(), correct.flatten()
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden.flatten(0, 1), grad_weight)
         ctx.mark_non_differentiable(losses, correct)
-        return (losses * scale).sum(), losses, correct
+        return total, losses, correct
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
@@ -83,15 +93,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
 
 
-def _distribution(states: Tensor, table: Tensor, low: Tensor, room: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The base's own distribution behind these states, from its lm_head's rows: [C, V], in the second of two tensors
-    of that shape (the product is made in `low`, which may be the first); and its entropy, [C, 1]."""
-    logits = room[0].copy_(torch.mm(states.to(low.dtype), table.T, out=low))
+def _distribution(states: Tensor, table: Tensor, low: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
+    """The base's own distribution behind these states, from its lm_head's rows, and its entropy: [C, V], [C].
+
+    The first is in `soft`. The product is made in `low`, which may be the same memory as `logits`.
+    """
+    low, logits, probabilities = (room[: len(states)] for room in (low, logits, soft))
+    logits.copy_(torch.mm(states.to(low.dtype), table.T, out=low))
     logits.sub_(logits.amax(1, keepdim=True))
-    probabilities = torch.exp(logits, out=room[1])
-    total = probabilities.sum(1, keepdim=True)
-    probabilities.div_(total)
-    return probabilities, total.log() - torch.linalg.vecdot(probabilities, logits)[:, None]
+    torch.exp(logits, out=probabilities)
+    total = probabilities.sum(1)
+    probabilities.div_(total[:, None])
+    return probabilities, total.log() - _dots(probabilities, logits[None])[0]
+
+
+def _dots(rows: Tensor, groups: Tensor) -> Tensor:
+    """Each row's dot product with the same row of each group: [C, V], [G, C, V] -> [G, C]. No products are kept."""
+    return torch.bmm(rows[:, None], groups.permute(1, 2, 0))[:, 0].T
 
 
 def linear_cross_entropy(
@@ -108,8 +126,9 @@ def linear_cross_entropy(
         weight: [V, h].
         targets: [M], rows of weight; with a teacher, -1 where the written token has none.
         scale: [M], the factor of each row in the sum.
-        teacher: the base's states [M, d] from which it wrote the targets, and the rows [V, d] of its lm_head. The
-            loss is then KL(base || head) over those rows.
+        teacher: the base's states [R, d] from which it wrote the targets, and the rows [V, d] of its lm_head. The
+            loss is then KL(base || head) over those rows. M is a multiple of R: every R rows of `hidden` have the
+            same R teachers, whose distributions are computed once for all of them.
 
     Returns:
         The scalar sum of scale * loss, which has gradients; each row's loss [M]; and whether its target has the
@@ -125,9 +144,11 @@ class Supervision:
 
     Attributes:
         tokens: [P, n + 1], as in Positions.
-        rows: [M] the positions at which heads train, head after head.
+        rows: [M] the positions from which heads draft, head after head.
         targets: [M] the logits' index of each target, -1 where the draft vocabulary lacks it.
-        heads: [M] the head of each row.
+        heads: [M] the head that the row trains; n: none.
+        taught: [R] with a teacher, the positions whose states it writes the targets from: the same for each head.
+            Rows that train no head fill up the places of targets that are not supervised.
         sizes: rows of each head.
         counts: [n] supervised positions of each head, targets outside the draft vocabulary included.
     """
@@ -136,6 +157,7 @@ class Supervision:
     rows: Tensor
     targets: Tensor
     heads: Tensor
+    taught: Tensor
     sizes: list[int]
     counts: Tensor
 
@@ -148,9 +170,9 @@ class Supervision:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Supervision:
-        return Supervision(
-            change(self.tokens), change(self.rows), change(self.targets), change(self.heads), self.sizes, self.counts
-        )
+        names = ("tokens", "rows", "targets", "heads", "taught")
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 def supervise(tokens: Tensor, valid: Tensor, draft_index: Tensor | None, soft: bool) -> Supervision:
@@ -162,13 +184,20 @@ def supervise(tokens: Tensor, valid: Tensor, draft_index: Tensor | None, soft: b
         draft_index: [V], as a speculator has it; on the CPU.
         soft: whether a teacher gives the targets, so that those outside the draft vocabulary train as well.
     """
-    rows, targets = [], []
-    for i in range(valid.shape[1]):
-        index = tokens[:, i + 1] if draft_index is None else draft_index[tokens[:, i + 1]]
-        rows.append((valid[:, i] if soft else valid[:, i] & (index >= 0)).nonzero()[:, 0])
-        targets.append(index[rows[-1]])
-    heads = torch.cat([torch.full((len(part),), i) for i, part in enumerate(rows)])
-    return Supervision(tokens, torch.cat(rows), torch.cat(targets), heads, list(map(len, rows)), valid.sum(0))
+    n = valid.shape[1]
+    index = tokens[:, 1:] if draft_index is None else draft_index[tokens[:, 1:]]
+    if soft:  # x_{t+2+i} was written from the state at t + 1 + i, which is stored 1 + i rows below
+        supervised = torch.stack([valid[:, i].roll(1 + i) for i in range(n)], 1)  # [P, n], by that state
+        taught = supervised.any(1).nonzero()[:, 0]
+        sizes = [len(taught)] * n
+        rows = torch.cat([(taught - 1 - i) % len(valid) for i in range(n)])
+        heads = torch.where(supervised[taught], torch.arange(n), n).T.flatten()
+    else:
+        taught = torch.zeros(0, dtype=torch.int64)
+        heads, rows = (valid & (index >= 0)).T.nonzero(as_tuple=True)
+        sizes = heads.bincount(minlength=n).tolist()
+    targets = torch.cat([index[part, i] for i, part in enumerate(torch.split(rows, sizes))])
+    return Supervision(tokens, rows, targets, heads, taught, sizes, valid.sum(0))
 
 
 class SpeculatorLoss(nn.Module):
@@ -222,38 +251,31 @@ class SpeculatorLoss(nn.Module):
             outside the draft vocabulary counts as a miss; by cross-entropy it trains nothing.
         """
         speculator, sizes = self.speculator, supervision.sizes
-        n = len(sizes)
         carry = speculator.start(states)
-        rows = torch.split(supervision.rows, sizes)
-        hidden, taught = [], []
-        for i in range(n):
+        rows, hidden = torch.split(supervision.rows, sizes), []
+        for i, part in enumerate(rows):
             carry, state = speculator.step(i, carry, supervision.tokens[:, i])
-            hidden.append(state.index_select(0, rows[i]))
-            if self.soft:  # x_{t+2+i} was written from the state at t + 1 + i, which is stored 1 + i rows below
-                taught.append(states.detach().index_select(0, rows[i] + 1 + i))
-        scale = (self.head_weights / (n * counts.clamp(min=1))).index_select(0, supervision.heads)
-        total, losses, correct = self._sum(
-            hidden, torch.split(supervision.targets, sizes), torch.split(scale, sizes), taught
-        )
-        sums = torch.zeros(n, 2, device=losses.device, dtype=losses.dtype)
+            hidden.append(state.index_select(0, part))
+        scale = F.pad(self.head_weights / (len(sizes) * counts.clamp(min=1)), (0, 1)).index_select(0, supervision.heads)
+        teacher = None
+        if self.lm_head is not None:
+            teacher = states.detach().index_select(0, supervision.taught), self.lm_head
+        total, losses, correct = self._sum(hidden, supervision.targets, scale, teacher)
+        sums = torch.zeros(len(sizes) + 1, 2, device=losses.device, dtype=losses.dtype)
         sums.index_add_(0, supervision.heads, torch.stack([losses, correct.to(losses.dtype)], 1))
-        return total, sums
+        return total, sums[:-1]
 
     def _sum(
-        self, hidden: Sequence[Tensor], targets: Sequence[Tensor], scale: Sequence[Tensor], taught: Sequence[Tensor]
+        self, hidden: Sequence[Tensor], targets: Tensor, scale: Tensor, teacher: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One call for all heads that share their weight, else one a head."""
         weights = [self.speculator.head(i).weight for i in range(len(hidden))]
         if all(weight is weights[0] for weight in weights):
-            teacher = None if self.lm_head is None else (torch.cat(list(taught)), self.lm_head)
-            return linear_cross_entropy(
-                torch.cat(list(hidden)), weights[0], torch.cat(list(targets)), torch.cat(list(scale)), teacher
-            )
+            return linear_cross_entropy(torch.cat(list(hidden)), weights[0], targets, scale, teacher)
+        sizes = list(map(len, hidden))
         parts = [
-            linear_cross_entropy(
-                hidden[i], weights[i], targets[i], scale[i], None if self.lm_head is None else (taught[i], self.lm_head)
-            )
-            for i in range(len(hidden))
+            linear_cross_entropy(*part, teacher)
+            for part in zip(hidden, weights, torch.split(targets, sizes), torch.split(scale, sizes), strict=True)
         ]
         total = torch.stack([part[0] for part in parts]).sum()
         return total, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])

@@ -20,7 +20,7 @@ from spec.heads import Speculator, SpeculatorConfig, build, init_from_base, init
 from spec.store.features import kept_positions
 from spec.store.reader import Positions, tokens_around
 from spec.training import loss as loss_module
-from spec.training.loss import SpeculatorLoss, Supervision, linear_cross_entropy
+from spec.training.loss import SpeculatorLoss, linear_cross_entropy
 from tests.tiny import sequence
 
 V, D, P = 19, 8, 23
@@ -29,7 +29,7 @@ V, D, P = 19, 8, 23
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one not full."""
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * V)
+    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", 5 * V)
 
 
 def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,7 +51,7 @@ def test_the_fused_loss_is_cross_entropy(rows: int, seed: int, factor: float, ch
     plain = F.cross_entropy(logits, targets, reduction="none")
     expected = torch.autograd.grad((plain * scale).sum() * factor, (hidden, weight))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+        patch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
         total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale)
     (total * factor).backward()
     torch.testing.assert_close(total, (plain * scale).sum())
@@ -61,20 +61,27 @@ def test_the_fused_loss_is_cross_entropy(rows: int, seed: int, factor: float, ch
     assert not losses.requires_grad
 
 
-@settings(max_examples=30)
-@given(rows=st.integers(0, 17), seed=st.integers(0, 99), factor=st.sampled_from([1.0, -3.5]), chunk=rows_of_logits)
+@settings(max_examples=60)
+@given(
+    teachers=st.integers(0, 17),
+    each=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    factor=st.sampled_from([1.0, -3.5]),
+    chunk=rows_of_logits,
+)
 def test_with_a_teacher_it_is_the_divergence_from_its_distribution(
-    rows: int, seed: int, factor: float, chunk: int
+    teachers: int, each: int, seed: int, factor: float, chunk: int
 ) -> None:
-    hidden, weight, targets, scale = inputs(rows, seed)
+    hidden, weight, targets, scale = inputs(teachers * each, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    states, table = (torch.randn(n, D + 3, generator=generator, dtype=torch.float64) for n in (rows, V))
+    states, table = (torch.randn(n, D + 3, generator=generator, dtype=torch.float64) for n in (teachers, V))
     targets[::3] = -1  # written, but outside the draft vocabulary
     logits = hidden @ weight.T
-    plain = F.kl_div(logits.log_softmax(1), (states @ table.T).softmax(1), reduction="none").sum(1)
+    soft = (states @ table.T).softmax(1).repeat(each, 1)
+    plain = F.kl_div(logits.log_softmax(1), soft, reduction="none").sum(1)
     expected = torch.autograd.grad((plain * scale).sum() * factor, (hidden, weight))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+        patch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
         total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale, (states, table))
     (total * factor).backward()
     torch.testing.assert_close(total, (plain * scale).sum())
@@ -170,6 +177,8 @@ def make(method: Any, changed: dict[str, Any], drafted: int | None) -> Speculato
 def make_batch(seed: int = 0, rows: int = P) -> Positions:
     generator = torch.Generator().manual_seed(seed)
     valid = torch.rand(rows, 3, generator=generator) < 0.8
+    for i in range(3):
+        valid[max(rows - 1 - i, 0) :, i] = False  # their targets would be written from states further down
     return Positions(
         torch.randn(rows, D, generator=generator, dtype=torch.float64),
         torch.randint(V, (rows, 4), generator=generator),
@@ -203,7 +212,7 @@ def reference(speculator: Speculator, batch: Positions, counts: Tensor) -> tuple
 @pytest.mark.parametrize("drafted", [None, 11])
 @pytest.mark.parametrize(("method", "changed"), CASES)
 def test_the_loss_of_all_heads(method: str, changed: dict[str, Any], drafted: int | None) -> None:
-    speculator, batch = make(method, changed, drafted), make_batch()
+    speculator, batch = make(method, changed, drafted), make_batch(rows=3 * P)
     counts = batch.valid.sum(0) + 4  # other micro-batches have positions too
     expected, sums = reference(speculator, batch, counts)
     parameters = [p for p in speculator.parameters() if p.requires_grad]
@@ -298,7 +307,7 @@ def test_loss_and_gradients_are_those_of_one_position_after_the_other(
     batch = split.batch()
     loss = make_loss(speculator, weights, lm_head)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+        patch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
         total, found = measure(loss, batch)
     torch.testing.assert_close(total, expected)
     figures = torch.cat([found, loss.supervise(batch).counts[:, None]], 1)
@@ -409,16 +418,32 @@ def test_supervision_keeps_all_that_is_on_the_way_to_a_device(soft: bool) -> Non
     loss = make_loss(make("sum_rnn", {}, 11), None, table() if soft else None)
     made = loss.supervise(batch)
     moved = made.to(torch.device("cpu"))
-    assert isinstance(moved, Supervision)
-    assert (
-        made.sizes
-        == moved.sizes
-        == (batch.valid if soft else batch.valid & (batch.tokens[:, 1:] >= V - 11)).sum(0).tolist()
-    )
+    assert made.sizes == moved.sizes
     assert torch.equal(made.counts, batch.valid.sum(0))
-    for name in ("tokens", "rows", "targets", "heads", "counts"):
+    for name in ("tokens", "rows", "targets", "heads", "taught", "counts"):
         assert torch.equal(getattr(moved, name), getattr(made, name))
-    assert bool((made.targets < 0).any()) == soft
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 99), rows=st.integers(0, P), drafted=st.sampled_from([None, 11]))
+def test_supervised_rows_are_the_valid_ones(seed: int, rows: int, drafted: int | None) -> None:
+    batch = make_batch(seed, rows)
+    speculator = make("sum_rnn", {}, drafted)
+    for soft in (False, True):
+        made = make_loss(speculator, None, table() if soft else None).supervise(batch)
+        targets = speculator.targets(batch.tokens[:, 1:])
+        wanted = batch.valid if soft else batch.valid & (targets >= 0)
+        trained = made.heads < 3
+        rows, heads = made.rows[trained], made.heads[trained]
+        assert torch.equal(torch.stack([heads, rows], 1), wanted.T.nonzero())
+        assert torch.equal(made.targets[trained], targets[rows, heads])
+        if soft:  # each state that wrote a target, once; from it every head is taught
+            assert made.sizes == [len(made.taught)] * 3
+            assert torch.equal(made.taught.repeat(3)[trained], rows + 1 + heads)
+            assert torch.equal(made.taught, (rows + 1 + heads).unique())
+        else:
+            assert bool(trained.all())
+            assert made.sizes == wanted.sum(0).tolist()
 
 
 @pytest.mark.parametrize("soft", [False, True])
