@@ -48,6 +48,7 @@ def main() -> None:
         n_predict=speculator.n_predict,
         width=speculator.inner_dim[-1],
         outputs=speculator.draft_vocab_size,
+        teachers=int(config.optim.loss == "kl"),
     )
     dtype = base.model.dtype
 
@@ -70,7 +71,8 @@ def main() -> None:
         return (many - few) / STEPS
 
     def positions() -> float:
-        return 1 / train.one({"form": "ours", "drafted": speculator.draft_vocab_size})["rate"]
+        form = {"form": "ours", "drafted": speculator.draft_vocab_size, "loss": config.optim.loss}
+        return 1 / train.one(form)["rate"]
 
     works: list[tuple[str, Callable[[Machine], float], Callable[[], float]]] = [
         (
@@ -84,7 +86,7 @@ def main() -> None:
             step,
         ),
         (
-            "train, optim.loss=ce: 1,000 positions",
+            f"train, optim.loss={config.optim.loss}: 1,000 positions",
             lambda rates: costs.epoch_seconds(replace(job, positions=1000), rates),
             lambda: 1000 * positions(),
         ),

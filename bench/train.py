@@ -4,7 +4,7 @@
    logits, dense embedding gradients) in float32 and in bf16 autocast: same data, micro-batches, loss and updates. On
    a CPU without instructions for bf16 ours is in float32 and that autocast is left out, as nobody would train in it.
 2. An epoch from the cache against an epoch with the base in the loop, and what the formulas say for 8B and 70B.
-3. Speed of draft vocabularies of 4k, 8k, 16k and all tokens.
+3. Speed of draft vocabularies of 4k, 8k, 16k and all tokens, and of the two losses.
 
 Each form runs in a process of its own, so that its peak memory is its own, which is read from Linux's /proc.
 """
@@ -60,7 +60,7 @@ def beside_the_public_recipe() -> None:
     found: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
     for turn in range(ROUNDS):
         for form in forms if turn % 2 == 0 else reversed(forms):
-            found[form].append(run(form=form, drafted=None))
+            found[form].append(run(form=form, drafted=None, loss="ce"))
     ours = found["ours"]
     rows = []
     for form, runs in found.items():
@@ -82,7 +82,7 @@ def beside_the_public_recipe() -> None:
 
 def beside_the_base_in_the_loop() -> None:
     config = default_config()
-    cached = run(form="ours", drafted=config.model.speculator.draft_vocab_size)
+    cached = run(form="ours", drafted=config.model.speculator.draft_vocab_size, loss=config.optim.loss)
     model = load_base(config)
     found = reader(config, "train")
     lengths = [len(sequence.ids) for _, sequence in found.sequences(range(64))]
@@ -96,7 +96,7 @@ def beside_the_base_in_the_loop() -> None:
     manifest = found.manifest
     from_cache = manifest.positions / cached["rate"]
     in_the_loop = from_cache + manifest.tokens / base_rate
-    print("\n2. An epoch of the default (draft vocabulary 8,192)")
+    print("\n2. An epoch of the default (draft vocabulary 8,192, kl)")
     rows = [
         ["default, here (measured)", f"{from_cache:,.0f} s", f"{in_the_loop:,.0f} s", f"{in_the_loop / from_cache:.2f}"]
     ]
@@ -110,7 +110,7 @@ def beside_the_base_in_the_loop() -> None:
         job = costs.Job(size, hidden, vocab, 1e9, 0.6e9, 0, 64, 3, hidden, outputs)
         a, b = costs.epoch_seconds(job, h100), costs.loop_epoch_seconds(job, h100)
         rows.append(
-            [f"{name} (formula: 1 G tokens, an H100)", f"{a / 3600:,.1f} h", f"{b / 3600:,.1f} h", f"{b / a:.2f}"]
+            [f"{name} (formula: ce, 1 G tokens, an H100)", f"{a / 3600:,.1f} h", f"{b / 3600:,.1f} h", f"{b / a:.2f}"]
         )
     table(["epoch", "from the cache", "base in the loop", "ratio"], rows)
     print("One epoch in one run costs the same either way; every further epoch, head and run saves the difference.")
@@ -118,12 +118,11 @@ def beside_the_base_in_the_loop() -> None:
 
 def draft_vocabularies() -> None:
     rows = []
-    whole = run(form="ours", drafted=None)["rate"]
     for drafted in (4096, 8192, 16384, None):
-        rate = whole if drafted is None else run(form="ours", drafted=drafted)["rate"]
-        rows.append([drafted or "all 49,152", f"{rate:,.0f}", f"{rate / whole:.2f}"])
+        ce, kl = (run(form="ours", drafted=drafted, loss=loss)["rate"] for loss in ("ce", "kl"))
+        rows.append([drafted or "all 49,152", f"{ce:,.0f}", f"{kl:,.0f}", f"{ce / kl:.2f}"])
     print("\n3. Draft vocabularies (their acceptance: bench/quality.py)")
-    table(["draft_vocab_size", "positions/s", "x all"], rows)
+    table(["draft_vocab_size", "positions/s, ce", "kl", "seconds of kl / ce"], rows)
 
 
 def one(request: dict[str, object]) -> dict[str, float]:
@@ -132,15 +131,17 @@ def one(request: dict[str, object]) -> dict[str, float]:
     config = default_config(
         f"model.speculator.draft_vocab_size={'null' if drafted is None else drafted}",
         f"model.dtype={'float32' if request['form'] == 'public, float32' else 'bfloat16'}",
+        f"optim.loss={request['loss']}",
         "optim.lr=0.002",
     )
     found = reader(default_config(), "train")
     shape = speculator_config(config.model.speculator, found.manifest)
-    speculator = initialise(config, shape, found.token_counts(), features.load_tables(found.collection))
+    tables = features.load_tables(found.collection)
+    speculator = initialise(config, shape, found.token_counts(), tables)
     order = found.order(0, 0)
     parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]
     make = ours if request["form"] == "ours" else public
-    optimizer, step = make(config, speculator, found, parts)
+    optimizer, step = make(config, speculator, found, parts, tables["lm_head"])
     static = forget_peak()
     began, positions, loss = 0.0, 0, 0.0
     for number in range(STEPS):
@@ -170,11 +171,11 @@ Step = Callable[[int], tuple[int, float]]
 
 
 def ours(
-    config: Config, speculator: Speculator, found: object, parts: list[list[int]]
+    config: Config, speculator: Speculator, found: object, parts: list[list[int]], lm_head: torch.Tensor
 ) -> tuple[torch.optim.Optimizer, Step]:
     """What the project's loop does, without its log."""
     worker = this_worker()
-    task = FrozenTask(config, speculator, found, found, worker)  # type: ignore[arg-type]
+    task = FrozenTask(config, speculator, found, found, worker, lm_head)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(task.parameters(), betas=config.optim.betas, fused=True)
     batches = list(task.batches(iter(parts)))
     module = task.module
@@ -192,7 +193,7 @@ def ours(
 
 
 def public(
-    config: Config, speculator: Speculator, found: object, parts: list[list[int]]
+    config: Config, speculator: Speculator, found: object, parts: list[list[int]], lm_head: torch.Tensor
 ) -> tuple[torch.optim.Optimizer, Step]:
     """The public trainers' recipe: all heads' logits stacked, cross-entropy over them, dense gradients."""
     n = speculator.config.n_predict

@@ -49,6 +49,8 @@ class Job:
         n_predict: heads n.
         width: of the heads, h.
         outputs: rows of a head's output matrix: draft_vocab_size, or V.
+        teachers: times that the base's logits behind a position are made in training (optim.loss=kl): once for heads
+            that share their output matrix, else once a head; never with ce.
     """
 
     base_params: float
@@ -61,6 +63,7 @@ class Job:
     n_predict: int
     width: int
     outputs: int
+    teachers: int = 0
 
 
 def stored_bytes(job: Job, dtype: str, codec: str) -> float:
@@ -88,10 +91,11 @@ def head_operations(job: Job) -> float:
     """Operations of one position's training step: forward and backward are 6 a weight that is multiplied.
 
     A head multiplies its output matrix (outputs x h) and its projection (d x h for the first, h x h for the others).
+    A teacher's logits (outputs x d) are made forward alone.
     """
     weights = job.n_predict * job.outputs * job.width
     weights += job.width * job.hidden_size + (job.n_predict - 1) * job.width**2
-    return 6.0 * weights
+    return 6.0 * weights + 2.0 * job.teachers * job.outputs * job.hidden_size
 
 
 def epoch_seconds(job: Job, machine: Machine) -> float:

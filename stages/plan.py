@@ -87,6 +87,7 @@ def _job(
     config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
 ) -> Job:
     speculator = config.model.speculator
+    teachers = 1 if speculator.tie_weights else speculator.n_predict
     return Job(
         base_params=base_params,
         hidden_size=hidden,
@@ -98,6 +99,7 @@ def _job(
         n_predict=speculator.n_predict,
         width=hidden if speculator.method == "medusa" else speculator.inner_dim[-1],
         outputs=speculator.draft_vocab_size or vocab,
+        teachers=teachers if config.optim.loss == "kl" else 0,
     )
 
 

@@ -33,6 +33,14 @@ def test_seconds_of_each_stage() -> None:
     assert costs.loop_epoch_seconds(JOB, MACHINE) == pytest.approx(together)
 
 
+def test_a_teacher_costs_a_third_of_a_head_at_most() -> None:
+    alone = costs.epoch_seconds(JOB, MACHINE)
+    for teachers in (1, 3):
+        more = costs.epoch_seconds(replace(JOB, teachers=teachers), MACHINE) - alone
+        assert more == pytest.approx(teachers * 2 * 128256 * 4096 * 6e8 / 400e12)
+        assert more < teachers * alone / 9
+
+
 def test_a_step_of_few_answers_reads_the_weights_and_of_many_multiplies_them() -> None:
     few, many = replace(JOB, rows=8), replace(JOB, rows=4096)
     assert costs.answer_seconds(few, MACHINE) == pytest.approx(6e8 / 8 * 16e9 / 3e12)
