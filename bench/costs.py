@@ -18,9 +18,9 @@ from bench import train
 from bench.common import default_config, load_base, machine, reader, seconds, spread, table
 from spec import base as base_model
 from spec import costs, files
-from spec.costs import Job, Machine
+from spec.costs import Machine
 from spec.store import features
-from stages import cache, common
+from stages import cache, common, plan
 
 ROUNDS = 3
 ROWS, STEPS = 128, 8
@@ -32,24 +32,11 @@ def main() -> None:
     config = default_config()
     base = load_base(config)
     manifest = reader(config, "train").manifest
-    speculator = config.model.speculator
-    assert speculator.draft_vocab_size is not None
     count = sum(p.numel() for p in base.model.parameters())
     if base.lm_head is not base.embedding:
         count -= base.embedding.numel()
-    job = Job(
-        base_params=count,
-        hidden_size=base.hidden_size,
-        vocab_size=base.vocab_size,
-        tokens=manifest.tokens,
-        positions=manifest.positions,
-        answers=0,
-        rows=ROWS,
-        n_predict=speculator.n_predict,
-        width=speculator.inner_dim[-1],
-        outputs=speculator.draft_vocab_size,
-        teachers=int(config.optim.loss == "kl"),
-    )
+    job = plan.make_job(config, count, base.hidden_size, base.vocab_size, manifest.tokens, manifest.positions, 0)
+    job = replace(job, rows=ROWS)
     dtype = base.model.dtype
 
     split = files.read_json(cache.METRICS)["train"]
@@ -71,7 +58,7 @@ def main() -> None:
         return (many - few) / STEPS
 
     def positions() -> float:
-        form = {"form": "ours", "drafted": speculator.draft_vocab_size, "loss": config.optim.loss}
+        form = {"form": "ours", "drafted": config.model.speculator.draft_vocab_size, "loss": config.optim.loss}
         return 1 / train.one(form)["rate"]
 
     works: list[tuple[str, Callable[[Machine], float], Callable[[], float]]] = [

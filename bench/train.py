@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +97,8 @@ def beside_the_base_in_the_loop() -> None:
     manifest = found.manifest
     from_cache = manifest.positions / cached["rate"]
     in_the_loop = from_cache + manifest.tokens / base_rate
-    print("\n2. An epoch of the default (draft vocabulary 8,192, kl)")
+    speculator = config.model.speculator
+    print(f"\n2. An epoch of the default (draft vocabulary {speculator.draft_vocab_size:,}, {config.optim.loss})")
     rows = [
         ["default, here (measured)", f"{from_cache:,.0f} s", f"{in_the_loop:,.0f} s", f"{in_the_loop / from_cache:.2f}"]
     ]
@@ -140,8 +142,8 @@ def one(request: dict[str, object]) -> dict[str, float]:
     speculator = initialise(config, shape, found.token_counts(), tables)
     order = found.order(0, 0)
     parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]
-    make = ours if request["form"] == "ours" else public
-    optimizer, step = make(config, speculator, found, parts, tables["lm_head"])
+    make = partial(ours, tables["lm_head"]) if request["form"] == "ours" else public
+    optimizer, step = make(config, speculator, found, parts)
     static = forget_peak()
     began, positions, loss = 0.0, 0, 0.0
     for number in range(STEPS):
@@ -171,7 +173,7 @@ Step = Callable[[int], tuple[int, float]]
 
 
 def ours(
-    config: Config, speculator: Speculator, found: object, parts: list[list[int]], lm_head: torch.Tensor
+    lm_head: torch.Tensor, config: Config, speculator: Speculator, found: object, parts: list[list[int]]
 ) -> tuple[torch.optim.Optimizer, Step]:
     """What the project's loop does, without its log."""
     worker = this_worker()
@@ -193,7 +195,7 @@ def ours(
 
 
 def public(
-    config: Config, speculator: Speculator, found: object, parts: list[list[int]], lm_head: torch.Tensor
+    config: Config, speculator: Speculator, found: object, parts: list[list[int]]
 ) -> tuple[torch.optim.Optimizer, Step]:
     """The public trainers' recipe: all heads' logits stacked, cross-entropy over them, dense gradients."""
     n = speculator.config.n_predict

@@ -58,7 +58,7 @@ def plan(
         if base_params is None or hidden is None or vocab is None or tokens is None:
             raise SpecError("for a base that is not here give all of --base-params, --hidden, --vocab and --tokens")
         # The widths of params.yaml are another base's: heads are as wide as this one, over its whole vocabulary.
-        job = _job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
+        job = make_job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
         job = replace(job, width=hidden, outputs=vocab)
         common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
         _print_bytes(job, job, config)
@@ -83,9 +83,10 @@ def _machine(config: Config, tflops: float | None, bandwidth: float | None, devi
     return replace(found, flops=flops, bandwidth=bandwidth * 1e9 if bandwidth else found.bandwidth, devices=devices)
 
 
-def _job(
+def make_job(
     config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
 ) -> Job:
+    """What the parameters make of a base and its data."""
     speculator = config.model.speculator
     teachers = 1 if speculator.tie_weights else speculator.n_predict
     return Job(
@@ -137,7 +138,9 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
         0 if meta.get_output_embeddings().weight is embedding else embedding.numel()
     )
     written = work.answers_missing * config.respond.max_new_tokens
-    job = _job(config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written)
+    job = make_job(
+        config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written
+    )
     whole = replace(job, tokens=work.tokens, positions=work.positions)
     _print_bytes(whole, job, config)
     if measured and (written or work.tokens_missing):

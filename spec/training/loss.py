@@ -1,4 +1,4 @@
-"""Head and loss in one, without ever holding all logits."""
+"""Head and loss in one, with a bounded number of logits at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from spec.heads import Speculator
 from spec.store.reader import Positions
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits [rows, V] that exist at one time, by device. Each chunk passes over the weight and its gradient once, which a
-GPU has to hide behind more rows."""
+CHUNK_LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**28}
+"""Logits [rows, V] that exist at one time, at most, by device. A chunk reads the weight and adds to its gradient once;
+a GPU's products are so fast that it takes more rows to make up for that (by arithmetic; not measured)."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,7 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         low_weight = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
         kind = torch.promote_types(hidden.dtype, torch.float32)
-        groups = 1 if teacher is None else max(len(hidden) // max(len(teacher[0]), 1), 1)
+        # Rows come in G groups, one a head, that share their teachers; a chunk has C rows of each.
+        groups = len(hidden) // len(teacher[0]) if teacher is not None and len(teacher[0]) else 1
         length = len(hidden) // groups
         hidden = hidden.view(groups, length, hidden.shape[1])
         targets, scale = targets.view(groups, length), scale.view(groups, length)
@@ -50,29 +51,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU.
         room = losses.new_empty(groups * chunk, len(weight))
         low_room = room if low_weight.dtype == kind else low_weight.new_empty(room.shape)
-        soft_room = None if teacher is None else losses.new_empty(chunk, len(weight))
+        teach = None
+        if teacher is not None:
+            teach = teacher[0], teacher[1].to(low_weight.dtype), losses.new_empty(chunk, len(weight))
         part = torch.empty_like(low_weight) if needed else None
-        taught, table = (None, None) if teacher is None else (teacher[0], teacher[1].to(low_weight.dtype))
         with torch.autocast(device, enabled=False):
             for start in range(0, length, chunk):
                 rows = slice(start, start + chunk)
                 inputs = hidden[:, rows].to(low_weight.dtype).flatten(0, 1)  # [G * C, h]
                 target, factor = (tensor[:, rows].reshape(-1, 1) for tensor in (targets, scale))
                 low, logits = low_room[: len(inputs)], room[: len(inputs)]  # [G * C, V]
-                soft = entropy = None
-                if taught is not None and table is not None and soft_room is not None:
-                    soft, entropy = _distribution(taught[rows], table, low, logits, soft_room)
+                soft = None
+                if teach is not None:
+                    states, table, soft_room = teach
+                    soft, entropy = _distribution(states[rows], table, low, logits, soft_room)
                 logits.copy_(torch.mm(inputs, low_weight.T, out=low))
-                at_target = logits.gather(1, target.clamp(min=0))
-                top = logits.amax(1, keepdim=True)
-                correct[:, rows] = ((at_target >= top) & (target >= 0)).view(groups, -1)
-                expected = at_target
+                logits.sub_(logits.amax(1, keepdim=True))  # before any sum, which would round larger numbers
+                expected = logits.gather(1, target.clamp(min=0))
+                correct[:, rows] = ((expected >= 0) & (target >= 0)).view(groups, -1)
                 by_group = logits.view(groups, -1, len(weight))  # [G, C, V]
-                if soft is not None and entropy is not None:  # KL(p || q) = -entropy(p) - sum p log q
+                if soft is not None:  # KL(p || q) = -entropy(p) - sum p log q
                     expected = (_dots(soft, by_group) + entropy).reshape(-1, 1)
-                probabilities = logits.sub_(top).exp_()
+                probabilities = logits.exp_()
                 total = probabilities.sum(1, keepdim=True)
-                losses[:, rows] = (total.log() + top - expected).view(groups, -1)
+                losses[:, rows] = (total.log() - expected).view(groups, -1)
                 if grad_hidden is not None and grad_weight is not None and part is not None:
                     grad = probabilities.mul_(factor / total)
                     if soft is None:
@@ -108,7 +110,7 @@ def _distribution(states: Tensor, table: Tensor, low: Tensor, logits: Tensor, so
 
 
 def _dots(rows: Tensor, groups: Tensor) -> Tensor:
-    """Each row's dot product with the same row of each group: [C, V], [G, C, V] -> [G, C]. No products are kept."""
+    """Each row's dot product with the same row of each group: [C, V], [G, C, V] -> [G, C], without writing products."""
     return torch.bmm(rows[:, None], groups.permute(1, 2, 0))[:, 0].T
 
 
@@ -146,9 +148,10 @@ class Supervision:
         tokens: [P, n + 1], as in Positions.
         rows: [M] the positions from which heads draft, head after head.
         targets: [M] the logits' index of each target, -1 where the draft vocabulary lacks it.
-        heads: [M] the head that the row trains; n: none.
-        taught: [R] with a teacher, the positions whose states it writes the targets from: the same for each head.
-            Rows that train no head fill up the places of targets that are not supervised.
+        heads: [M] the head that the row trains; n: none, the row fills up.
+        taught: [R] the positions whose states the base wrote targets from, ascending; empty without a teacher. Each
+            head has a row for each of them, in this order, which fills up where the head has no target there (in
+            the first n - 1 of a supervised span).
         sizes: rows of each head.
         counts: [n] supervised positions of each head, targets outside the draft vocabulary included.
     """
@@ -176,21 +179,21 @@ class Supervision:
 
 
 def supervise(tokens: Tensor, valid: Tensor, draft_index: Tensor | None, soft: bool) -> Supervision:
-    """Find the rows that train.
+    """Line up what the heads draft from with what they are trained towards.
 
     Args:
         tokens: [P, n + 1], as in Positions; on the CPU.
-        valid: [P, n].
+        valid: [P, n]; where it holds, the states up to the target's own are among the P positions.
         draft_index: [V], as a speculator has it; on the CPU.
         soft: whether a teacher gives the targets, so that those outside the draft vocabulary train as well.
     """
     n = valid.shape[1]
     index = tokens[:, 1:] if draft_index is None else draft_index[tokens[:, 1:]]
     if soft:  # x_{t+2+i} was written from the state at t + 1 + i, which is stored 1 + i rows below
-        supervised = torch.stack([valid[:, i].roll(1 + i) for i in range(n)], 1)  # [P, n], by that state
+        supervised = torch.stack([F.pad(valid[:, i], (1 + i, n - 1 - i)) for i in range(n)], 1)  # [P + n, n]
         taught = supervised.any(1).nonzero()[:, 0]
         sizes = [len(taught)] * n
-        rows = torch.cat([(taught - 1 - i) % len(valid) for i in range(n)])
+        rows = torch.cat([(taught - 1 - i).clamp(min=0) for i in range(n)])
         heads = torch.where(supervised[taught], torch.arange(n), n).T.flatten()
     else:
         taught = torch.zeros(0, dtype=torch.int64)

@@ -7,7 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from spec.config import from_overrides
+from stages.plan import make_job
 from tests.stages.workspace import ok, prepare, run_through
+
+
+@pytest.mark.parametrize(
+    ("overrides", "teachers"),
+    [
+        (["optim.loss=ce"], 0),
+        (["optim.loss=kl"], 1),
+        (["optim.loss=kl", "model.speculator.tie_weights=false"], 4),
+    ],
+)
+def test_heads_that_share_their_matrix_share_a_teacher(overrides: list[str], teachers: int) -> None:
+    config = from_overrides(["model.speculator.n_predict=4", *overrides])
+    assert make_job(config, 1e8, 576, 49152, 1e6, 1e6, 0).teachers == teachers
 
 
 def test_an_epoch_costs_the_same_whatever_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

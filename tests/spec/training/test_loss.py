@@ -28,8 +28,8 @@ V, D, P = 19, 8, 23
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks, the last one not full."""
-    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", 5 * V)
+    """Several chunks, the last one not full; two rows of each of three heads that share their teachers."""
+    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", 7 * V)
 
 
 def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tupl
     return hidden, weight, targets, torch.rand(rows, generator=generator, dtype=dtype)
 
 
-rows_of_logits = st.sampled_from([1, V - 1, V, 2 * V, 5 * V + 3, 1000 * V])
+rows_of_logits = st.sampled_from([1, V - 1, V, 2 * V, 5 * V + 3, 7 * V, 12 * V, 1000 * V])
 
 
 @settings(max_examples=30)
@@ -100,6 +100,18 @@ def test_a_head_that_is_its_teacher_has_nothing_to_learn() -> None:
         torch.testing.assert_close(tensor, torch.zeros_like(tensor), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("shift", [0.0, -40.0])
+def test_a_divergence_of_nothing_is_nothing_in_float32(shift: float) -> None:
+    """Over many tokens and far from zero, where sums of the logits themselves would round by more."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.cat([torch.randn(12, D, generator=generator), torch.ones(12, 1)], 1)
+    weight = torch.cat([torch.randn(50_000, D, generator=generator), torch.full((50_000, 1), shift)], 1)
+    _, losses, _ = linear_cross_entropy(
+        hidden.repeat(3, 1), weight, torch.zeros(36, dtype=torch.long), torch.ones(36), (hidden, weight)
+    )
+    assert losses.abs().max() < 4e-5
+
+
 def test_gradients_reach_the_table_that_two_calls_share() -> None:
     hidden, weight, targets, scale = inputs(12)
     (linear_cross_entropy(hidden, weight, targets, scale)[0] * 2).backward()
@@ -127,16 +139,22 @@ def test_without_gradients_nothing_is_kept_for_them() -> None:
     torch.testing.assert_close(losses, F.cross_entropy(hidden @ weight.T, targets, reduction="none").detach())
 
 
-def test_mixed_precision_rounds_as_a_linear_would() -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_mixed_precision_rounds_as_a_linear_would(taught: bool) -> None:
     hidden, weight, targets, scale = inputs(64, dtype=torch.float32)
-    exact = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, scale)[0], (hidden, weight))
+    states, table, _, _ = inputs(32, seed=1, dtype=torch.float32)
+    teacher = (states.detach(), table.detach()) if taught else None
+    exact = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, scale, teacher)[0], (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale)
-        logits = F.linear(hidden, weight)
+        total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, teacher)
+        logits, soft = F.linear(hidden, weight).float(), F.linear(states, table).float().softmax(1).repeat(2, 1)
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    if taught:
+        plain = F.kl_div(logits.log_softmax(1), soft, reduction="none").sum(1)
     rounded = torch.autograd.grad(total, (hidden, weight))
     assert losses.dtype == torch.float32
     assert [grad.dtype for grad in rounded] == [torch.float32, torch.float32]
-    torch.testing.assert_close(losses, F.cross_entropy(logits.float(), targets, reduction="none"), rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(losses, plain, rtol=1e-2, atol=2e-2)
     for found, expected in zip(rounded, exact, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
 
