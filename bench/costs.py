@@ -32,9 +32,7 @@ def main() -> None:
     config = default_config()
     base = load_base(config)
     manifest = reader(config, "train").manifest
-    count = sum(p.numel() for p in base.model.parameters())
-    if base.lm_head is not base.embedding:
-        count -= base.embedding.numel()
+    count = costs.passed_params(base.model)
     job = plan.make_job(config, count, base.hidden_size, base.vocab_size, manifest.tokens, manifest.positions, 0)
     job = replace(job, rows=ROWS)
     dtype = base.model.dtype

@@ -97,8 +97,8 @@ def beside_the_base_in_the_loop() -> None:
     manifest = found.manifest
     from_cache = manifest.positions / cached["rate"]
     in_the_loop = from_cache + manifest.tokens / base_rate
-    speculator = config.model.speculator
-    print(f"\n2. An epoch of the default (draft vocabulary {speculator.draft_vocab_size:,}, {config.optim.loss})")
+    drafted = config.model.speculator.draft_vocab_size or "all"
+    print(f"\n2. An epoch of the default (draft vocabulary {drafted}, {config.optim.loss})")
     rows = [
         ["default, here (measured)", f"{from_cache:,.0f} s", f"{in_the_loop:,.0f} s", f"{in_the_loop / from_cache:.2f}"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,6 +65,15 @@ class Job:
     width: int
     outputs: int
     teachers: int = 0
+
+
+def passed_params(model: Any) -> int:
+    """Parameters of a causal model that a token passes through: all but the embedding, which is looked up (and counts
+    where it is lm_head as well)."""
+    embedding = model.get_input_embeddings().weight
+    looked_up = 0 if model.get_output_embeddings().weight is embedding else embedding.numel()
+    count: int = sum(p.numel() for p in model.parameters()) - looked_up
+    return count
 
 
 def stored_bytes(job: Job, dtype: str, codec: str) -> float:

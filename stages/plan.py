@@ -132,11 +132,7 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
     )
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.model.trust_remote_code)
-    # A token passes through everything but the embedding, which is looked up (and is counted where it is lm_head).
-    embedding = meta.get_input_embeddings().weight
-    count = sum(p.numel() for p in meta.parameters()) - (
-        0 if meta.get_output_embeddings().weight is embedding else embedding.numel()
-    )
+    count = costs.passed_params(meta)
     written = work.answers_missing * config.respond.max_new_tokens
     job = make_job(
         config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written

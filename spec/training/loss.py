@@ -65,8 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if teach is not None:
                     states, table, soft_room = teach
                     soft, entropy = _distribution(states[rows], table, low, logits, soft_room)
-                logits.copy_(torch.mm(inputs, low_weight.T, out=low))
-                logits.sub_(logits.amax(1, keepdim=True))  # before any sum, which would round larger numbers
+                _shifted_logits(inputs, low_weight, low, logits)
                 expected = logits.gather(1, target.clamp(min=0))
                 correct[:, rows] = ((expected >= 0) & (target >= 0)).view(groups, -1)
                 by_group = logits.view(groups, -1, len(weight))  # [G, C, V]
@@ -95,14 +94,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
 
 
+def _shifted_logits(inputs: Tensor, table: Tensor, low: Tensor, logits: Tensor) -> None:
+    """Write the rows' logits, less each row's largest, into `logits`: [C, V]. Sums of them round less for the shift.
+
+    The product is made in `low`, which may be the same memory as `logits`.
+    """
+    logits.copy_(torch.mm(inputs, table.T, out=low))
+    logits.sub_(logits.amax(1, keepdim=True))
+
+
 def _distribution(states: Tensor, table: Tensor, low: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
     """The base's own distribution behind these states, from its lm_head's rows, and its entropy: [C, V], [C].
 
-    The first is in `soft`. The product is made in `low`, which may be the same memory as `logits`.
+    The first is in `soft`; `low` and `logits` are as for _shifted_logits.
     """
     low, logits, probabilities = (room[: len(states)] for room in (low, logits, soft))
-    logits.copy_(torch.mm(states.to(low.dtype), table.T, out=low))
-    logits.sub_(logits.amax(1, keepdim=True))
+    _shifted_logits(states.to(low.dtype), table, low, logits)
     torch.exp(logits, out=probabilities)
     total = probabilities.sum(1)
     probabilities.div_(total[:, None])

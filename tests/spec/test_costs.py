@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from spec import costs
 from spec.costs import Job, Machine
@@ -23,6 +24,15 @@ JOB = Job(
     outputs=128256,
 )
 MACHINE = Machine(flops=400e12, bandwidth=3e12)
+
+
+def test_an_embedding_counts_only_where_it_is_lm_head_too() -> None:
+    for tied in (True, False):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, tie_word_embeddings=tied))
+        named = {name: p.numel() for name, p in model.named_parameters()}
+        assert ("lm_head.weight" in named) != tied
+        looked_up = 0 if tied else named["transformer.wte.weight"]
+        assert costs.passed_params(model) == sum(named.values()) - looked_up
 
 
 def test_seconds_of_each_stage() -> None:

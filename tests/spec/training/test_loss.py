@@ -20,7 +20,7 @@ from spec.heads import Speculator, SpeculatorConfig, build, init_from_base, init
 from spec.store.features import kept_positions
 from spec.store.reader import Positions, tokens_around
 from spec.training import loss as loss_module
-from spec.training.loss import SpeculatorLoss, linear_cross_entropy
+from spec.training.loss import SpeculatorLoss, Supervision, linear_cross_entropy
 from tests.tiny import sequence
 
 V, D, P = 19, 8, 23
@@ -436,10 +436,15 @@ def test_supervision_keeps_all_that_is_on_the_way_to_a_device(soft: bool) -> Non
     loss = make_loss(make("sum_rnn", {}, 11), None, table() if soft else None)
     made = loss.supervise(batch)
     moved = made.to(torch.device("cpu"))
+    assert isinstance(moved, Supervision)
     assert made.sizes == moved.sizes
     assert torch.equal(made.counts, batch.valid.sum(0))
     for name in ("tokens", "rows", "targets", "heads", "taught", "counts"):
         assert torch.equal(getattr(moved, name), getattr(made, name))
+    trained = made.heads < 3
+    supervised = batch.valid if soft else batch.valid & (batch.tokens[:, 1:] >= V - 11)
+    assert made.heads[trained].bincount(minlength=3).tolist() == supervised.sum(0).tolist()
+    assert bool((made.targets[trained] < 0).any()) == soft
 
 
 @settings(max_examples=60)
@@ -452,13 +457,13 @@ def test_supervised_rows_are_the_valid_ones(seed: int, rows: int, drafted: int |
         targets = speculator.targets(batch.tokens[:, 1:])
         wanted = batch.valid if soft else batch.valid & (targets >= 0)
         trained = made.heads < 3
-        rows, heads = made.rows[trained], made.heads[trained]
-        assert torch.equal(torch.stack([heads, rows], 1), wanted.T.nonzero())
-        assert torch.equal(made.targets[trained], targets[rows, heads])
+        places, heads = made.rows[trained], made.heads[trained]
+        assert torch.equal(torch.stack([heads, places], 1), wanted.T.nonzero())
+        assert torch.equal(made.targets[trained], targets[places, heads])
         if soft:  # each state that wrote a target, once; from it every head is taught
             assert made.sizes == [len(made.taught)] * 3
-            assert torch.equal(made.taught.repeat(3)[trained], rows + 1 + heads)
-            assert torch.equal(made.taught, (rows + 1 + heads).unique())
+            assert torch.equal(made.taught.repeat(3)[trained], places + 1 + heads)
+            assert torch.equal(made.taught, (places + 1 + heads).unique())
         else:
             assert bool(trained.all())
             assert made.sizes == wanted.sum(0).tolist()
