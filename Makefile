@@ -10,7 +10,7 @@ BIN_VLLM := $(CURDIR)/$(VENV_VLLM)/bin
 # vLLM's CPU build needs torch's, which PyPI does not have.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install repro test lint types unit test-slow ui test-ui venv-vllm serve test-vllm headline clean
+.PHONY: install repro test lint types unit test-slow bundle ui test-ui venv-vllm serve test-vllm headline clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,12 @@ unit: install
 
 test-slow: install
 	pytest -m slow
+
+# What a machine without a network lacks, in build/bundle: docs/gpu.md.
+PYTHON_THERE ?= 3.12
+
+bundle: install
+	python -m bench.bundle build --python $(PYTHON_THERE)
 
 PORT ?= 5000
 

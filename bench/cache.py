@@ -11,8 +11,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,11 @@ from bench.common import default_config, load_base, machine, reader, real_states
 from spec import acceptance, base, corpus, heads
 from spec.base import Base
 from spec.config import Config
+from spec.device import synchronize
 from spec.store import codecs, features, segment
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.plan import item_key, plan
+from spec.store.plan import plan
 from stages import common
 
 ROUNDS = 5
@@ -45,37 +47,47 @@ def main() -> None:
 
 
 def beside_the_forward(config: Config, root: Path) -> None:
-    model = load_base(config)
     rows, total = [], 0
     for row in corpus.read(common.responses_path("train")):
         if total < TOKENS:
-            rows.append(FeatureRow(item_key(row.ids, row.mask), row.ids, row.mask))
+            rows.append(FeatureRow.of(row))
             total += len(row)
     groups = plan([row.key for row in rows], [len(row.ids) for row in rows], (), base.bucket, 4096)
+    cache_rates, bare_rates = cached_and_bare(load_base(config), rows, groups, root, ROUNDS)
+    ratios = [cached / bare for cached, bare in zip(cache_rates, bare_rates, strict=True)]
+    cache_rate, bare_rate = statistics.median(cache_rates), statistics.median(bare_rates)
+    print(f"\n1. {len(rows)} sequences, {total:,} tokens in {len(groups)} segments")
+    table(
+        ["", "tokens/s", "ratio: median (lowest to highest)"],
+        [["bare forward", f"{bare_rate:,.0f}", ""], ["cache, zstd", f"{cache_rate:,.0f}", spread(ratios)]],
+    )
+
+
+def cached_and_bare(
+    model: Base, rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]], root: Path, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Tokens/s of the cache stage's work and of the bare forward on the same batches, in turn; one of each a round."""
     batches = list(_padded(rows, groups))
+    total = sum(len(row.ids) for row in rows)
 
     @torch.inference_mode()
     def bare() -> None:
         for batch in batches:
-            base.hidden_states(model.model, batch)
+            base.hidden_states(model.model, batch.to(model.device))
+        synchronize(model.device)
 
     def cached() -> None:
         collection = Collection(root, "features", {"round": time.monotonic_ns(), **IDENTITY})
         collection.create()
         features.produce(model, collection, rows, groups, "zstd")
+        shutil.rmtree(collection.folder)
 
     bare()
-    ratios, rates = [], []
-    for turn in range(ROUNDS):
-        times = {work: seconds(work) for work in ((bare, cached) if turn % 2 else (cached, bare))}
-        ratios.append(times[bare] / times[cached])
-        rates.append((total / times[cached], total / times[bare]))
-    cache_rate, bare_rate = (statistics.median(column) for column in zip(*rates, strict=True))
-    print(f"\n1. {len(rows)} sequences, {total:,} tokens in {len(batches)} batches and {len(groups)} segments")
-    table(
-        ["", "tokens/s", "ratio: median (lowest to highest)"],
-        [["bare forward", f"{bare_rate:,.0f}", ""], ["cache, zstd", f"{cache_rate:,.0f}", spread(ratios)]],
-    )
+    rates: dict[Callable[[], None], list[float]] = {cached: [], bare: []}
+    for turn in range(rounds):
+        for work in (bare, cached) if turn % 2 else (cached, bare):
+            rates[work].append(total / seconds(work))
+    return rates[cached], rates[bare]
 
 
 IDENTITY = {"dtype": "bfloat16", "encoding": codecs.EXACT}
@@ -131,7 +143,7 @@ def synthetic(config: Config, root: Path) -> None:
         for _ in range(3):
             collection = Collection(root, "features", {**IDENTITY, "codec": codec})
             collection.create()
-            took = seconds(lambda c=collection, k=codec: features.produce(model, c, rows, groups, k))
+            took = seconds(partial(features.produce, model, collection, rows, groups, codec))
             rates.append(size / 1e6 / took)
             shutil.rmtree(collection.folder)
         result.append([codec, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"])
@@ -151,10 +163,8 @@ def compare_codecs(config: Config, root: Path) -> None:
         writes, reads = [], []
         for number in range(5):
             name = f"{codec}{number}"
-            writes.append(
-                seconds(lambda n=name, r=row, a=attributes, k=codec: segment.write(root, n, ["a"], [r], a, k))
-            )
-            reads.append(seconds(lambda n=name: segment.read(root, n)))
+            writes.append(seconds(partial(segment.write, root, name, ["a"], [row], attributes, codec)))
+            reads.append(seconds(partial(segment.read, root, name)))
         stored = segment.read_record(root, f"{codec}0").size
         walks = _walk_through(speculator, eval_reader, how)
         result.append(

@@ -25,9 +25,9 @@ import torch
 
 from bench.common import default_config, load_base, machine, reader, table
 from spec import acceptance, drafting, heads, plots
-from spec.base import arithmetic, choose_device
 from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
+from spec.device import arithmetic, choose_device, synchronize
 from spec.drafting import Drafter, NgramIndex, Source, drafts_along
 from spec.evaluation import SOURCES, choose_prompts
 from spec.kv_cache import make_cache
@@ -221,26 +221,9 @@ def profile(count: int, tokens: int) -> None:
     lm = model()
     given = prompts(max(1, count // 4))
     sources: tuple[Source, ...] = ("none", "head", "hybrid")
-    parts = ("layers", "lm_head", "heads", "n-grams")
-    columns = []
-    for source in sources:
-        lm.generate(given[0][1], tokens, draft=source)
-        spent = dict.fromkeys(parts, 0.0)
-        steps, began, whole = 0, 0.0, 0.0
-        for _, prompt in given:
-            stream = lm.stream(prompt, tokens, draft=source)
-            next(stream)  # the prefill
-            with _clocked(lm, spent):
-                began = time.perf_counter()
-                steps += sum(1 for _ in stream)
-                whole += time.perf_counter() - began
-        spent["everything else"] = whole - sum(spent.values())
-        columns.append({**spent, "a step": whole, "steps": steps})
+    columns = [where_time_goes(lm, [prompt for _, prompt in given], tokens, source) for source in sources]
     print("\n4. Where a step's time goes: ms a step (share)")
-    rows = [
-        [name, *[f"{1e3 * c[name] / c['steps']:.2f} ({c[name] / c['a step']:.1%})" for c in columns]]
-        for name in (*parts, "everything else", "a step")
-    ]
+    rows = [[name, *[f"{1e3 * c[name]:.2f} ({c[name] / c['a step']:.1%})" for c in columns]] for name in columns[0]]
     table(["", *sources], rows)
     costs = forward_seconds(lm)
     print("\nA forward of several tokens, behind 200 others")
@@ -253,6 +236,25 @@ def profile(count: int, tokens: int) -> None:
     )
 
 
+def where_time_goes(
+    lm: LanguageModelWithSpeculator, prompts: Sequence[list[int]], tokens: int, source: Source
+) -> dict[str, float]:
+    """Seconds of each part of a decoding step, the mean over all steps; "a step" is their sum."""
+    for _ in lm.stream(prompts[0], tokens, draft=source):  # first calls pay for allocations and code paths
+        pass
+    spent = dict.fromkeys(("layers", "lm_head", "heads", "n-grams"), 0.0)
+    steps, whole = 0, 0.0
+    for prompt in prompts:
+        stream = lm.stream(prompt, tokens, draft=source)
+        next(stream)  # the prefill
+        with _clocked(lm, spent):
+            began = time.perf_counter()
+            steps += sum(1 for _ in stream)
+            whole += time.perf_counter() - began
+    spent["everything else"] = whole - sum(spent.values())
+    return {name: seconds / max(steps, 1) for name, seconds in {**spent, "a step": whole}.items()}
+
+
 @contextmanager
 def _clocked(lm: LanguageModelWithSpeculator, spent: dict[str, float]) -> Iterator[None]:
     """Adds up the seconds of each part while the block runs; parts do not contain each other."""
@@ -263,8 +265,7 @@ def _clocked(lm: LanguageModelWithSpeculator, spent: dict[str, float]) -> Iterat
             try:
                 return function(*args, **kwargs)
             finally:
-                if lm.base.device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronize(lm.base.device)
                 spent[name] += time.perf_counter() - began
 
         return run
@@ -300,8 +301,7 @@ def forward_seconds(lm: LanguageModelWithSpeculator) -> dict[int, float]:
                 for _ in range(5):
                     began = time.perf_counter()
                     network(input_ids=ids[:, :k], past_key_values=cache, use_cache=True, logits_to_keep=k)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
+                    synchronize(device)
                     times.append(time.perf_counter() - began)
                     cache.crop(-k)
                 found.setdefault(k, []).append(min(times))

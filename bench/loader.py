@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def main() -> None:
         orders = {}
         forms: dict[str, Callable[[int], Iterator[Positions]]] = {}
         for codec in ("zstd", "none", "fp8"):
-            manifest = store(root / codec, states, ids, mask, codec)
+            manifest = store(root / codec, states, ids, mask, 49152, codec)
             orders[codec] = FeatureReader(manifest, root / codec).order(0, 0)
             forms[f"reader, {codec}, first epoch"] = from_reader(manifest, root / codec, fresh=True)
             forms[f"reader, {codec}, later epochs"] = from_reader(manifest, root / codec, fresh=False)
@@ -67,7 +68,7 @@ def main() -> None:
         rates: dict[str, list[float]] = {form: [] for form in forms}
         for turn in range(ROUNDS):
             for form, epoch in forms.items():
-                took = seconds(lambda e=epoch, t=turn: sum(len(batch) for batch in prefetch(e(t))))
+                took = seconds(partial(positions_in, epoch, turn))
                 rates[form].append(len(states) / took)
     raw = statistics.median(rates["raw memory map"])
     operations = costs.head_operations(HEAD_8B)
@@ -91,19 +92,29 @@ def main() -> None:
     )
 
 
+def positions_in(epoch: Callable[[int], Iterator[Positions]], number: int) -> int:
+    return sum(len(batch) for batch in prefetch(epoch(number)))
+
+
 def store(
-    root: Path, states: torch.Tensor, ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], codec: str
+    root: Path,
+    states: torch.Tensor,
+    ids: np.ndarray[Any, Any],
+    mask: np.ndarray[Any, Any],
+    vocab_size: int,
+    codec: str,
 ) -> Manifest:
-    """The sequences in a store of their own."""
-    base = {"name": "bench", "revision": None, "weights": "w", "tokenizer": "t"}
+    """Sequences in a store of their own: states [N * P, d] in bfloat16, ids [N, T], and the mask [T] of each."""
+    base = {"weights": "w", "tokenizer": "t"}
     collection = Collection(root, "features", features.identity(base, "bfloat16", codec))
     collection.create()
     how = codecs.encoding(codec)
     offsets = {k: v for k, v in features.OFFSETS.items() if k != "scales" or how == codecs.FP8}
     attributes = {"dtype": "bfloat16", "encoding": how, "offsets": offsets}
-    per_row, a_segment = LENGTH - PROMPT, 65536 // LENGTH
-    for start in range(0, SEQUENCES, a_segment):
-        numbers = range(start, min(start + a_segment, SEQUENCES))
+    count, length = ids.shape
+    per_row, a_segment = len(states) // count, 65536 // length
+    for start in range(0, count, a_segment):
+        numbers = range(start, min(start + a_segment, count))
         rows = []
         for row in numbers:
             encoded = codecs.encode(states[row * per_row : (row + 1) * per_row], how)
@@ -113,14 +124,14 @@ def store(
         claim.commit(rows, attributes, codec)
     return make_manifest(
         collection,
-        [str(row) for row in range(SEQUENCES)],
-        base=base,
+        [str(row) for row in range(count)],
+        base={"name": "bench", "revision": None, **base},
         hidden_size=states.shape[1],
-        vocab_size=49152,
-        prompt_length=[PROMPT] * SEQUENCES,
-        written=[True] * SEQUENCES,
-        domains=["a"] * SEQUENCES,
-        tokens=SEQUENCES * LENGTH,
+        vocab_size=vocab_size,
+        prompt_length=[length - per_row] * count,
+        written=[True] * count,
+        domains=["a"] * count,
+        tokens=count * length,
         positions=len(states),
     )
 

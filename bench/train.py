@@ -16,19 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from torch.nn import functional as F
 
+from bench import recipes
 from bench.common import default_config, load_base, machine, reader, spread, table
 from spec import base, costs
-from spec.config import Config
-from spec.heads import Speculator
 from spec.store import features
-from spec.training.frozen import FrozenTask
 from spec.workers import this_worker
 from stages.train import initialise, speculator_config
 
@@ -127,7 +122,7 @@ def draft_vocabularies() -> None:
     table(["draft_vocab_size", "positions/s, ce", "kl", "seconds of kl / ce"], rows)
 
 
-def one(request: dict[str, object]) -> dict[str, float]:
+def one(request: Mapping[str, object]) -> dict[str, float]:
     """Train a few steps in one form; returns positions/s, bytes above static, and the last loss."""
     drafted = request["drafted"]
     config = default_config(
@@ -136,94 +131,19 @@ def one(request: dict[str, object]) -> dict[str, float]:
         f"optim.loss={request['loss']}",
         "optim.lr=0.002",
     )
-    found = reader(default_config(), "train")
-    shape = speculator_config(config.model.speculator, found.manifest)
-    tables = features.load_tables(found.collection)
-    speculator = initialise(config, shape, found.token_counts(), tables)
-    order = found.order(0, 0)
-    parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]
-    make = partial(ours, tables["lm_head"]) if request["form"] == "ours" else public
-    optimizer, step = make(config, speculator, found, parts)
-    static = forget_peak()
-    began, positions, loss = 0.0, 0, 0.0
-    for number in range(STEPS):
-        if number == WARMUP:
-            began = time.perf_counter()
-        size, loss = step(number)
-        positions += size if number >= WARMUP else 0
-    rate = positions / (time.perf_counter() - began)
-    states = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
-    return {"rate": rate, "memory": resident("VmHWM") - static - states, "loss": loss}
-
-
-def forget_peak() -> int:
-    """Bytes resident now, from which the peak counts anew: making the weights had one of its own."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def resident(name: str) -> int:
-    """Bytes of this process: VmRSS, now, or VmHWM, at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
-Step = Callable[[int], tuple[int, float]]
-
-
-def ours(
-    lm_head: torch.Tensor, config: Config, speculator: Speculator, found: object, parts: list[list[int]]
-) -> tuple[torch.optim.Optimizer, Step]:
-    """What the project's loop does, without its log."""
     worker = this_worker()
-    task = FrozenTask(config, speculator, found, found, worker, lm_head)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(task.parameters(), betas=config.optim.betas, fused=True)
-    batches = list(task.batches(iter(parts)))
-    module = task.module
-
-    def step(number: int) -> tuple[int, float]:
-        batch = batches[number]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=worker.mixed(config.model.dtype)):
-            loss, _ = module(batch, batch.counts)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return batch.positions, float(loss.detach())
-
-    return optimizer, step
-
-
-def public(
-    config: Config, speculator: Speculator, found: object, parts: list[list[int]]
-) -> tuple[torch.optim.Optimizer, Step]:
-    """The public trainers' recipe: all heads' logits stacked, cross-entropy over them, dense gradients."""
-    n = speculator.config.n_predict
-    kept = speculator.undecayed()
-    groups = [
-        {
-            "params": [p for name, p in speculator.named_parameters() if (name in kept) == bare],
-            "weight_decay": 0.0 if bare else config.optim.weight_decay,
-        }
-        for bare in (False, True)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
-    batches = list(found.batches(parts, n))  # type: ignore[attr-defined]
-    mixed = config.model.dtype != "float32"
-
-    def step(number: int) -> tuple[int, float]:
-        batch = batches[number]
-        targets = torch.where(batch.valid, batch.tokens[:, 1:], -100)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
-            logits = speculator(batch.states, batch.tokens[:, :n])  # [n, P, V]
-            losses = [F.cross_entropy(logits[i].float(), targets[:, i], ignore_index=-100) for i in range(n)]
-            loss = torch.stack(losses).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return len(batch), float(loss.detach())
-
-    return optimizer, step
+    data = reader(default_config(), "train")
+    shape = speculator_config(config.model.speculator, data.manifest)
+    tables = features.load_tables(data.collection)
+    speculator = initialise(config, shape, data.token_counts(), tables).to(worker.device)
+    order = data.order(0, 0)
+    parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]
+    if request["form"] == "ours":
+        recipe = recipes.ours(config, speculator, data, parts, worker, tables["lm_head"].to(worker.device))
+    else:
+        recipe = recipes.public(config, speculator, data, parts, worker)
+    found = recipes.measure(recipe, worker.device, STEPS, WARMUP)
+    return {"rate": found.rate, "memory": found.memory, "loss": found.losses[-1]}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import logging as transformers_logging
 
 from spec import files
 from spec.config import Model
+from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
 from spec.kv_cache import make_cache
 
@@ -34,12 +34,6 @@ bit, for all batch sizes from a few rows on, but a single row is multiplied by o
 
 COMPACT = 0.75
 """Ended rows are taken out of a batch when at most this share of it still writes."""
-
-_INSTRUCTIONS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
-"""What torch.cpu.get_capabilities calls the instructions of x86 and Arm for these numbers."""
 
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
@@ -69,27 +63,6 @@ def prompt_bucket(length: int) -> int:
     A batch costs nearly the same for few rows as for many while it writes, and padding costs only its prefill.
     """
     return max(BUCKET, 1 << (length - 1).bit_length())
-
-
-def choose_device() -> torch.device:
-    """CUDA (this worker's), else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def arithmetic(dtype: str, device: torch.device) -> torch.dtype:
-    """What numbers of a dtype are computed in on a device: in that dtype, but in float32 on a CPU that lacks the
-    instructions for it, where matrix products would take several times as long (docs/scaling.md).
-
-    What is stored keeps its dtype: weights are widened, which changes none of them, and states are rounded.
-    """
-    given: torch.dtype = getattr(torch, dtype)
-    needed = _INSTRUCTIONS.get(given)
-    if device.type != "cpu" or needed is None:
-        return given
-    found = torch.cpu.get_capabilities()
-    return given if any(found.get(name) for name in needed) else torch.float32
 
 
 def resolve(name: str, revision: str | None) -> Path:
@@ -333,11 +306,12 @@ def answer(
     device, rows = base.device, len(prompts)
     prompts = [*prompts, *[prompts[0]] * (LEAST_ROWS - rows)]
     pad = base.tokenizer.pad_token_id or 0
-    ids = torch.full((len(prompts), width), pad, device=device)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    padded = np.full((len(prompts), width), pad)
+    real = np.zeros_like(padded)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, width - len(prompt) :] = 1
+        padded[row, width - len(prompt) :] = prompt
+        real[row, width - len(prompt) :] = 1
+    ids, mask = (torch.from_numpy(array).to(device) for array in (padded, real))
     drawn = _uniform(seeds or [], len(prompts), max_new_tokens if temperature else 0).to(device)
     cache = make_cache(base.model.config)
     answers: list[list[int]] = [[] for _ in range(rows)]

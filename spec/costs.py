@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from spec.device import synchronize
 from spec.store.features import position_bytes
 
 SIZE = {"none": 1.0, "zstd": 0.69, "fp8": 0.85}
@@ -123,9 +124,13 @@ def loop_epoch_seconds(job: Job, machine: Machine) -> float:
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Machine:
-    """The device's rates, from products of 2048 x 2048 matrices and from copies of 256 MiB."""
-    a, b = torch.ones(2, 2048, 2048, device=device, dtype=dtype)
-    flops = 2 * 2048**3 * _times_a_second(lambda: a @ b, device, seconds / 2)
+    """The device's rates, from products of square matrices and from copies of 256 MiB.
+
+    The matrices are large enough to fill the device. They are random, because a GPU multiplies ones and zeros faster.
+    """
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    flops = 2 * side**3 * _times_a_second(lambda: a @ b, device, seconds / 2)
     block, copy = torch.ones(2, 2**26, device=device)
     bandwidth = 2 * block.nbytes * _times_a_second(lambda: copy.copy_(block), device, seconds / 2)
     return Machine(flops, bandwidth, dtype.itemsize)
@@ -136,8 +141,7 @@ def _times_a_second(work: Callable[[], object], device: torch.device, seconds: f
         began = time.perf_counter()
         for _ in range(count):
             work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - began
 
     run(1)  # first calls allocate and choose kernels

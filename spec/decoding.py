@@ -143,7 +143,7 @@ class LanguageModelWithSpeculator:
         Args:
             checkpoint: the speculator's folder.
             base: folder or hub id of the base, where it is no longer where the checkpoint says.
-            dtype: of the weights, bfloat16 by default; base.arithmetic says what they compute in.
+            dtype: of the weights, bfloat16 by default; spec.device.arithmetic says what they compute in.
             device: CUDA where there is one, by default.
             decode: where drafts come from.
             trust_remote_code: run code from the base's folder.

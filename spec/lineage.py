@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from spec.base import arithmetic
+from spec.device import arithmetic
 
 LOCK = Path("dvc.lock")
 _PACKAGES = ("speculator-training", "torch", "transformers", "zarr", "numpy", "dvc", "mlflow")

@@ -1,20 +1,20 @@
-"""The pictures of a run: what MLflow shows and results/ keeps."""
+"""The pictures of a run: what MLflow shows and results/ keeps. Where matplotlib is not installed, none are drawn."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
+log = logging.getLogger(__name__)
 
 
 def curves(path: Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> None:
     """Lines over a common axis: name -> (x values, y values)."""
+    if not _drawing():
+        return
     figure, axes = _axes(x, y)
     for name, (xs, ys) in lines.items():
         axes.plot(xs, ys, marker="o" if len(xs) < 20 else None, markersize=4, label=name)
@@ -23,6 +23,8 @@ def curves(path: Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float
 
 def bars(path: Path, groups: Mapping[str, Mapping[str, float]], y: str, baseline: float | None = None) -> None:
     """Bars side by side: group -> name -> value; a dashed line where nothing is gained."""
+    if not _drawing():
+        return
     figure, axes = _axes("", y)
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.8 / max(len(names), 1)
@@ -37,7 +39,21 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], y: str, baseline
     _save(figure, axes, path)
 
 
+@functools.cache
+def _drawing() -> bool:
+    """Whether pictures can be drawn; says once that they cannot."""
+    try:
+        import matplotlib as mpl  # takes a second, and not every machine that computes has it
+    except ImportError:
+        log.warning("matplotlib is not installed: no pictures are drawn")
+        return False
+    mpl.use("Agg")
+    return True
+
+
 def _axes(x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -46,6 +62,8 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})

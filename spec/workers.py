@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spec.base import arithmetic, choose_device
+from spec.device import arithmetic, choose_device
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from spec import acceptance, base, corpus, evaluation, files, heads, plots, tracking
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
+from spec.device import arithmetic, choose_device
 from spec.store import features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
@@ -45,7 +46,7 @@ def evaluate(config: Config) -> None:
         {"features": manifest.digest, "method": shape.method},
         {**common.read_sources(), "base": source},
         ("eval",),
-        base.choose_device(),
+        choose_device(),
         parent=tracking.kept_run(common.MODEL),
     )
     try:
@@ -60,8 +61,8 @@ def evaluate(config: Config) -> None:
 
 def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n: int) -> dict[str, Any]:
     """Walk, decode, compare; writes everything under results/evaluate."""
-    device = base.choose_device()
-    dtype = base.arithmetic(config.model.dtype, device)
+    device = choose_device()
+    dtype = arithmetic(config.model.dtype, device)
     linear = features.linear_logits(reader.collection)
     lm_head = features.load_tables(reader.collection)["lm_head"].to(device, dtype) if linear else None
     with common.progress((1 + linear) * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:

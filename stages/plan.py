@@ -14,6 +14,7 @@ from spec import base, corpus, costs, files
 from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.costs import Job, Machine
+from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
 from spec.store import answers, features
 from spec.store.collection import Collection
@@ -68,9 +69,9 @@ def plan(
 
 
 def _machine(config: Config, tflops: float | None, bandwidth: float | None, devices: int) -> Machine:
-    device = base.choose_device()
+    device = choose_device()
     if tflops is None or bandwidth is None:
-        dtype = base.arithmetic(config.model.dtype, device)
+        dtype = arithmetic(config.model.dtype, device)
         found = costs.measure(device, dtype)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         common.say(

@@ -20,6 +20,11 @@ from spec.config import Model
 from tests.tiny import make_base
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the tests marked `cuda` compute on."""
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="for the tests marked cuda")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder of the tests' own; one thread, since more cost more than they give at these sizes; no waiting

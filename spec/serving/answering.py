@@ -15,6 +15,7 @@ from vllm.inputs import TokensPrompt
 
 from spec import base as base_model
 from spec.config import Model
+from spec.device import choose_device
 from spec.serving import bound_cpu_memory
 from spec.workers import Worker
 
@@ -34,7 +35,7 @@ def worker_with_own_device() -> Worker:
     os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
     for name in _LAUNCHED:
         os.environ.pop(name, None)
-    return Worker(rank, world, base_model.choose_device())
+    return Worker(rank, world, choose_device())
 
 
 class Engine:
@@ -48,7 +49,7 @@ class Engine:
 
     def __init__(self, params: Model, folder: Path, longest: int) -> None:
         bound_cpu_memory()
-        device = base_model.choose_device()
+        device = choose_device()
         self.producer = {"vllm": vllm.__version__, **base_model.producer(device, getattr(torch, params.dtype))}
         self._stops = sorted(base_model.stop_ids(folder, params.trust_remote_code))
         self._engine = LLMEngine.from_engine_args(

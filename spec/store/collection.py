@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spec import files
+from spec.device import on_this_device
 from spec.store import segment
 from spec.store.locks import Lock
 from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreError
@@ -364,7 +365,7 @@ class Writer:
         """
         while len(self._pending) > 1:
             self._pending.pop(0)[1].result()
-        self._pending.append((claim, self._pool.submit(self._commit, claim, rows, attributes)))
+        self._pending.append((claim, self._pool.submit(on_this_device(self._commit), claim, rows, attributes)))
 
     def _commit(self, claim: Claim, rows: Callable[[], Sequence[Row]], attributes: Mapping[str, Any]) -> Record:
         try:

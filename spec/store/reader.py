@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spec.device import on_this_device
 from spec.store import codecs, features
 from spec.store.manifest import Manifest
 from spec.store.segment import DamagedError, StoreError
@@ -364,7 +365,7 @@ def prefetch(items: Iterable[T], depth: int = 4) -> Iterator[T]:
         except BaseException as error:
             put((False, error))
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread = threading.Thread(target=on_this_device(work), name="prefetch", daemon=True)
     thread.start()
     try:
         while True:

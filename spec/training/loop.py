@@ -206,7 +206,6 @@ class _Run:
         for micro_batches in () if self._exhausted() else prefetch(self._batches()):
             self.waited += time.monotonic() - began
             norm, asked_now = self._step(micro_batches)
-            self.trained += time.monotonic() - began
             self.step += 1
             advance(self.step, self.total)
             last = self.step == self.total
@@ -215,7 +214,8 @@ class _Run:
             telling = self.step % LOG_EVERY == 0 or last
             validating = self.step % self.config.trainer.test_freq == 0 or last
             if telling or validating or saving:
-                self._check(norm)
+                self._check(norm)  # waits for the device, whose work until here is part of the time
+            self.trained += time.monotonic() - began
             if telling:
                 self._log(norm)
             stop = self._validate() if validating else False

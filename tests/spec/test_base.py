@@ -237,37 +237,6 @@ def test_buckets(length: int) -> None:
     assert padded >= max(length, base_model.BUCKET)
 
 
-@pytest.mark.parametrize(
-    ("instructions", "dtype", "device", "expected"),
-    [
-        (["avx2"], "bfloat16", "cpu", torch.float32),
-        (["avx2", "avx512_f"], "bfloat16", "cpu", torch.float32),
-        (["avx2", "avx512_bf16"], "bfloat16", "cpu", torch.bfloat16),
-        (["amx_bf16"], "bfloat16", "cpu", torch.bfloat16),
-        (["neon", "bf16"], "bfloat16", "cpu", torch.bfloat16),
-        (["neon"], "bfloat16", "cpu", torch.float32),
-        (["avx512_bf16"], "float16", "cpu", torch.float32),
-        (["avx512_fp16"], "float16", "cpu", torch.float16),
-        (["avx512_bf16"], "float32", "cpu", torch.float32),
-        ([], "bfloat16", "cuda", torch.bfloat16),
-        ([], "float16", "mps", torch.float16),
-    ],
-)
-def test_arithmetic_is_what_the_device_has(
-    instructions: list[str], dtype: str, device: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_instructions(monkeypatch, *instructions)
-    assert base_model.arithmetic(dtype, torch.device(device)) == expected
-
-
-def test_every_name_of_an_instruction_is_one_that_torch_knows() -> None:
-    known = set(torch.cpu.get_capabilities())
-    if "avx2" in known:
-        assert {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16"} <= known
-    else:
-        assert {"bf16", "fp16_arith"} <= known
-
-
 def test_weights_are_the_same_whatever_they_are_computed_in(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,20 @@ def test_several_workers_come_out_where_one_does(store: Path, tmp_path: Path, wo
         for (*place, mine), (*other, wanted) in zip(heard, history_of(told), strict=False):
             assert place == other
             assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_what_the_device_has_yet_to_do_is_part_of_the_rate(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = loop._Run._check
+
+    def wait(self: Any, norm: torch.Tensor) -> None:  # as for a GPU that is still at work when it is asked
+        time.sleep(0.2)
+        check(self, norm)
+
+    monkeypatch.setattr(loop._Run, "_check", wait)
+    told: list[Progress] = []
+    run(store, tmp_path, listen=told.append)
+    for progress in told:
+        if progress.split == "train":
+            assert progress.metrics["positions_per_second"] < 30 * 24 * 2 / 0.2

@@ -1,0 +1,1 @@
+"""What this project does on a GPU, shown and measured in minutes: see docs/gpu.md."""

@@ -1,0 +1,148 @@
+"""Two ways to train heads, step by step over the same sequences: this project's, and that of the public trainers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spec.config import Config
+from spec.device import synchronize
+from spec.heads import Speculator
+from spec.store.reader import FeatureReader
+from spec.training.frozen import FrozenTask
+from spec.workers import Worker
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are trained.
+
+    Attributes:
+        optimizer: of the heads.
+        step: trains on one part of the data, by its number; returns its positions and its loss.
+    """
+
+    optimizer: torch.optim.Optimizer
+    step: Callable[[int], tuple[int, float]]
+
+
+def ours(
+    config: Config,
+    speculator: Speculator,
+    reader: FeatureReader,
+    parts: Sequence[Sequence[int]],
+    worker: Worker,
+    lm_head: Tensor | None = None,
+    prepare: Callable[[torch.nn.Module], torch.nn.Module] = lambda module: module,
+) -> Recipe:
+    """What the project's loop does, without its log. `prepare` may compile the module that makes the loss."""
+    task = FrozenTask(config, speculator, reader, reader, worker, lm_head)
+    optimizer = torch.optim.AdamW(task.parameters(), betas=config.optim.betas, fused=True)
+    batches = list(task.batches(iter(parts)))
+    module = prepare(task.module)
+
+    def step(number: int) -> tuple[int, float]:
+        batch = batches[number].to(worker.device)
+        counts = batches[number].counts.to(worker.device)
+        with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=worker.mixed(config.model.dtype)):
+            loss, _ = module(batch, counts)
+        return batch.positions, _update(optimizer, loss)
+
+    return Recipe(optimizer, step)
+
+
+def public(
+    config: Config, speculator: Speculator, reader: FeatureReader, parts: Sequence[Sequence[int]], worker: Worker
+) -> Recipe:
+    """The public trainers' recipe: all heads' logits stacked, cross-entropy over them, dense gradients."""
+    n = speculator.config.n_predict
+    kept = speculator.undecayed()
+    groups = [
+        {
+            "params": [p for name, p in speculator.named_parameters() if (name in kept) == bare],
+            "weight_decay": 0.0 if bare else config.optim.weight_decay,
+        }
+        for bare in (False, True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
+    batches = list(reader.batches(parts, n, pin=worker.device.type == "cuda"))
+    mixed = config.model.dtype != "float32"
+
+    def step(number: int) -> tuple[int, float]:
+        batch = batches[number].to(worker.device)
+        targets = torch.where(batch.valid, speculator.targets(batch.tokens[:, 1:]), -100)
+        with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
+            logits = speculator(batch.states, batch.tokens[:, :n])  # [n, P, V]
+            losses = [F.cross_entropy(logits[i].float(), targets[:, i], ignore_index=-100) for i in range(n)]
+            loss = torch.stack(losses).mean()
+        return len(batch), _update(optimizer, loss)
+
+    return Recipe(optimizer, step)
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a recipe came to.
+
+    Attributes:
+        rate: positions a second, after the warm-up.
+        memory: bytes at most, above what was held before the first step and the optimizer's state.
+        losses: of each step.
+    """
+
+    rate: float
+    memory: int
+    losses: list[float]
+
+
+def measure(recipe: Recipe, device: torch.device, steps: int, warmup: int) -> Measured:
+    """Train for some steps; the first `warmup` of them are not timed."""
+    static = forget_peak(device)
+    began, positions, losses = 0.0, 0, []
+    for number in range(steps):
+        if number == warmup:
+            began = time.perf_counter()
+        size, loss = recipe.step(number)  # waits for the device
+        positions += size if number >= warmup else 0
+        losses.append(loss)
+    rate = positions / (time.perf_counter() - began)
+    return Measured(rate, peak(device) - static - moments(recipe.optimizer), losses)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state."""
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+
+
+def forget_peak(device: torch.device) -> int:
+    """Bytes held now, on the device or by this process on Linux; the peak counts anew from here."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes held since forget_peak."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,62 @@
+"""Which device this process computes on, and in which arithmetic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""What torch.cpu.get_capabilities calls the instructions of x86 and Arm for these numbers."""
+
+
+def choose_device() -> torch.device:
+    """CUDA (the device of this worker's LOCAL_RANK), else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def arithmetic(dtype: str, device: torch.device) -> torch.dtype:
+    """What numbers of a dtype are computed in on a device: in that dtype, but in float32 on a CPU that lacks the
+    instructions for it, where matrix products would take several times as long (docs/scaling.md).
+
+    What is stored keeps its dtype: weights are widened, which changes none of them, and states are rounded.
+    """
+    given: torch.dtype = getattr(torch, dtype)
+    needed = _INSTRUCTIONS.get(given)
+    if device.type != "cpu" or needed is None:
+        return given
+    found = torch.cpu.get_capabilities()
+    return given if any(found.get(name) for name in needed) else torch.float32
+
+
+def on_this_device(work: Callable[P, T]) -> Callable[P, T]:
+    """The function, made ready to run on another thread.
+
+    Each thread has a current CUDA device of its own, which is the first one until it is set. Without this, every
+    worker of a machine would hold memory on the first device for what its threads do.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return work
+    device = torch.cuda.current_device()
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        torch.cuda.set_device(device)
+        return work(*args, **kwargs)
+
+    return run
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done everything that it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,52 @@
+"""Decoding on the device, in float32: what is written with drafts is what the base writes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spec import base as base_model
+from spec.base import Base
+from spec.config import Model
+from spec.decoding import LanguageModelWithSpeculator
+from spec.drafting import Source
+from spec.heads import init_from_base
+from tests.spec.training.runs import make_speculator
+from tests.tiny import Family, make_base
+
+TOKENS = 40
+PROMPTS = [[5, 6, 7, 8, 9] * 3, [100, 17, 230, 4], [250]]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen2"])
+def model(tmp_path_factory: pytest.TempPathFactory, device: torch.device, request: pytest.FixtureRequest) -> Base:
+    family: Family = request.param
+    return base_model.load(Model(), make_base(tmp_path_factory.mktemp("base"), family), "digest", device, "float32")
+
+
+@pytest.fixture(scope="module")
+def lm(model: Base) -> LanguageModelWithSpeculator:
+    speculator = make_speculator(
+        hidden_size=model.hidden_size, vocab_size=model.vocab_size, inner_dim=(32,), emb_dim=(32,), proj_dim=(32,)
+    )
+    init_from_base(speculator, model.embedding[: model.vocab_size].cpu(), model.lm_head.cpu())
+    return LanguageModelWithSpeculator(model, speculator.to(model.device))
+
+
+@pytest.mark.parametrize("draft", ["head", "ngram", "hybrid"])
+def test_greedy_answers_are_the_bases_own(draft: Source, lm: LanguageModelWithSpeculator) -> None:
+    for prompt in PROMPTS:
+        plain = lm.generate(prompt, TOKENS, draft="none").tokens
+        assert lm.generate(prompt, TOKENS, draft=draft).tokens == plain
+
+
+@pytest.mark.parametrize("draft", ["head", "ngram", "hybrid"])
+def test_sampled_answers_follow_from_the_seed_alone(draft: Source, lm: LanguageModelWithSpeculator) -> None:
+    for seed, prompt in enumerate(PROMPTS):
+        plain = lm.generate(prompt, TOKENS, draft="none", do_sample=True, seed=seed).tokens
+        assert lm.generate(prompt, TOKENS, draft=draft, do_sample=True, seed=seed).tokens == plain
+
+
+def test_answers_written_together_are_those_written_alone(lm: LanguageModelWithSpeculator) -> None:
+    together = base_model.answer(lm.base, PROMPTS, TOKENS)
+    assert together == [lm.generate(prompt, TOKENS, draft="none").tokens for prompt in PROMPTS]

@@ -1,0 +1,88 @@
+"""A store that the device writes: it holds the base's states, passes its own checks, and heads train from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spec import base as base_model
+from spec.base import Base
+from spec.config import Model
+from spec.store import features
+from spec.store.collection import Collection
+from spec.store.features import FeatureRow
+from spec.store.manifest import Manifest, make_manifest
+from spec.store.plan import plan
+from spec.store.reader import FeatureReader
+from spec.training.frozen import FrozenTask
+from spec.workers import Worker
+from tests.spec.training.runs import make_config, make_speculator
+from tests.tiny import chain
+
+BASE = {"name": "tiny", "revision": None, "weights": "w", "tokenizer": "t"}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(base_folder: Path, device: torch.device, request: pytest.FixtureRequest) -> Base:
+    return base_model.load(Model(), base_folder, "digest", device, request.param)
+
+
+def cached(root: Path, model: Base, codec: str) -> Manifest:
+    """The states of forty sequences, as the cache stage stores them."""
+    rows = chain(40, 290, longest=120)
+    keyed = list(map(FeatureRow.of, rows))
+    collection = Collection(root, "features", features.identity(BASE, str(model.dtype).removeprefix("torch."), codec))
+    collection.create()
+    keys = [row.key for row in keyed]
+    groups = plan(keys, [len(row.ids) for row in keyed], (), base_model.bucket, 1024)
+    features.save_tables(model, collection)
+    features.produce(model, collection, keyed, groups, codec)
+    return make_manifest(
+        collection,
+        keys,
+        base=BASE,
+        **features.tables_shape(collection),
+        prompt_length=[row.prompt_length for row in rows],
+        written=[False] * len(rows),
+        domains=[row.domain for row in rows],
+        tokens=sum(map(len, rows)),
+        positions=sum(int(row.mask[1:].sum()) for row in rows),
+    )
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd", "fp8"])
+def test_what_the_device_writes_is_whole_and_right(codec: str, model: Base, tmp_path: Path) -> None:
+    manifest = cached(tmp_path, model, codec)
+    whole, damaged = manifest.collection(tmp_path).survey()
+    assert whole
+    assert not damaged
+    reader = FeatureReader(manifest, tmp_path)
+    exact = {torch.float32: 1e-3, torch.bfloat16: 0.05}[model.dtype] if codec != "fp8" else 0.1
+    for _, sequence in reader.sequences(range(0, 40, 7)):
+        ids = torch.from_numpy(sequence.ids.astype(np.int64))[None].to(model.device)
+        expected = base_model.hidden_states(model.model, ids)[0, sequence.positions].cpu().float()
+        difference = (sequence.states.float() - expected).norm() / expected.norm()
+        assert difference < exact, difference
+
+
+def test_heads_train_from_it(model: Base, tmp_path: Path, worker: Worker) -> None:
+    manifest = cached(tmp_path, model, "zstd")
+    reader = FeatureReader(manifest, tmp_path)
+    shape = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
+    speculator = make_speculator(**shape).to(worker.device)
+    config = make_config(optim={"lr": 0.01, "loss": "kl"})
+    lm_head = features.load_tables(reader.collection)["lm_head"].to(worker.device)
+    task = FrozenTask(config, speculator, reader, reader, worker, lm_head)
+    optimizer = torch.optim.AdamW(task.parameters(), fused=True)
+    losses = []
+    for batch in task.batches(iter([task.order(0)[:8]] * 12)):
+        moved = batch.to(worker.device)
+        loss, _ = task.module(moved, moved.counts.to(worker.device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]

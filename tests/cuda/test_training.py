@@ -1,0 +1,114 @@
+"""The training loop on the device: it learns as on the CPU, goes on after an interruption, and reads pinned memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from spec.training.loop import Progress, Result, train
+from spec.training.resume import Checkpoints
+from spec.workers import Worker
+from tests.spec.training.runs import (
+    ALONE,
+    InterruptedRunError,
+    N,
+    frozen_task,
+    interrupt,
+    losses_of,
+    make_config,
+    make_speculator,
+    readers_of,
+    teacher,
+)
+
+LOSSES = [{"optim": {"lr": 0.01, "loss": loss}} for loss in ("ce", "kl")]
+
+
+def run(
+    store: Path, folder: Path, worker: Worker, told: list[Progress], stop: Any = None, **changed: dict[str, Any]
+) -> Result:
+    def listen(progress: Progress) -> None:
+        told.append(progress)
+        if stop is not None:
+            stop(progress)
+
+    speculator = make_speculator(method="sum_lstm").to(worker.device)
+    table = teacher().to(worker.device)
+    saved = Checkpoints(folder, "key")
+    return train(make_config(**changed), speculator, *readers_of(store), worker, saved, listen, table)
+
+
+@pytest.mark.parametrize("changed", LOSSES, ids=["ce", "kl"])
+def test_it_learns_what_it_learns_on_the_cpu(
+    changed: dict[str, Any], store: Path, tmp_path: Path, worker: Worker
+) -> None:
+    here: list[Progress] = []
+    there: list[Progress] = []
+    ours = run(store, tmp_path / "device", worker, here, **changed)
+    theirs = run(store, tmp_path / "cpu", ALONE, there, **changed)
+    assert losses_of(here) == pytest.approx(losses_of(there), rel=1e-3)
+    for name, weight in theirs.weights.items():
+        torch.testing.assert_close(ours.weights[name], weight, rtol=0.02, atol=2e-3)
+
+
+def test_in_bfloat16_it_learns_nearly_the_same(store: Path, tmp_path: Path, worker: Worker) -> None:
+    mixed: list[Progress] = []
+    exact: list[Progress] = []
+    run(store, tmp_path / "mixed", worker, mixed, model={"dtype": "bfloat16", "speculator": {"n_predict": N}})
+    run(store, tmp_path / "exact", worker, exact)
+    assert losses_of(mixed) == pytest.approx(losses_of(exact), rel=0.05)
+
+
+def test_a_run_goes_on_where_it_was_interrupted(store: Path, tmp_path: Path, worker: Worker) -> None:
+    whole: list[Progress] = []
+    expected = run(store, tmp_path / "whole", worker, whole)
+    broken: list[Progress] = []
+    with pytest.raises(InterruptedRunError):
+        run(store, tmp_path / "broken", worker, broken, interrupt("val", 10))
+    resumed: list[Progress] = []
+    found = run(store, tmp_path / "broken", worker, resumed)
+    assert found.steps == expected.steps
+    assert losses_of(resumed) == pytest.approx(losses_of(whole), rel=1e-4)
+    for name, weight in expected.weights.items():  # a GPU adds gradients up in an order of its own
+        torch.testing.assert_close(found.weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_arrive_from_pinned_memory(store: Path, worker: Worker) -> None:
+    task = frozen_task(make_config(), store, worker, make_speculator().to(worker.device))
+    parts = [task.order(0)[start : start + 4] for start in range(0, 12, 4)]
+    pageable = frozen_task(make_config(), store, ALONE)
+    for found, expected in zip(task.batches(iter(parts)), pageable.batches(iter(parts)), strict=True):
+        copied = found.to(worker.device)
+        assert found.states.is_pinned() == (worker.device.type == "cuda")
+        assert found.supervision.rows.is_pinned() == (worker.device.type == "cuda")
+        assert copied.states.device == worker.device
+        assert torch.equal(copied.states.cpu(), expected.states)
+        assert torch.equal(copied.supervision.targets.cpu(), expected.supervision.targets)
+
+
+def test_data_parallel_training_of_one_is_plain_training(store: Path, tmp_path: Path, worker: Worker) -> None:
+    """NCCL cannot be shown with two workers on one GPU; this shows that it starts, and what it is given."""
+    gradients = []
+    for parallel in (False, True):
+        task = frozen_task(make_config(), store, worker, make_speculator().to(worker.device))
+        batch = next(iter(task.batches(iter([task.order(0)[:4]])))).to(worker.device)
+        module: torch.nn.Module = task.module
+        if parallel:
+            backend = "nccl" if worker.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        try:
+            if parallel:
+                module = DistributedDataParallel(module, broadcast_buffers=False)
+            loss, _ = module(batch, batch.counts.to(worker.device))
+            loss.backward()
+        finally:
+            if parallel:
+                dist.destroy_process_group()
+        gradients.append([p.grad for group in task.parameters() for p in group["params"]])
+    for alone, together in zip(*gradients, strict=True):
+        torch.testing.assert_close(together, alone)

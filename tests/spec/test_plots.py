@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spec import plots
+
+
+@pytest.fixture(autouse=True)
+def _asks_again() -> Iterator[None]:
+    plots._drawing.cache_clear()
+    yield
+    plots._drawing.cache_clear()
+
+
+def test_pictures(tmp_path: Path) -> None:
+    plots.curves(tmp_path / "new/curves.png", {"a": ([1, 2], [3.0, 4.0])}, "x", "y")
+    plots.bars(tmp_path / "bars.png", {"maths": {"head": 1.5, "n-gram": 1.2}, "code": {"head": 1.1}}, "y", baseline=1.0)
+    for path in ("new/curves.png", "bars.png"):
+        assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_run_has_no_pictures_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plots.curves(tmp_path / "curves.png", {"a": ([1], [1.0])}, "x", "y")
+    plots.bars(tmp_path / "bars.png", {"a": {"b": 1.0}}, "y")
+    assert not any(tmp_path.iterdir())
+    assert caplog.messages == ["matplotlib is not installed: no pictures are drawn"]
