@@ -4,7 +4,7 @@
    fine-tuned one is given (--finetuned). The same speculator is measured on the fine-tuned base's own answers to the
    same eval prompts (B), and again after a few minutes of training on some more of its answers (C), beside a
    speculator that starts afresh on them. N-gram lookup stands beside each.
-2. A dozen heads from the one pass of the base that part 1 made.
+2. Ten heads from the one pass of the base that part 1 made.
 
 Every step is a stage of the pipeline, run in a scratch folder (--folder keeps it); every figure of acceptance comes
 from the stages' results. Answers of the original base are taken from the user's store where `make repro` has left
@@ -48,10 +48,8 @@ SMALL = ("trainer.logger=console", "evaluate.max_prompts=1", "evaluate.max_new_t
 HEADS: Sequence[tuple[str, int, int]] = (
     *(("sum_rnn", n, width) for n in (2, 3, 5) for width in (288, 576)),
     *(("sum_lstm", n, width) for n in (3, 5) for width in (288, 576)),
-    ("medusa", 3, 576),
-    ("medusa", 5, 576),
 )
-"""method, n_predict, widths; medusa's width is the base's."""
+"""method, n_predict, widths."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def main() -> None:
     parser.add_argument("--base-lr", type=float, default=1e-4, help="of the fine-tune")
     parser.add_argument("--own", type=int, default=128, help="prompts that the fine-tuned base answers to train on")
     parser.add_argument("--own-lr", type=float, default=2e-4, help="of the warm start; a fresh one has params.yaml's")
-    parser.add_argument("--head-epochs", type=int, default=1, help="passes of each of the dozen heads")
+    parser.add_argument("--head-epochs", type=int, default=1, help="passes of each of the ten heads")
     chosen = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory(prefix="headline-", dir=".") as scratch:
@@ -109,8 +107,8 @@ def main() -> None:
         found: dict[str, Any] = {"chosen": {key: str(value) for key, value in vars(chosen).items()}}
         finetune(root, chosen, found)
         report_finetune(found)
-        dozen(root, chosen, found)
-        report_dozen(found)
+        several(root, chosen, found)
+        report_heads(found)
         files.write_json(root / "headline.json", found)
 
 
@@ -206,7 +204,7 @@ def measured(space: Space, trained: bool = True) -> dict[str, Any]:
     return {"train_seconds": seconds, **space.json("results/evaluate/metrics.json")}
 
 
-def dozen(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> None:
+def several(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> None:
     """Part 2: heads from the states that part 1 cached; val chooses one, and eval says what that one does."""
     space = Space(root / "heads", (*SMALL, f"features.store={root}/store", f"data.max_samples={chosen.samples}"))
     shutil.copytree(root / "original/data", space.root / "data", symlinks=True, dirs_exist_ok=True)
@@ -215,7 +213,6 @@ def dozen(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> None
     for method, n, width in HEADS:
         overrides = [f"model.speculator.method={method}", f"model.speculator.n_predict={n}"]
         overrides += [f"model.speculator.{name}={width}" for name in ("inner_dim", "emb_dim", "proj_dim")]
-        overrides += ["optim.lr=0.0005"] if method == "medusa" else []
         overrides += [f"trainer.total_epochs={chosen.head_epochs}", "trainer.test_freq=1000"]
         wall = space.run("train", overrides=overrides)
         metrics = space.json("results/train/metrics.json")
@@ -268,9 +265,9 @@ def report_finetune(found: dict[str, Any]) -> None:
     table([*header, f"head, {DOMAIN}", f"n-gram, {DOMAIN}", "training"], rows)
 
 
-def report_dozen(found: dict[str, Any]) -> None:
+def report_heads(found: dict[str, Any]) -> None:
     """Part 2's table."""
-    print("\n## A dozen heads from one pass of the base\n")
+    print("\n## Ten heads from one pass of the base\n")
     once = found["pass"]
     tokens = sum(once[split]["tokens"] for split in common.SPLITS)
     total = sum(row["seconds"] for row in found["heads"])
@@ -281,7 +278,7 @@ def report_dozen(found: dict[str, Any]) -> None:
             [
                 row["method"],
                 row["n"],
-                "-" if row["method"] == "medusa" else row["width"],
+                row["width"],
                 f"{row['parameters'] / 1e6:.1f} M",
                 f"{row['seconds']:.0f} s",
                 f"{row['val']['tokens_per_step']:.3f}",

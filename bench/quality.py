@@ -48,7 +48,6 @@ CHOICES: dict[str, Sequence[str]] = {
     "weight decay 0.1": ("optim.weight_decay=0.1",),
     "scale_input": ("model.speculator.scale_input=true",),
     "sum_lstm": ("model.speculator.method=sum_lstm", "model.speculator.tie_lstm_embs=true"),
-    "medusa": ("model.speculator.method=medusa", "optim.lr=0.0005"),
     "draft vocabulary 4,096": ("model.speculator.draft_vocab_size=4096",),
     "draft vocabulary 16,384": ("model.speculator.draft_vocab_size=16384",),
     "whole vocabulary": ("model.speculator.draft_vocab_size=null",),

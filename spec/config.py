@@ -109,6 +109,15 @@ def _command(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
+MEDUSA = "method medusa is gone: vLLM dropped such heads in 0.33, and they were the weakest; use sum_rnn or sum_lstm"
+
+
+def _method(value: object) -> object:
+    if value == "medusa":
+        raise ValueError(MEDUSA)
+    return value
+
+
 Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
 DimsField = Annotated[Dims, BeforeValidator(parse_dims)]
 Positive = Annotated[int, Field(ge=1)]
@@ -144,7 +153,7 @@ class Data(Section):
 class Speculator(Section):
     """The draft heads (docs/format.md names their files)."""
 
-    method: Literal["sum_rnn", "sum_lstm", "medusa"] = "sum_rnn"
+    method: Annotated[Literal["sum_rnn", "sum_lstm"], BeforeValidator(_method)] = "sum_rnn"
     n_predict: Annotated[int, Field(ge=1, le=32)] = 5
     inner_dim: DimsField = (1024,)
     emb_dim: DimsField = (1024,)
@@ -157,8 +166,6 @@ class Speculator(Section):
 
     @model_validator(mode="after")
     def _addable(self) -> Speculator:
-        if self.method == "medusa":
-            return self
         check_recurrent(self.method, self.emb_dim, self.proj_dim, self.tie_weights)
         return self
 

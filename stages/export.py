@@ -10,7 +10,7 @@ from stages import common
 
 
 @click.command()
-@click.option("--format", "form", required=True, type=click.Choice(["vllm-medusa", "arctic", "ibm-fms"]))
+@click.option("--format", "form", required=True, type=click.Choice(["arctic"]))
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
@@ -18,8 +18,7 @@ from stages import common
 def export(form: str, out: Path, checkpoint: Path, dtype: str, base: str | None) -> None:
     """Write a speculator for a serving engine: weights, config.json and a card.
 
-    vllm-medusa: medusa, for unmodified vLLM. arctic: sum_rnn and sum_lstm, for ArcticInference. ibm-fms: sum_rnn, for
-    TGI and fms-extras.
+    arctic: sum_rnn and sum_lstm, for ArcticInference.
     """
     import torch
 

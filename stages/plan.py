@@ -99,7 +99,7 @@ def make_job(
         answers=answers,
         rows=config.respond.batch_size,
         n_predict=speculator.n_predict,
-        width=hidden if speculator.method == "medusa" else speculator.inner_dim[-1],
+        width=speculator.inner_dim[-1],
         outputs=speculator.draft_vocab_size or vocab,
         teachers=teachers if config.optim.loss == "kl" else 0,
     )

@@ -196,7 +196,7 @@ def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manif
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
     readers = {split: common.open_reader(config, manifest) for split, manifest in manifests.items()}
     train_reader = readers["train"]
-    with_tables = config.model.speculator.init == "base" or shape.method == "medusa" or config.optim.loss == "kl"
+    with_tables = config.model.speculator.init == "base" or config.optim.loss == "kl"
     tables = features.load_tables(train_reader.collection) if with_tables else {}
     speculator = initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
     lm_head = None
@@ -273,7 +273,7 @@ def initialise(
     token_map = _frequent_tokens(counts, shape.draft_vocab_size) if shape.draft_vocab_size else None
     if init in ("random", "base"):
         speculator = heads.build(shape, token_map)
-        if init == "base" or shape.method == "medusa":
+        if init == "base":
             heads.init_from_base(speculator, tables["embedding"], tables["lm_head"], config.trainer.seed)
         else:
             heads.init_random(speculator, config.trainer.seed)
@@ -286,8 +286,16 @@ def initialise(
         heads.check_base(speculator.config, shape.vocab_size, shape.hidden_size, "", allow_other_weights=True)
     except (heads.CheckpointError, OSError) as error:
         raise SpecError(f"model.speculator.init: {error}") from None
-    names = ["method", "n_predict", "draft_vocab_size", "scale_input", "tie_weights", "num_hidden_layers"]
-    names += [] if shape.method == "medusa" else ["inner_dim", "emb_dim", "proj_dim"]
+    names = [
+        "method",
+        "n_predict",
+        "draft_vocab_size",
+        "scale_input",
+        "tie_weights",
+        "inner_dim",
+        "emb_dim",
+        "proj_dim",
+    ]
     names += ["tie_lstm_embs"] if shape.method == "sum_lstm" else []
     for name in names:
         found, asked = getattr(speculator.config, name), getattr(shape, name)

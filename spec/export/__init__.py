@@ -1,7 +1,7 @@
 """Speculators in the formats of serving engines, and back.
 
-A file each: ``vllm_medusa``, ``arctic`` and ``ibm_fms`` say what a format can hold, its config and its names;
-``writing`` makes a folder, ``reading`` turns a folder from anywhere into a speculator, ``card`` describes an export.
+``arctic`` says what that format can hold and what its config is; ``writing`` makes a folder, ``reading`` turns a public
+folder into a speculator, ``card`` describes an export.
 """
 
 from spec.export.format import ExportError, Format

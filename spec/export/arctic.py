@@ -8,37 +8,38 @@ to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spec.export.format import (
-    ExportError,
-    Format,
-    equal_width,
-    flag,
-    no_draft_vocabulary,
-    number,
-    single_width,
-    vllm_command,
-)
-from spec.heads import CheckpointError, SpeculatorConfig
+from spec.export.format import ExportError, Format, vllm_command
+from spec.heads import SpeculatorConfig
 
 
 class Arctic(Format):
-    """See the module."""
+    """One width for embedding, projection and output, and the whole vocabulary."""
 
     name = "arctic"
 
     def check(self, config: SpeculatorConfig) -> None:
-        """See Format."""
-        if config.method == "medusa":
+        dims = {key: getattr(config, key) for key in ("inner_dim", "emb_dim", "proj_dim")}
+        found = ", ".join(f"{key} {'.'.join(map(str, value))}" for key, value in dims.items())
+        if any(len(value) > 1 for value in dims.values()):
             raise ExportError(
-                f"format {self.name} holds sum_rnn and sum_lstm, and this speculator's method is medusa: format "
-                "vllm-medusa holds it"
+                f"format {self.name} holds no stack of widths (found {found}): the engine builds another network from "
+                "such a list than the one that was trained. One integer for all three fits"
             )
-        equal_width(config, self.name)
-        no_draft_vocabulary(config, self.name)
+        if len(set(dims.values())) > 1:
+            raise ExportError(
+                f"format {self.name} has one width for embedding, projection and output (found {found}): the engine "
+                "adds and normalises them as they are. Train with the three widths equal"
+            )
+        if config.draft_vocab_size is not None:
+            raise ExportError(
+                f"format {self.name} has no draft vocabulary: the engine takes the row number of a head's output for "
+                f"the token, and this speculator's {config.draft_vocab_size} rows stand for others. Train with "
+                "model.speculator.draft_vocab_size=null"
+            )
         if config.method == "sum_lstm" and not config.tie_lstm_embs:
             raise ExportError(
                 f"format {self.name}: ArcticInference serves a sum_lstm only where its gates share one embedding. "
@@ -46,17 +47,14 @@ class Arctic(Format):
             )
 
     def config(self, config: SpeculatorConfig, base_architectures: Sequence[str]) -> dict[str, Any]:
-        """See Format."""
-        n, width = config.n_predict, str(equal_width(config, self.name))
+        n = config.n_predict
         return {
             "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
             "model_type": "mlp_speculator",
             **({"base_model_archs": list(base_architectures)} if base_architectures else {}),
             "method": config.method,
             "input_hidden_dim": config.hidden_size,
-            "inner_dim": width,
-            "emb_dim": width,
-            "proj_dim": width,
+            **dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), str(config.inner_dim[0])),
             "vocab_size": config.vocab_size,
             "n_predict": n,
             "n_candidates": n,
@@ -68,27 +66,7 @@ class Arctic(Format):
             "num_attention_heads": 1,
         }
 
-    def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """See Format."""
-        method = values.get("method", "sum_rnn")
-        if method not in ("sum_rnn", "sum_lstm"):
-            raise CheckpointError(f"method is {method!r}, expected sum_rnn or sum_lstm")
-        widths = {name: single_width(values, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
-        if len(set(widths.values())) > 1:
-            raise CheckpointError(f"{widths}: the public network has one width for the three")
-        return {
-            "method": method,
-            "hidden_size": number(values, "input_hidden_dim"),
-            "vocab_size": number(values, "vocab_size"),
-            "n_predict": number(values, "n_predict"),
-            **{name: (width,) for name, width in widths.items()},
-            "tie_weights": flag(values, "tie_weights"),
-            "tie_lstm_embs": flag(values, "tie_lstm_embs"),
-            "scale_input": flag(values, "scale_input"),
-        }
-
     def serve(self, config: SpeculatorConfig, folder: Path, base_architectures: Sequence[str]) -> str:
-        """See Format."""
         environment = "ARCTIC_INFERENCE_ENABLED=1 "
         if not base_architectures:
             environment += "ARCTIC_INFERENCE_SKIP_SPEC_MODEL_CHECK=1 "

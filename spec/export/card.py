@@ -98,9 +98,6 @@ def text(
 def _method(config: SpeculatorConfig) -> str:
     heads = f"{config.n_predict} head{'s' if config.n_predict > 1 else ''}"
     tied = "tied" if config.tie_weights else "untied"
-    if config.method == "medusa":
-        layers = f"{config.num_hidden_layers} residual layer{'s' if config.num_hidden_layers > 1 else ''}"
-        return f"medusa, {heads} of {layers} each, {tied} output"
     return f"{config.method}, {heads}, width {config.inner_dim[-1]}, {tied} weights"
 
 

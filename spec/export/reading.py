@@ -1,9 +1,11 @@
-"""Read a speculator from a folder in a public format: IBM's, ArcticTraining's or ArcticInference's, vLLM's Medusa."""
+"""Read a speculator from a folder in a public format: IBM's (fms_extras/models/hf/modeling_mlp_speculator.py), or that
+of ArcticTraining and ArcticInference.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from spec import base, files, heads
-from spec.config import Model
-from spec.export.format import Format
-from spec.export.writing import FORMATS
+from spec.config import MEDUSA, Model, parse_dims
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig
 
 _DOWNLOADED = ["config.json", "*.safetensors", "*.bin", "*.index.json"]
@@ -76,15 +76,15 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     """
     folder = _resolve(source)
     values = _read_config(folder)
-    form = _format(values, folder)
+    fields = _fields_of(values, folder)
     try:
-        config = SpeculatorConfig(**form.fields(values), **_base_fields(values, known))
+        config = SpeculatorConfig(**fields(values), **_base_fields(values, known))
     except ValueError as error:  # CheckpointError is one, too
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     if known is not None:
         heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
     try:
-        return heads.restore(config, _renamed(_read_state(folder), form, config))
+        return heads.restore(config, _renamed(_read_state(folder), config))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 
@@ -116,23 +116,67 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _format(values: Mapping[str, Any], folder: Path) -> Format:
-    """The format that a config.json is of."""
+def _fields_of(values: Mapping[str, Any], folder: Path) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What turns a config.json of this format into the fields of a SpeculatorConfig, but the base's."""
     kind = values.get("model_type")
-    if kind == "medusa" and "num_heads" in values:
-        return FORMATS["vllm-medusa"]
+    if kind == "medusa":
+        raise CheckpointError(f"{folder / 'config.json'}: {MEDUSA}")
     if kind == "mlp_speculator" and "input_hidden_dim" in values:
-        return FORMATS["arctic"]
+        return _arctic
     if kind == "mlp_speculator" and "emb_dim" in values and "hidden_size" not in values:
-        return FORMATS["ibm-fms"]
+        return _ibm
     try:
         heads.read_config(folder)
     except CheckpointError:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type {kind!r} is none that can be imported: expected mlp_speculator "
-            "(IBM's, with emb_dim and inner_dim; Arctic's, with input_hidden_dim) or vLLM's medusa, with num_heads"
+            "(IBM's, with emb_dim and inner_dim; Arctic's, with input_hidden_dim)"
         ) from None
     raise CheckpointError(f"{folder} is a checkpoint of this project already; it needs no import")
+
+
+def _arctic(values: Mapping[str, Any]) -> dict[str, Any]:
+    widths = {name: _width(values, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
+    if len(set(widths.values())) > 1:
+        raise CheckpointError(f"{widths}: the public network has one width for the three")
+    return {
+        "method": values.get("method", "sum_rnn"),
+        "hidden_size": values.get("input_hidden_dim"),
+        **{name: (width,) for name, width in widths.items()},
+        **_shared(values),
+    }
+
+
+def _ibm(values: Mapping[str, Any]) -> dict[str, Any]:
+    """There, emb_dim is the base's hidden size, and inner_dim the one width of the speculator (0: the base's)."""
+    width = values["emb_dim"] if values.get("inner_dim", 0) == 0 else _width(values, "inner_dim")
+    return {
+        "method": "sum_rnn",
+        "hidden_size": values["emb_dim"],
+        **dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (width,)),
+        **_shared(values),
+    }
+
+
+def _shared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is named alike in all of them; a switch that is missing is off, as the public classes have it."""
+    switches = {name: values.get(name, False) for name in ("tie_weights", "tie_lstm_embs", "scale_input")}
+    return {"vocab_size": values.get("vocab_size"), "n_predict": values.get("n_predict"), **switches}
+
+
+def _width(values: Mapping[str, Any], name: str) -> int:
+    """One width, in any of the ways that public trainers write it: 4096, "4096", [4096], "[4096]"."""
+    value = values.get(name)
+    try:
+        dims = parse_dims(value.strip("[]") if isinstance(value, str) else value)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    if len(dims) > 1:
+        raise CheckpointError(
+            f"{name} is {value!r}: public code makes another network from a stack of widths than this "
+            "project; a head of one width can be imported"
+        )
+    return dims[0]
 
 
 def _base_fields(values: Mapping[str, Any], known: KnownBase | None) -> dict[str, Any]:
@@ -190,9 +234,13 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _renamed(state: Mapping[str, Tensor], form: Format, config: SpeculatorConfig) -> dict[str, Tensor]:
+def _renamed(state: Mapping[str, Tensor], config: SpeculatorConfig) -> dict[str, Tensor]:
     """The tensors under our names; what we have no name for keeps its own, and is refused later."""
-    found = {form.name_of(key.removeprefix("speculator.")): tensor for key, tensor in state.items()}
+    found = {
+        # IBM's emb.0.weight is emb.0.0.weight here
+        re.sub(r"^(emb|proj|ln)\.(\d+)\.(weight|bias)$", r"\1.\2.0.\3", key.removeprefix("speculator.")): tensor
+        for key, tensor in state.items()
+    }
     if config.method != "sum_rnn" or not config.tie_weights:
         return found
     for name in list(found):  # files of torch.save have a key for every head, tied or not

@@ -17,11 +17,9 @@ from spec import files, heads
 from spec.export import card
 from spec.export.arctic import Arctic
 from spec.export.format import ExportError, Format
-from spec.export.ibm_fms import IbmFms
-from spec.export.vllm_medusa import VllmMedusa
 from spec.heads import Speculator, SpeculatorConfig, checkpoint
 
-FORMATS: dict[str, Format] = {each.name: each for each in (VllmMedusa(), Arctic(), IbmFms())}
+FORMATS: dict[str, Format] = {each.name: each for each in (Arctic(),)}
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -78,7 +76,7 @@ def write(
     command = form.serve(config, folder, base_architectures)
     with _replacing(folder) as temporary:
         # Some readers refuse a file that does not say which framework wrote it.
-        save_file(tensors(speculator, form, dtype), temporary / WEIGHTS, {"format": "pt"})
+        save_file(tensors(speculator, dtype), temporary / WEIGHTS, {"format": "pt"})
         size = (temporary / WEIGHTS).stat().st_size
         files.write_json(temporary / CONFIG, _config(config, form, base_architectures, dtype))
         digest = files.digest_file(source / checkpoint.WEIGHTS)
@@ -87,8 +85,8 @@ def write(
     return Written(config, size, command)
 
 
-def tensors(speculator: Speculator, form: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The format's tensors by name, each tied one once.
+def tensors(speculator: Speculator, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The speculator's tensors by name, each tied one once.
 
     Raises:
         ExportError: a weight that dtype cannot hold.
@@ -106,7 +104,7 @@ def tensors(speculator: Speculator, form: Format, dtype: torch.dtype) -> dict[st
                 raise ExportError(
                     f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; bfloat16 and float32 can"
                 )
-        found[form.prefix + form.key(name)] = weight.contiguous()
+        found[name] = weight.contiguous()
     return found
 
 

@@ -9,7 +9,6 @@ from spec.heads.checkpoint import CheckpointError, check_base, load, read_config
 from spec.heads.config import Method, SpeculatorConfig
 from spec.heads.fuse import fuse, fused_projection
 from spec.heads.init import init_from_base, init_random
-from spec.heads.medusa import Medusa
 from spec.heads.speculator import Carry, Speculator
 from spec.heads.sum_lstm import SumLstm
 from spec.heads.sum_rnn import SumRnn
@@ -17,7 +16,6 @@ from spec.heads.sum_rnn import SumRnn
 __all__ = [
     "Carry",
     "CheckpointError",
-    "Medusa",
     "Method",
     "Speculator",
     "SpeculatorConfig",

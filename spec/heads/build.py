@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from spec.heads.config import Method, SpeculatorConfig
-from spec.heads.medusa import Medusa
 from spec.heads.speculator import Speculator
 from spec.heads.sum_lstm import SumLstm
 from spec.heads.sum_rnn import SumRnn
 
-METHODS: dict[Method, type[Speculator]] = {"sum_rnn": SumRnn, "sum_lstm": SumLstm, "medusa": Medusa}
+METHODS: dict[Method, type[Speculator]] = {"sum_rnn": SumRnn, "sum_lstm": SumLstm}
 
 
 def build(config: SpeculatorConfig, token_map: Tensor | None = None) -> Speculator:

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
-from spec.config import Dims, check_recurrent, format_dims, parse_dims
+from spec.config import MEDUSA, Dims, check_recurrent, format_dims, parse_dims
 
-Method = Literal["sum_rnn", "sum_lstm", "medusa"]
+Method = Literal["sum_rnn", "sum_lstm"]
 
-# Keys that from_json passes over: to_json writes the first three for other readers, tools of the Hugging Face
-# family add the rest. None of them says anything about the network.
+# Keys that from_json passes over: to_json writes the first three for other readers, earlier versions wrote the fourth,
+# and tools of the Hugging Face family add the rest. None of them says anything about the network.
 IGNORED_KEYS = frozenset(
     {
         "architectures",
         "model_type",
         "num_attention_heads",
+        "num_hidden_layers",
         "torch_dtype",
         "dtype",
         "transformers_version",
@@ -25,7 +26,7 @@ IGNORED_KEYS = frozenset(
 )
 
 _DIMS = ("inner_dim", "emb_dim", "proj_dim")
-_COUNTS = ("hidden_size", "vocab_size", "n_predict", "num_hidden_layers")
+_COUNTS = ("hidden_size", "vocab_size", "n_predict")
 _FLAGS = ("scale_input", "tie_weights", "tie_lstm_embs")
 
 
@@ -34,18 +35,17 @@ class SpeculatorConfig:
     """The shape of a speculator and the base model that it belongs to.
 
     Attributes:
-        method: ``sum_rnn``, ``sum_lstm`` or ``medusa``.
+        method: ``sum_rnn`` or ``sum_lstm``.
         hidden_size: width d of the base's hidden states.
         vocab_size: V, the rows of the base's lm_head (padding included; not ``len(tokenizer)``).
-        n_predict: number of heads n. The recurrent methods' mixing weight depends on it, so it stays what it was in
+        n_predict: number of heads n. The mixing weight depends on it, so it stays what it was in
             training, even where fewer heads are asked for.
-        inner_dim: widths of the path from the sum to the head (medusa: unused, like the next two).
+        inner_dim: widths of the path from the sum to the head.
         emb_dim: widths of the token embedding's stack.
         proj_dim: widths of the state projection's stack; ends in the same width as emb_dim.
         scale_input: normalise the base's states before the first head.
-        tie_weights: all heads share embedding, norm and output Linear (medusa: the output Linear).
+        tie_weights: all heads share embedding, norm and output Linear.
         tie_lstm_embs: the four gates of sum_lstm share one embedding (other methods: unused).
-        num_hidden_layers: residual layers per medusa head; 1 for the other methods.
         draft_vocab_size: K, rows of the heads' output when they draft from a part of the vocabulary; None for all V.
         base_model_name_or_path: where the base came from.
         base_revision: its revision, where it has one.
@@ -68,11 +68,12 @@ class SpeculatorConfig:
     scale_input: bool = False
     tie_weights: bool = True
     tie_lstm_embs: bool = False
-    num_hidden_layers: int = 1
     draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
+        if str(self.method) == "medusa":
+            raise ValueError(MEDUSA)
         if self.method not in get_args(Method):
             raise ValueError(f"method is {self.method!r}, expected one of {', '.join(get_args(Method))}")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
@@ -80,15 +81,7 @@ class SpeculatorConfig:
                 f"draft_vocab_size is {self.draft_vocab_size} and vocab_size {self.vocab_size}: the draft vocabulary "
                 "is a part of the vocabulary"
             )
-        if self.method == "medusa":
-            if self.scale_input:
-                raise ValueError("method medusa reads the states as they are: set scale_input to false")
-            return
         check_recurrent(self.method, self.emb_dim, self.proj_dim, self.tie_weights)
-        if self.num_hidden_layers != 1:
-            raise ValueError(
-                f"num_hidden_layers is {self.num_hidden_layers} and method {self.method}: only medusa has such layers"
-            )
 
     def _check_types(self) -> None:
         for name in _DIMS:
@@ -111,13 +104,13 @@ class SpeculatorConfig:
 
     @property
     def sum_width(self) -> int:
-        """Width w at which token embedding and projected state are added (recurrent methods)."""
+        """Width w at which token embedding and projected state are added."""
         return self.emb_dim[-1]
 
     @property
     def head_width(self) -> int:
         """Width of the vector that each head's Linear reads."""
-        return self.hidden_size if self.method == "medusa" else self.inner_dim[-1]
+        return self.inner_dim[-1]
 
     @property
     def head_rows(self) -> int:
@@ -126,10 +119,9 @@ class SpeculatorConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of config.json: every field, widths as parse_dims reads them, and what other readers expect."""
-        medusa = self.method == "medusa"
         return {
-            "architectures": ["MedusaModel" if medusa else "ArcticLSTMSpeculatorPreTrainedModel"],
-            "model_type": "medusa" if medusa else "mlp_speculator",
+            "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
+            "model_type": "mlp_speculator",
             # A reader that derives a head size from the config divides by this one (vllm#34106).
             "num_attention_heads": 1,
             **{f.name: getattr(self, f.name) for f in fields(self)},

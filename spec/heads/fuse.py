@@ -53,11 +53,9 @@ class FusedSumLstm(Speculator):
         self.register_buffer("later", fused_projection(lstm, 1))
 
     def start(self, states: Tensor) -> Carry:
-        """See Speculator."""
         return self.lstm.start(states)
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
-        """See Speculator."""
         state, cell = carry
         sums = F.linear(state, self.later if i else self.first)  # [P, 4w]
         forget, input_, output, candidate = (

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from spec.heads.layers import RMSNorm
-from spec.heads.medusa import Medusa
 from spec.heads.speculator import Speculator
 from spec.heads.sum_lstm import SumLstm
 from spec.heads.sum_rnn import SumRnn
@@ -25,12 +24,7 @@ def init_random(speculator: Speculator, seed: int = 0, style: Style = "arctic") 
         speculator: sum_rnn or sum_lstm.
         seed: the same weights on every device for the same seed.
         style: standard deviation 1/sqrt(min(weight.shape)) ("arctic", ArcticTraining) or 1/sqrt(inner_dim) ("fms").
-
-    Raises:
-        ValueError: a medusa speculator, which starts from the base's lm_head.
     """
-    if isinstance(speculator, Medusa):
-        raise ValueError("method medusa starts from the base's lm_head: use init_from_base")
     generator = torch.Generator().manual_seed(seed)
     for module in speculator.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -44,11 +38,7 @@ def init_random(speculator: Speculator, seed: int = 0, style: Style = "arctic") 
 
 @torch.no_grad()
 def init_from_base(speculator: Speculator, embedding: Tensor, lm_head: Tensor, seed: int = 0) -> None:
-    """Start from the base's tables, in place; deterministic.
-
-    medusa: the blocks are zero and every head is the lm_head, so that each head starts as the base itself.
-
-    sum_rnn and sum_lstm start from init_random, and then:
+    """Start from the base's tables, in place; deterministic. It starts from init_random, and then:
 
     - Heads and token tables get the geometry of the base's tables at the random weights' scale, so that the first loss
       is below or near ln V. A table is centred (the mean row adds the same to every logit, which a softmax does not
@@ -78,13 +68,6 @@ def init_from_base(speculator: Speculator, embedding: Tensor, lm_head: Tensor, s
                 "(vocab_size, hidden_size)"
             )
     drafted = lm_head if speculator.token_map is None else lm_head[speculator.token_map.to(lm_head.device)]
-    if isinstance(speculator, Medusa):
-        for parameter in speculator.blocks.parameters():
-            parameter.zero_()
-        for i in range(config.n_predict):
-            speculator.head(i).weight.copy_(drafted)
-        return
-
     init_random(speculator, seed)
     generator = torch.Generator().manual_seed(seed)
     assert isinstance(speculator, SumRnn | SumLstm)

@@ -47,12 +47,10 @@ class SumLstm(Speculator):
         self.head = PerHead([linear(inner[-1], config.head_rows)] * config.n_predict)
 
     def start(self, states: Tensor) -> Carry:
-        """See Speculator."""
         state = self._scaled(states)
         return state, state.new_zeros(len(state), self.config.sum_width)
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
-        """See Speculator."""
         state, cell = carry
         forget, input_, output, candidate = (
             torch.add(proj(i)(state), emb, alpha=self.alpha)

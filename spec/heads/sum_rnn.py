@@ -33,11 +33,9 @@ class SumRnn(Speculator):
         self.head = PerHead(heads if own == n else heads * n)
 
     def start(self, states: Tensor) -> Carry:
-        """See Speculator."""
         return (self._scaled(states),)
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
-        """See Speculator."""
         (state,) = carry
         mixed = torch.add(self.proj(i)(state), self.emb(i)(tokens), alpha=self.alpha)  # [P, w]
         state = F.gelu(self.ln(i)(self.adapter(i)(mixed)))  # [P, inner]

@@ -242,7 +242,7 @@ def _hand_over_states() -> None:
     """Let vLLM's model runner show each step's hidden states to our proposer, and to no other.
 
     GPUModelRunner (the CPU's runner derives from it) has the states at hand where it asks the proposer for drafts;
-    what its own Medusa proposer is given from there, ours takes. Nothing else in vLLM is replaced.
+    ours takes them from the arguments of that call. Nothing else in vLLM is replaced.
 
     Raises:
         ServingError: the runner has no such method, or it takes other arguments.

@@ -209,7 +209,11 @@ def test_widths_that_cannot_be_added() -> None:
     with pytest.raises(ConfigError, match=r"emb_dim ends in 512 and proj_dim in 1024.*added"):
         from_overrides(["model.speculator.emb_dim=1024.512"])
     assert from_overrides(["model.speculator.emb_dim=512.1024"]).model.speculator.emb_dim == (512, 1024)
-    assert from_overrides(["model.speculator.emb_dim=512", "model.speculator.method=medusa"])
+
+
+def test_a_method_that_is_gone_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"model\.speculator\.method: .*method medusa is gone"):
+        from_overrides(["model.speculator.method=medusa"])
 
 
 def test_sum_lstm_shares_its_weights() -> None:
@@ -324,7 +328,7 @@ paths = words | st.lists(words, max_size=3) | st.none()
 
 @st.composite
 def speculators(draw: st.DrawFn) -> dict[str, Any]:
-    method = draw(st.sampled_from(["sum_rnn", "sum_lstm", "medusa"]))
+    method = draw(st.sampled_from(["sum_rnn", "sum_lstm"]))
     emb = draw(dims)
     last = emb.rpartition(".")[2]
     return {

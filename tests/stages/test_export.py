@@ -45,7 +45,7 @@ def test_there_and_back(here: Path, base_folder: Path) -> None:
 
 
 def test_an_import_is_a_warm_start(here: Path, base_folder: Path) -> None:
-    assert run("export", "--format", "ibm-fms", "--out", "e", "--checkpoint", "models/speculator").exit_code == 0
+    assert run("export", "--format", "arctic", "--out", "e", "--checkpoint", "models/speculator").exit_code == 0
     assert run("import", "e", "warm").exit_code == 0
     from spec import config as config_module
 
@@ -68,7 +68,6 @@ def test_a_base_of_other_weights_is_refused(here: Path, base_folder: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["export", "--format", "vllm-medusa", "--out", "e"], "Error: format vllm-medusa holds medusa heads"),
         (["export", "--format", "arctic", "--out", "models"], "Error: models holds speculator"),
         (["export", "--format", "arctic", "--out", "e", "--checkpoint", "x"], "x/config.json is missing"),
         (["import", "models/speculator", "back"], "of this project already"),

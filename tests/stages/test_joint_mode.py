@@ -165,12 +165,11 @@ def test_the_trained_base_has_the_dtype_of_the_run(folder: Path, dtype: str) -> 
     assert AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("overrides", [["method=medusa"], ["method=sum_lstm", "init=base", "draft_vocab_size=60"]])
-def test_any_heads_can_be_trained_with_it(folder: Path, overrides: list[str]) -> None:
-    chosen = [f"model.speculator.{override}" for override in overrides]
+def test_other_heads_can_be_trained_with_it(folder: Path) -> None:
+    chosen = (f"model.speculator.{override}" for override in ("method=sum_lstm", "init=base", "draft_vocab_size=60"))
     ok("train", "trainer.total_epochs=1", *chosen)
     ok("evaluate")
-    assert f"method={heads.read_config('models/speculator').method}" == overrides[0]
+    assert heads.read_config("models/speculator").method == "sum_lstm"
 
 
 @pytest.mark.slow

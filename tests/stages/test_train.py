@@ -270,7 +270,7 @@ def test_ties_of_the_draft_vocabulary_go_to_the_lower_id() -> None:
     assert made.token_map.tolist() == [1, 2, 3, 5, 8]
 
 
-@pytest.mark.parametrize("method", ["sum_rnn", "medusa"])
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
 def test_heads_start_from_the_bases_tables_where_they_are_asked_to(method: Any) -> None:
     tables = {name: torch.randn(12, 8) for name in ("embedding", "lm_head")}
     config = config_module.from_mapping({"model": {"speculator": {"init": "base"}}, "trainer": {"seed": 3}})

@@ -29,7 +29,6 @@ OVERRIDES = (
 )
 METHODS = {
     "sum_rnn": (),
-    "medusa": ("model.speculator.method=medusa", "model.speculator.tie_weights=true", "optim.lr=0.002"),
 }
 SERVER = ("--enforce-eager", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")  # most prompts come in parts
 ENVIRONMENT = {

@@ -29,7 +29,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sum_lstm": {"method": "sum_lstm"},
     "sum_lstm, one table": {"method": "sum_lstm", "tie_lstm_embs": True},
     "sum_lstm, stacks": {"method": "sum_lstm", "inner_dim": (8, 16), "emb_dim": (8, 16), "proj_dim": (8, 16)},
-    "medusa": {"method": "medusa"},
 }
 
 

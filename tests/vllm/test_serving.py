@@ -19,7 +19,7 @@ from spec.config import Decode
 from spec.drafting import Source, drafts_along
 from spec.serving import server as servers
 from spec.serving.server import Server
-from tests.vllm.small import NEW_TOKENS, PROMPTS, Trained, run, serving
+from tests.vllm.small import NEW_TOKENS, PROMPTS, Trained, serving
 
 NAME = "models/base"
 MESSAGES = [{"role": "user", "content": "Name three animals that live in the sea, and say what each of them eats."}]
@@ -64,21 +64,6 @@ def by_proposer(source: Source) -> Callable[[Trained], list[str]]:
     return arguments
 
 
-def by_export(trained: Trained) -> list[str]:
-    """vLLM's own Medusa, which needs nothing of ours at serving time."""
-    out = trained.root / "exported"
-    if not out.exists():
-        options = ("--format", "vllm-medusa", "--out", str(out), "--checkpoint", str(trained.checkpoint("medusa")))
-        run(trained.root, "export", options=(*options, "--dtype", "float32"))
-    method = {"method": "medusa", "model": str(out), "num_speculative_tokens": 3}
-    untracked = json.dumps({"enable_weights_track": False})  # docs/exports.md
-    return [
-        *alone(trained),
-        *("--speculative-config", json.dumps(method)),
-        *("--model-loader-extra-config", untracked),
-    ]
-
-
 def alone(trained: Trained) -> list[str]:
     return [*servers.plain_command(str(trained.root / NAME), dtype="float32"), *named()]
 
@@ -90,7 +75,6 @@ def named() -> list[str]:
 CASES = {
     "sum_rnn": Case(by_proposer("head"), "sum_rnn", "head", 3),
     "hybrid": Case(by_proposer("hybrid"), "sum_rnn", "hybrid", servers.NGRAM_DRAFT),
-    "medusa": Case(by_export, "medusa", "head", 3),
 }
 
 

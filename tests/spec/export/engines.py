@@ -46,49 +46,6 @@ def config_of(folder: Path) -> dict[str, Any]:
     return values
 
 
-def vllm_medusa(folder: Path) -> Draft:
-    """vllm/transformers_utils/configs/medusa.py and vllm/model_executor/models/medusa.py."""
-    values = config_of(folder)
-    assert values["model_type"] == "medusa"
-    assert values["architectures"] == ["MedusaModel"]
-    for key in list(values):  # as MedusaConfig.from_pretrained reads them
-        if "num" in key and "heads" in key:
-            values["num_heads"] = values.pop(key)
-        elif "num" in key and "layers" in key:
-            values["num_hidden_layers"] = values.pop(key)
-    n, d, vocab = values["num_heads"], values["hidden_size"], values["vocab_size"]
-    truncated = values.get("truncated_vocab_size")
-    truncated = vocab if truncated is None else truncated
-    assert "n_predict" not in values  # vLLM would want multiples of it
-    assert values.get("logit_scale", 1.0) == 1.0
-    assert not values.get("medusa_fc_bias", False)
-    shapes = {f"blocks.{i}.layers.{j}.weight": (d, d) for i in range(n) for j in range(values["num_hidden_layers"])}
-    one = values.get("original_lm_head", False)
-    output = ["lm_head.weight"] * n if one else [f"lm_heads.{i}.weight" for i in range(n)]
-    shapes |= dict.fromkeys(output, (truncated if one else vocab, d))
-    found = tensors(folder)
-    token_map = found.pop("token_map", None)
-    token_map = token_map if truncated < vocab else None
-    assert truncated == vocab or token_map is not None
-    assert {name: tuple(weight.shape) for name, weight in found.items()} == shapes
-
-    def draft(states: Tensor, tokens: Tensor) -> Tensor:
-        drafts = []
-        for i in range(n):
-            x = states
-            for j in range(values["num_hidden_layers"]):
-                x = x + F.silu(x @ found[f"blocks.{i}.layers.{j}.weight"].float().T)
-            logits = x @ found[output[i]].float().T
-            if token_map is not None:
-                full = torch.full((len(states), vocab), -torch.inf)
-                full[..., token_map] = logits
-                logits = full
-            drafts.append(logits.argmax(-1))
-        return torch.stack(drafts, 1)
-
-    return draft
-
-
 def arctic(folder: Path) -> Draft:
     """arctic_inference/vllm/spec_dec/arctic_speculator.py (ArcticLSTMSpeculator) and arctic_proposer.py."""
     values = config_of(folder)
@@ -138,45 +95,6 @@ def arctic(folder: Path) -> Draft:
             else:
                 sums = states @ w[f"proj.{j}.0.weight"].T + alpha * w[f"emb.{k}.0.weight"][tokens]
                 states = F.gelu(_norm(sums, w, f"ln.{k}.0"))
-            tokens = (states @ w[f"head.{k}.weight"].T).argmax(-1)
-            drafts.append(tokens)
-        return torch.stack(drafts, 1)
-
-    return draft
-
-
-def ibm_fms(folder: Path) -> Draft:
-    """fms_extras/models/speculator.py, as TGI's tied class and vLLM's V0 class load it."""
-    values = config_of(folder)
-    assert values["model_type"] == "mlp_speculator"
-    assert values["architectures"] == ["MLPSpeculatorPreTrainedModel"]
-    assert isinstance(values["base_model_name_or_path"], str)  # TGI's way to the base
-    n, vocab, d, h = (values[name] for name in ("n_predict", "vocab_size", "emb_dim", "inner_dim"))
-    assert isinstance(h, int)
-    assert len(values["top_k_tokens_per_head"]) == n
-    tied = values["tie_weights"]
-    assert not (tied and n == 1)
-    own = 1 if tied else n
-    found = tensors(folder)
-    shapes: dict[str, tuple[int, ...]] = {f"speculator.head.{i}.weight": (vocab, h) for i in range(own)}
-    shapes |= {f"speculator.emb.{i}.weight": (vocab, h) for i in range(own)}
-    shapes |= {f"speculator.ln.{i}.{part}": (h,) for i in range(own) for part in ("weight", "bias")}
-    shapes |= {f"speculator.proj.{i}.weight": (h, h if i else d) for i in range(2 if tied else n)}
-    assert {name: tuple(weight.shape) for name, weight in found.items()} == shapes
-    w = {name.replace("speculator.", ""): weight.float() for name, weight in found.items()}
-    state_weight = 0.5 ** (0.5 / n)
-    emb_weight = math.sqrt((1 - state_weight**2) * (h / 2))
-
-    def draft(states: Tensor, tokens: Tensor) -> Tensor:
-        drafts = []
-        if values["scale_input"]:
-            states = _norm(states) / 2**0.5
-        for i in range(n):
-            k, j = (0, min(i, 1)) if tied else (i, i)
-            sums = torch.add(
-                states @ w[f"proj.{j}.weight"].T, w[f"emb.{k}.weight"][tokens], alpha=emb_weight / state_weight
-            )
-            states = F.gelu(_norm(sums, w, f"ln.{k}"))
             tokens = (states @ w[f"head.{k}.weight"].T).argmax(-1)
             drafts.append(tokens)
         return torch.stack(drafts, 1)

@@ -12,7 +12,6 @@ from spec.export import FORMATS, ExportError, measured_on, read, read_architectu
 from tests.spec.export import engines
 from tests.spec.heads.reference import config
 
-METHODS = {"vllm-medusa": "medusa", "arctic": "sum_rnn", "ibm-fms": "sum_rnn"}
 FIGURES: dict[str, Any] = {
     "offline": {
         "tokens_per_step": 1.75,
@@ -35,17 +34,14 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
-    drafted = 9 if form == "vllm-medusa" else None
-    speculator = engines.checkpoint(tmp_path / "c", config(METHODS[form], draft_vocab_size=drafted))
+    speculator = engines.checkpoint(tmp_path / "c", config())
     write(tmp_path / "c", tmp_path / "e", FORMATS[form], dtype)
     found = engines.tensors(tmp_path / "e")
-    assert found.pop("token_map", torch.zeros(1, dtype=torch.int64)).dtype == torch.int64
     assert {weight.dtype for weight in found.values()} == {dtype}
     assert engines.config_of(tmp_path / "e")["torch_dtype"] == str(dtype).removeprefix("torch.")
     back = read(str(tmp_path / "e")).state_dict()
     for name, weight in speculator.state_dict().items():
-        expected = weight if name == "token_map" else weight.to(dtype)
-        assert torch.equal(back[name], expected)
+        assert torch.equal(back[name], weight.to(dtype))
 
 
 def test_a_weight_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
@@ -61,7 +57,7 @@ def test_a_weight_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_base_goes_with_it(tmp_path: Path, form: str) -> None:
-    engines.checkpoint(tmp_path / "c", config(METHODS[form], base_revision="abc"))
+    engines.checkpoint(tmp_path / "c", config(base_revision="abc"))
     write(tmp_path / "c", tmp_path / "e", FORMATS[form], torch.float32)
     values = engines.config_of(tmp_path / "e")
     found = [values[f"base_{name}"] for name in ("model_name_or_path", "revision", "digest")]
@@ -71,17 +67,16 @@ def test_the_base_goes_with_it(tmp_path: Path, form: str) -> None:
     values = engines.config_of(tmp_path / "e")
     assert (values["base_model_name_or_path"], values["base_digest"]) == ("/models/its base", "d1")
     assert "base_revision" not in values
-    if form != "ibm-fms":
-        assert "vllm serve '/models/its base' " in written.command
+    assert "vllm serve '/models/its base' " in written.command
 
 
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     engines.checkpoint(tmp_path / "a", config())
-    engines.checkpoint(tmp_path / "b", config("medusa"))
+    engines.checkpoint(tmp_path / "b", config(n_predict=2))
     (tmp_path / "e").mkdir()
     write(tmp_path / "a", tmp_path / "e", FORMATS["arctic"], torch.float32)
-    write(tmp_path / "b", tmp_path / "e", FORMATS["vllm-medusa"], torch.float32)
-    assert engines.config_of(tmp_path / "e")["model_type"] == "medusa"
+    write(tmp_path / "b", tmp_path / "e", FORMATS["arctic"], torch.float32)
+    assert engines.config_of(tmp_path / "e")["n_predict"] == 2
     assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e"]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "e").iterdir()} == {0o644}
@@ -130,19 +125,19 @@ def test_a_failure_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest
 
 def test_the_card_of_measured_weights(tmp_path: Path) -> None:
     source = tmp_path / "models/speculator"
-    engines.checkpoint(source, config("medusa", draft_vocab_size=9, base_revision="abc"))
+    engines.checkpoint(source, config(base_revision="abc"))
     digest = files.digest_file(source / "pytorch_model.bin")
     files.write_json(tmp_path / "results/train/metrics.json", {"features": "f00d", "speculator": digest})
     files.write_json(tmp_path / "results/evaluate/metrics.json", {**FIGURES, "speculator": digest})
     measured = measured_on(source)
-    written = write(source, tmp_path / "e", FORMATS["vllm-medusa"], torch.bfloat16, measured=measured)
+    written = write(source, tmp_path / "e", FORMATS["arctic"], torch.bfloat16, measured=measured)
     card = (tmp_path / "e/README.md").read_text()
     for words in (
         "base_model: some/base",
         "| base | `some/base`, revision `abc` |",
         "| weights of the base | `d1` |",
-        "| method | medusa, 3 heads of 1 residual layer each, tied output |",
-        "| drafts from | 9 of 23 tokens |",
+        "| method | sum_rnn, 3 heads, width 8, tied weights |",
+        "| drafts from | all 23 tokens |",
         "| trained on | features `f00d` |",
         f"| exported from | pytorch_model.bin `{digest}` |",
         f"```bash\n{written.command}\n```",

@@ -35,7 +35,7 @@ def inputs(c: SpeculatorConfig, positions: int = 5, seed: int = 0) -> tuple[Tens
 
 def logits(c: SpeculatorConfig, w: State, states: Tensor, tokens: Tensor) -> Tensor:
     """[n, P, V], position by position."""
-    run = {"sum_rnn": sum_rnn, "sum_lstm": sum_lstm, "medusa": medusa}[c.method]
+    run = {"sum_rnn": sum_rnn, "sum_lstm": sum_lstm}[c.method]
     return torch.stack([run(c, w, states[p], tokens[p].tolist()) for p in range(len(states))], 1)
 
 
@@ -72,17 +72,6 @@ def sum_lstm(c: SpeculatorConfig, w: State, h: Tensor, x: list[int]) -> Tensor:
         for k in range(1, len(c.inner_dim)):
             s = w[f"inner.0.{3 * k - 1}.weight"] @ gelu(norm(w, f"inner.0.{3 * k - 3}", s))
         out.append(w["head.0.weight"] @ s)
-    return torch.stack(out)
-
-
-def medusa(c: SpeculatorConfig, w: State, h: Tensor, x: list[int]) -> Tensor:
-    out = []
-    for i in range(c.n_predict):
-        s = h
-        for j in range(c.num_hidden_layers):
-            z = w[f"blocks.{i}.layers.{j}.weight"] @ s
-            s = s + z / (1 + torch.exp(-z))
-        out.append(w["lm_head.weight" if c.tie_weights else f"lm_heads.{i}.weight"] @ s)
     return torch.stack(out)
 
 

@@ -42,7 +42,7 @@ def test_a_draft_vocabulary_stays() -> None:
 
 def test_what_cannot_be_fused_stays_as_it_is() -> None:
     stacked = lstm(proj_dim=(4, 8))
-    for speculator in (stacked, build(config()), build(config("medusa"))):
+    for speculator in (stacked, build(config())):
         assert fuse(speculator) is speculator
     with pytest.raises(ValueError, match=r"proj_dim is \(4, 8\)"):
         fused_projection(stacked, 0)

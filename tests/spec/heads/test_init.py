@@ -47,25 +47,6 @@ def test_random_weights_follow_the_seed() -> None:
     assert not same(a, b)
 
 
-def test_medusa_is_not_drawn_at_random() -> None:
-    with pytest.raises(ValueError, match="use init_from_base"):
-        init_random(build(config("medusa")))
-
-
-@pytest.mark.parametrize("tie", [False, True])
-def test_medusa_starts_as_the_base(tie: bool) -> None:
-    kept = torch.tensor([1, 4, 22])
-    for K, token_map in ((None, None), (3, kept)):
-        c = config("medusa", draft_vocab_size=K, tie_weights=tie, num_hidden_layers=2)
-        speculator = build(c, token_map)
-        embedding, lm_head = tables()
-        init_from_base(speculator, embedding, lm_head)
-        states, tokens = inputs(c)
-        expected = states @ (lm_head if token_map is None else lm_head[token_map]).T
-        for logits in speculator(states, tokens):
-            torch.testing.assert_close(logits, expected)
-
-
 def test_equal_widths_copy_the_tables() -> None:
     """Up to the mean row and one factor; the embedding also up to a rotation, which keeps all its inner products."""
     c = config(inner_dim=(12,), emb_dim=(12,), proj_dim=(12,))
@@ -130,7 +111,7 @@ def test_tied_bases_do_not_start_by_repeating_their_input() -> None:
         assert (logits.argmax(-1) == tokens[:, i]).float().mean() < 0.05
 
 
-@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
 def test_deterministic(method: str) -> None:
     a, b = build(config(method)), build(config(method))
     init_from_base(a, *tables())

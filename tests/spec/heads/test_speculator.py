@@ -16,7 +16,7 @@ from spec.heads.speculator import mixing_weight
 from . import reference
 from .reference import config, inputs
 
-METHODS = ["sum_rnn", "sum_lstm", "medusa"]
+METHODS = ["sum_rnn", "sum_lstm"]
 width = st.sampled_from([4, 6, 8])
 stacks = st.just(()) | st.tuples(width) | st.tuples(width, width)
 
@@ -31,15 +31,14 @@ def configs(draw: st.DrawFn) -> SpeculatorConfig:
         inner_dim=draw(st.just(w) | st.tuples(width) | st.tuples(width, width)),
         emb_dim=draw(stacks) + w,
         proj_dim=draw(stacks) + w,
-        scale_input=method != "medusa" and draw(st.booleans()),
+        scale_input=draw(st.booleans()),
         tie_weights=method == "sum_lstm" or draw(st.booleans()),
         tie_lstm_embs=draw(st.booleans()),
-        num_hidden_layers=draw(st.integers(1, 2)) if method == "medusa" else 1,
     )
 
 
 def randomized(c: SpeculatorConfig, token_map: torch.Tensor | None = None) -> Speculator:
-    """Every parameter away from its special value: norms too, and medusa's blocks."""
+    """Every parameter away from its special value: norms too."""
     speculator = build(c, token_map)
     with torch.no_grad():
         for module in speculator.modules():
@@ -120,21 +119,6 @@ def test_head_i_reads_the_token_before_the_one_it_predicts(method: str) -> None:
     for i in range(n):
         assert torch.equal(logits[i].argmax(-1), x[:, t + 2 + i])
     assert torch.equal(speculator.draft(states, x[:, t + 1]), x[:, t + 2 : t + 2 + n])
-
-
-def test_medusa_predicts_from_the_state_alone() -> None:
-    """The base turns state e_v into x_{t+1} = v; head i moves v by i + 1 to x_{t+2+i}."""
-    V = 10
-    c = config("medusa", hidden_size=V, vocab_size=V, tie_weights=False)
-    speculator = build(c)
-    with torch.no_grad():
-        for parameter in speculator.parameters():
-            parameter.zero_()
-        for i in range(c.n_predict):
-            speculator.head(i).weight.copy_(torch.eye(V).roll(i + 1, 0))
-    first = torch.arange(V)
-    drafts = speculator.draft(torch.eye(V), first)
-    assert torch.equal(drafts, (first[:, None] + 1 + torch.arange(c.n_predict)) % V)
 
 
 @pytest.mark.parametrize(
@@ -237,4 +221,3 @@ def test_every_trained_parameter_gets_a_gradient(method: str, n: int) -> None:
 
 def test_norms_and_token_tables_are_not_decayed() -> None:
     assert build(config()).undecayed() == {"ln.0.0.weight", "ln.0.0.bias", "emb.0.0.weight"}
-    assert build(config("medusa")).undecayed() == frozenset()

@@ -67,12 +67,7 @@ def make_speculator(method: Any = "sum_rnn", seed: int = 0, **changed: Any) -> S
     config = SpeculatorConfig(method=method, **(shape | changed))
     drafted = config.draft_vocab_size
     speculator = build(config, None if drafted is None else torch.arange(config.vocab_size)[-drafted:])
-    if method == "medusa":
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in speculator.parameters():
-            parameter.data.normal_(0, 0.3, generator=generator)
-    else:
-        init_random(speculator, seed)
+    init_random(speculator, seed)
     return speculator
 
 

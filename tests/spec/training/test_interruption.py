@@ -63,7 +63,6 @@ def whole(
         ("sum_rnn", [("val", 10)]),
         ("sum_rnn", [("train", 8), ("train", 9), ("val", 16)]),  # at the end of an epoch, behind it, at the very end
         ("sum_lstm", [("train", 14)]),
-        ("medusa", [("train", 8), ("train", 14)]),
     ],
 )
 def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(

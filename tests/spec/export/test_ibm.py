@@ -1,3 +1,5 @@
+"""IBM's published speculators are read, for warm starts."""
+
 from pathlib import Path
 
 import pytest
@@ -5,53 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from spec import files
-from spec.export import FORMATS, ExportError, read, write
+from spec.export import read
 from spec.heads import CheckpointError
 from tests.spec.export import engines
-from tests.spec.heads.reference import config, inputs
-
-FORM = FORMATS["ibm-fms"]
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize(("n", "tied"), [(2, True), (4, True), (1, False), (3, False)])
-def test_the_public_class_drafts_the_same(tmp_path: Path, n: int, scaled: bool, tied: bool) -> None:
-    c = config(n_predict=n, scale_input=scaled, tie_weights=tied)
-    speculator = engines.checkpoint(tmp_path / "c", c)
-    write(tmp_path / "c", tmp_path / "e", FORM, torch.float32)
-    states, tokens = inputs(c, positions=40)
-    expected = speculator.draft(states, tokens[:, 0])
-    assert torch.equal(engines.ibm_fms(tmp_path / "e")(states, tokens[:, 0]), expected)
-    back = read(str(tmp_path / "e"))
-    assert back.config == c
-    assert all(torch.equal(weight, back.state_dict()[name]) for name, weight in speculator.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"method": "medusa"}, "method is medusa: format vllm-medusa holds it"),
-        ({"method": "sum_lstm", "tie_lstm_embs": True}, "method is sum_lstm: format arctic holds it"),
-        ({"proj_dim": (6, 8)}, r"no stack of widths .*proj_dim 6\.8"),
-        ({"inner_dim": (10,)}, "one width .*Train with the three widths equal"),
-        ({"draft_vocab_size": 9}, "no draft vocabulary.*draft_vocab_size=null"),
-        ({"n_predict": 1}, "tied weights of a single head.*tie_weights=false or more heads"),
-    ],
-)
-def test_what_it_cannot_hold(tmp_path: Path, changes: dict[str, object], words: str) -> None:
-    engines.checkpoint(tmp_path / "c", config(**changes))
-    with pytest.raises(ExportError, match=words):
-        write(tmp_path / "c", tmp_path / "e", FORM, torch.float32)
-    assert not (tmp_path / "e").exists()
-
-
-def test_the_command_follows_from_what_engines_can_load(tmp_path: Path) -> None:
-    """TGI's class for untied heads fails when it is built."""
-    engines.checkpoint(tmp_path / "tied", config())
-    engines.checkpoint(tmp_path / "untied", config(tie_weights=False))
-    tied, untied = (write(tmp_path / name, tmp_path / "e", FORM, torch.float32) for name in ("tied", "untied"))
-    assert tied.command == f"text-generation-launcher --model-id {tmp_path}/e"
-    assert untied.command.startswith("VLLM_USE_V1=0 vllm serve some/base")
+from tests.spec.heads.reference import config
 
 
 def accelerator(folder: Path, tied: bool, **changes: object) -> engines.Speculator:
@@ -119,6 +78,13 @@ def test_tied_weights_that_differ(tmp_path: Path) -> None:
     state["speculator.emb.2.weight"] = state["speculator.emb.2.weight"] + 1
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"emb\.0\.0\.weight and emb\.2\.0\.weight differ"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"inner_dim": 8}, {"vocab_size": "23"}, {"n_predict": 0}, {"tie_weights": 1}])
+def test_values_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, object]) -> None:
+    accelerator(tmp_path, True, base_model_name_or_path="some/base", **changes)
+    with pytest.raises(CheckpointError, match="|".join([*changes, "shape"])):
         read(str(tmp_path))
 
 
