@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 
 from spec import base as base_model
 from spec import config as config_module
+from spec import lineage
 from spec.base import Base
 from spec.config import Config
 from spec.store.manifest import Manifest
@@ -63,11 +63,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 def machine() -> str:
     """What this ran on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
+    name = lineage.cpu_name()
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()}; {name}"
     return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     field_validator,
     model_validator,
@@ -119,11 +120,16 @@ def _method(value: object) -> object:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
-DimsField = Annotated[Dims, BeforeValidator(parse_dims)]
+DimsField = Annotated[Dims, BeforeValidator(parse_dims), PlainSerializer(format_dims)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+Method = Literal["sum_rnn", "sum_lstm"]
+Dtype = Literal["bfloat16", "float32", "float16"]
+DraftSource = Literal["head", "ngram", "hybrid"]
 
 
 class Section(BaseModel):
@@ -153,7 +159,7 @@ class Data(Section):
 class Speculator(Section):
     """The draft heads (docs/format.md names their files)."""
 
-    method: Annotated[Literal["sum_rnn", "sum_lstm"], BeforeValidator(_method)] = "sum_rnn"
+    method: Annotated[Method, BeforeValidator(_method)] = "sum_rnn"
     n_predict: Annotated[int, Field(ge=1, le=32)] = 5
     inner_dim: DimsField = (1024,)
     emb_dim: DimsField = (1024,)
@@ -175,7 +181,7 @@ class Model(Section):
 
     partial_pretrain: Annotated[str, BeforeValidator(lambda v: _expand(v) if isinstance(v, str) else v)] = "models/base"
     revision: str | None = None
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     trust_remote_code: bool = False
     freeze_base_model: bool = True
     speculator_loss_coeff: Annotated[float, Field(ge=0)] = 1.0
@@ -228,7 +234,7 @@ class Optim(Section):
 class Trainer(Section):
     """The run: workers, length, checkpoints, logging."""
 
-    launcher: Annotated[tuple[str, ...], BeforeValidator(_command)] = (
+    launcher: Annotated[tuple[str, ...], BeforeValidator(_command), PlainSerializer(shlex.join)] = (
         "torchrun",
         "--standalone",
         "--nproc-per-node=1",
@@ -249,7 +255,7 @@ class Trainer(Section):
 class Decode(Section):
     """Where drafts come from when text is generated."""
 
-    draft: Literal["head", "ngram", "hybrid"] = "hybrid"
+    draft: DraftSource = "hybrid"
     ngram_min: Positive = 1
     ngram_max: Positive = 8
     draft_len: Positive | None = None
@@ -361,23 +367,15 @@ def from_mapping(tree: Mapping[str, Any], source: str = "parameters") -> Config:
 
 def flatten(config: Config) -> dict[str, object]:
     """Every parameter by its dotted key, as plain values; widths as format_dims writes them."""
-    flat: dict[str, object] = {}
 
-    def visit(prefix: str, section: Section) -> None:
-        for name in type(section).model_fields:
-            value = getattr(section, name)
-            key = f"{prefix}{name}"
-            if isinstance(value, Section):
-                visit(f"{key}.", value)
-            elif key in _RAW:
-                flat[key] = format_dims(value)
-            elif key == "trainer.launcher":
-                flat[key] = shlex.join(value)
+    def visit(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from visit(f"{prefix}{name}.", value)
             else:
-                flat[key] = list(value) if isinstance(value, tuple) else value
+                yield f"{prefix}{name}", value
 
-    visit("", config)
-    return flat
+    return dict(visit("", _tree(config)))
 
 
 def save(config: Config, path: Path) -> None:
@@ -387,15 +385,8 @@ def save(config: Config, path: Path) -> None:
 
 
 def _tree(config: Config) -> dict[str, Any]:
-    """Nested plain values."""
-    tree: dict[str, Any] = {}
-    for key, value in flatten(config).items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-    return tree
+    """Nested plain values, as a file has them."""
+    return config.model_dump(mode="json")
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -85,7 +85,7 @@ def lock_digest() -> str:
 def hardware(device: torch.device) -> dict[str, str]:
     """The machine of this process; `bfloat16` is whether the device computes in it."""
     found = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
         "memory": _gigabytes(psutil.virtual_memory().total),
         "bfloat16": str(arithmetic("bfloat16", device) == torch.bfloat16).lower(),
@@ -96,7 +96,8 @@ def hardware(device: torch.device) -> dict[str, str]:
     return found | {"device": properties.name, "device_memory": _gigabytes(properties.total_memory)}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

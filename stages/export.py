@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
+from spec.config import Dtype
 from stages import common
 
 
 @click.command()
-@click.option("--format", "form", required=True, type=click.Choice(["arctic"]))
+@click.option("--format", "form", default="arctic", show_default=True, help="Of the engine.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
 @click.option("--base", default=None, help="The base as the engine finds it, where not as the checkpoint says.")
 def export(form: str, out: Path, checkpoint: Path, dtype: str, base: str | None) -> None:
     """Write a speculator for a serving engine: weights, config.json and a card.
@@ -31,7 +33,7 @@ def export(form: str, out: Path, checkpoint: Path, dtype: str, base: str | None)
         written = exports.write(
             checkpoint,
             out,
-            exports.FORMATS[form],
+            exports.find(form),
             getattr(torch, dtype),
             base=base,
             base_architectures=exports.read_architectures(*where),

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import click
 import torch
 
+from spec.config import Dtype
 from spec.drafting import Source
 from stages import common
 
@@ -22,7 +23,7 @@ SHOWN = 8
 @click.option("--draft", type=click.Choice(get_args(Source)), default="hybrid", show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=None, help="Of sampling.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
 @click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 def generate(

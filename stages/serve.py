@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 
-from spec.config import Decode
+from spec.config import Decode, DraftSource, Dtype
 from stages import common
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
-@click.option("--draft", type=click.Choice(["head", "ngram", "hybrid"]), default="hybrid", show_default=True)
+@click.option("--draft", type=click.Choice(get_args(DraftSource)), default="hybrid", show_default=True)
 @click.option("--draft-len", type=click.IntRange(min=1), default=None, help="Drafts a step. [n_predict; n-gram: 8]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "bfloat16", "float32", "float16"]), default="auto", show_default=True
-)
+@click.option("--dtype", type=click.Choice(["auto", *get_args(Dtype)]), default="auto", show_default=True)
 @click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTIONS]")
 def serve(
     checkpoint: Path,
-    draft: Literal["head", "ngram", "hybrid"],
+    draft: DraftSource,
     draft_len: int | None,
     dtype: str,
     base: str | None,

@@ -6,13 +6,14 @@ folder into a speculator, ``card`` describes an export.
 
 from spec.export.format import ExportError, Format
 from spec.export.reading import KnownBase, identify_base, read
-from spec.export.writing import FORMATS, measured_on, read_architectures, write
+from spec.export.writing import FORMATS, find, measured_on, read_architectures, write
 
 __all__ = [
     "FORMATS",
     "ExportError",
     "Format",
     "KnownBase",
+    "find",
     "identify_base",
     "measured_on",
     "read",

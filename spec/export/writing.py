@@ -21,6 +21,18 @@ from spec.heads import Speculator, SpeculatorConfig, checkpoint
 
 FORMATS: dict[str, Format] = {each.name: each for each in (Arctic(),)}
 
+
+def find(name: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        ExportError: there is none.
+    """
+    if name not in FORMATS:
+        raise ExportError(f"no format {name!r}: there is {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"

@@ -6,7 +6,7 @@
 
 from spec.heads.build import build
 from spec.heads.checkpoint import CheckpointError, check_base, load, read_config, read_weights, restore, save
-from spec.heads.config import Method, SpeculatorConfig
+from spec.heads.config import SpeculatorConfig
 from spec.heads.fuse import fuse, fused_projection
 from spec.heads.init import init_from_base, init_random
 from spec.heads.speculator import Carry, Speculator
@@ -16,7 +16,6 @@ from spec.heads.sum_rnn import SumRnn
 __all__ = [
     "Carry",
     "CheckpointError",
-    "Method",
     "Speculator",
     "SpeculatorConfig",
     "SumLstm",

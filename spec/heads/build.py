@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spec.heads.config import Method, SpeculatorConfig
+from spec.config import Method
+from spec.heads.config import SpeculatorConfig
 from spec.heads.speculator import Speculator
 from spec.heads.sum_lstm import SumLstm
 from spec.heads.sum_rnn import SumRnn

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from spec.config import MEDUSA, Dims, check_recurrent, format_dims, parse_dims
-
-Method = Literal["sum_rnn", "sum_lstm"]
+from spec.config import MEDUSA, Dims, Method, check_recurrent, format_dims, parse_dims
 
 # Keys that from_json passes over: to_json writes the first three for other readers, earlier versions wrote the fourth,
 # and tools of the Hugging Face family add the rest. None of them says anything about the network.

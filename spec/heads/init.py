@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +12,21 @@ from spec.heads.speculator import Speculator
 from spec.heads.sum_lstm import SumLstm
 from spec.heads.sum_rnn import SumRnn
 
-Style = Literal["arctic", "fms"]
-
 
 @torch.no_grad()
-def init_random(speculator: Speculator, seed: int = 0, style: Style = "arctic") -> None:
-    """Draw every table and Linear from a normal distribution; norms get weight 1 and bias 0. Changes it in place.
+def init_random(speculator: Speculator, seed: int = 0) -> None:
+    """Draw every table and Linear from a normal distribution with the standard deviation 1/sqrt(min(weight.shape))
+    (ArcticTraining); norms get weight 1 and bias 0. Changes it in place.
 
     Args:
         speculator: sum_rnn or sum_lstm.
         seed: the same weights on every device for the same seed.
-        style: standard deviation 1/sqrt(min(weight.shape)) ("arctic", ArcticTraining) or 1/sqrt(inner_dim) ("fms").
     """
     generator = torch.Generator().manual_seed(seed)
     for module in speculator.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            fan = min(module.weight.shape) if style == "arctic" else speculator.config.head_width
-            drawn = torch.empty(module.weight.shape).normal_(0, 1 / math.sqrt(fan), generator=generator)
-            module.weight.copy_(drawn)
+            spread = 1 / math.sqrt(min(module.weight.shape))
+            module.weight.copy_(torch.empty(module.weight.shape).normal_(0, spread, generator=generator))
         elif isinstance(module, RMSNorm):
             module.weight.fill_(1)
             module.bias.zero_()

@@ -32,10 +32,10 @@ from transformers import (
 
 from spec import acceptance
 from spec.base import Base, BaseError, answer, hidden_states, identify
-from spec.config import Decode
+from spec.config import Decode, Method
 from spec.decoding import DecodingError, LanguageModelWithSpeculator, probabilities
 from spec.drafting import Source, drafts_along
-from spec.heads import CheckpointError, Method, Speculator, SpeculatorConfig, SumRnn, build, init_from_base, save
+from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnn, build, init_from_base, save
 
 V, D = 12, 16
 CPU = torch.device("cpu")
