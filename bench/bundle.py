@@ -128,21 +128,22 @@ def unpack(part: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(part, "r:xz") as archive:
         archive.extractall(folder, filter="data")
-    for first in folder.rglob("*.1-of-*"):
-        whole, _, count = str(first).rpartition(".")[0], *first.name.rpartition("-of-")[1:]
-        pieces = [Path(f"{whole}.{number}-of-{count}") for number in range(1, int(count) + 1)]
+    wheels = folder / CACHE / "wheels"
+    for first in wheels.glob("*.1-of-*"):
+        whole = first.with_suffix("")
+        count = int(first.name.rpartition("-")[2])
+        pieces = [Path(f"{whole}.{number}-of-{count}") for number in range(1, count + 1)]
         if all(piece.is_file() for piece in pieces):
             content = b"".join(piece.read_bytes() for piece in pieces)
-            if hashlib.sha256(content).hexdigest() != Path(whole).stem:
+            if hashlib.sha256(content).hexdigest() != whole.stem:
                 sys.exit(f"{whole}: its pieces are not those of one file; copy the parts again")
-            Path(whole).write_bytes(content)
+            whole.write_bytes(content)
             for piece in pieces:
                 piece.unlink()
     place = folder.resolve()
     text = ACTIVATE.format(folder=place, site=shlex.quote(str(place / "site")), cache=shlex.quote(str(place / "cache")))
     (folder / "activate").write_text(text)
-    missing = [name for name in ("site", f"{CACHE}/wheels") if not (folder / name).is_dir()]
-    missing += [path.name for path in folder.rglob("*-of-*")]
+    missing = not (folder / "site").is_dir() or not wheels.is_dir() or any(wheels.glob("*-of-*"))
     print(f"{part} is unpacked" + ("; other parts are missing" if missing else f"; go on with: . {place}/activate"))
 
 

@@ -19,6 +19,7 @@ from bench.common import default_config, load_base, machine, reader, seconds, sp
 from spec import base as base_model
 from spec import costs, files
 from spec.costs import Machine
+from spec.device import synchronize
 from spec.store import features
 from stages import cache, common, plan
 
@@ -43,12 +44,16 @@ def main() -> None:
     rows = [["disk: the train split", common.size(formula), common.size(stored), f"{stored / formula:.3f}"]]
 
     width = 256
-    ids = torch.randint(base.vocab_size, (features.BATCH_TOKENS // width // 2, width))
+    ids = torch.randint(base.vocab_size, (features.BATCH_TOKENS // width // 2, width), device=base.device)
     prompts = ids[:, :32].repeat(-(-ROWS // len(ids)), 1)[:ROWS].tolist()
 
     def prefill() -> float:
+        def forward() -> None:
+            base_model.hidden_states(base.model, ids)
+            synchronize(base.device)
+
         with torch.inference_mode():
-            return seconds(lambda: base_model.hidden_states(base.model, ids))
+            return seconds(forward)
 
     def step() -> float:
         """Of ROWS answers, without the pass over their prompts."""
@@ -81,7 +86,7 @@ def main() -> None:
             continue
         formulas, measured = [], []
         for _ in range(ROUNDS):
-            formulas.append(said(costs.measure(torch.device("cpu"), dtype)))
+            formulas.append(said(costs.measure(base.device, dtype)))
             measured.append(work())
         ratios = [found / expected for found, expected in zip(measured, formulas, strict=True)]
         rows.append([name, f"{sorted(formulas)[ROUNDS // 2]:.3f} s", f"{sorted(measured)[ROUNDS // 2]:.3f} s"])

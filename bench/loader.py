@@ -103,6 +103,7 @@ def store(
     mask: np.ndarray[Any, Any],
     vocab_size: int,
     codec: str,
+    segment_tokens: int = 65536,
 ) -> Manifest:
     """Sequences in a store of their own: states [N * P, d] in bfloat16, ids [N, T], and the mask [T] of each."""
     base = {"weights": "w", "tokenizer": "t"}
@@ -112,7 +113,7 @@ def store(
     offsets = {k: v for k, v in features.OFFSETS.items() if k != "scales" or how == codecs.FP8}
     attributes = {"dtype": "bfloat16", "encoding": how, "offsets": offsets}
     count, length = ids.shape
-    per_row, a_segment = len(states) // count, 65536 // length
+    per_row, a_segment = len(states) // count, max(segment_tokens // length, 1)
     for start in range(0, count, a_segment):
         numbers = range(start, min(start + a_segment, count))
         rows = []

@@ -76,7 +76,8 @@ def public(
 
     def step(number: int) -> tuple[int, float]:
         batch = batches[number].to(worker.device)
-        targets = torch.where(batch.valid, speculator.targets(batch.tokens[:, 1:]), -100)
+        targets = speculator.targets(batch.tokens[:, 1:])
+        targets = torch.where(batch.valid & (targets >= 0), targets, -100)
         with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
             logits = speculator(batch.states, batch.tokens[:, :n])  # [n, P, V]
             losses = [F.cross_entropy(logits[i].float(), targets[:, i], ignore_index=-100) for i in range(n)]

@@ -1,4 +1,4 @@
-"""Training from the cache beside what people use. `python -m bench.train`, after `make repro`.
+"""Training from the cache compared with what people use. `python -m bench.train`, after `make repro`.
 
 1. Positions/s, and memory above weights and optimizer, against the public recipe written plainly (all heads' full
    logits, dense embedding gradients) in float32 and in bf16 autocast: same data, micro-batches, loss and updates. On
@@ -23,6 +23,7 @@ import torch
 from bench import recipes
 from bench.common import default_config, load_base, machine, reader, spread, table
 from spec import base, costs
+from spec.device import synchronize
 from spec.store import features
 from spec.workers import this_worker
 from stages.train import initialise, speculator_config
@@ -86,8 +87,10 @@ def beside_the_base_in_the_loop() -> None:
     with torch.inference_mode():
         for start in range(0, len(lengths), BATCH):
             part = lengths[start : start + BATCH]
-            base.hidden_states(model.model, torch.zeros(len(part), base.bucket(max(part)), dtype=torch.long))
+            ids = torch.zeros(len(part), base.bucket(max(part)), dtype=torch.long, device=model.device)
+            base.hidden_states(model.model, ids)
             tokens += sum(part)
+    synchronize(model.device)
     base_rate = tokens / (time.perf_counter() - began)
     manifest = found.manifest
     from_cache = manifest.positions / cached["rate"]

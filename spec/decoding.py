@@ -175,15 +175,8 @@ class LanguageModelWithSpeculator:
         input_ids: Tensor | Sequence[int],
         max_new_tokens: int = 256,
         *,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        draft: Source | None = None,
-        attention_mask: Tensor | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
         streamer: Streamer | None = None,
+        **options: Any,
     ) -> Generation:
         """Answer a prompt; see stream for the parameters, for errors, and for tokens as they come.
 
@@ -191,18 +184,7 @@ class LanguageModelWithSpeculator:
             streamer: shown the prompt and then the tokens of each step, as transformers' generate does it.
         """
         started = time.perf_counter()
-        stream = self.stream(
-            input_ids,
-            max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            draft=draft,
-            attention_mask=attention_mask,
-            eos_token_id=eos_token_id,
-        )
+        stream = self.stream(input_ids, max_new_tokens, **options)
         if streamer is not None:
             streamer.put(torch.as_tensor(input_ids).cpu())
         steps: list[Step] = []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,6 +55,38 @@ def on_this_device(work: Callable[P, T]) -> Callable[P, T]:
         return work(*args, **kwargs)
 
     return run
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; to CUDA through page-locked memory, so that nobody waits for the copy."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the CPU; the function that is returned waits for this copy, and for nothing later."""
+    if tensor.device.type != "cuda":
+        here = tensor.cpu()
+        return lambda: here
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
+
+
+def mark(device: torch.device) -> Callable[[], bool]:
+    """The function that is returned says whether the device has done all that it was asked to do until now."""
+    if device.type != "cuda":
+        return lambda: True
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record(torch.cuda.current_stream(device))
+    query: Callable[[], bool] = done.query
+    return query
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,7 +50,7 @@ def main() -> None:
     if asked.out.exists() and any(asked.out.iterdir()):
         parser.error(f"{asked.out} is not empty")
     asked.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gpu-") as work:
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as work:
         failed = run(asked, Path(work))
     print(f"\n{report(asked)}")
     sys.exit(1 if failed else 0)
@@ -56,21 +58,13 @@ def main() -> None:
 
 def run(asked: argparse.Namespace, work: Path) -> list[str]:
     """All sections, as far as the minutes go; returns those that failed or were left out."""
-    until, failed = time.time() + 60 * asked.minutes, []
+    whole = 60 * asked.minutes
+    end, failed = time.time() + whole, []
     for name in [asked.section] if asked.section else figures.SECTIONS:
         began = time.time()
-        if began > until:
-            problem = "left out: no time was left"
-        else:
-            command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:], "--section", name]
-            command += ["--work", str(work), "--until", str(until)]
-            problem = ""
-            try:
-                environment = {**child_environment(), "HF_HUB_OFFLINE": "1"}
-                status = subprocess.run(command, env=environment, timeout=until - began).returncode
-                problem = f"failed (exit status {status})" if status else ""
-            except subprocess.TimeoutExpired:
-                problem = "cut off: the minutes were over"
+        until = end if asked.section else min(end, began + whole * figures.SHARES[name])
+        command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:], "--section", name]
+        problem = in_time([*command, "--work", str(work), "--until", str(until)], until - began)
         with (asked.out / "sections.txt").open("a") as file:
             file.write(f"{name}: {time.time() - began:.0f} s{f', {problem}' if problem else ''}\n")
         if problem:
@@ -78,6 +72,24 @@ def run(asked: argparse.Namespace, work: Path) -> list[str]:
             print(f"{name}: {problem}", flush=True)
         report(asked)
     return failed
+
+
+def in_time(command: list[str], seconds: float) -> str:
+    """Run a command, and end it with all that it has started when its time is over; what went wrong, if anything."""
+    if seconds < 1:
+        return "left out: no time was left"
+    environment = {**child_environment(), "HF_HUB_OFFLINE": "1"}
+    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # some images set it, and float32 is not exact then
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+        return f"failed (exit status {status})" if status else ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its workers, which are in sessions of their own
+        time.sleep(3)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "cut off: its time was over"
 
 
 def section(asked: argparse.Namespace) -> None:

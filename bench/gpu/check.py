@@ -28,7 +28,7 @@ class Check:
         sizes: of everything.
         out: the folder of results.
         work: a folder for what is needed only during the run; sections share it.
-        until: when the run has to be over, by time.time().
+        until: when the section has to be over, by time.time().
     """
 
     section: str
@@ -43,8 +43,8 @@ class Check:
         figures.add(self.out, self.section, name, value)
 
     def left(self) -> float:
-        """Seconds."""
-        return self.until - time.time()
+        """Seconds until the section has to be over; a little less, so that it can say what it waited for."""
+        return self.until - 5 - time.time()
 
     def profile(self, title: str, work: Callable[..., object], *arguments: object) -> None:
         """Run something, and append its dearest operations to profile.txt."""

@@ -14,7 +14,7 @@ def run(check: Check) -> None:
     os.chdir(default.workspace(check))
     lm = decode.model()
     prompts = [prompt for _, prompt in decode.prompts(1)][:2]
-    base.decoding(check, lm, "embedded base", prompts, 8 * check.sizes.written // 6)
+    base.decoding(check, lm, "embedded base", prompts, check.sizes.written)
     stream = lm.stream(prompts[0], 8, draft="hybrid")
     next(stream)  # the prefill
     check.profile("one decoding step of the embedded base, hybrid", next, stream)

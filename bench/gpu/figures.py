@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import get_args
+
+from spec.drafting import Source
 
 RECIPES = ("whole vocabulary", "draft vocabulary")
 CHUNKS = (26, 28, 30)
 """Powers of two: the logits that a chunk of the loss may hold."""
 
 CODECS = ("none", "zstd", "fp8")
-SOURCES = ("none", "head", "ngram", "hybrid")
+SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 def _training(name: str) -> dict[str, str]:
@@ -65,11 +68,14 @@ SECTIONS: dict[str, dict[str, str]] = {
     "training": {
         **{figure: target for name in RECIPES for figure, target in _training(name).items()},
         **{f"chunks of 2^{power} logits: positions/s; GB above static": "" for power in CHUNKS},
-        "with torch.compile, positions/s": "",
         **{f"reader, {codec}, positions/s: first epoch; later ones": "more than training takes" for codec in CODECS},
+        "draft vocabulary: ours with torch.compile, positions/s": "",
     },
     "decoding": _decoding("embedded base"),
 }
+
+SHARES = {"right": 0.3, "default": 0.5, "base": 0.3, "training": 0.45, "decoding": 0.25}
+"""How much of the whole time a section may take, so that one that hangs does not cost the others theirs."""
 
 FILE = "figures.csv"
 

@@ -15,6 +15,7 @@ class Sizes:
         n_predict: heads.
         cached: sequences that the random base reads.
         length: tokens of each, half of them supervised.
+        segment: tokens of a segment of the store.
         rounds: of the cache and the bare forward.
         answers: sizes of the batches that the random base answers.
         prompt: tokens of a prompt.
@@ -36,6 +37,7 @@ class Sizes:
     n_predict: int
     cached: int
     length: int
+    segment: int
     rounds: int
     answers: tuple[int, int]
     prompt: int
@@ -56,9 +58,10 @@ FULL = Sizes(
     vocabulary=128256,
     drafted=32768,
     n_predict=3,
-    cached=64,
+    cached=96,
     length=1024,
-    rounds=3,
+    segment=8192,
+    rounds=2,
     answers=(64, 256),
     prompt=128,
     written=48,
@@ -79,6 +82,7 @@ SMALL = Sizes(
     n_predict=3,
     cached=8,
     length=64,
+    segment=256,
     rounds=1,
     answers=(8, 16),
     prompt=16,

@@ -27,6 +27,7 @@ from spec import costs
 from spec.config import Config
 from spec.costs import Job
 from spec.heads import Speculator
+from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader, prefetch
 from spec.training import loop, loss
 from spec.training.frozen import FrozenTask
@@ -40,18 +41,20 @@ def run(check: Check) -> None:
     sizes = check.sizes
     card = costs.measure(check.device, torch.bfloat16)
     states, ids, mask = data(check)
-    split = store(check.work / "zstd", states, ids, mask, sizes.vocabulary, "zstd")
-    reader = FeatureReader(split, check.work / "zstd")
-    made = [
-        Setting(check, settings(check, outputs), random_heads(sizes, outputs), reader)
-        for outputs in (sizes.vocabulary, sizes.drafted)
-    ]
-    for name, setting in zip(RECIPES, made, strict=True):
+    splits = {
+        codec: store(check.work / codec, states, ids, mask, sizes.vocabulary, codec, sizes.segment) for codec in CODECS
+    }
+    for name, outputs in zip(RECIPES, (sizes.vocabulary, sizes.drafted), strict=True):
+        speculator = random_heads(sizes, outputs, check.device)
+        reader = FeatureReader(splits["zstd"], check.work / "zstd")
+        setting = Setting(check, settings(check, outputs), speculator, reader)
         compare(setting, name, card)
         in_the_loop(setting, name)
-    variants(made[0])
-    for codec in CODECS:
-        read(check, codec, states, ids, mask)
+        if name == RECIPES[0]:
+            chunks(setting)
+    for codec, split in splits.items():
+        read(check, codec, split)
+    compiled(setting)
 
 
 def settings(check: Check, outputs: int) -> Config:
@@ -88,7 +91,7 @@ class Setting:
     Attributes:
         check: sizes and device.
         config: of the run.
-        speculator: untrained, on the CPU; every form begins with a copy of it.
+        speculator: untrained; every form begins with a copy of it.
         reader: of the store.
     """
 
@@ -103,8 +106,8 @@ class Setting:
         return Worker(0, 1, self.check.device)
 
     def fresh(self) -> Speculator:
-        """The untrained speculator on the device."""
-        return copy.deepcopy(self.speculator).to(self.check.device)
+        """A copy of the untrained speculator."""
+        return copy.deepcopy(self.speculator)
 
     def recipe(self, form: str, prepare: Callable[[Any], Any] = lambda module: module) -> Recipe:
         """`ours` or `public`, ready for the first steps of an epoch."""
@@ -178,8 +181,8 @@ def in_the_loop(setting: Setting, name: str) -> None:
     check.figure(f"{name}: the loop, share of time waiting for data", f"{told[1]['data_wait']:.3f}")
 
 
-def variants(setting: Setting) -> None:
-    """Other sizes of the loss's chunks, torch.compile, and a profile."""
+def chunks(setting: Setting) -> None:
+    """Other sizes of the loss's chunks, and a profile."""
     check = setting.check
     for power in CHUNKS:
         with mock.patch.dict(loss.CHUNK_LOGITS, {check.device.type: 2**power}):
@@ -187,30 +190,35 @@ def variants(setting: Setting) -> None:
         check.figure(
             f"chunks of 2^{power} logits: positions/s; GB above static", f"{found.rate:,.0f}; {found.memory / 1e9:.2f}"
         )
-    check.profile("one training step", setting.recipe("ours").step, 0)
+    recipe = setting.recipe("ours")
+    for number in (0, 1):  # the first steps allocate
+        recipe.step(number)
+    check.profile("one training step", recipe.step, 2)
     empty(check.device)
-    backend = "inductor" if check.device.type == "cuda" else "eager"  # a dry run needs no compiler
+
+
+def compiled(setting: Setting) -> None:
+    """torch.compile, with the draft vocabulary: it is tried, and not relied upon."""
+    backend = "inductor" if setting.check.device.type == "cuda" else "eager"  # a dry run needs no compiler
     try:
         found = setting.measure("ours", lambda module: torch.compile(module, backend=backend))
         value = f"{found.rate:,.0f}"
-    except Exception as error:  # it is tried, not relied upon
-        value = f"failed: {str(error).splitlines()[0][:200]}"
-    empty(check.device)
-    check.figure("with torch.compile, positions/s", value)
+    except Exception as error:
+        value = f"failed: {error!r:.200}"
+    setting.check.figure("draft vocabulary: ours with torch.compile, positions/s", value)
 
 
-def read(check: Check, codec: str, states: torch.Tensor, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+def read(check: Check, codec: str, split: Manifest) -> None:
     """How fast positions come into pinned memory."""
-    sizes, root = check.sizes, check.work / f"read-{codec}"
-    split = store(root, states, ids, mask, sizes.vocabulary, codec)
-    reader, pin = FeatureReader(split, root), check.device.type == "cuda"
+    sizes, pin = check.sizes, check.device.type == "cuda"
+    reader = FeatureReader(split, check.work / codec)
 
     def epoch(number: int) -> int:
         order = reader.order(0, number)
         parts = [order[start : start + sizes.batch] for start in range(0, len(order), sizes.batch)]
         return sum(len(batch) for batch in prefetch(reader.batches(parts, sizes.n_predict, pin)))
 
-    first, *later = [len(states) / seconds(partial(epoch, number)) for number in range(4)]
+    first, *later = [split.positions / seconds(partial(epoch, number)) for number in range(4)]
     check.figure(
         f"reader, {codec}, positions/s: first epoch; later ones", f"{first:,.0f}; {statistics.median(later):,.0f}"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from spec import base as base_model
 from spec.base import Base
 from spec.corpus import TokenSequence
+from spec.device import fetch, send
 from spec.store import codecs
 from spec.store.collection import Collection, Writer, share_out
 from spec.store.plan import item_key
@@ -147,22 +148,20 @@ class _Batch:
     """Encoded states of a few rows, on their way off the device."""
 
     group: Sequence[FeatureRow]
-    encoded: dict[str, Tensor]
-    finite: Tensor
-    arrived: torch.cuda.Event | None
+    encoded: dict[str, Callable[[], Tensor]]
+    finite: Callable[[], Tensor]
 
     def rows(self) -> Iterator[Row]:
         """The rows as they are stored; waits for the device."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        if not self.finite.all():
-            bad = self.group[int((~self.finite).nonzero()[0])]
+        finite = self.finite()
+        if not finite.all():
+            bad = self.group[int((~finite).nonzero()[0])]
             raise StoreError(
                 f"a hidden state of the sequence {bad.key} (it begins with the ids {bad.ids[:8].tolist()}) is NaN or "
                 "infinite; nothing of its segment was stored. Try model.dtype=float32, or check the base's weights"
             )
         ends = np.cumsum([len(kept_positions(row.mask)) for row in self.group])[:-1]
-        parts = {key: np.split(codecs.to_numpy(tensor), ends) for key, tensor in self.encoded.items()}
+        parts = {key: np.split(codecs.to_numpy(wait()), ends) for key, wait in self.encoded.items()}
         for index, row in enumerate(self.group):
             yield {**{key: part[index] for key, part in parts.items()}, "ids": row.ids, "mask": row.mask}
 
@@ -178,25 +177,14 @@ def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str)
     for number, row in enumerate(group):
         ids[number, : len(row.ids)] = row.ids
         kept[number, : len(row.ids) - 1] = row.mask[1:]
-    at = torch.from_numpy(np.flatnonzero(kept)).to(base.device, non_blocking=True)
-    hidden = base_model.hidden_states(base.model, torch.from_numpy(ids).to(base.device, non_blocking=True))
+    at = send(torch.from_numpy(np.flatnonzero(kept)), base.device)
+    hidden = base_model.hidden_states(base.model, send(torch.from_numpy(ids), base.device))
     flat = hidden.flatten(0, 1).index_select(0, at).to(base.dtype)  # [P, d]
     # amax hands NaN on, and is five times as fast as isfinite on a CPU.
     damaged = (~flat.abs().amax(1).isfinite()).float() if flat.numel() else flat.new_zeros(0, dtype=torch.float32)
     count = torch.zeros(len(group), device=base.device).index_add_(0, at // width, damaged)
-    tensors = {**codecs.encode(flat, encoding), "finite": count == 0}
-    arrived = None
-    if base.device.type == "cuda":
-        host = {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for key, t in tensors.items()}
-        for key, tensor in tensors.items():
-            host[key].copy_(tensor, non_blocking=True)
-        tensors = host
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record(torch.cuda.current_stream(base.device))
-    else:
-        tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
-    finite = tensors.pop("finite")
-    return _Batch(group, tensors, finite, arrived)
+    encoded = {key: fetch(tensor) for key, tensor in codecs.encode(flat, encoding).items()}
+    return _Batch(group, encoded, fetch(count == 0))
 
 
 def save_tables(base: Base, collection: Collection) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spec.config import Config
+from spec.device import fetch, mark, send
 from spec.errors import SpecError
 from spec.heads import Speculator
 from spec.store.reader import FeatureReader, prefetch
@@ -202,14 +203,16 @@ class _Run:
     def run(self, advance: Callable[[int, int], object]) -> Result:
         advance(self.step, self.total)
         began = time.monotonic()
-        asked = torch.zeros(())  # whether any worker was asked to stop, as of the step before
+        asked = fetch(torch.zeros(()))  # whether any worker was asked to stop
+        idle = mark(self.worker.device)
         for micro_batches in () if self._exhausted() else prefetch(self._batches()):
-            self.waited += time.monotonic() - began
+            self.waited += time.monotonic() - began if idle() else 0.0
             norm, asked_now = self._step(micro_batches)
+            idle = mark(self.worker.device)
             self.step += 1
             advance(self.step, self.total)
             last = self.step == self.total
-            leaving = bool(asked) and not last
+            leaving = bool(asked()) and not last  # as of the step before, so that this one goes on meanwhile
             saving = self.step % self.config.trainer.save_freq == 0 or last or leaving
             telling = self.step % LOG_EVERY == 0 or last
             validating = self.step % self.config.trainer.test_freq == 0 or last
@@ -250,8 +253,8 @@ class _Run:
         for step in here:
             yield [next(batches) for _ in step]
 
-    def _step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns the gradient's norm, and whether any worker was asked to stop.
+    def _step(self, micro_batches: list[Batch]) -> tuple[Tensor, Callable[[], Tensor]]:
+        """One optimizer step; returns the gradient's norm, and what says whether any worker was asked to stop.
 
         Nothing here waits for the device.
         """
@@ -260,10 +263,9 @@ class _Run:
             group["lr"] = peak * rate
         device = self.worker.device
         counted = torch.stack([batch.counts for batch in micro_batches]).sum(0)
-        own = torch.cat([counted, torch.tensor([int(self.stopping())])])
-        own = (own.pin_memory() if device.type == "cuda" else own).to(device, non_blocking=True)
+        own = send(torch.cat([counted, torch.tensor([int(self.stopping())])]), device)
         shared = self.worker.sum(own.clone())
-        counts = shared[:-1]
+        counts, asked = shared[:-1], fetch(shared[-1])
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             held = isinstance(self.parallel, DistributedDataParallel) and not last
@@ -279,7 +281,7 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(trained, self.config.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, shared[-1]
+        return norm, asked
 
     @property
     def mixed(self) -> bool:
@@ -347,6 +349,7 @@ class _Run:
         sums, positions = self._total_sums()
         if not self.worker.first:
             return
+        device = self.worker.device
         weights = self.task.weights()  # brings the speculator up to date, too
         self.checkpoints.save(
             self.step,
@@ -355,6 +358,7 @@ class _Run:
                 "weights": weights,
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                 "positions_seen": self.positions_seen,
                 "best": {"step": self.result.step, "val": self.result.val, "weights": self.result.weights},
                 "since_best": self.since_best,
@@ -373,6 +377,8 @@ class _Run:
         self.task.restore(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
+        if self.worker.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.worker.device)
         self.step, self.positions_seen = state["step"], state["positions_seen"]
         self.result.step, self.result.val = state["best"]["step"], state["best"]["val"]
         self.result.weights, self.since_best = state["best"]["weights"], state["since_best"]
