@@ -125,6 +125,8 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 Method = Literal["sum_rnn", "sum_lstm"]
@@ -184,7 +186,7 @@ class Model(Section):
     dtype: Dtype = "bfloat16"
     trust_remote_code: bool = False
     freeze_base_model: bool = True
-    speculator_loss_coeff: Annotated[float, Field(ge=0)] = 1.0
+    speculator_loss_coeff: NonNegative = 1.0
     speculator: Speculator = Speculator()
 
 
@@ -194,9 +196,9 @@ class Respond(Section):
     source: Literal["base", "data"] = "base"
     engine: Literal["transformers", "vllm"] = "transformers"
     max_new_tokens: Positive = 256
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: NonNegative = 0.0
     batch_size: Positive = 64
-    seed: int = 0
+    seed: Seed = 0
 
 
 _S3 = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/\\?#]+)*/?")
@@ -225,7 +227,7 @@ class Optim(Section):
     loss: Literal["ce", "kl"] = "ce"
     head_weights: Annotated[tuple[Rate, ...] | None, BeforeValidator(_numbers)] = None
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_numbers)] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NonNegative = 0.01
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_ratio: Fraction = 0.05
     clip_grad: Rate = 1.0
@@ -247,7 +249,7 @@ class Trainer(Section):
         "console",
         "mlflow",
     )
-    seed: int = 0
+    seed: Seed = 0
     experiment_name: str = "speculator"
     tracking_uri: str | None = None
 

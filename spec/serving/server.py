@@ -65,7 +65,7 @@ def command(
 
 
 def plain_command(base: str, revision: str | None = None, dtype: str = "auto") -> list[str]:
-    """The command that serves a base alone, by its name as the model's.
+    """The command that serves a base alone, by its name as the model's, to this machine alone.
 
     Raises:
         BaseError: the base is not found.
@@ -78,7 +78,7 @@ def plain_command(base: str, revision: str | None = None, dtype: str = "auto") -
         raise bases.BaseError(f"the base is not found, say with --base where it is: {error}") from None
     # What `vllm serve` runs; that command fails in the CPU build, whose package has another name than it asks for.
     run = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    return [*run, "--served-model-name", base, "--dtype", dtype]
+    return [*run, "--served-model-name", base, "--dtype", dtype, "--host", "127.0.0.1"]
 
 
 class Server:
@@ -108,7 +108,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         with self._log.open("wb") as file:
             self._process = subprocess.Popen(
-                [*self._arguments, "--host", "127.0.0.1", "--port", str(port)],
+                [*self._arguments, "--port", str(port)],
                 env=self._environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -65,9 +65,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if teach is not None:
                     states, table, soft_room = teach
                     soft, entropy = _distribution(states[rows], table, low, logits, soft_room)
-                _shifted_logits(inputs, low_weight, low, logits)
+                logits.copy_(torch.mm(inputs, low_weight.T, out=low))
+                largest, likeliest = logits.max(1)  # the first of equal ones, as drafting takes it
+                logits.sub_(largest[:, None])  # sums round less for the shift
                 expected = logits.gather(1, target.clamp(min=0))
-                correct[:, rows] = ((expected >= 0) & (target >= 0)).view(groups, -1)
+                correct[:, rows] = (likeliest[:, None] == target).view(groups, -1)
                 by_group = logits.view(groups, -1, len(weight))  # [G, C, V]
                 if soft is not None:  # KL(p || q) = -entropy(p) - sum p log q
                     expected = (_dots(soft, by_group) + entropy).reshape(-1, 1)
@@ -94,22 +96,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
 
 
-def _shifted_logits(inputs: Tensor, table: Tensor, low: Tensor, logits: Tensor) -> None:
-    """Write the rows' logits, less each row's largest, into `logits`: [C, V]. Sums of them round less for the shift.
-
-    The product is made in `low`, which may be the same memory as `logits`.
-    """
-    logits.copy_(torch.mm(inputs, table.T, out=low))
-    logits.sub_(logits.amax(1, keepdim=True))
-
-
 def _distribution(states: Tensor, table: Tensor, low: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
     """The base's own distribution behind these states, from its lm_head's rows, and its entropy: [C, V], [C].
 
-    The first is in `soft`; `low` and `logits` are as for _shifted_logits.
+    The first is in `soft`. `low` and `logits` are room; they may be the same memory.
     """
     low, logits, probabilities = (room[: len(states)] for room in (low, logits, soft))
-    _shifted_logits(states.to(low.dtype), table, low, logits)
+    logits.copy_(torch.mm(states.to(low.dtype), table.T, out=low))
+    logits.sub_(logits.amax(1, keepdim=True))
     torch.exp(logits, out=probabilities)
     total = probabilities.sum(1)
     probabilities.div_(total[:, None])
@@ -140,8 +134,8 @@ def linear_cross_entropy(
             same R teachers, whose distributions are computed once for all of them.
 
     Returns:
-        The scalar sum of scale * loss, which has gradients; each row's loss [M]; and whether its target has the
-        highest logit [M].
+        The scalar sum of scale * loss, which has gradients; each row's loss [M]; and whether its target is the token
+        that would be drafted [M]: that of the highest logit, the first of equal ones.
     """
     needed = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(hidden, weight, targets, scale, teacher, needed)  # type: ignore[no-any-return, no-untyped-call]

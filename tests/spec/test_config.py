@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,18 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from spec import config as config_module
-from spec.config import Config, ConfigError, flatten, format_dims, from_mapping, from_overrides, load, parse_dims, save
+from spec.config import (
+    Config,
+    ConfigError,
+    Section,
+    flatten,
+    format_dims,
+    from_mapping,
+    from_overrides,
+    load,
+    parse_dims,
+    save,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,6 +234,38 @@ def test_sum_lstm_shares_its_weights() -> None:
         from_overrides(["model.speculator.method=sum_lstm", "model.speculator.tie_weights=false"])
 
 
+def numbers(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every numeric parameter by its dotted key, and the schema of its values."""
+    schema = section.model_json_schema(mode="validation")["properties"]
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from numbers(field.annotation, f"{prefix}{name}.")
+            continue
+        for choice in schema[name].get("anyOf", [schema[name]]):
+            if choice.get("type") in ("integer", "number"):
+                yield f"{prefix}{name}", choice
+
+
+@pytest.mark.parametrize(("key", "schema"), list(numbers(Config)))
+def test_every_number_is_refused_just_outside_its_bounds(key: str, schema: dict[str, Any]) -> None:
+    step = 1 if schema["type"] == "integer" else 1e-9
+    outside = {
+        "minimum": lambda bound: bound - step,
+        "exclusiveMinimum": lambda bound: bound,
+        "maximum": lambda bound: bound + step,
+        "exclusiveMaximum": lambda bound: bound,
+    }
+    bounds = {name: schema[name] for name in outside if name in schema}
+    assert {"minimum", "exclusiveMinimum"} & set(bounds), f"{key} has no lower bound"
+    for name, bound in bounds.items():
+        with pytest.raises(ConfigError, match=re.escape(key)):
+            from_overrides([f"{key}={outside[name](bound)!r}"])
+    if schema["type"] == "number":
+        for value in (".inf", ".nan"):
+            with pytest.raises(ConfigError, match=re.escape(key)):
+                from_overrides([f"{key}={value}"])
+
+
 def test_betas_that_adam_refuses() -> None:
     with pytest.raises(ConfigError, match=r"optim\.betas"):
         from_mapping({"optim": {"betas": [0.9, 1.0]}})
@@ -366,7 +411,7 @@ trees = st.fixed_dictionaries(
                 "launcher": st.lists(words | st.just(""), max_size=3).map(shlex.join),
                 "logger": st.lists(st.sampled_from(["console", "mlflow"]), max_size=2),
                 "early_stop": st.none() | count,
-                "seed": st.integers(-5, 2**63),
+                "seed": st.integers(0, 2**63 - 1),
                 "experiment_name": words,
             }
         ),

@@ -48,6 +48,14 @@ def test_a_base_that_is_gone_is_named_with_the_option_that_says_where_it_is(monk
         server.plain_command("./gone")
 
 
+def test_it_listens_to_this_machine_alone_unless_told_otherwise(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "require_vllm", lambda: None)
+    command = server.plain_command(str(base_folder))
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+
+
 def test_the_mean_acceptance_length_is_vllms() -> None:
     before = {"vllm:spec_decode_num_drafts_total": 10.0, "vllm:spec_decode_num_accepted_tokens_total": 4.0}
     after = {"vllm:spec_decode_num_drafts_total": 30.0, "vllm:spec_decode_num_accepted_tokens_total": 14.0}

@@ -40,6 +40,15 @@ def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tupl
     return hidden, weight, targets, torch.rand(rows, generator=generator, dtype=dtype)
 
 
+def test_of_equal_logits_the_first_is_the_hit_as_it_is_the_draft() -> None:
+    hidden, weight = torch.ones(4, D), torch.ones(V, D)
+    weight[7:] = 2  # from there on all logits are the largest
+    targets = torch.tensor([7, 8, V - 1, 0])
+    _, _, correct = linear_cross_entropy(hidden, weight, targets, torch.ones(4))
+    assert correct.tolist() == [True, False, False, False]
+    assert torch.equal(correct, (hidden @ weight.T).max(1).indices == targets)
+
+
 rows_of_logits = st.sampled_from([1, V - 1, V, 2 * V, 5 * V + 3, 7 * V, 12 * V, 1000 * V])
 
 
