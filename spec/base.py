@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import logging as transformers_logging
@@ -32,19 +34,19 @@ LEAST_ROWS = 8
 """A batch that writes has at least so many rows, idle ones if need be: on a CPU bf16 results are the same, bit for
 bit, for all batch sizes from a few rows on, but a single row is multiplied by other code."""
 
+LOOKED_AT = 128
+"""Tokens of a sequence by which has_linear_logits judges."""
+
 COMPACT = 0.75
 """Ended rows are taken out of a batch when at most this share of it still writes."""
 
 _WEIGHTS = (".safetensors", ".bin")
-_TOKENIZER = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
+_TOKENIZER = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece|tekken).*"
+    r"|.*\.(model|tiktoken|jinja|bpe|spm)"
 )
+"""Names of the files that a tokenizer reads; what lies in the folder chat_templates belongs to them."""
+
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -103,11 +105,17 @@ def identify(folder: Path) -> dict[str, Any]:
     entries = sorted(p for p in folder.iterdir() if p.is_file())
     parts = {
         "weights": [folder / "config.json", *_weight_files(folder), *(p for p in entries if p.suffix == ".py")],
-        "tokenizer": [p for p in entries if p.name.startswith(_TOKENIZER)],
+        "tokenizer": [
+            *(p for p in entries if _TOKENIZER.fullmatch(p.name)),
+            *sorted(p for p in folder.glob("chat_templates/**/*") if p.is_file()),
+        ],
         "generation": [p for p in entries if p.name == "generation_config.json"],
     }
     digests = files.digest_files([path for paths in parts.values() for path in paths])
-    return {part: files.digest_json({p.name: digests[str(p)] for p in paths}) for part, paths in parts.items()}
+    return {
+        part: files.digest_json({p.relative_to(folder).as_posix(): digests[str(p)] for p in paths})
+        for part, paths in parts.items()
+    }
 
 
 def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
@@ -263,12 +271,25 @@ def _check_states(base: Base) -> None:
 
 
 @torch.inference_mode()
-def has_linear_logits(base: Base) -> bool:
-    """Whether the base's logits are lm_head times the state, and nothing more (a bias, a scale, a cap)."""
-    ids = torch.arange(8, device=base.device)[None] % base.vocab_size
-    logits = base.model(input_ids=ids, use_cache=False).logits.float()
-    found = (hidden_states(base.model, ids) @ base.lm_head.T).float()
-    return bool((logits - found).abs().max() <= 0.02 * logits.abs().max())
+def has_linear_logits(base: Base, rows: Sequence[NDArray[np.int32]]) -> bool:
+    """Whether the base's logits are lm_head times the state, and nothing more (a bias, a scale, a cap).
+
+    Every logit must be the float32 product but for the rounding of the dtype that the base computes in.
+
+    Args:
+        base: the model.
+        rows: ids [T] of real sequences; the first few are read, as far as LOOKED_AT tokens.
+    """
+    rounding = max(torch.finfo(base.model.dtype).eps, 2e-5)
+    lm_head = base.lm_head.float()
+    for row in rows[:4]:
+        ids = torch.from_numpy(row[:LOOKED_AT].astype(np.int64)).to(base.device)[None]
+        logits = base.model(input_ids=ids, use_cache=False).logits.float()
+        found = hidden_states(base.model, ids).float() @ lm_head.T
+        allowed = rounding * (logits.abs() + logits.square().mean().sqrt())
+        if bool(((logits - found).abs() > allowed).any()):
+            return False
+    return True
 
 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -136,9 +136,9 @@ def _work(config: Config, sequences: _Sequences, groups: list[list[int]], source
     me = this_worker()
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     model = base.load(config.model, folder, sources["base"]["weights"])
-    if me.first:
-        features.save_tables(model, sequences.collection)
     rows = sequences.rows()
+    if me.first:
+        features.save_tables(model, sequences.collection, rows)
     total = sum(len(rows[number].ids) for group in groups for number in group)
     with common.shared_progress(total, "tokens", "cache", me) as advance:
         codec = config.features.codec

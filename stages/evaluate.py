@@ -110,7 +110,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
             store.uploading(bool(groups)),
             common.progress(total, "tokens", "evaluate: states of the trained base") as bar,
         ):
-            features.save_tables(model, collection)
+            features.save_tables(model, collection, keyed)
             features.produce(model, collection, keyed, groups, config.features.codec, bar.update)
     manifest = describe(config, collection, rows, [row.key for row in keyed], source)
     return source, manifest

@@ -215,12 +215,12 @@ def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTas
     source = common.read_sources()["base"]
     folder = base_model.resolve(config.model.partial_pretrain, source["revision"])
     base = base_model.load(config.model, folder, source["weights"], dtype="float32")
-    if not base_model.has_linear_logits(base):
+    rows = {split: corpus.read(common.responses_path(split)) for split in ("train", "val")}
+    if not base_model.has_linear_logits(base, [row.ids for row in rows["train"]]):
         raise SpecError(
             f"{source['name']}: its logits are more than its lm_head times its state (a bias, a scale, a cap); joint "
             "training does not know such bases: set model.freeze_base_model to true"
         )
-    rows = {split: corpus.read(common.responses_path(split)) for split in ("train", "val")}
     counts = np.zeros(shape.vocab_size, np.int64)
     for row in rows["train"]:
         counts += np.bincount(row.ids[row.mask != 0], minlength=shape.vocab_size)

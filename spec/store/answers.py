@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from spec.config import Respond
 from spec.store.collection import Collection, Writer, share_out
-from spec.store.segment import Row, rows_of
+from spec.store.segment import Row, StoreError, rows_of
+
+log = logging.getLogger(__name__)
 
 ENGINES = {"transformers": "transformers, padded to powers of two", "vllm": "vllm"}
 """What an answer's arithmetic depends on, by respond.engine."""
@@ -62,6 +66,8 @@ def produce(
 ) -> None:
     """Let the base answer groups of prompts, and commit one segment a group.
 
+    Where memory does not suffice for a group, it is answered in parts: an answer does not depend on its company.
+
     Args:
         answer: the frozen base, as a function.
         producer: what it runs on, noted in each segment.
@@ -73,15 +79,35 @@ def produce(
         on_tokens: called with the number of tokens just written.
         rank: this worker among `world` that share the groups.
         world: number of workers.
+
+    Raises:
+        StoreError: memory does not suffice for a single prompt.
     """
     attributes = {"offsets": OFFSETS, "producer": dict(producer)}
+    most = params.batch_size
     with Writer("none") as writer:
         for index, claim in share_out(collection, [[keys[r] for r in group] for group in groups], rank, world):
             asked = [prompts[row] for row in groups[index]]
             seeds = [params.seed ^ int(key[:15], 16) for key in claim.items]
-            answers = answer(
-                [prompt.tolist() for prompt in asked], params.max_new_tokens, params.temperature, seeds, on_tokens
-            )
+            answers: list[list[int]] = []
+            while len(answers) < len(asked):
+                part = slice(len(answers), len(answers) + most)
+                try:
+                    answers += answer(
+                        [prompt.tolist() for prompt in asked[part]],
+                        params.max_new_tokens,
+                        params.temperature,
+                        seeds[part],
+                        on_tokens,
+                    )
+                except torch.OutOfMemoryError as error:
+                    if most == 1:
+                        raise StoreError(
+                            f"out of memory at a single prompt of {len(asked[part.start])} tokens ({error}); lower "
+                            "respond.max_new_tokens or data.max_length, or use a device with more memory"
+                        ) from None
+                    most = min(most, len(asked)) // 2
+                    log.warning("out of memory: going on with %d answers at a time; lower respond.batch_size", most)
             rows: list[Row] = [
                 {"prompt": prompt, "answer": np.asarray(written, np.int32)}
                 for prompt, written in zip(asked, answers, strict=True)

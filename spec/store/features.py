@@ -187,8 +187,14 @@ def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str)
     return _Batch(group, encoded, fetch(count == 0))
 
 
-def save_tables(base: Base, collection: Collection) -> None:
-    """Keep the base's embedding and lm_head [V, d] beside its states, so that training never loads the base."""
+def save_tables(base: Base, collection: Collection, rows: Sequence[FeatureRow]) -> None:
+    """Keep the base's embedding and lm_head [V, d] with its states, so that training never loads the base.
+
+    Args:
+        base: the frozen model.
+        collection: of its states.
+        rows: on the first of which it is checked whether lm_head makes the base's logits.
+    """
     claim = collection.claim(TABLES)
     if claim is None:
         return
@@ -199,7 +205,7 @@ def save_tables(base: Base, collection: Collection) -> None:
         "offsets": {name: f"{name}_offsets" for name in row},
         "vocab_size": base.vocab_size,
         "hidden_size": base.hidden_size,
-        "linear_logits": base_model.has_linear_logits(base),
+        "linear_logits": base_model.has_linear_logits(base, [row.ids for row in rows]),
         "producer": base.producer,
     }
     claim.commit([row], attributes, "zstd")

@@ -38,7 +38,7 @@ def cached(root: Path, model: Base, codec: str) -> Manifest:
     collection.create()
     keys = [row.key for row in keyed]
     groups = plan(keys, [len(row.ids) for row in keyed], (), base_model.bucket, 1024)
-    features.save_tables(model, collection)
+    features.save_tables(model, collection, keyed)
     features.produce(model, collection, keyed, groups, codec)
     return make_manifest(
         collection,

@@ -193,12 +193,24 @@ def test_lm_head_reads_the_hidden_states(bases: dict[str, Base], family: str) ->
     torch.testing.assert_close(padded[:, : ids.shape[1]], states)  # padding on the right changes nothing
 
 
-def test_logits_that_are_more_than_lm_head_times_the_state_are_told(bases: dict[str, Base]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda out: 50 * (out / 50).tanh(), id="a weak cap"),
+        pytest.param(lambda out: 1.02 * out, id="a scale"),
+        pytest.param(lambda out: out + 0.2 * torch.linspace(-1, 1, out.shape[-1]).to(out), id="a bias"),
+    ],
+)
+def test_logits_that_are_more_than_lm_head_times_the_state_are_told(
+    bases: dict[str, Base], change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> None:
+    rows = [np.random.default_rng(seed).integers(3, 290, 40).astype(np.int32) for seed in range(4)]
     for base in bases.values():
-        assert base_model.has_linear_logits(base)
-        capped = replace(base, model=copy.deepcopy(base.model))
-        capped.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out.tanh())
-        assert not base_model.has_linear_logits(capped)
+        plain = replace(base, model=copy.deepcopy(base.model).to(dtype))
+        assert base_model.has_linear_logits(plain, rows)
+        plain.model.get_output_embeddings().register_forward_hook(lambda module, args, out: change(out))
+        assert not base_model.has_linear_logits(plain, rows)
 
 
 def test_what_computed_something_is_told() -> None:
@@ -387,3 +399,18 @@ def test_safetensors_go_before_bin(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert identify(folder)["weights"] != before["weights"]
     assert resolve(str(folder), None) == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tekken.json", "cl100k.tiktoken", "sentencepiece.bpe.model", "tokenizer.model", "chat_templates/tools.jinja"],
+)
+def test_every_file_that_a_tokenizer_reads_is_part_of_its_digest(base_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    before = identify(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("one")
+    one = identify(folder)
+    (folder / name).write_text("another")
+    assert len({before["tokenizer"], one["tokenizer"], identify(folder)["tokenizer"]}) == 3
+    assert identify(folder)["weights"] == before["weights"]

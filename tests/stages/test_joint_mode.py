@@ -221,5 +221,5 @@ def test_a_manifest_of_another_base(folder: Path, field: str) -> None:
 
 
 def test_a_base_whose_logits_are_more_than_lm_head_times_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "has_linear_logits", lambda base: False)
+    monkeypatch.setattr(base_model, "has_linear_logits", lambda base, rows: False)
     assert "set model.freeze_base_model to true" in refused("train")

@@ -50,8 +50,9 @@ def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> No
         masks = [np.resize(np.asarray([0, 1, 1], np.uint8), len(row)) for row in rows]
         keys = [item_key(row, mask) for row, mask in zip(rows, masks, strict=True)]
         groups = plan(keys, list(map(len, rows)), made.find(), base_model.bucket, 1)
-        features.save_tables(base, made)
-        features.produce(base, made, list(map(FeatureRow, keys, rows, masks)), groups, "zstd", rank=rank, world=world)
+        keyed = list(map(FeatureRow, keys, rows, masks))
+        features.save_tables(base, made, keyed)
+        features.produce(base, made, keyed, groups, "zstd", rank=rank, world=world)
     else:
         keys = list(map(item_key, rows))
         groups = plan(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)

@@ -21,6 +21,7 @@ from spec.config import Model, Respond
 from spec.store import answers
 from spec.store.collection import Collection
 from spec.store.plan import item_key, plan
+from spec.store.segment import StoreError
 
 BASE = {"weights": "w", "tokenizer": "t", "generation": "g"}
 GREEDY = Respond(max_new_tokens=12, batch_size=3)
@@ -195,3 +196,35 @@ def test_identity_leaves_out_what_no_answer_depends_on() -> None:
     assert answers.identity(BASE, "float32", GREEDY) == answers.identity(BASE, "float32", other)
     hot = SAMPLED.model_copy(update={"seed": 5})
     assert answers.identity(BASE, "float32", SAMPLED) != answers.identity(BASE, "float32", hot)
+
+
+def test_a_group_that_does_not_fit_into_memory_is_answered_in_parts(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = make_prompts(9, longest=60)
+    params = Respond(max_new_tokens=12, batch_size=9)
+    expected = answers.read(produce(base, tmp_path / "whole", prompts, params), list(map(item_key, prompts)))
+    real, asked = base_model.answer, []
+
+    def small(base: Base, prompts: Sequence[Sequence[int]], *rest: Any) -> list[list[int]]:
+        asked.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(base, prompts, *rest)
+
+    monkeypatch.setattr(base_model, "answer", small)
+    found = answers.read(produce(base, tmp_path / "parts", prompts, params), list(map(item_key, prompts)))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert asked == [9, 4, 2, 2, 2, 2, 1]
+    assert caplog.messages[-1] == "out of memory: going on with 2 answers at a time; lower respond.batch_size"
+
+
+def test_a_single_prompt_that_does_not_fit_is_an_error_that_says_what_to_lower(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> list[list[int]]:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(base_model, "answer", full)
+    with pytest.raises(StoreError, match=r"single prompt of .* lower respond\.max_new_tokens or data\.max_length"):
+        produce(base, tmp_path, make_prompts(2), GREEDY)

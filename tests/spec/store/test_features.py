@@ -418,7 +418,7 @@ def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path
     assert not features.has_tables(collection)
     with pytest.raises(DamagedError):
         features.load_tables(collection)
-    features.save_tables(model, collection)
+    features.save_tables(model, collection, list(map(FeatureRow.of, make_rows(3))))
     assert features.has_tables(collection)
     tables = features.load_tables(collection)
     assert tables["lm_head"].shape == tables["embedding"].shape == (VOCAB_SIZE, HIDDEN_SIZE)
@@ -428,7 +428,7 @@ def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path
     assert features.tables_shape(collection) == {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
     assert features.linear_logits(collection)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    features.save_tables(model, collection)
+    features.save_tables(model, collection, list(map(FeatureRow.of, make_rows(3))))
     times.pop(collection.folder)  # locks come and go in it
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert collection.verify(next(iter(collection.records()))).items == ("tables",)
@@ -436,7 +436,7 @@ def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path
 
 def test_damaged_tables_are_refused(base: Base, tmp_path: Path) -> None:
     collection = made(tmp_path, base)
-    features.save_tables(base, collection)
+    features.save_tables(base, collection, list(map(FeatureRow.of, make_rows(3))))
     (name,) = collection.records()
     (path,) = (path for path in (collection.folder / name / "lm_head" / "c").rglob("*") if path.is_file())
     content = bytearray(path.read_bytes())
