@@ -24,7 +24,7 @@ from spec.store.segment import StoreError
 from spec.store.transfer import Place, Transfer, TransferError
 from tests import s3
 from tests.spec.store import copier, producer
-from tests.tiny import chain, store_features
+from tests.tiny import chain, states_of, store_features
 
 ROWS = chain(24, 997)
 
@@ -258,7 +258,7 @@ def test_a_kill_at_any_step(root: Path, url: str, tmp_path: Path, run: Run, dire
 
 def test_a_kill_at_any_time(root: Path, url: str, tmp_path: Path, run: Run) -> None:
     """The same in the middle of large files, on several threads."""
-    store_features(root, chain(12, 99), hidden_size=16384)
+    store_features(root, chain(12, 99), states=lambda row: states_of(row, 16384))
     copy(root, url)
     expected, generator = content(root), random.Random(0)
     for source, final in ((str(root), f"{url}/pushed"), (url, str(tmp_path / "pulled"))):
