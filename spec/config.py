@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -201,9 +200,6 @@ class Respond(Section):
     seed: Seed = 0
 
 
-_S3 = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/\\?#]+)*/?")
-
-
 class Features(Section):
     """The cache of hidden states."""
 
@@ -213,9 +209,12 @@ class Features(Section):
 
     @field_validator("store")
     @classmethod
-    def _folder_or_s3(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value and not _S3.fullmatch(value):
-            raise ValueError(f"{value!r} is neither a folder nor s3://BUCKET or s3://BUCKET/PREFIX")
+    def _folder(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError(
+                f"{value!r} is not a folder, and the store is always one. Name a folder or null, and copy with "
+                f"`spec store pull {value}` before a run and `spec store push {value}` after or during it"
+            )
         return value
 
 

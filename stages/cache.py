@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from spec import base, corpus, files
 from spec.config import Config
 from spec.corpus import TokenSequence
-from spec.store import features, upkeep
+from spec.store import features, locks, upkeep
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest, make_manifest
@@ -55,26 +55,19 @@ def cache(config: Config, worker: Path | None) -> None:
         _work(config, sequences, files.read_json(worker), sources)
         return
     rows = sequences.rows()
-    needed_keys = [*(row.key for row in rows), *features.TABLES]
-    with common.using_store(config) as store:
-        groups = common.plan_missing(
-            store, collection, needed_keys, "cache", lambda known: plan_features(config, rows, known)
-        )
+    with locks.in_use(collection.root):
+        groups = common.plan_missing(collection, "cache", lambda known: plan_features(config, rows, known))
         missing = [rows[number] for group in groups for number in group]
         tokens = sum(len(row.ids) for row in missing)
         unique = len({row.key for row in rows})
         common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
-        work = bool(groups) or not features.has_tables(collection)
-        if work:
+        if groups or not features.has_tables(collection):
             positions = sum(int(row.mask[1:].sum()) for row in missing)
             width = text_config(config, sources).hidden_size
             needed = features.stored_bytes(positions, tokens, width, config.model.dtype, config.features.codec)
             common.need_space(collection.folder, needed, "cache")
-        with store.uploading(work):
-            if work:
-                common.run_workers(config, "stages.cache", groups)
-        collection.refresh()
-        report = {split: _write(config, split, sequences, store.root, sources["base"]) for split in splits}
+            common.run_workers(config, "stages.cache", groups)
+        report = {split: _write(config, split, sequences, sources["base"]) for split in splits}
     files.write_json(METRICS, report)
 
 
@@ -145,14 +138,14 @@ def _work(config: Config, sequences: _Sequences, groups: list[list[int]], source
         features.produce(model, sequences.collection, rows, groups, codec, advance, me.rank, me.world)
 
 
-def _write(config: Config, split: str, sequences: _Sequences, root: Path, base: dict[str, Any]) -> dict[str, float]:
+def _write(config: Config, split: str, sequences: _Sequences, base: dict[str, Any]) -> dict[str, float]:
     """The split's manifest; returns what it comes to."""
     collection, rows = sequences.collection, sequences.splits[split]
     manifest = describe(config, collection, rows, sequences.keys[split], base)
     target = common.features_path(split)
     manifest.save(target)
-    answered = upkeep.root_segments(root, common.responses_path(split))
-    upkeep.add_root(root, target, {**answered, collection.folder.name: manifest.segments})
+    answered = upkeep.root_segments(collection.root, common.responses_path(split))
+    upkeep.add_root(collection.root, target, {**answered, collection.folder.name: manifest.segments})
     # A segment may hold rows of other splits: what one of its positions takes is what this split pays for each of its.
     used = [collection.record(name) for name in manifest.segments]
     stored = sum(record.size for record in used)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,9 @@ from spec import config as config_module
 from spec import corpus, files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store import answers, features, locks, remote, upkeep
+from spec.store import answers, features, upkeep
 from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
-from spec.store.reader import FeatureReader
-from spec.store.remote import Mirror
-from spec.store.segment import StoreError
 from spec.workers import Worker
 
 log = logging.getLogger(__name__)
@@ -73,7 +69,7 @@ def stage(body: Callable[..., None]) -> click.Command:
     @functools.wraps(body)
     def run(params: Path, overrides: tuple[str, ...], **options: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-        for noisy in ("httpx", "urllib3", "alembic", "mlflow", "boto3", "botocore", "s3transfer"):
+        for noisy in ("httpx", "urllib3", "alembic", "mlflow", "aiobotocore", "botocore"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         with clear_errors():
             body(config_module.load(params, overrides), **options)
@@ -138,66 +134,7 @@ def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[C
 def store_root(config: Config) -> Path:
     """Where hidden states and answers are kept on this machine."""
     store = config.features.store
-    if store and remote.is_remote(store):
-        return remote.local_folder(store)
     return Path(store) if store else files.cache_dir() / "store"
-
-
-def mirror(config: Config) -> Mirror | None:
-    """What keeps that folder in step with a store on S3; None where the store is a folder."""
-    store = config.features.store
-    return Mirror(store, _transfer) if store and remote.is_remote(store) else None
-
-
-@dataclass(frozen=True)
-class OpenStore:
-    """A store that a stage uses: where its segments lie, and what mirrors them (None: nothing)."""
-
-    root: Path
-    mirror: Mirror | None
-
-    @contextlib.contextmanager
-    def uploading(self, work: bool) -> Iterator[None]:
-        """See Mirror.uploading; nothing is uploaded where the store is a folder."""
-        with self.mirror.uploading(work) if self.mirror else contextlib.nullcontext():
-            yield
-
-
-@contextlib.contextmanager
-def using_store(config: Config) -> Iterator[OpenStore]:
-    """The store; `spec store gc` and `forget` on this machine wait while the block runs.
-
-    Raises:
-        SpecError: one of them is at work, or a store on S3 cannot be reached.
-    """
-    store = OpenStore(store_root(config), mirror(config))
-    if store.mirror:
-        store.mirror.connect()
-        _push_roots(store.mirror)
-    with locks.in_use(store.root):
-        yield store
-    if store.mirror:
-        _push_roots(store.mirror)
-
-
-def _push_roots(found: Mirror) -> None:
-    try:
-        found.push_roots()
-    except StoreError as error:  # whoever may only read the bucket can still train from it
-        log.warning("which manifests are used here was not written down for `spec store gc`: %s", error)
-
-
-def open_reader(config: Config, manifest: Manifest) -> FeatureReader:
-    """The cached sequences of a split; segments that only the bucket has are downloaded first.
-
-    Raises:
-        StoreError: the store lacks a segment, or holds another one than the manifest names.
-    """
-    found = mirror(config)
-    if found:
-        collection = manifest.collection(found.root)
-        found.fetch_segments(collection, [*manifest.segments, collection.name_of(features.TABLES)])
-    return FeatureReader(manifest, store_root(config))
 
 
 def open_manifest(config: Config, split: str) -> Manifest:
@@ -250,18 +187,12 @@ def check_origin(path: Path, expected: dict[str, Any]) -> None:
 
 
 def plan_missing(
-    store: OpenStore,
-    collection: Collection,
-    keys: Iterable[str],
-    name: str,
-    make_plan: Callable[[Iterable[str]], list[list[int]]],
+    collection: Collection, name: str, make_plan: Callable[[Iterable[str]], list[list[int]]]
 ) -> list[list[int]]:
     """Groups of rows that the store lacks; what is seen to be damaged is set aside and counts as missing.
 
     Args:
-        store: in use.
         collection: of the store.
-        keys: of all rows that the stage needs; those that only the bucket has are downloaded.
         name: of the stage.
         make_plan: given the keys that the store has.
     """
@@ -269,16 +200,11 @@ def plan_missing(
     for damaged, error in collection.survey()[1].items():
         target = collection.set_aside(damaged)
         say(f"{name}: segment {damaged} is damaged ({error.reason}): moved to {target}, its rows are computed again")
-    if store.mirror:
-        store.mirror.fetch(collection, keys)
     return make_plan(collection.find())
 
 
 def need_space(
-    path: Path,
-    needed: int,
-    what: str,
-    remedy: str = "set features.store to a larger disk (of a store on S3: XDG_CACHE_HOME)",
+    path: Path, needed: int, what: str, remedy: str = "set features.store to a folder on a larger disk"
 ) -> None:
     """Stop before any work when the disk cannot hold what is to be written.
 
@@ -296,13 +222,6 @@ def need_space(
         raise SpecError(
             f"{what} needs up to {size(needed)} in {path}, where {size(free)} are free; free some, or {remedy}"
         )
-
-
-@contextlib.contextmanager
-def _transfer(total: int, label: str) -> Iterator[Callable[[int], object]]:
-    """A bar for bytes that travel."""
-    with progress(total, "B", label, shown=total > 0) as bar:
-        yield bar.update
 
 
 def size(count: float) -> str:

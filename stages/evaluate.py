@@ -14,7 +14,7 @@ from spec import acceptance, base, corpus, evaluation, files, heads, plots, trac
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device
-from spec.store import features
+from spec.store import features, locks
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest
@@ -50,8 +50,9 @@ def evaluate(config: Config) -> None:
         parent=tracking.kept_run(common.MODEL),
     )
     try:
-        with common.using_store(config):
-            metrics = _measure(config, source, common.open_reader(config, manifest), shape.n_predict)
+        root = common.store_root(config)
+        with locks.in_use(root):
+            metrics = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
         _track(run, metrics)
     except BaseException:
         run.finish(RESULTS, "FAILED")
@@ -99,17 +100,11 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     identity = features.identity(source, config.model.dtype, config.features.codec)
     collection = Collection(common.store_root(config), "features", identity)
     keyed = list(map(FeatureRow.of, rows))
-    keys = [*(row.key for row in keyed), *features.TABLES]
-    with common.using_store(config) as store:
-        groups = common.plan_missing(
-            store, collection, keys, "evaluate", lambda known: plan_features(config, keyed, known)
-        )
+    with locks.in_use(collection.root):
+        groups = common.plan_missing(collection, "evaluate", lambda known: plan_features(config, keyed, known))
         model = base.load(config.model, common.TRAINED_BASE, source["weights"])
         total = sum(len(keyed[number].ids) for group in groups for number in group)
-        with (
-            store.uploading(bool(groups)),
-            common.progress(total, "tokens", "evaluate: states of the trained base") as bar,
-        ):
+        with common.progress(total, "tokens", "evaluate: states of the trained base") as bar:
             features.save_tables(model, collection, keyed)
             features.produce(model, collection, keyed, groups, config.features.codec, bar.update)
     manifest = describe(config, collection, rows, [row.key for row in keyed], source)

@@ -161,10 +161,10 @@ def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[Toke
 
 def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: list[TokenSequence]) -> _Work:
     root, dtype = common.store_root(config), config.model.dtype
-    written = _known(config, Collection(root, "answers", answers.identity(sources["base"], dtype, config.respond)))
+    written = Collection(root, "answers", answers.identity(sources["base"], dtype, config.respond)).find()
     estimated = any(row.prompt_length == len(row) for row in rows)
     identity = features.identity(sources["base"], dtype, config.features.codec)
-    cached = _known(config, Collection(root, "features", identity))
+    cached = Collection(root, "features", identity).find()
     keyed = list(map(FeatureRow.of, rows))
     lacking = [keyed[number] for group in plan_features(config, keyed, () if estimated else cached) for number in group]
     most = config.respond.max_new_tokens if estimated else 0
@@ -177,12 +177,6 @@ def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: lis
         positions_missing=sum(int(row.mask[1:].sum()) + most for row in lacking),
         estimated=estimated,
     )
-
-
-def _known(config: Config, collection: Collection) -> set[str]:
-    """Keys of the rows that the store has, here or in the bucket."""
-    mirror = common.mirror(config)
-    return set(collection.find()) | (mirror.keys(collection) if mirror else set())
 
 
 def _print_bytes(whole: Job, missing: Job, config: Config) -> None:

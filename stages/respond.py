@@ -15,7 +15,7 @@ from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
 from spec.errors import SpecError
 from spec.serving import require_vllm
-from spec.store import answers, upkeep
+from spec.store import answers, locks, upkeep
 from spec.store.collection import Collection
 from spec.store.plan import item_key, plan
 from spec.workers import this_worker
@@ -50,23 +50,19 @@ def respond(config: Config, worker: Path | None) -> None:
     if worker is not None:
         _work(config, prompts, files.read_json(worker), sources)
         return
-    with common.using_store(config) as store:
-        groups = common.plan_missing(
-            store, collection, prompts.keys, "respond", lambda known: plan_answers(config, prompts.ids, known)
-        )
+    with locks.in_use(collection.root):
+        groups = common.plan_missing(collection, "respond", lambda known: plan_answers(config, prompts.ids, known))
         missing = sum(map(len, groups))
         common.say(f"respond: {missing} of {len(set(prompts.keys))} answers are to be written by the base")
         if groups:
             common.need_space(collection.folder, missing * (4 * config.respond.max_new_tokens + 64), "respond")
-        with store.uploading(bool(groups)):
-            if groups:
-                common.run_workers(config, "stages.respond", groups)
+            common.run_workers(config, "stages.respond", groups)
         written = dict(zip(prompts.keys, answers.read(collection, prompts.keys), strict=True))
         places = collection.find()
         for split, rows in tokens.items():
             _complete(config, split, rows, written, common.responses_origin(config, sources))
             used = {places[item_key(row.ids[: row.prompt_length])][0] for row in rows if row.prompt_length}
-            upkeep.add_root(store.root, common.responses_path(split), {collection.folder.name: sorted(used)})
+            upkeep.add_root(collection.root, common.responses_path(split), {collection.folder.name: sorted(used)})
 
 
 def plan_answers(config: Config, prompts: list[Ids], known: Any) -> list[list[int]]:

@@ -1,8 +1,13 @@
-"""store: look after the store: info, verify, gc, forget."""
+"""store: look after the store: info, verify, gc, forget; copy it with push and pull."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -10,10 +15,12 @@ import numpy as np
 from spec import base, corpus, files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store import segment, upkeep
+from spec.store import features, locks, segment, upkeep
 from spec.store.manifest import Manifest
-from spec.store.remote import DAY, Mirror
+from spec.store.transfer import Place, Transfer
 from stages import common
+
+DAY = 86400.0
 
 
 @click.group()
@@ -25,9 +32,9 @@ def store() -> None:
 @click.argument("manifest", required=False, type=click.Path(path_type=Path))
 def info(config: Config, manifest: Path | None) -> None:
     """Describe the store, or one manifest (data/features/SPLIT.json)."""
-    root, mirror = common.store_root(config), common.mirror(config)
+    root = common.store_root(config)
     if manifest is not None:
-        _describe(root, mirror, Manifest.load(manifest), manifest)
+        _describe(root, Manifest.load(manifest), manifest)
         return
     found = list(upkeep.summaries(root))
     for summary in found:
@@ -41,14 +48,9 @@ def info(config: Config, manifest: Path | None) -> None:
             common.say(f"    DAMAGED: {name}")
     total = common.size(sum(summary.bytes for summary in found))
     common.say(f"store {root}: {len(found)} collections, {total}, {common.size(files.free_bytes(root))} free")
-    for there in mirror.summaries() if mirror else ():
-        common.say(
-            f"{config.features.store}/{there.name}: {there.segments} segments, {common.size(there.bytes)}; "
-            f"{there.cached} of them are here"
-        )
 
 
-def _describe(root: Path, mirror: Mirror | None, manifest: Manifest, path: Path) -> None:
+def _describe(root: Path, manifest: Manifest, path: Path) -> None:
     collection = manifest.collection(root)
     missing = []
     for name, digest in zip(manifest.segments, manifest.digests, strict=True):
@@ -57,9 +59,6 @@ def _describe(root: Path, mirror: Mirror | None, manifest: Manifest, path: Path)
                 missing.append(name)
         except segment.DamagedError:
             missing.append(name)
-    where = str(collection.folder)
-    if mirror:
-        missing, where = mirror.missing(collection, missing), mirror.url
     counts = np.bincount(np.asarray(manifest.domain, np.int64), minlength=len(manifest.domains))
     domains = ", ".join(f"{name} {count}" for name, count in zip(manifest.domains, counts, strict=True))
     share = manifest.positions / max(manifest.tokens, 1)
@@ -69,7 +68,7 @@ def _describe(root: Path, mirror: Mirror | None, manifest: Manifest, path: Path)
         f"    base: {manifest.base['name']} ({manifest.base['weights'][:16]}), {manifest.dtype}, "
         f"d={manifest.hidden_size}, V={manifest.vocab_size}\n"
         f"    digest: {manifest.digest}\n"
-        f"    in {where}: {len(manifest.segments)} segments, {len(missing)} missing or damaged"
+        f"    in {collection.folder}: {len(manifest.segments)} segments, {len(missing)} missing or damaged"
     )
     for name in missing:
         common.say(f"    MISSING: {name}")
@@ -79,14 +78,10 @@ def _describe(root: Path, mirror: Mirror | None, manifest: Manifest, path: Path)
 @click.option("--dry-run", is_flag=True, help="Name damaged segments, and leave them where they are.")
 def verify(config: Config, dry_run: bool) -> None:
     """Read everything, check it, and set damaged segments aside, so that respond and cache compute them again."""
-    root, mirror = common.store_root(config), common.mirror(config)
+    root = common.store_root(config)
     total = sum(summary.bytes for summary in upkeep.summaries(root))
     with common.progress(total, "B", "verify") as bar:
         whole, problems = upkeep.verify(root, not dry_run, bar.update)
-    if mirror:
-        more, others = mirror.verify(not dry_run)
-        common.say(f"store {mirror.url}: {more} segments are whole, {len(others)} are not")
-        whole, problems = whole + more, problems + others
     for problem in problems:
         common.say(str(problem))
     if problems:
@@ -110,14 +105,9 @@ def gc(config: Config, older_than: float, dry_run: bool) -> None:
     A manifest counts while its workspace holds it, or for DAYS after a stage last used it (experiments and other
     branches); segments that no manifest names stay for DAYS too, since an interrupted run may come back for them.
     """
-    root, mirror = common.store_root(config), common.mirror(config)
+    root = common.store_root(config)
     done = "would be removed" if dry_run else "removed"
-    if mirror:
-        removal, there = mirror.gc(older_than * DAY, not dry_run)
-        size = common.size(there.bytes)
-        common.say(f"store {mirror.url}: {there.segments} segments ({size}) {done}, {there.kept} kept")
-    else:
-        removal = upkeep.gc(root, older_than * DAY, not dry_run)
+    removal = upkeep.gc(root, older_than * DAY, not dry_run)
     common.say(
         f"store {root}: {removal.segments} segments ({removal.rows:,} rows, {common.size(removal.bytes)}) {done}, "
         f"{removal.kept} kept"
@@ -147,28 +137,134 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
             report=corpus.Report(),
         )
     )
-    mirror = common.mirror(config)
-    where = f"{mirror.url} and {mirror.root}" if mirror else str(common.store_root(config))
+    root = common.store_root(config)
     if not yes:
-        click.confirm(f"Remove every stored trace of {len(found)} rows from {where}?", abort=True)
-    tokenizer_digest = sources["base"]["tokenizer"]
+        click.confirm(f"Remove every stored trace of {len(found)} rows from {root}?", abort=True)
     prompts = [row.ids[: row.prompt_length] for row in found if row.prompt_length]
     texts = [row.ids for row in found if not row.prompt_length]
-    if mirror:
-        removal = mirror.forget(tokenizer_digest, prompts, texts)
-    else:
-        removal = upkeep.forget(common.store_root(config), tokenizer_digest, prompts, texts)
+    removal = upkeep.forget(root, sources["base"]["tokenizer"], prompts, texts)
     common.say(
-        f"store {where}: {removal.rows} stored rows of {len(found)} given ones are gone; "
+        f"store {root}: {removal.rows} stored rows of {len(found)} given ones are gone; "
         f"{removal.segments} segments were rewritten or removed"
     )
-    if mirror:
-        common.say(
-            "Other machines drop their copies of these segments when they next use the store; one whose last uploads "
-            "failed must run this command, too. Replicas and backups of the bucket are out of its reach."
-        )
     common.say(
         "Still to be done by you: remove the rows from your data files, run `dvc repro` (nothing is computed again), "
         "then `dvc gc --workspace` and `rm -r` of data/tokens and data/responses in other workspaces. Collections of "
-        "other tokenizers were not looked at: run this with their base in model.partial_pretrain."
+        "other tokenizers were not looked at: run this with their base in model.partial_pretrain. Copies that "
+        "`spec store push` made still hold the rows, and a pull brings them back: remove such a copy and push it anew."
     )
+
+
+_manifests = click.option(
+    "--manifest",
+    "manifests",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Copy only what this manifest needs (data/features/SPLIT.json); may be given several times.",
+)
+_dry_run = click.option("--dry-run", is_flag=True, help="Say what would be copied and how large it is; copy nothing.")
+
+
+@common.stage_of(store)
+@click.argument("url")
+@_manifests
+@click.option("--follow", is_flag=True, help="Also copy what is added from now on, until SIGTERM or Ctrl-C.")
+@_dry_run
+def push(config: Config, url: str, manifests: tuple[Path, ...], follow: bool, dry_run: bool) -> None:
+    """Copy to URL the segments that are not there yet.
+
+    URL is a folder or anything that fsspec knows, such as s3://BUCKET/PREFIX. If the command is interrupted, the same
+    command completes the copy. With --follow it may run next to a stage.
+    """
+    if follow and (manifests or dry_run):
+        raise click.UsageError("--follow copies everything; leave out --manifest and --dry-run")
+    root = common.store_root(config)
+    transfer = Transfer(Place(root), Place(url), _named(root, manifests))
+    _copy(root, transfer, "push", follow, dry_run)
+
+
+@common.stage_of(store)
+@click.argument("url")
+@_manifests
+@_dry_run
+def pull(config: Config, url: str, manifests: tuple[Path, ...], dry_run: bool) -> None:
+    """Copy from URL the segments that the store lacks; each is verified before it is visible.
+
+    URL is a folder or anything that fsspec knows, such as s3://BUCKET/PREFIX. If the command is interrupted, the same
+    command completes the copy.
+    """
+    root, source = common.store_root(config), Place(url)
+    if not source.collections():
+        raise SpecError(
+            f"{url} holds no store: there is no folder such as features-0123456789abcdef; check the address"
+        )
+    _copy(root, Transfer(source, Place(root), _named(root, manifests)), "pull", False, dry_run)
+
+
+def _named(root: Path, manifests: tuple[Path, ...]) -> dict[str, set[str]] | None:
+    """The segments that manifests need, by their collection's folder; None: everything."""
+    found: dict[str, set[str]] = {}
+    for path in manifests:
+        manifest = Manifest.load(path)
+        collection = manifest.collection(root)
+        tables = [collection.name_of(features.TABLES)] if manifest.segments else []
+        needed = {**upkeep.root_segments(root, path), collection.folder.name: [*manifest.segments, *tables]}
+        for folder, names in needed.items():
+            found.setdefault(folder, set()).update(names)
+    return found if manifests else None
+
+
+def _copy(root: Path, transfer: Transfer, name: str, follow: bool, dry_run: bool) -> None:
+    """Say what is to be copied, copy it, and end in an error where something could not be copied."""
+    target, lacking = transfer.target, transfer.look()
+    total = sum(item.size for item in lacking)
+    for folder in sorted({item.collection.folder.name for item in lacking}):
+        sizes = [item.size for item in lacking if item.collection.folder.name == folder]
+        common.say(f"{name}: {folder}: {len(sizes)} segments ({common.size(sum(sizes))})")
+    would = "would be" if dry_run else "are to be"
+    size = common.size(total)
+    common.say(f"{name}: {len(lacking)} segments ({size}) {would} copied to {target.url}, {transfer.found} are there")
+    if not dry_run:
+        with contextlib.ExitStack() as stack:
+            for used in {root, target.folder or root}:
+                stack.enter_context(locks.in_use(used))
+            if target.folder:
+                common.need_space(target.folder, total, name, "name a folder on a larger disk")
+            bar = stack.enter_context(common.progress(total, "B", name))
+            if follow:
+                transfer.follow(stack.enter_context(_stopping()), lambda left: _extend(bar, left), bar.update)
+            else:
+                transfer.copy(lacking, bar.update)
+        common.say(f"{name}: {transfer.copied} segments are copied -> {target.url}")
+    for problem in transfer.problems:
+        common.say(str(problem))
+    if transfer.problems:
+        left = "everything else would be copied" if dry_run else "everything else is copied"
+        raise SpecError(f"{name}: what cannot be copied ({len(transfer.problems)} in all) is named above; {left}")
+
+
+def _extend(bar: Any, left: int) -> None:
+    """Let a bar end `left` bytes from now."""
+    bar.total = bar.n + left
+    bar.refresh()
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the second one does what it usually does."""
+    event, usual = threading.Event(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, _: object) -> None:
+        event.set()
+        restore()
+
+    for number in usual:
+        signal.signal(number, stop)
+    try:
+        yield event
+    finally:
+        restore()

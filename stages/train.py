@@ -23,8 +23,9 @@ from spec import corpus, files, heads, plots, tracking
 from spec.config import Config, Speculator, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
-from spec.store import features
+from spec.store import features, locks
 from spec.store.manifest import Manifest
+from spec.store.reader import FeatureReader
 from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
@@ -66,7 +67,7 @@ def train(config: Config, worker: Path | None) -> None:
         if joint:
             common.check_joint(manifest, split)
             continue
-        common.open_reader(config, manifest)  # complains about a store that lacks something
+        FeatureReader(manifest, common.store_root(config))  # complains about a store that lacks something
         if not manifest.positions:
             raise SpecError(f"{common.features_path(split)} has no position to train on: no token of it is supervised")
     with torch.device("meta"):
@@ -77,7 +78,7 @@ def train(config: Config, worker: Path | None) -> None:
         f"{config.trainer.total_epochs} epochs"
     )
     common.need_space(CHECKPOINTS, 24 * count, "train", "move the project to a larger disk")
-    with common.using_store(config):
+    with locks.in_use(common.store_root(config)):
         common.run_workers(config, "stages.train", {})
     metrics = files.read_json(RESULTS / "metrics.json")
     size = common.size((common.MODEL / "pytorch_model.bin").stat().st_size)
@@ -194,7 +195,7 @@ def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manif
 
 
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
-    readers = {split: common.open_reader(config, manifest) for split, manifest in manifests.items()}
+    readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
     train_reader = readers["train"]
     with_tables = config.model.speculator.init == "base" or config.optim.loss == "kl"
     tables = features.load_tables(train_reader.collection) if with_tables else {}

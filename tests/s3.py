@@ -1,4 +1,4 @@
-"""An S3 server as a process of its own on loopback, and a way to cut the line to it."""
+"""An S3 server as a process of its own on loopback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,51 +41,6 @@ def server(environment: Mapping[str, str] | None = None) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
-
-
-class Line:
-    """A TCP line to a server, under an address of its own, that can be cut and mended."""
-
-    def __init__(self, url: str) -> None:
-        self._target = int(url.rpartition(":")[2])
-        self._port = _free_port()
-        self._open: list[socket.socket] = []
-        self._listener: socket.socket | None = None
-        self.url = f"http://127.0.0.1:{self._port}"
-        self.mend()
-
-    def mend(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", self._port), reuse_port=True)
-        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
-
-    def cut(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for end in self._open:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self._open.clear()
-
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                near, _ = listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._target))
-            self._open += [near, far]
-            for ends in ((near, far), (far, near)):
-                threading.Thread(target=self._copy, args=ends, daemon=True).start()
-
-    @staticmethod
-    def _copy(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while block := source.recv(1 << 16):
-                sink.sendall(block)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
 
 
 def use(patch: pytest.MonkeyPatch, url: str) -> None:

@@ -50,6 +50,18 @@ class Collection:
         """
         try:
             content = (folder / IDENTITY).read_bytes()
+        except OSError as error:
+            raise StoreError(f"{folder} is no collection of segments ({error})") from error
+        return cls.parse(folder, content)
+
+    @classmethod
+    def parse(cls, folder: Path, content: bytes) -> Collection:
+        """The collection of a folder whose identity.json has this content, whether or not the folder is there.
+
+        Raises:
+            StoreError: as `open` does.
+        """
+        try:
             identity = json.loads(content)
             version = identity.pop("format")
             if version != FORMAT:
@@ -57,7 +69,7 @@ class Collection:
             found = cls(folder.parent, folder.name.rpartition("-")[0], identity)
             if found._identity_bytes() != content or found.folder.name != folder.name:
                 raise ValueError(f"{IDENTITY} is not as it was written")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{folder} is no collection of segments ({error})") from error
         return found
 
@@ -133,10 +145,6 @@ class Collection:
             self._records[name] = record
         return self._records[name]
 
-    def refresh(self) -> None:
-        """Read every record again when it is next asked for: a Mirror may have replaced segments meanwhile."""
-        self._records.clear()
-
     def find(self) -> dict[str, tuple[str, int]]:
         """Where each stored row lies: key -> (segment, row)."""
         return {key: (name, row) for name, record in self.records().items() for row, key in enumerate(record.items)}
@@ -196,20 +204,12 @@ class Collection:
         segment.check_rows(self.folder, record, arrays, attributes)
         return record
 
-    def receive(
-        self,
-        name: str,
-        fill: Callable[[Path], object],
-        keep: Callable[[Sequence[Row]], bool] = lambda rows: True,
-        again: bool = False,
-    ) -> None:
+    def receive(self, name: str, fill: Callable[[Path], object]) -> None:
         """Take in a segment that was written elsewhere, after all of it has been checked as verify does.
 
         Args:
-            name: the segment's name.
+            name: the segment's name; one that is here already stays.
             fill: puts the segment's files into the folder that it is given.
-            keep: whether to keep it, given its rows.
-            again: even where the segment is here already; it is replaced then.
 
         Raises:
             DamagedError: what came is not the segment of this name; nothing of it is kept.
@@ -218,21 +218,16 @@ class Collection:
         assert lock is not None
         incoming = f"{segment.PARTIAL}{name}"
         try:
-            if self.has(name) and not again:
+            if self.has(name):
                 return
             shutil.rmtree(self.folder / incoming, ignore_errors=True)
             (self.folder / incoming).mkdir()
             fill(self.folder / incoming)
             record = segment.read_record(self.folder, incoming)
-            arrays, attributes = segment.read(self.folder, incoming)
-            segment.check_rows(self.folder, record, arrays, attributes)
-            if self.name_of(record.items) != name or attributes.get("identity") != self.digest:
+            if self.name_of(record.items) != name:
                 raise DamagedError(self.folder, name, "it holds other rows than its name stands for")
-            if keep(segment.rows_of(arrays, attributes)):
-                if again:
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
-                segment.publish(self.folder / incoming, self.folder / name)
-                self._records.pop(name, None)
+            segment.check_rows(self.folder, record, *self.read(incoming))
+            segment.publish(self.folder / incoming, self.folder / name)
         except DamagedError as error:
             raise DamagedError(self.folder, name, error.reason) from error
         finally:
@@ -330,7 +325,7 @@ def share_out(
     if not collection.folder.is_dir():
         raise StoreError(
             f"{collection.folder} is not here, though the stage that started this worker made it: all nodes need the "
-            "same features.store (of a store on S3: XDG_CACHE_HOME) on a file system that they share"
+            "same features.store on a file system that they share"
         )
     own = list(range(rank % world, len(groups), world))
     rest = [index for index in range(len(groups)) if index % world != rank % world]

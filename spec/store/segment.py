@@ -89,17 +89,21 @@ class Record:
         """Read what to_bytes wrote.
 
         Raises:
-            ValueError: any byte is another one.
+            ValueError: any byte is another one, or it names a file outside the segment's folder.
         """
-        entry = json.loads(content)
-        record = cls(
-            name,
-            tuple(entry["items"]),
-            tuple(entry["digests"]),
-            entry["bytes"],
-            {path: (size, digest) for path, (size, digest) in entry["files"].items()},
-        )
-        if record.to_bytes() != content:
+        try:
+            entry = json.loads(content)
+            record = cls(
+                name,
+                tuple(entry["items"]),
+                tuple(entry["digests"]),
+                entry["bytes"],
+                {path: (size, digest) for path, (size, digest) in entry["files"].items()},
+            )
+            whole = record.to_bytes() == content
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{RECORD} is not as it was written ({error})") from error
+        if not whole or any(path.startswith("/") or ".." in path.split("/") for path in record.files):
             raise ValueError(f"{RECORD} is not as it was written")
         return record
 
@@ -174,7 +178,7 @@ def read_record(folder: Path, name: str) -> Record:
     """
     try:
         return Record.from_bytes(name, (folder / name / RECORD).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedError(folder, name, error) from error
 
 

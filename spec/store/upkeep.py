@@ -173,7 +173,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     removal = Removal()
     with alone(root):
         before = time.time() - older_than
-        live = live_segments(root, before, remove)
+        live = _live_segments(root, before, remove)
         for folder in collections(root):
             named = live.get(folder.name, set())
             rest = 0
@@ -196,7 +196,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     return removal
 
 
-def live_segments(root: Path, before: float, remove: bool = False) -> dict[str, set[str]]:
+def _live_segments(root: Path, before: float, remove: bool = False) -> dict[str, set[str]]:
     """Names of the segments that manifests need, by collection folder.
 
     Args:
@@ -258,7 +258,7 @@ def forget(
         SpecError: a stage is using the store.
     """
     removal = Removal()
-    given = matcher(prompts, texts)
+    given = _matcher(prompts, texts)
     with alone(root):
         for folder in collections(root):
             collection = Collection.open(folder)
@@ -272,7 +272,7 @@ def forget(
     return removal
 
 
-def matcher(prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]]) -> Callable[[Row], bool]:
+def _matcher(prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]]) -> Callable[[Row], bool]:
     """Whether a stored row is one of those that forget is given."""
     by_length: dict[int, set[bytes]] = {}
     for prompt in prompts:

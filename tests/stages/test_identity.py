@@ -138,10 +138,11 @@ def test_responses_of_another_base(folder: Path, part: str, field: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["cache", "train", "evaluate"])
-def test_a_store_is_a_folder_or_on_s3(folder: Path, stage: str) -> None:
-    message = refused(stage, "features.store=gs://bucket/store")
-    assert "features.store: 'gs://bucket/store' is neither a folder nor s3://BUCKET" in message
-    assert not Path("gs:").exists()
+def test_a_store_is_a_folder(folder: Path, stage: str) -> None:
+    message = refused(stage, "features.store=s3://bucket/store")
+    assert "features.store: 's3://bucket/store' is not a folder" in message
+    assert "spec store pull s3://bucket/store" in message
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])

@@ -5,13 +5,15 @@ It has loaded everything when it forks, and has started no thread, so that a chi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,14 +110,41 @@ def run(base: Base, root: str, kind: str, log: str, delay: float | None = None, 
     return {"statuses": statuses, "seconds": time.monotonic() - began}
 
 
-def main() -> None:
-    """Serve tasks until stdin ends."""
+def serve(body: Callable[..., dict[str, Any]]) -> None:
+    """Run tasks until stdin ends."""
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # as in all tests
-    base = base_model.load(Model(), Path(sys.argv[1]), "digest", torch.device("cpu"), dtype="float32")
     for line in sys.stdin:
-        print(json.dumps(run(base, **json.loads(line))), flush=True)
+        print(json.dumps(body(**json.loads(line))), flush=True)
+
+
+@contextlib.contextmanager
+def serving(module: str, *arguments: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Start a module that serves; gives what lets it run a task."""
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parents[3],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **single},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    sent, received = process.stdin, process.stdout
+
+    def task(**options: Any) -> dict[str, Any]:
+        sent.write(json.dumps(options) + "\n")
+        sent.flush()
+        done: dict[str, Any] = json.loads(received.readline())
+        return done
+
+    yield task
+    sent.close()
+    assert process.wait(20) == 0
+    received.close()
 
 
 if __name__ == "__main__":
-    main()
+    serve(partial(run, base_model.load(Model(), Path(sys.argv[1]), "digest", torch.device("cpu"), dtype="float32")))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,30 +23,8 @@ Run = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def run(base_folder: Path) -> Iterator[Run]:
     """Lets another process run a task, as producer.run takes it."""
-    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    process = subprocess.Popen(
-        [sys.executable, "-m", producer.__name__, str(base_folder)],
-        cwd=Path(producer.__file__).parents[3],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **single},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    def task(**options: Any) -> dict[str, Any]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(options) + "\n")
-        process.stdin.flush()
-        done: dict[str, Any] = json.loads(process.stdout.readline())
-        return done
-
-    yield task
-    process.stdin.close()
-    assert process.wait(20) == 0
-    process.stdout.close()
+    with producer.serving(producer.__name__, str(base_folder)) as task:
+        yield task
 
 
 def begun(log: Path) -> list[str]:

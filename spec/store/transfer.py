@@ -1,0 +1,330 @@
+"""Copying segments between a store and the same layout elsewhere: a folder, or any URL that fsspec knows.
+
+Segments never change and their names stand for their content, so a copy needs no bookkeeping: what one side has and
+the other lacks is copied. A segment is visible where its record is, and its record arrives when all of it is there
+and has been verified. So nothing that a killed transfer left is taken for whole, and the next one completes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spec.errors import SpecError
+from spec.store.collection import IDENTITY, NAME, Collection
+from spec.store.segment import FORMAT, RECORD, DamagedError, Record, StoreError
+
+log = logging.getLogger(__name__)
+
+THREADS = 4
+"""Segments that are copied at the same time; four times as many are asked about at the same time."""
+
+PAUSE = 5.0
+"""Seconds between two looks of `follow`."""
+
+_SEGMENT = re.compile("[0-9a-f]{32}")
+
+OnBytes = Callable[[int], object]
+
+
+class TransferError(StoreError):
+    """A place cannot be reached, read or written."""
+
+
+class Place:
+    """A store's layout in a folder or at a URL.
+
+    Attributes:
+        url: as it was given.
+        folder: the folder where it is one, else None.
+
+    Raises:
+        StoreError: fsspec does not know the URL, lacks a package for it, or cannot connect.
+        TransferError: from every method, when the place cannot be reached or refuses.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
+        try:
+            self._fs, path = fsspec.url_to_fs(str(url), use_listings_cache=False, skip_instance_cache=True)
+        except Exception as error:  # a package is missing, the URL is none; some file systems connect at once
+            raise StoreError(
+                f"{url} cannot be used ({error}); expected is a folder or a URL that fsspec knows, with the package "
+                "that it needs (for s3://, pip install '.[s3]')"
+            ) from None
+        self.url, self._path = str(url).rstrip("/"), str(path).rstrip("/")
+        self.folder = Path(path) if isinstance(self._fs, LocalFileSystem) else None
+
+    def collections(self) -> list[str]:
+        """Names of the collections' folders."""
+        return [name for name in self._names("") if NAME.fullmatch(name)]
+
+    def segments(self, collection: str) -> list[str]:
+        """Names of the segments' folders, whole or not."""
+        return [name for name in self._names(f"/{collection}") if _SEGMENT.fullmatch(name)]
+
+    def record(self, collection: str, name: str) -> Record | None:
+        """A segment's record; None where there is none. A ValueError says that it is not as it was written."""
+        content = self.read(f"{collection}/{name}/{RECORD}")
+        return None if content is None else Record.from_bytes(name, content)
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where there is none."""
+        with self._clear(f"read {name}"), contextlib.suppress(FileNotFoundError):
+            content: bytes = self._fs.cat_file(f"{self._path}/{name}")
+            return content
+        return None
+
+    def download(self, name: str, target: Path, on_bytes: OnBytes) -> None:
+        """Copy a file from here; one that is not here is left out, which verification notices."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._clear(f"read {name}"), contextlib.suppress(FileNotFoundError):
+            self._fs.get_file(f"{self._path}/{name}", str(target), callback=_callback(on_bytes))
+
+    def upload(self, source: Path, name: str, on_bytes: OnBytes = lambda count: None) -> None:
+        """Copy a file to here."""
+        with self._clear(f"write {name}"):
+            self._fs.put_file(str(source), f"{self._path}/{name}", callback=_callback(on_bytes))
+
+    def _names(self, under: str) -> list[str]:
+        with self._clear(f"list {self._path}{under}"), contextlib.suppress(FileNotFoundError):
+            listed = self._fs.ls(self._path + under, detail=False)
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in listed)
+        return []
+
+    @contextlib.contextmanager
+    def _clear(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # every file system has errors of its own
+            if isinstance(error, SpecError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+                raise
+            raise TransferError(
+                f"{self.url}: could not {what} ({type(error).__name__}: {error}); check the address, the credentials "
+                "and the network, then run the same command again: what has been copied stays"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """A segment that the target lacks.
+
+    Attributes:
+        collection: at the target where that is a folder, else at the source.
+        record: the source's.
+        damaged: whether the target has a damaged record in its place.
+    """
+
+    collection: Collection
+    record: Record
+    damaged: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return self.record.size + len(self.record.to_bytes())
+
+    @property
+    def where(self) -> str:
+        """Its folder, below either place."""
+        return f"{self.collection.folder.name}/{self.record.name}"
+
+
+class Transfer:
+    """Copies what the target lacks. At least one of the two places is a folder.
+
+    Args:
+        source: where segments come from.
+        target: where they go to.
+        only: names of segments by their collection's folder; None: everything that the source has.
+
+    Attributes:
+        found: the number of segments that the target had already.
+        copied: the number of segments copied.
+        problems: what could not be copied, and why.
+
+    Raises:
+        StoreError: both places are the same folder.
+    """
+
+    def __init__(self, source: Place, target: Place, only: Mapping[str, Iterable[str]] | None = None) -> None:
+        if source.folder and target.folder and source.folder.resolve() == target.folder.resolve():
+            raise StoreError(f"{target.url} is the store itself; name another folder or a URL")
+        self.source, self.target = source, target
+        self.found = self.copied = 0
+        self.problems: list[StoreError] = []
+        self._only = only
+        self._settled: dict[str, set[str]] = {}
+        self._lock = threading.Lock()
+
+    def look(self) -> list[Lacking]:
+        """What the target lacks just now; what earlier looks and copies have settled is not asked about again."""
+        found = []
+        for name in self.source.collections() if self._only is None else sorted(self._only):
+            settled = self._settled.setdefault(name, set())
+            asked = {*(self.source.segments(name) if self._only is None else self._only[name])} - settled
+            if not asked:
+                continue
+            collection = self._collection(name)
+            if collection is None:
+                settled |= asked
+                continue
+            with ThreadPoolExecutor(4 * THREADS, thread_name_prefix="segment-looker") as pool:
+                found += [lacking for lacking in pool.map(partial(self._compare, collection), sorted(asked)) if lacking]
+        return found
+
+    def copy(self, segments: Sequence[Lacking], on_bytes: OnBytes = lambda count: None) -> None:
+        """Copy segments; damaged ones are not copied, and named in `problems`.
+
+        Args:
+            segments: from `look`.
+            on_bytes: called with the bytes just copied, by one thread at a time.
+
+        Raises:
+            TransferError: a place cannot be reached. Segments in hand are completed, others are not begun.
+        """
+        for collection in {item.collection.folder: item.collection for item in segments}.values():
+            path = f"{collection.folder.name}/{IDENTITY}"
+            if self.target.folder:
+                collection.create()
+            elif self.target.read(path) is None:
+                self.target.upload(collection.folder / IDENTITY, path)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="segment-copier") as pool:
+            try:
+                for future in [pool.submit(self._copy, item, on_bytes) for item in segments]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def follow(self, stopping: threading.Event, on_look: OnBytes, on_bytes: OnBytes) -> None:
+        """Copy what is there and what is added, until `stopping` is set; then look a last time.
+
+        Args:
+            stopping: ends it.
+            on_look: called with the bytes that are to be copied now.
+            on_bytes: as in `copy`.
+
+        Raises:
+            TransferError: the last look failed. When an earlier one fails, the next one tries again.
+        """
+        last = False
+        while not last:
+            last = stopping.is_set()
+            try:
+                lacking = self.look()
+                on_look(sum(item.size for item in lacking))
+                self.copy(lacking, on_bytes)
+            except TransferError as error:
+                if last:
+                    raise
+                log.warning("%s. It is tried again in %g seconds", error, PAUSE)
+            stopping.wait(0 if last else PAUSE)
+
+    def _collection(self, name: str) -> Collection | None:
+        """A collection of the source; None where it is not to be copied."""
+        content, other = (place.read(f"{name}/{IDENTITY}") for place in (self.source, self.target))
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            if (found := json.loads(content or b"")["format"]) != FORMAT:
+                log.warning("%s/%s has the format %s, not %s: it is not copied", self.source.url, name, found, FORMAT)
+                return None
+        try:
+            if other not in (None, content):
+                raise StoreError(
+                    f"{self.target.url}/{name}/{IDENTITY} differs from that of {self.source.url}: one of them is "
+                    "damaged, and nothing of this collection was copied. Compare both, and remove the damaged one"
+                )
+            return Collection.parse((self.target.folder or self.source.folder or Path()) / name, content or b"")
+        except StoreError as error:
+            self.problems.append(error)
+            return None
+
+    def _compare(self, collection: Collection, name: str) -> Lacking | None:
+        folder, damaged = collection.folder.name, False
+        try:
+            if self.target.record(folder, name) is not None:
+                with self._lock:
+                    self.found += 1
+                self._settled[folder].add(name)
+                return None
+        except ValueError:
+            damaged = True
+        try:
+            record = self.source.record(folder, name)
+            if record is None and self._only is not None:
+                raise ValueError("it has no record")
+            return Lacking(collection, record, damaged) if record is not None else None
+        except ValueError as error:
+            self._refuse(folder, name, error)
+            return None
+
+    def _refuse(self, folder: str, name: str, reason: object) -> None:
+        self._settled[folder].add(name)
+        self.problems.append(
+            StoreError(
+                f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
+                "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and "
+                "push it again from a store that has it"
+            )
+        )
+
+    def _copy(self, item: Lacking, on_bytes: OnBytes) -> None:
+        left = item.size
+
+        def count(more: int) -> None:
+            nonlocal left
+            with self._lock:
+                left -= more
+                on_bytes(more)
+
+        try:
+            if not self.target.folder:
+                self._send(item, count)
+            else:
+                if item.damaged:
+                    item.collection.set_aside(item.record.name)
+                item.collection.receive(item.record.name, lambda folder: self._fill(item, folder, count))
+            with self._lock:
+                self.copied += 1
+            self._settled[item.collection.folder.name].add(item.record.name)
+        except DamagedError as error:
+            self._refuse(item.collection.folder.name, item.record.name, error.reason)
+        count(left)
+
+    def _send(self, item: Lacking, on_bytes: OnBytes) -> None:
+        """Verify a segment of the source and copy it, its record last: only then is it visible."""
+        record = item.collection.verify(item.record.name)
+        for path in (*record.files, RECORD):
+            self.target.upload(item.collection.folder / record.name / path, f"{item.where}/{path}", on_bytes)
+
+    def _fill(self, item: Lacking, folder: Path, on_bytes: OnBytes) -> None:
+        """Copy a segment into a folder, where it is verified afterwards."""
+        for path in item.record.files:
+            self.source.download(f"{item.where}/{path}", folder / path, on_bytes)
+        (folder / RECORD).write_bytes(item.record.to_bytes())
+
+
+def _callback(on_bytes: OnBytes) -> Any:
+    """What fsspec tells of the bytes of one file."""
+    from fsspec.callbacks import Callback
+
+    done = 0
+
+    def hook(size: int | None, value: int, **_: Any) -> None:
+        nonlocal done
+        done, more = value, value - done
+        on_bytes(more)
+
+    return Callback(hooks={"bytes": hook})

@@ -1,0 +1,73 @@
+"""A process that lets children of its own copy segments, and kills them; it reads its tasks from stdin.
+
+It has loaded everything when it forks, and has started no thread, so that a child begins at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import s3fs  # noqa: F401  # loaded before the fork
+
+from spec.store import collection, segment, transfer
+from spec.store.transfer import Place, Transfer
+from tests.spec.store.producer import fork, serve
+
+
+def killing(step: int) -> None:
+    """Let this process kill itself at this step: before a file is copied, while it is, before a folder is renamed."""
+    left = [step]
+
+    def count() -> None:
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            count()
+            return real(*args)
+
+        return run
+
+    def half(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(source: Any, target: Any, **options: Any) -> Any:
+            if not left[0]:
+                Path(target).write_bytes(Path(source).read_bytes()[:-3])
+            count()
+            return real(source, target, **options)
+
+        return run
+
+    for name in ("download", "upload"):
+        setattr(Place, name, counted(getattr(Place, name)))
+    collection.shutil.copyfile = half(collection.shutil.copyfile)  # type: ignore[attr-defined]
+    segment.publish = counted(segment.publish)
+    transfer.THREADS = 1  # or the step would not be the same one each time
+
+
+def run(source: str, target: str, step: int | None = None, delay: float | None = None) -> dict[str, Any]:
+    """Copy in a child, which is killed at a step or after some seconds; its status, -9 where it was killed."""
+
+    def body() -> None:
+        if step is not None:
+            killing(step)
+        work = Transfer(Place(source), Place(target))
+        work.copy(work.look())
+
+    began = time.monotonic()
+    child = fork(body)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"status": status, "seconds": time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    serve(run)

@@ -1,0 +1,113 @@
+"""`spec store push` and `pull`: a second machine computes nothing that the first one has pushed."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+pytest.importorskip("s3fs", reason="needs what `pip install '.[dev]'` installs")
+pytest.importorskip("moto.server", reason="needs what `pip install '.[dev]'` installs")
+
+from spec.store.manifest import Manifest
+from spec.store.transfer import Place, Transfer
+from stages import cli, common
+from tests import s3
+from tests.stages.workspace import copy_of, inline_workers, ok, prepare, run_through
+from tests.tiny import chain, store_features
+
+URL = "s3://bucket/project"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> Iterator[None]:
+    with s3.server() as url, pytest.MonkeyPatch.context() as patch:
+        s3.client(url).create_bucket(Bucket="bucket")
+        s3.use(patch, url)
+        yield
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A machine on which the cache stage has run."""
+    root = prepare(tmp_path_factory.mktemp("first"))
+    run_through(root, "cache")
+    return root
+
+
+def store(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, ["store", *arguments])
+
+
+def test_a_second_machine_computes_nothing(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first)
+    said = store("push", URL, "--dry-run").output
+    assert "would be copied to s3://bucket/project, 0 are there" in said
+    assert Place(URL).collections() == []
+    pushed = store("push", URL)
+    assert pushed.exit_code == 0, pushed.output
+    assert pushed.output.rstrip().endswith("segments are copied -> s3://bucket/project")
+    assert "push: 0 segments (0 B) are to be copied" in store("push", URL).output
+
+    monkeypatch.chdir(copy_of(first, tmp_path / "second"))
+    other = f"features.store={tmp_path / 'store'}"
+    manifests = [part for split in ("train", "val") for part in ("--manifest", str(common.features_path(split)))]
+    assert store("pull", URL, *manifests, "-S", other).exit_code == 0
+    inline_workers(monkeypatch)
+    ok("train", other, "trainer.total_epochs=1")
+    assert list((tmp_path / "store").glob("answers-*")) == []
+    assert store("pull", URL, "-S", other).exit_code == 0
+    monkeypatch.setattr(common, "run_workers", lambda *_: pytest.fail("computed again"))
+    assert "respond: 0 of" in ok("respond", other)
+    assert "cache: 0 of" in ok("cache", other)
+
+
+def test_what_a_manifest_needs(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states, the tables, and the answers that it came from."""
+    monkeypatch.chdir(first)
+    assert store("push", str(tmp_path / "copy"), "--manifest", "data/features/val.json").exit_code == 0
+    manifest = Manifest.load(common.features_path("val"))
+    place = Place(tmp_path / "copy")
+    answers, states = place.collections()
+    assert set(place.segments(states)) == {*manifest.segments, manifest.collection(Path()).name_of(["tables"])}
+    assert place.segments(answers)
+
+
+def test_errors(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first)
+    assert "holds no store" in store("pull", "s3://bucket/nothing").output
+    assert "leave out --manifest" in store("push", URL, "--follow", "--manifest", "data/features/val.json").output
+    shutil.copytree("store", tmp_path / "store")
+    manifest = Manifest.load(common.features_path("val"))
+    name = manifest.segments[0]
+    (manifest.collection(tmp_path / "store").folder / name / "ids/c/0").write_bytes(b"")
+    result = store("push", str(tmp_path / "copy"), "-S", f"features.store={tmp_path / 'store'}")
+    assert result.exit_code == 1
+    assert f"segment {name} in {tmp_path}/store" in result.output
+    assert "push: what cannot be copied (1 in all) is named above; everything else is copied" in result.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_follow_ends_when_it_is_told_to(first: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """It has copied what was there when the signal came."""
+    url, root = f"s3://bucket/{number.name}", tmp_path / "store"
+    command = [sys.executable, "-m", "stages.cli", "store", "push", url, "--follow", "-S", f"features.store={root}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=first, env=common.child_environment(), text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert "0 segments (0 B) are to be copied" in process.stdout.readline()
+        while not (root / ".in-use").exists():
+            assert process.poll() is None
+        made = store_features(root, chain(24, 997))
+        while not Place(url).collections():  # so it has begun
+            assert process.poll() is None
+        process.send_signal(number)
+        assert f"{len(made.segments)} segments are copied -> {url}" in process.stdout.read()
+    assert process.returncode == 0
+    assert Transfer(Place(root), Place(url)).look() == []
