@@ -2,7 +2,8 @@
 # make serve, make test-vllm: the same with vLLM, in an environment of its own.
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-PYTHON ?= python3.11
+# The newest of these that runs (a shim of pyenv's may be there and not run); PYTHON=... decides.
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11,$(shell $(name) --version >/dev/null 2>&1 && echo $(name))))
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 VENV_VLLM := .venv-vllm
@@ -12,9 +13,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: install repro test lint types unit test-slow bundle ui test-ui venv-vllm serve test-vllm headline clean
 
+need-python = $(if $(PYTHON),,$(error no Python 3.11, 3.12 or 3.13 was found: install one (Debian: apt-get install python3 python3-venv), or say where it is with PYTHON=/path/to/python3))
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
+	$(need-python)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -57,6 +61,7 @@ test-ui: install
 venv-vllm: $(VENV_VLLM)/.installed
 
 $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(need-python)
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) \
 	    $$(grep ^torch== constraints-vllm.txt)

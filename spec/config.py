@@ -6,6 +6,7 @@ params.yaml lists every key with the values that won on the embedded default.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import os
 import shlex
@@ -109,6 +110,9 @@ def _command(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
+DATE = datetime.date(2026, 1, 1)
+"""The guide's default of data.date."""
+
 MEDUSA = "method medusa is gone: vLLM dropped such heads in 0.33, and they were the weakest; use sum_rnn or sum_lstm"
 
 
@@ -116,6 +120,15 @@ def _method(value: object) -> object:
     if value == "medusa":
         raise ValueError(MEDUSA)
     return value
+
+
+def _day(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return datetime.date.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no day; write it as 2026-01-31") from None
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
@@ -148,6 +161,7 @@ class Data(Section):
     prompt_key: str | None = None
     response_key: str | None = None
     max_length: Annotated[int, Field(ge=4)] = 1024
+    date: Annotated[datetime.date | None, BeforeValidator(_day)] = DATE
     max_samples: Positive | None = None
     train_batch_size: Positive = 32
     micro_batch_size_per_gpu: Positive = 4

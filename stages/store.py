@@ -134,6 +134,7 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
             max_length=2**31 - 1,
             max_samples=None,
             need_answers=False,
+            date=config.data.date,
             report=corpus.Report(),
         )
     )

@@ -30,6 +30,7 @@ def tokenize(config: Config) -> None:
                 max_length=data.max_length,
                 max_samples=data.max_samples,
                 need_answers=need_answers,
+                date=data.date,
                 report=report,
                 progress=bar.update,
             )

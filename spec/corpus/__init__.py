@@ -5,7 +5,7 @@ encode.py puts the two together, sequences.py is the result and its file.
 """
 
 from spec.corpus.chat import PLAIN_TEMPLATE, ChatTemplate, PrefixError, install_plain_template
-from spec.corpus.encode import Report, stream, tokenize
+from spec.corpus.encode import Report, stream
 from spec.corpus.sequences import CorpusError, TokenSequence, answer, read, read_origin, spans, write
 from spec.corpus.sources import Layout, Source, count_rows, inspect, list_files
 
@@ -27,6 +27,5 @@ __all__ = [
     "read_origin",
     "spans",
     "stream",
-    "tokenize",
     "write",
 ]

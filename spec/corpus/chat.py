@@ -15,6 +15,7 @@ is what follows the content, whatever the template does to it (strip it, drop it
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from spec.config import DATE
 from spec.corpus.sequences import CorpusError, Ids, Mask
 from spec.corpus.sources import Messages
 
@@ -76,11 +78,18 @@ def install_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 class ChatTemplate:
     """A tokenizer's chat template, able to tell the assistant's tokens from the rest.
 
-    end_of_turn: the token that closes an assistant turn; None where the template has none.
+    Args:
+        tokenizer: has the template.
+        date: the day that a template takes for today, so that a row has the same ids on every day; None: a template
+            that asks for it is an error.
+
+    Attributes:
+        end_of_turn: the token that closes an assistant turn; None where the template has none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date | None = DATE) -> None:
         self.tokenizer = tokenizer
+        self._template = _dated(str(tokenizer.get_chat_template()), date)
         self.end_of_turn: str | None = None
         self._end: re.Pattern[str] | None = None
         question: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
@@ -149,7 +158,11 @@ class ChatTemplate:
 
     def _render(self, messages: Messages, *, generate: bool = False) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self._template, tokenize=False, add_generation_prompt=generate
+                )
+            )
         except Exception as error:  # a template is a program: whatever it raises is about this conversation
             roles = ", ".join(m["role"] for m in messages)
             raise CorpusError(f"the chat template refuses a conversation of {roles}: {error}") from error
@@ -197,6 +210,22 @@ class ChatTemplate:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _dated(template: str, date: datetime.date | None) -> str:
+    """The template with a strftime_now of its own, since that of transformers reads the clock.
+
+    transformers lets no function into a template, so it is a macro that replaces each code of the format.
+    """
+    if "strftime_now" not in template:
+        return template
+    if date is None:
+        today = "raise_exception('it prints the date, and data.date is null: set it to a day, such as 2026-01-01')"
+    else:
+        codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBdejmUwWyYxDFHIMSpc"]
+        today = "form" + "".join(f".replace({code!r}, {date.strftime(code)!r})" for code in codes)
+    # trim_blocks takes the newline away, so that the template itself still begins a line
+    return f"{{% macro strftime_now(form) %}}{{{{ {today} }}}}{{% endmacro %}}\n{template}"
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[re.Pattern[str] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spec.config import DATE
 from spec.corpus.chat import Chat, ChatTemplate, PrefixError, install_plain_template
 from spec.corpus.sequences import CorpusError, TokenSequence
 from spec.corpus.sources import Layout, Row, inspect, read_rows
@@ -70,33 +72,6 @@ class Report:
         return [*lines, f"{self.kept:,} of {self.rows:,} rows kept, {tokens} ({domains})"]
 
 
-def tokenize(
-    files: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt_key: str | None,
-    response_key: str | None,
-    max_length: int,
-    max_samples: int | None,
-    need_answers: bool,
-    progress: Callable[[int], object] | None = None,
-) -> tuple[list[TokenSequence], Report]:
-    """`stream`, all at once."""
-    report = Report()
-    sequences = stream(
-        files,
-        tokenizer,
-        prompt_key=prompt_key,
-        response_key=response_key,
-        max_length=max_length,
-        max_samples=max_samples,
-        need_answers=need_answers,
-        report=report,
-        progress=progress,
-    )
-    return list(sequences), report
-
-
 def stream(
     files: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
@@ -107,6 +82,7 @@ def stream(
     max_samples: int | None,
     need_answers: bool,
     report: Report,
+    date: datetime.date | None = DATE,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenSequence]:
     """Tokenize the first max_samples rows (None: all) of the files, in order.
@@ -116,6 +92,7 @@ def stream(
     need_answers: a row without an answer is an error. Otherwise such rows are welcome, and an answer that does not
         fit is left off rather than its row dropped, as the base writes it anew.
     report: counted in while the sequences are taken.
+    date: see ChatTemplate.
     progress: called with the number of rows done since the last call.
 
     A tokenizer without a chat template gets PLAIN_TEMPLATE, unless the files are plain text.
@@ -129,7 +106,7 @@ def stream(
     template = None
     if any(source.layout.kind != "text" for source in sources):
         report.plain_template = install_plain_template(tokenizer)
-        template = ChatTemplate(tokenizer)
+        template = ChatTemplate(tokenizer, date)
         report.end_of_turn = template.end_of_turn
 
     shortest: int | None = None

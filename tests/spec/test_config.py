@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import shlex
 from collections.abc import Iterator
@@ -225,6 +226,16 @@ def test_widths_that_cannot_be_added() -> None:
     with pytest.raises(ConfigError, match=r"emb_dim ends in 512 and proj_dim in 1024.*added"):
         from_overrides(["model.speculator.emb_dim=1024.512"])
     assert from_overrides(["model.speculator.emb_dim=512.1024"]).model.speculator.emb_dim == (512, 1024)
+
+
+def test_a_day_is_read_as_yaml_and_people_write_it(tmp_path: Path) -> None:
+    assert from_overrides(["data.date=2026-03-01"]).data.date == datetime.date(2026, 3, 1)
+    assert from_mapping({"data": {"date": "2026-03-01"}}).data.date == datetime.date(2026, 3, 1)
+    save(from_overrides(["data.date=2026-03-01"]), tmp_path / "params.yaml")
+    assert load(tmp_path / "params.yaml").data.date == datetime.date(2026, 3, 1)
+    assert from_overrides(["data.date=null"]).data.date is None
+    with pytest.raises(ConfigError, match=r"data\.date: '1 March' is no day; write it as 2026-01-31"):
+        from_overrides(["data.date=1 March"])
 
 
 def test_a_method_that_is_gone_is_refused_by_name() -> None:

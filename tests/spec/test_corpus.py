@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 import sys
 from functools import cache
@@ -163,7 +164,9 @@ def run(files: Path | list[Path], tokenizer: Any = None, **options: Any) -> tupl
         "need_answers": False,
     }
     files = [files] if isinstance(files, Path) else files
-    return corpus.tokenize(files, tokenizer or byte_level(), **{**defaults, **options})
+    report = Report()
+    sequences = corpus.stream(files, tokenizer or byte_level(), report=report, **{**defaults, **options})
+    return list(sequences), report
 
 
 # The mask, template by template ---------------------------------------------------------------------------------
@@ -764,3 +767,26 @@ def test_a_sequence_whose_parts_do_not_fit_is_refused() -> None:
 def test_the_module_loads_without_torch() -> None:
     code = "import sys, spec.corpus; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+DAY = datetime.date(2026, 3, 7)
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML
+
+
+def prompt_of(template: str, day: datetime.date | None) -> str:
+    return ChatTemplate(byte_level(template), day).render([{"role": "user", "content": "a"}]).prompt
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %d, %Y", "%-d/%-m/%y", "%Y-%m-%dT%H:%M:%S"])
+@pytest.mark.parametrize("begins", ["", "\n", "  {% if true %}\n  {% endif %}"])
+def test_a_template_that_prints_the_date_prints_the_day_it_is_given(form: str, begins: str) -> None:
+    dated, plain = (
+        begins + "{{ " + text + " }}" + CHATML for text in (f"strftime_now({form!r})", repr(DAY.strftime(form)))
+    )
+    assert prompt_of(dated, DAY) == prompt_of(plain, DAY)
+
+
+def test_without_a_day_such_a_template_is_refused_by_name() -> None:
+    with pytest.raises(CorpusError, match=r"prints the date, and data\.date is null: set it"):
+        ChatTemplate(byte_level(DATED), None)
+    ChatTemplate(byte_level(CHATML), None)
