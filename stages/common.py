@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -250,8 +249,8 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
     if launcher[0] == "torchrun":
         launcher[:1] = [sys.executable, "-m", "torch.distributed.run"]
     # In the working directory, since workers may run on other machines that share it.
-    with tempfile.TemporaryDirectory(prefix=".workers-", dir=".") as folder:
-        params, plan_path = Path(folder) / "params.yaml", Path(folder) / "plan.json"
+    with files.scratch(Path(), "workers") as folder:
+        params, plan_path = folder / "params.yaml", folder / "plan.json"
         config_module.save(config, params)
         plan_path.write_text(json.dumps(plan))
         command = [*launcher, "-m", module, "--params", str(params), "--worker", str(plan_path)]

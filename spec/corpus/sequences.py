@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spec import files
 from spec.errors import SpecError
 
 Ids = npt.NDArray[np.int32]
@@ -84,23 +84,13 @@ def write(path: str | Path, sequences: Iterable[TokenSequence], origin: Mapping[
         sequences: its rows.
         origin: what they were made with, as plain values; read_origin gives it back.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
     schema = SCHEMA.with_metadata({_ORIGIN: json.dumps(dict(origin or {}))})
-    try:
-        with temporary.open("wb") as file:
-            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                rows = iter(sequences)
-                while group := list(islice(rows, ROWS_PER_GROUP)):
-                    writer.write_batch(_record_batch(group))
-                    count += len(group)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole(Path(path)) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        rows = iter(sequences)
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            writer.write_batch(_record_batch(group))
+            count += len(group)
     return count
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +84,7 @@ def write(
         config = replace(config, base_model_name_or_path=base, base_revision=None)
     speculator = heads.load(source)
     command = form.serve(config, folder, base_architectures)
-    with _replacing(folder) as temporary:
+    with files.whole(folder, folder=True) as temporary:
         # Some readers refuse a file that does not say which framework wrote it.
         save_file(tensors(speculator, dtype), temporary / WEIGHTS, {"format": "pt"})
         size = (temporary / WEIGHTS).stat().st_size
@@ -188,23 +186,3 @@ def _check_free(folder: Path) -> None:
         raise ExportError(f"{folder} holds {', '.join(others[:5])}; name a folder that is empty or not there")
     if found and (CARD not in found or card.MARK not in (folder / CARD).read_text(errors="replace")):
         raise ExportError(f"{folder} holds a model that no export made; name a folder that is empty or not there")
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Give a folder beside `folder` that takes its place when the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as name:
-        new, old = Path(name) / "new", Path(name) / "old"
-        new.mkdir()
-        yield new
-        for path in new.iterdir():
-            path.chmod(0o644)
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except OSError as error:  # a mount point, the working directory
-            raise ExportError(
-                f"{folder} cannot be replaced ({error.strerror}); name a folder that is not there yet"
-            ) from None

@@ -40,7 +40,7 @@ def save(speculator: Speculator, folder: str | os.PathLike[str], dtype: torch.dt
     if not isinstance(speculator, tuple(METHODS.values())):
         raise TypeError(f"save takes a speculator as build made it, not a {type(speculator).__name__}")
     path = Path(folder)
-    with files.replacing(path / WEIGHTS) as temporary, temporary.open("wb") as file:
+    with files.whole(path / WEIGHTS) as temporary, temporary.open("wb") as file:
         # Given a name, torch.save writes it into the file: the same weights would be other bytes each time.
         torch.save(_weights(speculator, dtype), file)
     files.write_json(path / CONFIG, speculator.config.to_json())

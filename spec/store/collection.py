@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -91,7 +90,7 @@ class Collection:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).is_file():
-            with files.replacing(self.folder / IDENTITY) as temporary:
+            with files.whole(self.folder / IDENTITY) as temporary:
                 temporary.write_bytes(self._identity_bytes())
         self.check()
         self._clean()
@@ -220,7 +219,7 @@ class Collection:
         try:
             if self.has(name):
                 return
-            shutil.rmtree(self.folder / incoming, ignore_errors=True)
+            files.remove(self.folder / incoming)
             (self.folder / incoming).mkdir()
             fill(self.folder / incoming)
             record = segment.read_record(self.folder, incoming)
@@ -231,7 +230,7 @@ class Collection:
         except DamagedError as error:
             raise DamagedError(self.folder, name, error.reason) from error
         finally:
-            shutil.rmtree(self.folder / incoming, ignore_errors=True)
+            files.remove(self.folder / incoming)
             lock.release()
 
     def set_aside(self, name: str) -> Path:
@@ -241,8 +240,8 @@ class Collection:
         if lock is not None:
             try:
                 with contextlib.suppress(FileNotFoundError):
-                    shutil.rmtree(target, ignore_errors=True)
-                    (self.folder / name).rename(target)
+                    files.remove(target)
+                    files.move(self.folder / name, target)
             finally:
                 lock.release()
         self._records.pop(name, None)
@@ -260,7 +259,7 @@ class Collection:
             name = path.name.removeprefix(segment.PARTIAL).removeprefix(_LOCK)
             lock = Lock.acquire(self.folder / f"{_LOCK}{name}")
             if lock is not None:
-                shutil.rmtree(self.folder / f"{segment.PARTIAL}{name}", ignore_errors=True)
+                files.remove(self.folder / f"{segment.PARTIAL}{name}")
                 lock.release()
 
 

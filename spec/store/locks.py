@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from spec import files
 from spec.errors import SpecError
 
 
@@ -51,7 +52,7 @@ class Lock:
         """Give the lock back; a second time does nothing."""
         handle, self._handle = self._handle, None
         if handle is not None:
-            self._path.unlink(missing_ok=True)
+            files.remove(self._path)
             os.close(handle)
 
 

@@ -72,7 +72,7 @@ class Manifest:
     def save(self, path: Path) -> None:
         """Write the manifest, one field a line."""
         fields = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
-        with files.replacing(path) as temporary:
+        with files.whole(path) as temporary:
             temporary.write_text("{\n" + ",\n".join(fields) + "\n}\n")
 
     @classmethod

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ def write(
         codec: as codecs.compressors takes it; every chunk carries a crc32c.
     """
     temporary = folder / f"{PARTIAL}{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    files.remove(temporary)
     temporary.mkdir(parents=True)
     try:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="segment-encoder") as pool:
@@ -154,19 +153,16 @@ def write(
         publish(temporary, folder / name)
         return record
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.remove(temporary)
 
 
 def publish(temporary: Path, target: Path) -> None:
     """Flush a segment's folder to the disk and give it its name; a segment that is already there stays."""
     _flush([temporary, *temporary.rglob("*")])
-    try:
-        temporary.rename(target)
-    except OSError:
-        if (target / RECORD).is_file():  # it was here before
-            return
-        shutil.rmtree(target, ignore_errors=True)  # the rest of a segment that lost its record
-        temporary.rename(target)
+    if (target / RECORD).is_file():  # it was here before
+        return
+    files.remove(target)  # the rest of a segment that lost its record
+    files.move(temporary, target)
     _flush([target.parent])
 
 
@@ -291,11 +287,7 @@ def _canonical(value: Any) -> bytes:
 def _flush(paths: Sequence[Path]) -> None:
     """Force files and folders to the disk, so that a rename never outlives the data."""
     for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        files.flush(path)
 
 
 def names(folder: Path) -> Iterator[str]:

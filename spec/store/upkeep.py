@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,11 +187,11 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
                     continue
                 _count(removal, path)
                 if remove:
-                    shutil.rmtree(path)
+                    files.remove(path)
             if not rest and not named:
                 removal.paths.append(folder)
                 if remove:
-                    shutil.rmtree(folder)
+                    files.remove(folder)
     return removal
 
 
@@ -218,7 +217,7 @@ def _live_segments(root: Path, before: float, remove: bool = False) -> dict[str,
             raise StoreError(f"{path} is damaged ({error}); remove it and run the cache stage in its project") from None
         if not present and path.stat().st_mtime <= before:
             if remove:
-                path.unlink()
+                files.remove(path)
             continue
         for folder, names in segments:
             live.setdefault(folder, set()).update(names)
@@ -268,7 +267,7 @@ def forget(
                 if not _is_tables(folder / name):
                     _forget(collection, name, given, removal)
             for path in [*folder.glob(f"{DAMAGED}*"), *folder.glob(f"{segment.PARTIAL}*")]:
-                shutil.rmtree(path)  # it cannot be read, so it may hold them
+                files.remove(path)  # it cannot be read, so it may hold them
     return removal
 
 
@@ -303,7 +302,7 @@ def _forget(collection: Collection, name: str, given: Callable[[Row], bool], rem
         if claim is not None:
             rest = claim.commit([rows[number] for number in left], attributes, attributes["codec"])
             removal.bytes -= rest.size
-    shutil.rmtree(collection.folder / name)
+    files.remove(collection.folder / name)
 
 
 def _bytes(ids: NDArray[Any]) -> bytes:

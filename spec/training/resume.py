@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,12 @@ class Checkpoints:
     def save(self, step: int, speculator: Speculator, state: dict[str, Any]) -> Path:
         """Write a checkpoint; older ones keep their speculator and lose their optimizer state."""
         target = self.folder / f"{_PREFIX}{step}"
-        temporary = self.folder / f".{target.name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        heads.save(speculator, temporary)
-        with files.replacing(temporary / _STATE) as path:
-            torch.save({"key": self.key, "step": step, **state}, path)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with files.whole(target, folder=True) as temporary:
+            heads.save(speculator, temporary)
+            torch.save({"key": self.key, "step": step, **state}, temporary / _STATE)
         for older in self._steps():
             if older < step:
-                (self.folder / f"{_PREFIX}{older}" / _STATE).unlink(missing_ok=True)
+                files.remove(self.folder / f"{_PREFIX}{older}" / _STATE)
         return target
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -59,7 +53,7 @@ class Checkpoints:
     def finish(self) -> None:
         """The run is complete: nothing is left to resume."""
         for step in self._steps():
-            (self.folder / f"{_PREFIX}{step}" / _STATE).unlink(missing_ok=True)
+            files.remove(self.folder / f"{_PREFIX}{step}" / _STATE)
 
     def _steps(self) -> list[int]:
         found = (re.fullmatch(rf"{_PREFIX}(\d+)", path.name) for path in self.folder.glob(f"{_PREFIX}*"))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec import files
+from spec.errors import SpecError
+from stages.common import child_environment
 
 
 @pytest.fixture
@@ -38,37 +46,191 @@ def touch(path: Path, content: bytes, time: int) -> None:
     os.utime(path, ns=(time, time))
 
 
+WHOLE = [False, True]
+
+
+def fill(path: Path, folder: bool, content: str) -> None:
+    if folder:
+        path.mkdir(exist_ok=True)
+        (path / "deep").mkdir()
+        (path / "deep" / "file").write_text(content)
+    else:
+        path.write_text(content)
+
+
+def content_of(path: Path) -> str | None:
+    file = path / "deep" / "file" if path.is_dir() else path
+    return file.read_text() if file.exists() else None
+
+
+@pytest.mark.parametrize("folder", WHOLE)
 @pytest.mark.parametrize("before", [None, "old"])
-def test_replacing_is_whole(tmp_path: Path, before: str | None) -> None:
-    path = tmp_path / "deep" / "file.txt"
+def test_what_is_written_takes_its_place_when_it_is_whole(tmp_path: Path, before: str | None, folder: bool) -> None:
+    path = tmp_path / "deep" / "path"
     if before is not None:
         path.parent.mkdir()
-        path.write_text(before)
-    with files.replacing(path) as temporary:
-        temporary.write_text("new")
+        fill(path, folder, before)
+    with files.whole(path, folder) as temporary:
+        fill(temporary, folder, "new")
         assert temporary.parent == path.parent  # a rename within one file system
-        assert (path.read_text() if path.exists() else None) == before
-    assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o644
+        assert content_of(path) == before
+    assert content_of(path) == "new"
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("folder", WHOLE)
+def test_it_has_the_permissions_that_the_user_gives_to_new_files(tmp_path: Path, folder: bool) -> None:
+    before = os.umask(0o027)
+    try:
+        with files.whole(tmp_path / "path", folder) as temporary:
+            fill(temporary, folder, "new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "path").stat().st_mode & 0o777 == (0o750 if folder else 0o640)
+
+
+STEPS = ["body", "fsync", "rename", "second rename", "replace", "remove"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("folder", WHOLE)
 @pytest.mark.parametrize("before", [None, "old"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_replacing_or_not_at_all(tmp_path: Path, before: str | None, error: type[BaseException]) -> None:
-    path = tmp_path / "file.txt"
+@pytest.mark.parametrize("error", [OSError(28, "no space"), KeyboardInterrupt()])
+def test_a_fault_at_any_step_leaves_the_old_or_the_new(
+    tmp_path: Path, before: str | None, folder: bool, step: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "path"
     if before is not None:
-        path.write_text(before)
+        fill(path, folder, before)
+    calls = 0
 
-    def write() -> None:
-        with files.replacing(path) as temporary:
-            temporary.write_text("half")
-            raise error
+    def failing(real: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise error
+            return real(*args, **kwargs)
 
-    with pytest.raises(error):
-        write()
-    assert (path.read_text() if path.exists() else None) == before
-    assert list(tmp_path.iterdir()) == ([path] if before else [])
+        return run
+
+    with monkeypatch.context() as patch:
+        if step == "fsync":
+            patch.setattr(os, "fsync", failing(os.fsync))
+        elif step in ("rename", "second rename"):
+            patch.setattr(Path, "rename", failing(Path.rename, 2 if step == "second rename" else 1))
+        elif step == "replace":
+            patch.setattr(Path, "replace", failing(Path.replace))
+        elif step == "remove":
+            patch.setattr(files.shutil, "rmtree", failing(files.shutil.rmtree))
+        with contextlib.suppress(OSError, KeyboardInterrupt, SpecError), files.whole(path, folder) as temporary:
+            fill(temporary, folder, "new")
+            if step == "body":
+                raise error
+    assert content_of(path) in (before, "new")
+    with files.whole(path, folder) as temporary:
+        assert not folder or not any(temporary.iterdir())
+        fill(temporary, folder, "newer")
+    assert content_of(path) == "newer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from spec import files
+from spec.errors import SpecError
+from stages.common import child_environment
+path, folder, step = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3]
+calls = 0
+def dies(real, at):
+    def run(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return run
+if step == "fsync":
+    os.fsync = dies(os.fsync, 1)
+elif step == "rename":
+    Path.rename = dies(Path.rename, 1)
+elif step == "second rename":
+    Path.rename = dies(Path.rename, 2)
+with files.whole(path, folder) as temporary:
+    if folder:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "file").write_text("new")
+    else:
+        temporary.write_text("new")
+    if step == "body":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("step", ["body", "fsync", "rename", "second rename"])
+@pytest.mark.parametrize("folder", WHOLE)
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_what_is_left_goes(
+    tmp_path: Path, folder: bool, step: str
+) -> None:
+    path = tmp_path / "path"
+    fill(path, folder, "old")
+    subprocess.run([sys.executable, "-c", KILLED, path, str(folder), step], env=child_environment(), check=False)
+    if not (folder and step == "second rename"):
+        assert content_of(path) in ("old", "new")
+    with contextlib.suppress(InterruptedError), files.whole(path, folder):
+        assert content_of(path) in ("old", "new")  # what a kill left between two renames is back
+        raise InterruptedError
+    assert content_of(path) in ("old", "new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_processes_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    fill(tmp_path / ".dead.partial", True, "half")
+    fill(tmp_path / ".dead-file.partial", False, "half")
+    fill(tmp_path / "mine.partial", False, "a user's own")
+    with files.whole(tmp_path / "living", folder=True) as temporary, files.scratch(tmp_path, "workers") as scratch:
+        fill(temporary, True, "half")
+        files.sweep(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {".living.partial", scratch.name, "mine.partial"}
+    assert {path.name for path in tmp_path.iterdir()} == {"living", "mine.partial"}
+
+
+def test_a_scratch_folder_replaces_those_of_killed_processes(tmp_path: Path) -> None:
+    fill(tmp_path / ".workers-1.partial", True, "half")
+    fill(tmp_path / ".other-1.partial", True, "half")
+    with files.scratch(tmp_path, "workers") as ours, files.scratch(tmp_path, "workers") as another:
+        assert {path.name for path in tmp_path.iterdir()} == {".other-1.partial", ours.name, another.name}
+    assert {path.name for path in tmp_path.iterdir()} == {".other-1.partial"}
+
+
+def test_writers_of_one_path_wait_for_each_other(tmp_path: Path) -> None:
+    path, order = tmp_path / "path", []
+
+    def write(number: int) -> None:
+        with files.whole(path) as temporary:
+            order.append(number)
+            temporary.write_text(str(number))
+            time.sleep(0.05)
+            assert temporary.read_text() == str(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() == str(order[-1])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_moved_over_something(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        files.move(tmp_path / "a", tmp_path / "b")
+    files.move(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").read_text() == "a"
 
 
 json_values = st.recursive(

@@ -6,6 +6,7 @@ It has loaded everything when it forks, and has started no thread, so that a chi
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import s3fs  # noqa: F401  # loaded before the fork
 
-from spec.store import collection, segment, transfer
+from spec.store import segment, transfer
 from spec.store.transfer import Place, Transfer
 from tests.spec.store.producer import fork, serve
 
@@ -46,7 +47,7 @@ def killing(step: int) -> None:
 
     for name in ("download", "upload"):
         setattr(Place, name, counted(getattr(Place, name)))
-    collection.shutil.copyfile = half(collection.shutil.copyfile)  # type: ignore[attr-defined]
+    shutil.copyfile = half(shutil.copyfile)  # type: ignore[assignment]
     segment.publish = counted(segment.publish)
     transfer.THREADS = 1  # or the step would not be the same one each time
 
