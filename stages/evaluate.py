@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from spec import acceptance, base, corpus, evaluation, files, heads, plots, tracking
+from spec import acceptance, base, corpus, evaluation, files, heads, lineage, plots, record, tracking
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device
+from spec.record import Outcome
 from spec.store import features, locks
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
@@ -28,6 +29,8 @@ DRAWN = 8
 
 LOSSLESS_PROMPTS = 4
 LOSSLESS_TOKENS = 32
+HEADLINE = ["offline.tokens_per_step", "ngram.tokens_per_step", "decode.tokens_per_step", "decode.speedup"]
+"""The figures that stand on the run which trained the heads, too."""
 
 
 @common.stage
@@ -40,22 +43,18 @@ def evaluate(config: Config) -> None:
         common.check_joint(manifest, "eval")
         source, manifest = _with_trained_base(config)
     heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, source["weights"])
-    run = tracking.Run(
-        config,
-        "evaluate",
-        {"features": manifest.digest, "method": shape.method},
-        {**common.read_sources(), "base": source},
-        ("eval",),
-        choose_device(),
-        parent=tracking.kept_run(common.MODEL),
-    )
+    sources = {**common.read_sources(), "base": source}
+    tags = lineage.tags(sources, choose_device()) | {"features": manifest.digest, "method": shape.method}
+    run = tracking.Run(config, "evaluate", tags, lineage.data_files(sources, ("eval",)), record.kept(common.MODEL))
     try:
         root = common.store_root(config)
         with locks.in_use(root):
             metrics = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
-        _track(run, metrics)
+        written = sorted(str(path) for path in RESULTS.iterdir() if path.name != record.RUN_FILE)
+        artifacts = dict.fromkeys(written, "evaluate")
+        run.finish(RESULTS, Outcome(metrics=_flat(metrics), headline=HEADLINE, artifacts=artifacts))
     except BaseException:
-        run.finish(RESULTS, "FAILED")
+        run.finish(RESULTS, Outcome(), "FAILED")
         raise
     _report(metrics)
 
@@ -155,17 +154,6 @@ def _curves(name: str, columns: tuple[str, str], rows: Mapping[Any, Sequence[flo
         writer.writerows([i, source, value] for source, row in rows.items() for i, value in enumerate(row, 1))
     lines: dict[str, Any] = {source: (list(range(1, len(row) + 1)), row) for source, row in rows.items()}
     plots.curves(RESULTS / f"{name}.png", lines, x, y)
-
-
-def _track(run: tracking.Run, metrics: Mapping[str, Any]) -> None:
-    """Record in a child of the run that trained the heads; the headline figures stand on the parent too."""
-    written = sorted(path for path in RESULTS.iterdir() if path.name != tracking.RUN_FILE)
-    run.finish(
-        RESULTS,
-        metrics=_flat(metrics),
-        headline=("offline.tokens_per_step", "ngram.tokens_per_step", "decode.tokens_per_step", "decode.speedup"),
-        artifacts=dict.fromkeys(written, "evaluate"),
-    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""track: complete the record of runs in MLflow: sync."""
+"""track: show finished runs in MLflow: sync."""
 
 from __future__ import annotations
 
@@ -9,28 +9,38 @@ import click
 from spec import tracking
 from spec.config import Config
 from spec.errors import SpecError
+from spec.record import RUN_FILE, Record
 from stages import common, evaluate, train
 
 
 @click.group()
 def track() -> None:
-    """Look after the record of runs in MLflow."""
+    """Look after the runs in MLflow."""
 
 
 @common.stage_of(track)
 def sync(config: Config) -> None:
-    """Send to MLflow what it lacks of the runs whose results lie here.
+    """Make the runs whose results lie here on a server that does not have them complete.
 
-    The server is that of trainer.tracking_uri or MLFLOW_TRACKING_URI, else the one that the run was made on. A run that
-    is not there is made there. Nothing is sent twice.
+    The server is that of trainer.tracking_uri or MLFLOW_TRACKING_URI, else the one that the run was logged to. Each run
+    is made anew from its files; a part of it that the server had before is tagged as replaced.
     """
-    paths = [folder / tracking.RUN_FILE for folder in (common.MODEL, train.RESULTS, evaluate.RESULTS)]
+    paths = [folder / RUN_FILE for folder in (common.MODEL, train.RESULTS, evaluate.RESULTS)]
     tracked, problems = False, []
-    for path in filter(Path.is_file, paths):
+    for path in filter(Path.is_file, paths):  # an evaluation comes after its training, and becomes its child
         try:
-            tracked |= _send(config, path)
-        except SpecError as error:  # what lies beside it is sent all the same
+            record = Record.load(path)
+            if record is None:
+                common.say(f"track: {path} is of a run without MLflow")
+                continue
+            tracked = True
+            uri = tracking.tracking_uri(config, record.tracking_uri)
+            made = tracking.sync(record, uri)
+        except SpecError as error:  # the other runs are sent all the same
             problems.append(str(error))
+        else:
+            what = f"made again as run {made}" if made else "is there, complete"
+            common.say(f"track: {record.name} run {record.run_id} {what}, at {tracking.without_password(uri)}")
     if problems:
         raise SpecError("\n".join(problems))
     if not tracked:
@@ -38,20 +48,6 @@ def sync(config: Config) -> None:
             f"no tracked run lies here (none of {', '.join(map(str, paths))} names one); run train or evaluate with "
             "mlflow in trainer.logger"
         )
-
-
-def _send(config: Config, path: Path) -> bool:
-    """Send what a server lacks of one record; whether there is a run in it."""
-    record = tracking.Record.load(path)
-    if record is None:
-        common.say(f"track: {path} is of a run without MLflow")
-        return False
-    uri = tracking.named_uri(config) or record.tracking_uri
-    sent = tracking.sync(record, uri)
-    what = ", ".join(f"{count} {name}" for name, count in sent.items() if count)
-    where = f"{record.name} run {record.run_id} at {tracking.without_password(uri)}"
-    common.say(f"track: {where}: {f'sent {what}' if what else 'all was there'}")
-    return True
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from spec import base as base_model
-from spec import corpus, files, heads, plots, tracking
+from spec import corpus, files, heads, lineage, plots, tracking
 from spec.config import Config, Speculator, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
+from spec.record import Outcome
 from spec.store import features, locks
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
@@ -49,7 +50,7 @@ _NO_INFLUENCE = (
 )
 """How keys begin that do not change what training gives; a checkpoint belongs to all others."""
 _PREFIX = {"train": "", "val": "val."}
-"""What names of curves begin with in MLflow."""
+"""The prefix of the names of curves in MLflow."""
 
 
 @common.worker_option
@@ -168,30 +169,31 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             )
             recorder.draw(RESULTS)
             cached = files.read_json(cache.METRICS) if cache.METRICS.is_file() else {}
-            run.finish(
-                common.MODEL,
+            outcome = Outcome(
                 metrics={
                     **{f"best.{name}": value for name, value in result.val.items()},
                     **{f"features.{split}.{name}": v for split, row in cached.items() for name, v in row.items()},
                 },
                 step=result.step,
                 curves=recorder.curves(),
-                artifacts=dict.fromkeys(sorted(RESULTS.iterdir()), "train"),
-                model=[common.MODEL / name for name in ("config.json", "pytorch_model.bin")],
+                artifacts=dict.fromkeys(sorted(map(str, RESULTS.iterdir())), "train"),
+                model=[str(common.MODEL / name) for name in ("config.json", "pytorch_model.bin")],
             )
+            run.finish(common.MODEL, outcome)
             checkpoints.finish()  # last: a full disk above leaves the state to go on from
         except BaseException as error:
             status = "KILLED" if isinstance(error, loop.StoppedError) else "FAILED"
-            run.finish(RESULTS, status, curves=recorder.curves())
+            run.finish(RESULTS, Outcome(curves=recorder.curves()), status)
             raise
 
 
 def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> tracking.Run:
     """The MLflow run, with what it follows from."""
     sources = common.read_sources() if common.SOURCES.is_file() else {"base": manifests["train"].base}
-    tags = {f"features.{split}": manifest.digest for split, manifest in manifests.items()}
-    tags |= {"features": tags["features.train"], "method": shape.method, "hardware.workers": str(me.world)}
-    return tracking.Run(config, "train", tags, sources, ("train", "val"), me.device)
+    tags = lineage.tags(sources, me.device) | {"method": shape.method, "hardware.workers": str(me.world)}
+    tags |= {f"features.{split}": manifest.digest for split, manifest in manifests.items()}
+    tags["features"] = manifests["train"].digest
+    return tracking.Run(config, "train", tags, lineage.data_files(sources, ("train", "val")))
 
 
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
@@ -356,9 +358,9 @@ class _Recorder:
                 writer.writeheader()
             writer.writerow(rows[-1])
 
-    def curves(self) -> dict[Path, str]:
-        """The files that were written, and what their columns' names begin with in MLflow."""
-        return {RESULTS / f"{split}.csv": _PREFIX[split] for split, rows in self.rows.items() if rows}
+    def curves(self) -> dict[str, str]:
+        """The files that were written, and the prefix that their columns' names get in MLflow."""
+        return {str(RESULTS / f"{split}.csv"): _PREFIX[split] for split, rows in self.rows.items() if rows}
 
     def close(self) -> None:
         """End the bar."""

@@ -1,8 +1,9 @@
-"""A tracking server of the tests' own, in a process that can be killed."""
+"""A tracking server of the tests' own, in a process that can be killed, and what a server must have of a run."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import signal
 import socket
@@ -12,6 +13,10 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+
+from mlflow import MlflowClient
+
+from spec.record import Record
 
 COMMAND = (
     *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"),
@@ -57,3 +62,37 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+def check_run(uri: str, run_id: str, record: Record) -> None:
+    """A server has everything of a run, as its record and its files have it, and has it once."""
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    info, data = run.info, run.data
+    found = (info.run_name, info.status, info.start_time, info.end_time)
+    assert found == (record.name, record.status, record.started, record.ended)
+    assert data.params == record.params
+    assert data.tags.items() >= {**record.tags, "record": record.id}.items()
+    points = {name: [(record.step, record.ended, value)] for name, value in record.metrics.items()}
+    for path, prefix in record.curves.items():
+        with Path(path).open() as file:
+            for row in csv.DictReader(file):
+                at = round(float(row.pop("time")) * 1000)
+                for name in row.keys() - {"step"}:
+                    points.setdefault(prefix + name, []).append((int(row["step"]), at, float(row[name])))
+                seen = (int(float(row["positions_seen"])), at, float(row["speculator_loss"]))
+                points.setdefault(f"by_tokens/{prefix}speculator_loss", []).append(seen)
+    for name, expected in points.items():
+        logged = [(point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, name)]
+        assert sorted(logged) == expected, name
+    for path, folder in record.artifacts.items():
+        artifact = client.download_artifacts(run_id, f"{folder}/{Path(path).name}")
+        assert Path(artifact).read_bytes() == Path(path).read_bytes()
+    inputs = {(each.dataset.name, each.dataset.digest, each.tags[0].value) for each in run.inputs.dataset_inputs}
+    assert inputs == {(each.path, each.digest[:36], each.use) for each in record.data}
+    models = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
+    assert [(each.name, each.status.name, each.source_run_id) for each in models] == (
+        [("speculator", "READY", run_id)] if record.model else []
+    )
+    sizes = {each.path: each.file_size for one in models for each in client.list_logged_model_artifacts(one.model_id)}
+    assert sizes == {Path(path).name: Path(path).stat().st_size for path in record.model}

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from spec import files, tracking
+from spec import files
+from spec.record import RUN_FILE, Record
 from stages import common
 from tests.mlflow_server import Server
 from tests.stages.workspace import inline_workers, ok, prepare
@@ -88,8 +89,8 @@ def shot(page: Any) -> Callable[[str], None]:
     return take
 
 
-def record(folder: Path) -> tracking.Record:
-    found = tracking.Record.load(folder / tracking.RUN_FILE)
+def record(folder: Path) -> Record:
+    found = Record.load(folder / RUN_FILE)
     assert found is not None
     return found
 

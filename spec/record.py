@@ -1,0 +1,112 @@
+"""The record of a run: one small file next to its results from which MLflow's run can be made on any server."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from spec import files
+from spec.errors import SpecError
+from spec.lineage import DataFile
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "mlflow_run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run made.
+
+    Attributes:
+        metrics: figures of the whole run, logged at `step`.
+        step: an optimizer step.
+        headline: the names of those metrics that stand on the parent, too.
+        curves: CSV files with the columns `step` and `time` (seconds since the epoch), and the prefix that the names
+            of their columns get in MLflow.
+        artifacts: files, and their folder in MLflow.
+        model: the files of the checkpoint.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    headline: list[str] = field(default_factory=list)
+    curves: dict[str, str] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    model: list[str] = field(default_factory=list)
+
+    def digests_now(self) -> dict[str, str]:
+        """The SHA-256 of every file named here, as it is now."""
+        return {path: files.digest_file(Path(path)) for path in (*self.curves, *self.artifacts, *self.model)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Outcome):
+    """Everything that a run in MLflow holds, or the file that holds it.
+
+    Attributes:
+        id: the tag "record" of every run that was made from this record.
+        run_id: MLflow's id of the run that was logged live.
+        tracking_uri: the server that it was logged to, without user and password.
+        experiment, name: of the run.
+        parent: the id of the parent's record.
+        started, ended: milliseconds since the epoch.
+        status: FINISHED, FAILED or KILLED.
+        params, tags: as MLflow has them.
+        data: the data files.
+        texts: small artifacts by their path in MLflow.
+        digests: the SHA-256 of every file named in the outcome.
+    """
+
+    id: str
+    run_id: str
+    tracking_uri: str
+    experiment: str
+    name: str
+    parent: str | None
+    started: int
+    ended: int = 0
+    status: str = "RUNNING"
+    params: dict[str, str]
+    tags: dict[str, str]
+    data: list[DataFile]
+    texts: dict[str, str]
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Record | None:
+        """The record in a file; None where the run was not tracked.
+
+        Raises:
+            SpecError: the file is no such record.
+        """
+        values = files.read_json(path)
+        if values == {}:
+            return None
+        if not isinstance(values, dict) or set(values) != {each.name for each in fields(cls)}:
+            raise SpecError(f"{path} is not a record of this version; run the stage again")
+        return cls(**{**values, "data": [DataFile(**file) for file in values["data"]]})
+
+    def check_files(self) -> None:
+        """Check that the files are still those of the run.
+
+        Raises:
+            SpecError: names the first that is not.
+        """
+        for path, digest in self.digests.items():
+            if not Path(path).is_file() or files.digest_file(Path(path)) != digest:
+                raise SpecError(
+                    f"{path} is missing or not the file that {self.name} run {self.run_id} wrote; `dvc checkout` or "
+                    "`dvc exp apply` brings results back that belong together"
+                )
+
+
+def kept(folder: Path) -> Record | None:
+    """The record of the run that made a checkpoint, if one was tracked."""
+    path = folder / RUN_FILE
+    try:
+        return Record.load(path) if path.is_file() else None
+    except SpecError as error:
+        log.warning("%s; this run refers to no other", error)
+        return None
