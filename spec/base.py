@@ -67,22 +67,37 @@ def prompt_bucket(length: int) -> int:
     return max(BUCKET, 1 << (length - 1).bit_length())
 
 
+def find_folder(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder that a local path or a hub id names; the files of a hub id are downloaded when they are not here yet.
+
+    Args:
+        name: a path or `owner/name`.
+        patterns: names of the files to download.
+        revision: of a hub id.
+
+    Raises:
+        BaseError: a name that is neither a folder nor on the hub.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise BaseError(f"no folder {name!r}; give a folder or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download  # only where a hub is used
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:
+        raise BaseError(f"{name!r} is no local folder and could not be downloaded ({error})") from None
+
+
 def resolve(name: str, revision: str | None) -> Path:
     """The folder of a model named by a local path or a hub id; a hub model is downloaded when it is not here yet.
 
     Raises:
-        BaseError: a folder without config, tokenizer or weights; a name that is neither a folder nor on the hub.
+        BaseError: a folder without config or weights; a name that is neither a folder nor on the hub.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise BaseError(f"no folder {name!r}; give a folder or a hub id such as owner/name")
-        from huggingface_hub import snapshot_download  # only where a hub is used
-
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
-        except Exception as error:
-            raise BaseError(f"{name!r} is no local folder and could not be downloaded ({error})") from None
+    folder = find_folder(name, _DOWNLOADED, revision)
     if not (folder / "config.json").is_file():
         raise BaseError(f"{folder}: no config.json; this is not a model folder")
     if not _weight_files(folder):

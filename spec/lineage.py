@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from spec import files
 from spec.device import arithmetic
 
 LOCK = Path("dvc.lock")
@@ -79,7 +79,7 @@ def git_state() -> tuple[str, bool]:
 
 def lock_digest() -> str:
     """SHA-256 of dvc.lock in the working directory, or "none"."""
-    return hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.is_file() else "none"
+    return files.digest_file(LOCK) if LOCK.is_file() else "none"
 
 
 def hardware(device: torch.device) -> dict[str, str]:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from spec import base, corpus, embedded, files
+from spec import base, corpus, files
 from spec.config import Config
-from stages import common
+from stages import common, embedded
 
 
 @common.stage
 def fetch(config: Config) -> None:
     """Resolve the base and the data, download what is missing, and write data/sources.json."""
     model = config.model
-    if embedded.is_embedded(model.partial_pretrain):
-        embedded.ensure(model.partial_pretrain, files.cache_dir())
+    embedded.ensure(model.partial_pretrain, *(path for split in common.SPLITS for path in config.data.files(split)))
     try:
         folder = base.resolve(model.partial_pretrain, model.revision)
     except base.BaseError as error:
         raise base.BaseError(f"model.partial_pretrain: {error}") from None
     splits: dict[str, dict[str, str]] = {}
     for split in common.SPLITS:
-        for path in config.data.files(split):
-            if embedded.is_embedded(path):
-                embedded.ensure(path, files.cache_dir())
         found = corpus.list_files(config.data.files(split))
         splits[split] = files.digest_files(found)
     sources: dict[str, Any] = {

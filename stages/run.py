@@ -12,10 +12,10 @@ import click
 import pyarrow.parquet as pq
 
 from spec import config as config_module
-from spec import corpus, embedded
+from spec import corpus
 from spec.config import Config
 from spec.errors import SpecError
-from stages import common
+from stages import common, embedded
 
 _STAGES = ("fetch", "tokenize", "respond", "cache", "train", "evaluate")
 _WORK = ("data", "results", common.MODEL)
@@ -45,7 +45,6 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
         defaults = Config().data
         if config.data.eval_files == defaults.eval_files and config.data.val_files != defaults.val_files:
             config = _halve_val(config, save_path / "data")
-        shutil.copy(common.PROJECT / embedded.LOCK, save_path / embedded.LOCK)
         config_module.save(config, save_path / "params.yaml")
     environment = common.child_environment()
     for stage in _STAGES:

@@ -84,7 +84,7 @@ def make_workspace(root: Path) -> Workspace:
         shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
         shutil.copy(REPOSITORY / name, root / name)
-    (root / "data").mkdir()
+    shutil.copytree(REPOSITORY / "data/embedded", root / "data/embedded", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "data/corpus.lock", root / "data/corpus.lock")
     make_base(root / "base", family="qwen2")
     write_prompts(root / "prompts")

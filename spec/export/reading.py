@@ -74,7 +74,10 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
         CheckpointError: no such checkpoint, one that makes another network than ours, another base's, or one with
             anything but tensors in it.
     """
-    folder = _resolve(source)
+    try:
+        folder = base.find_folder(source, _DOWNLOADED)
+    except base.BaseError as error:
+        raise CheckpointError(str(error)) from None
     values = _read_config(folder)
     fields = _fields_of(values, folder)
     try:
@@ -87,20 +90,6 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
         return heads.restore(config, _renamed(_read_state(folder), config))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-
-
-def _resolve(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise CheckpointError(f"no folder {source!r}; give a folder or a hub id such as owner/name")
-    from huggingface_hub import snapshot_download  # only where a hub is used
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=_DOWNLOADED))
-    except Exception as error:
-        raise CheckpointError(f"{source!r} is no local folder and could not be downloaded ({error})") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -276,8 +276,7 @@ def _mark(path: Path) -> tuple[int, str | None]:
     """Size of a file, and SHA-256 of metadata, which carries no checksum of its own."""
     if path.name != "zarr.json":
         return path.stat().st_size, None
-    content = path.read_bytes()
-    return len(content), hashlib.sha256(content).hexdigest()
+    return path.stat().st_size, files.digest_file(path)
 
 
 def _canonical(value: Any) -> bytes:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spec import base, embedded, files, heads
+from spec import base, heads
 from spec.config import Decode, Model
 from spec.decoding import LanguageModelWithSpeculator
 from spec.evaluation import SOURCES
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig, build, init_from_base
+from stages import embedded
 from tests.workspace import REPOSITORY
 
 TOKENS = 32
@@ -47,11 +47,8 @@ def speculator_for(model: base.Base) -> Speculator:
 @pytest.mark.slow
 def test_a_hundred_held_out_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 prompts of eval, 32 of val, and the last 4 of train, which no default run reads."""
-    (tmp_path / "data").mkdir()
-    shutil.copy(REPOSITORY / embedded.LOCK, tmp_path / embedded.LOCK)
     monkeypatch.chdir(tmp_path)
-    for path in (embedded.BASE, embedded.PROMPTS["eval"]):
-        embedded.ensure(path, files.cache_dir())
+    embedded.ensure(embedded.BASE, embedded.PROMPTS["eval"])
     rows = [
         row for split in ("eval", "val", "train") for row in pq.read_table(embedded.PROMPTS[split]).to_pylist()[-64:]
     ]

@@ -301,6 +301,17 @@ def test_resolve_refuses_what_is_neither_folder_nor_hub_id(name: str) -> None:
         resolve(name, None)
 
 
+def test_resolve_downloads_a_revision_and_refuses_one_without_weights(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = {"v1": base_folder, "v2": tmp_path}
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, *, revision, allow_patterns: hub[revision])
+    assert resolve("owner/name", "v1") == base_folder
+    with pytest.raises(BaseError, match="no weights"):
+        resolve("owner/name", "v2")
+
+
 def test_resolve_tells_of_a_hub_that_does_not_answer() -> None:
     with pytest.raises(BaseError, match=r"'owner/no-such-model' is no local folder and could not be downloaded"):
         resolve("owner/no-such-model", None)

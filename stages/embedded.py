@@ -1,0 +1,50 @@
+"""The embedded default: paths that data/embedded/make.py makes when params.yaml names them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from spec.errors import SpecError
+from stages import common
+
+BASE = "models/base"
+PROMPTS = {split: f"data/prompts/{split}.parquet" for split in common.SPLITS}
+RECIPE = common.PROJECT / "data/embedded/make.py"
+
+
+def is_embedded(path: str) -> bool:
+    """Whether a path of params.yaml is one of the embedded default's."""
+    return os.path.normpath(path) in {BASE, *PROMPTS.values()}
+
+
+def ensure(*paths: str) -> None:
+    """Make those of some paths exist, relative to the working directory, that are the embedded default's.
+
+    Raises:
+        SpecError: a part cannot be made (the message says why), or the user's own folder in its place lacks the file.
+    """
+    wanted = [Path(os.path.normpath(path)) for path in paths if is_embedded(path)]
+    places = {path: path if path == Path(BASE) else path.parent for path in wanted}
+    for place in dict.fromkeys(places.values()):
+        _make(place)
+    for path, place in places.items():
+        if not path.exists():
+            raise SpecError(
+                f"{place} was not made by this project and {path} does not exist: name your own model and files in "
+                f"params.yaml, or move {place} away to get the embedded default"
+            )
+
+
+def _make(place: Path) -> None:
+    """Run the recipe in a process of its own; a place has the name of its part."""
+    if not RECIPE.is_file():
+        raise SpecError(
+            f"{RECIPE} is not here: the embedded default is made by a checkout of this project (pip install "
+            "--editable); or name your own model and files in params.yaml"
+        )
+    done = subprocess.run([sys.executable, str(RECIPE), place.name, str(place)], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SpecError(done.stderr.strip() or f"{RECIPE} ended with exit status {done.returncode}")
