@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec import base as base_model
 from spec import corpus, files, heads, lineage, plots, tracking
@@ -78,7 +79,9 @@ def train(config: Config, worker: Path | None) -> None:
         f"train: {shape.method} with {shape.n_predict} heads, {count / 1e6:.1f} M parameters, {what} x "
         f"{config.trainer.total_epochs} epochs"
     )
-    common.need_space(CHECKPOINTS, 24 * count, "train", "move the project to a larger disk")
+    trained = count + (_base_parameters(config) if joint else 0)
+    # Of each parameter its weight, two moments and its best weight, in the newest state and in the one that it replaces
+    common.need_space(CHECKPOINTS, 32 * trained + 8 * count, "train", "move the project to a larger disk")
     with locks.in_use(common.store_root(config)):
         common.run_workers(config, "stages.train", {})
     metrics = files.read_json(RESULTS / "metrics.json")
@@ -116,6 +119,15 @@ def speculator_config(params: Speculator, manifest: Manifest) -> SpeculatorConfi
         raise SpecError(f"model.speculator: {error}") from None
 
 
+def _base_parameters(config: Config) -> int:
+    """Of the base, from its config.json alone."""
+    folder = base_model.resolve(config.model.partial_pretrain, common.read_sources()["base"]["revision"])
+    code = config.model.trust_remote_code
+    with torch.device("meta"):
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+        return int(AutoModelForCausalLM.from_config(shape, trust_remote_code=code).num_parameters())
+
+
 def _placeholder_map(shape: SpeculatorConfig) -> torch.Tensor | None:
     return None if shape.draft_vocab_size is None else torch.arange(shape.draft_vocab_size, device="cpu")
 
@@ -139,7 +151,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
     relevant = {key: value for key, value in flatten(config).items() if not key.startswith(_NO_INFLUENCE)}
     # The order of sequences follows from how they are grouped into segments, so a run belongs to the very files.
     placed = {split: files.digest_file(common.features_path(split)) for split in manifests}
-    key = files.digest_json({"params": relevant, "features": placed})
+    key = files.digest_json({"params": relevant, "features": placed, "state": 2})
     checkpoints = Checkpoints(CHECKPOINTS / key[:12], key)
     with _stop_signal() as stopping:
         if not me.first:
@@ -334,7 +346,7 @@ class _Recorder:
         """Take up one logged step."""
         self.advance(progress.step, progress.total)
         metrics = progress.metrics
-        row = {"step": progress.step, "time": round(time.time(), 3), **metrics}
+        row = {"step": progress.step, "time": round(progress.time, 3), **metrics}
         self.rows[progress.split].append(row)
         self._write(progress.split)
         self.run.log(row, _PREFIX[progress.split])

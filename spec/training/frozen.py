@@ -128,10 +128,14 @@ class FrozenTask:
         """Tokens per step of the exact walk."""
         return metrics["tokens_per_step"]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Every parameter, on the CPU, each shared one once."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter as it is, each shared one once."""
         self._flush()
-        return {name: p.detach().cpu().clone() for name, p in self.speculator.named_parameters()}
+        return {name: p.detach() for name, p in self.speculator.named_parameters()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of them on the CPU."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor]) -> None:

@@ -168,11 +168,15 @@ class JointTask:
         """The loss that is trained, negated: heads alone would choose a base that has learned little."""
         return -metrics["base_loss"] - self.config.model.speculator_loss_coeff * metrics["speculator_loss"]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Everything that is trained, on the CPU."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is trained, as it is."""
         named = [(BASE + name, p) for name, p in self.base.model.named_parameters()]
         named += [(SPECULATOR + name, p) for name, p in self.speculator.named_parameters()]
-        return {name: p.detach().cpu().clone() for name, p in named}
+        return {name: p.detach() for name, p in named}
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of it on the CPU."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor]) -> None:

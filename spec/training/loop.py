@@ -82,11 +82,14 @@ class Task(Protocol):
     def score(self, metrics: dict[str, float]) -> float:
         """What the checkpoint is chosen by, of validate's figures; higher is better."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is trained, where it is."""
+
     def weights(self) -> dict[str, Tensor]:
-        """Everything that is trained, on the CPU."""
+        """A copy of it on the CPU."""
 
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take over what weights gave."""
+        """Take over what weights or tensors gave."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,14 @@ class Progress:
         step: optimizer steps done.
         total: optimizer steps of the whole run.
         metrics: named as in docs/metrics.md.
+        time: when it was measured, seconds since the epoch.
     """
 
     split: str
     step: int
     total: int
     metrics: dict[str, float]
+    time: float
 
 
 @dataclass
@@ -113,7 +118,7 @@ class Result:
     Attributes:
         step: the step whose weights are best on val.
         val: their metrics.
-        weights: as Task.weights gives them.
+        weights: as Task.weights gives them; on the first worker alone, since of a large base one copy is enough.
         steps: steps of the run.
     """
 
@@ -191,7 +196,7 @@ class _Run:
         self.positions_seen = 0
         self.result = Result()
         self.since_best = 0
-        self.history: list[tuple[str, int, dict[str, float]]] = []
+        self.history: list[tuple[str, int, dict[str, float], float]] = []
         # Since the last log, on this worker: loss, hits and count by row; then positions.
         self.sums = torch.zeros(len(task.rows), 3, dtype=torch.float64, device=_exact(worker.device))
         self.positions = 0
@@ -327,7 +332,7 @@ class _Run:
         if better:
             self.since_best = 0
             self.result.step, self.result.val = self.step, metrics
-            self.result.weights = self.task.weights()
+            self.result.weights = self.task.weights() if self.worker.first else {}
         else:
             self.since_best += 1
         device = self.worker.device
@@ -342,20 +347,23 @@ class _Run:
         return patience is not None and self.since_best >= patience
 
     def _tell(self, split: str, metrics: dict[str, float]) -> None:
-        self.history.append((split, self.step, metrics))
-        self.listen(Progress(split, self.step, self.total, metrics))
+        self.history.append((split, self.step, metrics, time.time()))
+        self._listen(*self.history[-1])
+
+    def _listen(self, split: str, step: int, metrics: dict[str, float], at: float) -> None:
+        self.listen(Progress(split, step, self.total, metrics, at))
 
     def _save(self) -> None:
         sums, positions = self._total_sums()
         if not self.worker.first:
             return
         device = self.worker.device
-        weights = self.task.weights()  # brings the speculator up to date, too
+        tensors = self.task.tensors()  # brings the speculator up to date, too
         self.checkpoints.save(
             self.step,
             self.task.speculator,
             {
-                "weights": weights,
+                "weights": tensors,
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -381,15 +389,16 @@ class _Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.worker.device)
         self.step, self.positions_seen = state["step"], state["positions_seen"]
         self.result.step, self.result.val = state["best"]["step"], state["best"]["val"]
-        self.result.weights, self.since_best = state["best"]["weights"], state["since_best"]
+        self.since_best = state["since_best"]
         self.history = state["history"]
         if self.worker.first:
+            self.result.weights = state["best"]["weights"]
             self.sums += state["sums"].to(self.sums)
             self.positions = state["positions"]
             self.waited, self.trained = state["seconds"]
             log.info("resuming at step %d of %d", self.step, self.total)
-            for split, step, metrics in self.history:
-                self.listen(Progress(split, step, self.total, metrics))
+            for entry in self.history:
+                self._listen(*entry)
 
 
 def row_metrics(rows: Sequence[str], sums: Tensor) -> dict[str, float]:

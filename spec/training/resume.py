@@ -45,7 +45,8 @@ class Checkpoints:
         for step in reversed(self._steps()):
             path = self.folder / f"{_PREFIX}{step}"
             if (path / _STATE).is_file():
-                state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+                # Mapped, so that the workers of a machine share its pages and nobody holds all of it.
+                state = torch.load(path / _STATE, map_location="cpu", weights_only=True, mmap=True)
                 if state["key"] == self.key:
                     return path, state
         return None

@@ -165,6 +165,14 @@ def test_the_trained_base_has_the_dtype_of_the_run(folder: Path, dtype: str) -> 
     assert AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto").dtype == torch.bfloat16
 
 
+def test_the_space_that_is_asked_for_counts_the_base(
+    cached: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = AutoModelForCausalLM.from_pretrained(cached / "base").num_parameters()
+    monkeypatch.setattr(files, "free_bytes", lambda path: 32 * parameters)
+    assert "train needs up to" in refused("train")
+
+
 def test_other_heads_can_be_trained_with_it(folder: Path) -> None:
     chosen = (f"model.speculator.{override}" for override in ("method=sum_lstm", "init=base", "draft_vocab_size=60"))
     ok("train", "trainer.total_epochs=1", *chosen)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -120,6 +122,32 @@ def test_a_run_that_was_killed_while_saving_goes_on(
         with pytest.raises(InterruptedRunError):
             run(store, tmp_path / "parts")
     assert_same_outcome(whole(store, tmp_path / "parts"), expected)
+
+
+def test_points_of_before_an_interruption_keep_their_times(store: Path, tmp_path: Path) -> None:
+    before: list[Progress] = []
+
+    def listen(progress: Progress) -> None:
+        before.append(progress)
+        interrupt("val", 10)(progress)
+
+    with pytest.raises(InterruptedRunError):
+        run(store, tmp_path, listen=listen)
+    resumed = time.time()
+    after: list[Progress] = []
+    run(store, tmp_path, listen=after.append)
+    kept = [point for point in after if point.time < resumed]
+    assert kept
+    assert kept == before[: len(kept)]
+
+
+def test_one_worker_alone_holds_a_copy_of_the_best_weights(store: Path, tmp_path: Path) -> None:
+    """Of a base that is trained too, each copy is as large as the base."""
+    second = replace(ALONE, rank=1)
+    task = frozen_task(make_config(), store, second)
+    result = loop.run(make_config(), task, second, Checkpoints(tmp_path, "key"))
+    assert result.step > 0
+    assert result.weights == {}
 
 
 def test_another_runs_checkpoints_are_left_alone(store: Path, tmp_path: Path) -> None:

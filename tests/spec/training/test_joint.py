@@ -291,7 +291,7 @@ def test_several_workers_come_out_where_one_does(qwen: Path, tmp_path: Path, wor
     assert [code for code, _ in ends] == [0] * world
     for rank in range(world):
         found = load_outcome(tmp_path, rank)
-        for part in ("last", "best"):
+        for part in ("last", "best") if rank == 0 else ("last",):
             for name, weight in expected[part].items():
                 torch.testing.assert_close(found[part][name], weight, rtol=0, atol=1e-4, msg=name)
         assert found["figures"][:2] == expected["figures"][:2]
