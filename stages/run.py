@@ -12,13 +12,19 @@ import click
 import pyarrow.parquet as pq
 
 from spec import config as config_module
-from spec import corpus
+from spec import corpus, files
 from spec.config import Config
 from spec.errors import SpecError
 from stages import common, embedded
 
 _STAGES = ("fetch", "tokenize", "respond", "cache", "train", "evaluate")
-_WORK = ("data", "results", common.MODEL)
+_MARK = ".run_speculator_training.json"
+"""In SAVE_PATH: names what calls of this command have made there. Nothing else is removed or replaced."""
+
+_ANEW = ("data", "results", str(common.MODEL), str(common.TRAINED_BASE))
+"""What each call begins with removing, where an earlier one has made it."""
+
+_KEPT = ("checkpoints", "params.yaml", "pytorch_model.bin", "config.json")
 _GSM8K = "$HOME/data/gsm8k"
 
 
@@ -35,12 +41,9 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
     """
     with common.clear_errors():
         config = _config(nproc_per_node, overrides)
-        ours = (save_path / "params.yaml").is_file() and not (save_path / "dvc.yaml").exists()
-        if not ours and any((save_path / name).exists() for name in _WORK):
-            raise SpecError(f"{save_path} holds data or results that no earlier call made; name a folder of its own")
-        save_path.mkdir(parents=True, exist_ok=True)
-        for name in _WORK:
-            shutil.rmtree(save_path / name, ignore_errors=True)
+        owned = _claim(save_path)
+        for name in _ANEW:
+            files.remove(save_path / name)
         (save_path / "data").mkdir()
         defaults = Config().data
         if config.data.eval_files == defaults.eval_files and config.data.val_files != defaults.val_files:
@@ -52,14 +55,37 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
         if status:
             sys.exit(status)
     for name in ("pytorch_model.bin", "config.json"):
-        shutil.copy2(save_path / common.MODEL / name, save_path / name)
-    for step in save_path.glob("global_step_*"):  # of an earlier call
-        shutil.rmtree(step)
+        with files.whole(save_path / name) as copy:
+            shutil.copyfile(save_path / common.MODEL / name, copy)
     newest = max((save_path / "checkpoints").iterdir(), key=lambda folder: folder.stat().st_mtime)
-    for step in newest.glob("global_step_*"):
-        step.rename(save_path / step.name)
-    shutil.rmtree(save_path / "checkpoints")
+    steps = sorted(newest.glob("global_step_*"))
+    for name in owned:
+        if name.startswith("global_step_"):  # of an earlier call
+            files.remove(save_path / name)
+    files.write_json(save_path / _MARK, sorted({*_ANEW, *_KEPT, *(step.name for step in steps)}))
+    for step in steps:
+        files.move(step, save_path / step.name)
+    files.remove(newest)
     common.say(f"run: the speculator is in {save_path} (pytorch_model.bin, config.json, global_step_*)")
+
+
+def _claim(save_path: Path) -> list[str]:
+    """Write down what this call will make in SAVE_PATH, and return what earlier calls have made there.
+
+    Raises:
+        SpecError: something in the way that no call has made; names it.
+    """
+    mark = save_path / _MARK
+    owned: list[str] = files.read_json(mark) if mark.is_file() else []
+    steps = sorted(path.name for path in save_path.glob("global_step_*"))
+    in_the_way = [name for name in (*_ANEW, *_KEPT, *steps) if (save_path / name).exists() and name not in owned]
+    if in_the_way:
+        raise SpecError(
+            f"{save_path} holds {', '.join(in_the_way)}, which no earlier call of this command has made; name a folder "
+            "of its own"
+        )
+    files.write_json(mark, sorted({*_ANEW, *_KEPT, *owned}))
+    return owned
 
 
 def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
-import shutil
 import signal
 import threading
 import time
@@ -50,6 +49,13 @@ _NO_INFLUENCE = (
     "trainer.tracking_uri",
 )
 """How keys begin that do not change what training gives; a checkpoint belongs to all others."""
+_WRITTEN = ("train.csv", "val.csv", "metrics.json", "loss.png", "accuracy.png", "tokens_per_step.png")
+"""Files of results/train; others that lie there are somebody else's."""
+
+_MARK = "README"
+_MADE = "Written by the train stage: the base where it was trained too, and nothing else where it was frozen."
+"""Begins the file that tells models/trained_base from a folder of the user's."""
+
 _PREFIX = {"train": "", "val": "val."}
 """The prefix of the names of curves in MLflow."""
 
@@ -72,6 +78,10 @@ def train(config: Config, worker: Path | None) -> None:
         FeatureReader(manifest, common.store_root(config))  # complains about a store that lacks something
         if not manifest.positions:
             raise SpecError(f"{common.features_path(split)} has no position to train on: no token of it is supervised")
+    mark = common.TRAINED_BASE / _MARK
+    held = common.TRAINED_BASE.is_dir() and any(common.TRAINED_BASE.iterdir())
+    if held and not (mark.is_file() and mark.read_text().startswith(_MADE)):
+        raise SpecError(f"{common.TRAINED_BASE} holds something that this stage has not written; move it away")
     with torch.device("meta"):
         count = heads.build(shape, _placeholder_map(shape)).num_parameters()
     what = "jointly with the base" if joint else f"{manifests['train'].positions:,} positions"
@@ -188,7 +198,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                 },
                 step=result.step,
                 curves=recorder.curves(),
-                artifacts=dict.fromkeys(sorted(map(str, RESULTS.iterdir())), "train"),
+                artifacts={str(RESULTS / name): "train" for name in sorted(_WRITTEN) if (RESULTS / name).is_file()},
                 model=[str(common.MODEL / name) for name in ("config.json", "pytorch_model.bin")],
             )
             run.finish(common.MODEL, outcome)
@@ -247,25 +257,22 @@ def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTas
 def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
     """models/speculator holds the best heads, models/speculator/last those of the last step, models/trained_base the
     base of the best step where it was trained."""
-    shutil.rmtree(common.TRAINED_BASE, ignore_errors=True)
-    common.TRAINED_BASE.mkdir(parents=True)
-    shutil.rmtree(common.MODEL, ignore_errors=True)
-    task.weights()  # brings the speculator up to date
+    for name in (heads.WEIGHTS, heads.CONFIG):
+        files.remove(common.MODEL / "last" / name)
+    task.tensors()  # brings the speculator up to date
     if isinstance(task, FrozenTask):  # of joint training, the base that the last heads belong to is not kept
         heads.save(task.speculator, common.MODEL / "last")
     task.restore(result.weights)
+    with files.whole(common.TRAINED_BASE, folder=True) as folder:
+        (folder / _MARK).write_text(f"{_MADE} data/sources.json names the base that it began with.\n")
+        if isinstance(task, JointTask):
+            task.base.model.to(getattr(torch, task.config.model.dtype)).save_pretrained(folder)
+            task.base.tokenizer.save_pretrained(folder)
     if isinstance(task, JointTask):
-        dtype = getattr(torch, task.config.model.dtype)
-        task.base.model.to(dtype).save_pretrained(common.TRAINED_BASE)
-        task.base.tokenizer.save_pretrained(common.TRAINED_BASE)
         digest = base_model.identify(common.TRAINED_BASE)["weights"]
         name = str(common.TRAINED_BASE)
         task.speculator.config = replace(
             task.speculator.config, base_model_name_or_path=name, base_revision=None, base_digest=digest
-        )
-    else:
-        (common.TRAINED_BASE / "README").write_text(
-            "The base was frozen: it is the one that data/sources.json names.\n"
         )
     heads.save(task.speculator, common.MODEL)
 
@@ -333,8 +340,9 @@ class _Recorder:
         self.run = run
         self.rows: dict[str, list[dict[str, float]]] = {"train": [], "val": []}
         self.bar: Any = None
-        shutil.rmtree(RESULTS, ignore_errors=True)
-        RESULTS.mkdir(parents=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        for name in _WRITTEN:
+            files.remove(RESULTS / name)
 
     def advance(self, step: int, total: int) -> None:
         """Show how far it is."""

@@ -5,7 +5,17 @@
 """
 
 from spec.heads.build import build
-from spec.heads.checkpoint import CheckpointError, check_base, load, read_config, read_weights, restore, save
+from spec.heads.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    check_base,
+    load,
+    read_config,
+    read_weights,
+    restore,
+    save,
+)
 from spec.heads.config import SpeculatorConfig
 from spec.heads.fuse import fuse, fused_projection
 from spec.heads.init import init_from_base, init_random
@@ -14,6 +24,8 @@ from spec.heads.sum_lstm import SumLstm
 from spec.heads.sum_rnn import SumRnn
 
 __all__ = [
+    "CONFIG",
+    "WEIGHTS",
     "Carry",
     "CheckpointError",
     "Speculator",

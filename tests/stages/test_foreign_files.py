@@ -1,0 +1,148 @@
+"""Files that this program did not make stay as they are, whatever runs next to them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from spec import files
+from stages import common
+from stages import run as run_module
+from tests.stages.workspace import inline_workers, ok, prepare, refused
+from tests.workspace import STAGES
+
+FOREIGN = (
+    *("notes.txt", ".hidden", "data/notes.txt", "data/tokens/mine.parquet", "data/responses/notes.txt"),
+    *(
+        "data/features/notes.txt",
+        "data/prompts/mine.parquet",
+        "models/mine/model.safetensors",
+        "models/speculator/notes",
+    ),
+    *("models/speculator/last/notes", "results/notes.txt", "results/train/notes.txt", "results/train/mine.csv"),
+    *("results/cache/notes.txt", "results/evaluate/notes.txt", "checkpoints/mine/global_step_7/model.bin"),
+    *("checkpoints/global_step_5/model.bin", "global_step_100/model.pt", ".mine.partial-not", "store/notes.txt"),
+    *("store/roots/notes.txt", "store/features-mine/notes.txt"),
+)
+
+
+def plant(root: Path, names: tuple[str, ...] = FOREIGN) -> dict[str, str]:
+    """Foreign files, and their digests."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"somebody's own {name}")
+    return digests(root, names)
+
+
+def digests(root: Path, names: tuple[str, ...] = FOREIGN) -> dict[str, str]:
+    return {name: files.digest_file(root / name) for name in names if (root / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("foreign"))
+
+
+def test_every_stage_leaves_them_alone(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plant(ready)
+    monkeypatch.chdir(ready)
+    inline_workers(monkeypatch)
+    for _ in range(2):  # the second time there are outputs of the first
+        for stage in STAGES:
+            ok(stage)
+            assert digests(ready) == before, stage
+    ok("train", "trainer.total_epochs=1")
+    for command in (["info"], ["verify"], ["gc", "--older-than", "0"]):
+        assert store(*command).exit_code == 0
+        assert digests(ready) == before, command
+
+
+def store(*arguments: str) -> Result:
+    from stages import cli
+
+    return CliRunner().invoke(cli.main, ["store", *arguments])
+
+
+def test_a_trained_base_that_the_stage_did_not_write_is_refused(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ready)
+    inline_workers(monkeypatch)
+    for stage in STAGES[: STAGES.index("train")]:
+        ok(stage)
+    if common.TRAINED_BASE.exists():
+        files.remove(common.TRAINED_BASE)
+    common.TRAINED_BASE.mkdir(parents=True)
+    (common.TRAINED_BASE / "model.safetensors").write_text("somebody's own")
+    assert "models/trained_base holds something that this stage has not written" in refused("train")
+    assert (common.TRAINED_BASE / "model.safetensors").read_text() == "somebody's own"
+    files.remove(common.TRAINED_BASE)
+
+
+@pytest.fixture
+def stubbed(ready: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The script's stages, as quick as can be: each says its name, and train and evaluate leave what they leave."""
+    called: list[str] = []
+
+    def stage(command: list[str], cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
+        name = command[-1].removeprefix("stages.")
+        called.append(name)
+        if name == "train":
+            for folder, names in (
+                (cwd / common.MODEL, ("pytorch_model.bin", "config.json")),
+                (cwd / f"checkpoints/abc/global_step_{len(called)}", ("pytorch_model.bin", "config.json")),
+                (cwd / "results/train", ("metrics.json",)),
+            ):
+                folder.mkdir(parents=True, exist_ok=True)
+                for file in names:
+                    (folder / file).write_text(f"of call {len(called)}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run_module.subprocess, "run", stage)
+    monkeypatch.chdir(ready)
+    return called
+
+
+def call(folder: Path) -> Result:
+    data = [f"data.{split}_files={os.getcwd()}/prompts/{split}.parquet" for split in common.SPLITS]
+    return CliRunner().invoke(run_module.run, ["--nproc-per-node", "1", "--save-path", str(folder), "--", *data])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("data/notes.txt", "results/notes.txt", "models/speculator/notes", "models/trained_base/model.safetensors"),
+        *("checkpoints/mine/model.bin", "global_step_100/model.pt", "params.yaml", "config.json", "pytorch_model.bin"),
+    ],
+)
+def test_the_script_refuses_a_folder_in_which_something_is_in_the_way(
+    name: str, tmp_path: Path, stubbed: list[str]
+) -> None:
+    before = plant(tmp_path, (name,))
+    result = call(tmp_path)
+    assert result.exit_code == 1
+    assert (
+        f"holds {'/'.join(Path(name).parts[:2] if name.startswith('models') else Path(name).parts[:1])}"
+        in result.output
+    )
+    assert not stubbed
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [name]
+    assert digests(tmp_path, (name,)) == before
+
+
+def test_the_script_replaces_what_an_earlier_call_has_made_and_nothing_else(tmp_path: Path, stubbed: list[str]) -> None:
+    others = ("notes.txt", "models/mine/model.safetensors")
+    before = plant(tmp_path, others)
+    assert call(tmp_path).exit_code == 0, "first"
+    assert (tmp_path / "global_step_5").is_dir()
+    first = (tmp_path / "pytorch_model.bin").read_text()
+    result = call(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "pytorch_model.bin").read_text() != first
+    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_11"]
+    assert digests(tmp_path, others) == before
+    plant(tmp_path, ("global_step_100/model.pt",))  # verl's, after our calls
+    assert "holds global_step_100" in call(tmp_path).output
