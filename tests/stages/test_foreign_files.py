@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ def stubbed(ready: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def call(folder: Path) -> Result:
-    data = [f"data.{split}_files={os.getcwd()}/prompts/{split}.parquet" for split in common.SPLITS]
+    data = [f"data.{split}_files={Path.cwd()}/prompts/{split}.parquet" for split in common.SPLITS]
     return CliRunner().invoke(run_module.run, ["--nproc-per-node", "1", "--save-path", str(folder), "--", *data])
 
 
@@ -124,10 +123,8 @@ def test_the_script_refuses_a_folder_in_which_something_is_in_the_way(
     before = plant(tmp_path, (name,))
     result = call(tmp_path)
     assert result.exit_code == 1
-    assert (
-        f"holds {'/'.join(Path(name).parts[:2] if name.startswith('models') else Path(name).parts[:1])}"
-        in result.output
-    )
+    parts = Path(name).parts
+    assert f"holds {'/'.join(parts[:2] if parts[0] == 'models' else parts[:1])}" in result.output
     assert not stubbed
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [name]
     assert digests(tmp_path, (name,)) == before
