@@ -148,6 +148,12 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
         f"store {root}: {removal.rows} stored rows of {len(found)} given ones are gone; "
         f"{removal.segments} segments were rewritten or removed"
     )
+    if removal.missed:
+        raise SpecError(
+            f"{len(removal.missed)} of the {len(found)} given rows were not found in {root}: they are gone already, or "
+            "were stored with other tokens. Rows are looked for as the chat template of model.partial_pretrain renders them "
+            "now, with data.date; run this again with the base, the template and the date of that time"
+        )
     common.say(
         "Still to be done by you: remove the rows from your data files, run `dvc repro` (nothing is computed again), "
         "then `dvc gc --workspace` and `rm -r` of data/tokens and data/responses in other workspaces. Collections of "

@@ -143,6 +143,7 @@ class Removal:
         rows: removed with them.
         bytes: of the disk.
         kept: segments that stay.
+        missed: forget: numbers of the given prompts, and then texts, of which nothing was stored.
         paths: where they and what else went lay.
     """
 
@@ -150,6 +151,7 @@ class Removal:
     rows: int = 0
     bytes: int = 0
     kept: int = 0
+    missed: list[int] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
 
 
@@ -257,7 +259,8 @@ def forget(
         SpecError: a stage is using the store.
     """
     removal = Removal()
-    given = _matcher(prompts, texts)
+    matched: set[bytes] = set()
+    given = _matcher(prompts, texts, matched)
     with alone(root):
         for folder in collections(root):
             collection = Collection.open(folder)
@@ -268,19 +271,22 @@ def forget(
                     _forget(collection, name, given, removal)
             for path in [*folder.glob(f"{DAMAGED}*"), *folder.glob(f"{segment.PARTIAL}*")]:
                 files.remove(path)  # it cannot be read, so it may hold them
+    removal.missed = [number for number, ids in enumerate((*prompts, *texts)) if _bytes(ids) not in matched]
     return removal
 
 
-def _matcher(prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]]) -> Callable[[Row], bool]:
-    """Whether a stored row is one of those that forget is given."""
-    by_length: dict[int, set[bytes]] = {}
-    for prompt in prompts:
-        by_length.setdefault(len(prompt), set()).add(_bytes(prompt))
-    whole = {_bytes(text) for text in texts}
+def _matcher(
+    prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]], matched: set[bytes]
+) -> Callable[[Row], bool]:
+    """Whether a stored row is one of those that forget is given; adds what it is to `matched`."""
+    beginnings, whole = {_bytes(prompt) for prompt in prompts}, {_bytes(text) for text in texts}
+    lengths = {len(prompt) for prompt in prompts}
 
     def given(row: Row) -> bool:
         ids = row["ids"] if "ids" in row else row["prompt"]
-        return _bytes(ids) in whole or any(_bytes(ids[:n]) in found for n, found in by_length.items())
+        found = ({_bytes(ids)} & whole) | ({_bytes(ids[:length]) for length in lengths} & beginnings)
+        matched.update(found)
+        return bool(found)
 
     return given
 
