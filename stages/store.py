@@ -151,8 +151,8 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
     if removal.missed:
         raise SpecError(
             f"{len(removal.missed)} of the {len(found)} given rows were not found in {root}: they are gone already, or "
-            "were stored with other tokens. Rows are looked for as the chat template of model.partial_pretrain renders them "
-            "now, with data.date; run this again with the base, the template and the date of that time"
+            "were stored with other tokens. Rows are looked for as the chat template of model.partial_pretrain renders "
+            "them now, with data.date; run this again with the base, the template and the date of that time"
         )
     common.say(
         "Still to be done by you: remove the rows from your data files, run `dvc repro` (nothing is computed again), "

@@ -1,0 +1,50 @@
+"""A process that runs stages in children of its own, and kills them; it reads its tasks from stdin.
+
+It has loaded everything when it forks, and has started no thread, so that a child begins at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stages.train
+from stages import cli
+from tests.spec.store.producer import fork, serve
+from tests.stages.workspace import inline_workers
+
+assert stages.train  # loaded before the fork
+
+
+def run(folder: str, stage: str, delay: float | None = None) -> dict[str, Any]:
+    """Run a stage in a folder, its worker in the same process, and kill it after some seconds.
+
+    Returns:
+        status: -9 where it was killed, 0 where it was done.
+        seconds: that it took.
+    """
+
+    def body() -> None:
+        os.chdir(folder)
+        log = os.open(Path(folder) / ".log-of-stages", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        inline_workers(pytest.MonkeyPatch())
+        cli.main([stage], standalone_mode=False)
+
+    began = time.monotonic()
+    child = fork(body)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"status": status, "seconds": time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    serve(run)
