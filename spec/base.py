@@ -47,7 +47,7 @@ _TOKENIZER = re.compile(
 )
 """Names of the files that a tokenizer reads; what lies in the folder chat_templates belongs to them."""
 
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"]
 
 
 class BaseError(SpecError):
@@ -296,11 +296,14 @@ def has_linear_logits(base: Base, rows: Sequence[NDArray[np.int32]]) -> bool:
         rows: ids [T] of real sequences; the first few are read, as far as LOOKED_AT tokens.
     """
     rounding = max(torch.finfo(base.model.dtype).eps, 2e-5)
-    lm_head = base.lm_head.float()
+    if not rows:
+        raise BaseError("there is no sequence by which to judge whether lm_head makes the base's logits")
     for row in rows[:4]:
         ids = torch.from_numpy(row[:LOOKED_AT].astype(np.int64)).to(base.device)[None]
-        logits = base.model(input_ids=ids, use_cache=False).logits.float()
-        found = hidden_states(base.model, ids).float() @ lm_head.T
+        logits = base.model(input_ids=ids, use_cache=False).logits[0].float()
+        states = hidden_states(base.model, ids)[0].float()
+        # A part of the matrix at a time: all of it in float32 takes gigabytes of a large base's card.
+        found = torch.cat([states @ part.float().T for part in torch.split(base.lm_head, 8192)], -1)
         allowed = rounding * (logits.abs() + logits.square().mean().sqrt())
         if bool(((logits - found).abs() > allowed).any()):
             return False

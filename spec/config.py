@@ -128,7 +128,7 @@ def _day(value: object) -> object:
     try:
         return datetime.date.fromisoformat(value)
     except ValueError:
-        raise ValueError(f"{value!r} is no day; write it as 2026-01-31") from None
+        raise ValueError(f"{value!r} is not a date; write it as 2026-01-31") from None
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -24,70 +27,72 @@ def cache_dir() -> Path:
 
 
 PARTIAL = ".partial"
-"""Ends the names of what is being written; `sweep` removes what killed processes have left of it."""
+"""The suffix of temporary files and folders. `sweep` removes those whose process was killed."""
+
+_OLD = ".old"
+_HOST = re.sub("[^a-z0-9]", "", platform.node().lower())
+"""Is in their names: on a shared file system, no machine can tell whether a process of another one lives."""
 
 
 @contextlib.contextmanager
 def whole(path: Path, folder: bool = False) -> Iterator[Path]:
-    """Give a name next to `path`; what the block writes there takes the place of `path` when the block ends well.
+    """Give a temporary name next to `path`; what the block writes there takes the place of `path` when it ends well.
 
-    So a file or a folder is there whole or not at all, whatever fails or is killed. What was at `path` before stays
-    until then, and comes back where the new one cannot take its place. Two processes that write the same path wait
-    for each other.
+    So a file or a folder is there whole or not at all, whatever fails or is killed. A folder that is replaced is away
+    for the moment between two renames; it comes back where the second one fails, or at the next call after a kill.
 
     Args:
         path: parents that are missing are made.
         folder: whether it is one; the block is then given a new, empty one.
+
+    Raises:
+        SpecError: a folder that cannot be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = path.with_name(f".{path.name}{PARTIAL}"), path.with_name(f".{path.name}.old")
-    with _held(temporary, folder):
-        if folder and aside.exists():  # a process was killed while it replaced the folder
-            remove(aside) if path.exists() else aside.rename(path)
-        try:
-            yield temporary
-            for each in [*temporary.rglob("*"), temporary] if folder else [temporary]:
-                if folder and each.is_file():  # some libraries keep what they write to the user alone
-                    each.chmod(temporary.stat().st_mode & 0o666)
-                flush(each)
-            if folder and path.exists():
-                _exchange(temporary, path, aside)
-            else:
-                temporary.replace(path)
-        except BaseException:
-            remove(temporary)
-            raise
-        flush(path.parent)
+    sweep(path.parent, path.name)
+    with _temporary(path, folder) as temporary:
+        yield temporary
+        for each in [*temporary.rglob("*"), temporary] if folder else [temporary]:
+            if folder and each.is_file():  # some libraries keep what they write to the user alone
+                each.chmod(temporary.stat().st_mode & 0o666)
+            flush(each)
+        if folder and path.exists():
+            _exchange(temporary, path)
+        else:
+            temporary.replace(path)
+    flush(path.parent)
 
 
 @contextlib.contextmanager
 def scratch(parent: Path, name: str) -> Iterator[Path]:
-    """Give a new folder `.NAME-*.partial` that goes when the block ends; those of killed processes go first."""
-    sweep(parent, f".{name}-*{PARTIAL}")
-    temporary = parent / f".{name}-{uuid.uuid4().hex[:8]}{PARTIAL}"
-    with _held(temporary, folder=True):
-        try:
-            yield temporary
-        finally:
-            remove(temporary)
+    """Give a new folder whose name begins with .NAME, which is removed when the block ends."""
+    sweep(parent, name)
+    with _temporary(parent / name, folder=True) as temporary:
+        yield temporary
 
 
-def sweep(folder: Path, pattern: str = f".*{PARTIAL}") -> None:
-    """Remove what killed processes were writing in a folder; what a living one writes stays."""
-    for path in folder.glob(pattern):
-        with contextlib.suppress(OSError), _held(path, path.is_dir(), wait=False):
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Remove what killed processes of this machine have left of `whole` and `scratch` for a name, or for all."""
+    start = f".{'*' if name is None else glob.escape(name)}-{_HOST}-*"
+    for path in parent.glob(start + PARTIAL):
+        with contextlib.suppress(OSError), _locked(path, wait=False):
+            _settle(path.with_suffix(_OLD))
             remove(path)
+    for aside in parent.glob(start + _OLD):
+        if not aside.with_suffix(PARTIAL).exists():
+            _settle(aside)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; nothing happens where there is none.
+    """Remove a file, a link, or a folder with all that is in it; nothing happens where there is none.
 
-    This and `whole` are the only places that remove or replace anything: callers name what this program has made.
+    Pass only paths that this program has made.
     """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def move(path: Path, target: Path) -> None:
@@ -102,39 +107,51 @@ def move(path: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _held(path: Path, folder: bool, wait: bool = True) -> Iterator[None]:
-    """Make an empty file or folder, and hold a lock on it, which the system releases when this process dies.
+def _temporary(path: Path, folder: bool) -> Iterator[Path]:
+    """An empty file or folder with a name of its own, locked; it is removed unless it has been renamed."""
+    temporary = path.with_name(f".{path.name}-{_HOST}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+    if folder:
+        temporary.mkdir()
+    else:
+        temporary.touch()
+    try:
+        with _locked(temporary, wait=True):
+            if folder:  # another process may have swept it before it was locked
+                temporary.mkdir(exist_ok=True)
+            yield temporary
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock on a file or folder, which the system releases when this process dies.
 
     Raises:
-        OSError: it is held by another process, or cannot be locked here, and `wait` is false.
+        OSError: another process holds it, or the file system has no locks, and `wait` is false.
     """
-    while True:
-        if folder:
-            path.mkdir(exist_ok=True)
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # Where a file system has no locks, two writers of one path may disturb each other.
-            with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same(handle, path):  # else its holder has renamed it meanwhile
-                for left in path.iterdir() if folder else ():
-                    remove(left)
-                if not folder:
-                    os.ftruncate(handle, 0)
-                yield
-                return
-        finally:
-            os.close(handle)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
-def _same(handle: int, path: Path) -> bool:
+def _settle(aside: Path) -> None:
+    """After a kill between two renames the old folder comes back; where the new one is in its place, it goes."""
+    original = aside.with_name(aside.name[1:].rsplit("-", 2)[0])
     with contextlib.suppress(FileNotFoundError):
-        return os.fstat(handle).st_ino == path.stat().st_ino
-    return False
+        if original.exists():
+            remove(aside)
+        else:
+            aside.rename(original)
 
 
-def _exchange(new: Path, old: Path, aside: Path) -> None:
+def _exchange(new: Path, old: Path) -> None:
     """Let a folder take the place of another, which is removed; it comes back where that fails."""
+    aside = new.with_suffix(_OLD)
     try:
         old.rename(aside)
     except OSError as error:  # a mount point, or the working directory

@@ -24,6 +24,10 @@ from stages import common
 from stages.cache import describe, plan_features
 
 RESULTS = Path("results/evaluate")
+_DRAWN_TABLES = ("acceptance", "domains", "draft_length")
+_WRITTEN = ("metrics.json", *(f"{name}.{kind}" for name in _DRAWN_TABLES for kind in ("csv", "png")))
+"""Files of results/evaluate; others that lie there are somebody else's."""
+
 DRAWN = 8
 """Positions of an n-gram's draft that acceptance.csv and its picture show."""
 
@@ -50,8 +54,7 @@ def evaluate(config: Config) -> None:
         root = common.store_root(config)
         with locks.in_use(root):
             metrics = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
-        written = sorted(str(path) for path in RESULTS.iterdir() if path.name != record.RUN_FILE)
-        artifacts = dict.fromkeys(written, "evaluate")
+        artifacts = {str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()}
         run.finish(RESULTS, Outcome(metrics=_flat(metrics), headline=HEADLINE, artifacts=artifacts))
     except BaseException:
         run.finish(RESULTS, Outcome(), "FAILED")

@@ -12,7 +12,7 @@ import click
 import pyarrow.parquet as pq
 
 from spec import config as config_module
-from spec import corpus, files
+from spec import corpus, files, heads
 from spec.config import Config
 from spec.errors import SpecError
 from stages import common, embedded
@@ -21,10 +21,11 @@ _STAGES = ("fetch", "tokenize", "respond", "cache", "train", "evaluate")
 _MARK = ".run_speculator_training.json"
 """In SAVE_PATH: names what calls of this command have made there. Nothing else is removed or replaced."""
 
-_ANEW = ("data", "results", str(common.MODEL), str(common.TRAINED_BASE))
-"""What each call begins with removing, where an earlier one has made it."""
-
-_KEPT = ("checkpoints", "params.yaml", "pytorch_model.bin", "config.json")
+_MADE = (
+    *("data", "results", str(common.MODEL), str(common.TRAINED_BASE), "checkpoints", "params.yaml"),
+    *(heads.WEIGHTS, heads.CONFIG),
+)
+"""What every call makes. Stages replace their own files in the folders, and leave others alone."""
 _GSM8K = "$HOME/data/gsm8k"
 
 
@@ -42,9 +43,7 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
     with common.clear_errors():
         config = _config(nproc_per_node, overrides)
         owned = _claim(save_path)
-        for name in _ANEW:
-            files.remove(save_path / name)
-        (save_path / "data").mkdir()
+        (save_path / "data").mkdir(exist_ok=True)
         defaults = Config().data
         if config.data.eval_files == defaults.eval_files and config.data.val_files != defaults.val_files:
             config = _halve_val(config, save_path / "data")
@@ -54,18 +53,8 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
         status = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=save_path, env=environment).returncode
         if status:
             sys.exit(status)
-    for name in ("pytorch_model.bin", "config.json"):
-        with files.whole(save_path / name) as copy:
-            shutil.copyfile(save_path / common.MODEL / name, copy)
-    newest = max((save_path / "checkpoints").iterdir(), key=lambda folder: folder.stat().st_mtime)
-    steps = sorted(newest.glob("global_step_*"))
-    for name in owned:
-        if name.startswith("global_step_"):  # of an earlier call
-            files.remove(save_path / name)
-    files.write_json(save_path / _MARK, sorted({*_ANEW, *_KEPT, *(step.name for step in steps)}))
-    for step in steps:
-        files.move(step, save_path / step.name)
-    files.remove(newest)
+    with common.clear_errors():
+        _deliver(save_path, owned)
     common.say(f"run: the speculator is in {save_path} (pytorch_model.bin, config.json, global_step_*)")
 
 
@@ -78,14 +67,33 @@ def _claim(save_path: Path) -> list[str]:
     mark = save_path / _MARK
     owned: list[str] = files.read_json(mark) if mark.is_file() else []
     steps = sorted(path.name for path in save_path.glob("global_step_*"))
-    in_the_way = [name for name in (*_ANEW, *_KEPT, *steps) if (save_path / name).exists() and name not in owned]
+    in_the_way = [name for name in (*_MADE, *steps) if os.path.lexists(save_path / name) and name not in owned]
     if in_the_way:
         raise SpecError(
             f"{save_path} holds {', '.join(in_the_way)}, which no earlier call of this command has made; name a folder "
             "of its own"
         )
-    files.write_json(mark, sorted({*_ANEW, *_KEPT, *owned}))
+    files.write_json(mark, sorted({*_MADE, *owned}))
     return owned
+
+
+def _deliver(save_path: Path, owned: list[str]) -> None:
+    """Bring the speculator and the steps that it was saved at to where the guide has them."""
+    for name in (heads.WEIGHTS, heads.CONFIG):
+        with files.whole(save_path / name) as copy:
+            shutil.copyfile(save_path / common.MODEL / name, copy)
+    saved = save_path / files.read_json(save_path / "results/train/metrics.json")["checkpoints"]
+    steps = sorted(saved.glob("global_step_*"))
+    for earlier in (save_path / name for name in owned if name.startswith("global_step_")):
+        for name in (heads.WEIGHTS, heads.CONFIG):
+            files.remove(earlier / name)
+        if earlier.is_dir() and not any(earlier.iterdir()):
+            files.remove(earlier)
+    files.write_json(save_path / _MARK, sorted({*_MADE, *(step.name for step in steps)}))
+    for step in steps:
+        files.move(step, save_path / step.name)
+    if not any(saved.iterdir()):
+        files.remove(saved)
 
 
 def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:

@@ -23,7 +23,7 @@ from spec import corpus, files, heads, lineage, plots, tracking
 from spec.config import Config, Speculator, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
-from spec.record import Outcome
+from spec.record import RUN_FILE, Outcome
 from spec.store import features, locks
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
@@ -54,7 +54,7 @@ _WRITTEN = ("train.csv", "val.csv", "metrics.json", "loss.png", "accuracy.png", 
 
 _MARK = "README"
 _MADE = "Written by the train stage: the base where it was trained too, and nothing else where it was frozen."
-"""Begins the file that tells models/trained_base from a folder of the user's."""
+"""The first words of models/trained_base/README, which mark the folder as this stage's."""
 
 _PREFIX = {"train": "", "val": "val."}
 """The prefix of the names of curves in MLflow."""
@@ -185,6 +185,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                     "parameters": task.speculator.num_parameters(),
                     "positions": manifests["train"].positions,
                     "features": manifests["train"].digest,
+                    "checkpoints": str(checkpoints.folder),
                     "speculator": files.digest_file(common.MODEL / "pytorch_model.bin"),
                     "seconds": round(time.monotonic() - began, 1),
                 },
@@ -341,7 +342,7 @@ class _Recorder:
         self.rows: dict[str, list[dict[str, float]]] = {"train": [], "val": []}
         self.bar: Any = None
         RESULTS.mkdir(parents=True, exist_ok=True)
-        for name in _WRITTEN:
+        for name in (*_WRITTEN, RUN_FILE):
             files.remove(RESULTS / name)
 
     def advance(self, step: int, total: int) -> None:

@@ -222,10 +222,10 @@ def _dated(template: str, date: datetime.date | None) -> str:
     if date is None:
         today = "raise_exception('it prints the date, and data.date is null: set it to a day, such as 2026-01-01')"
     else:
-        codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBdejmUwWyYxDFHIMSpc"]
-        today = "form" + "".join(f".replace({code!r}, {date.strftime(code)!r})" for code in codes)
+        codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBdejmUwWyYxDFGVHIMSpc%"]
+        today = "format" + "".join(f".replace({code!r}, {date.strftime(code)!r})" for code in codes)
     # trim_blocks takes the newline away, so that the template itself still begins a line
-    return f"{{% macro strftime_now(form) %}}{{{{ {today} }}}}{{% endmacro %}}\n{template}"
+    return f"{{% macro strftime_now(format) %}}{{{{ {today} }}}}{{% endmacro %}}\n{template}"
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[re.Pattern[str] | None]:

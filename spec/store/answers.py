@@ -101,12 +101,13 @@ def produce(
                         on_tokens,
                     )
                 except torch.OutOfMemoryError as error:
-                    if most == 1:
+                    count = len(asked[part])
+                    if count == 1:
                         raise StoreError(
                             f"out of memory at a single prompt of {len(asked[part.start])} tokens ({error}); lower "
                             "respond.max_new_tokens or data.max_length, or use a device with more memory"
                         ) from None
-                    most = min(most, len(asked)) // 2
+                    most = count // 2
                     log.warning("out of memory: going on with %d answers at a time; lower respond.batch_size", most)
             rows: list[Row] = [
                 {"prompt": prompt, "answer": np.asarray(written, np.int32)}

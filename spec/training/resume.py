@@ -32,6 +32,7 @@ class Checkpoints:
     def save(self, step: int, speculator: Speculator, state: dict[str, Any]) -> Path:
         """Write a checkpoint; older ones keep their speculator and lose their optimizer state."""
         target = self.folder / f"{_PREFIX}{step}"
+        files.sweep(self.folder)
         with files.whole(target, folder=True) as temporary:
             heads.save(speculator, temporary)
             torch.save({"key": self.key, "step": step, **state}, temporary / _STATE)

@@ -234,7 +234,7 @@ def test_a_day_is_read_as_yaml_and_people_write_it(tmp_path: Path) -> None:
     save(from_overrides(["data.date=2026-03-01"]), tmp_path / "params.yaml")
     assert load(tmp_path / "params.yaml").data.date == datetime.date(2026, 3, 1)
     assert from_overrides(["data.date=null"]).data.date is None
-    with pytest.raises(ConfigError, match=r"data\.date: '1 March' is no day; write it as 2026-01-31"):
+    with pytest.raises(ConfigError, match=r"data\.date: '1 March' is not a date; write it as 2026-01-31"):
         from_overrides(["data.date=1 March"])
 
 

@@ -777,7 +777,9 @@ def prompt_of(template: str, day: datetime.date | None) -> str:
     return ChatTemplate(byte_level(template), day).render([{"role": "user", "content": "a"}]).prompt
 
 
-@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %d, %Y", "%-d/%-m/%y", "%Y-%m-%dT%H:%M:%S"])
+@pytest.mark.parametrize(
+    "form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %d, %Y", "%-d/%-m/%y", "%Y-%m-%dT%H:%M:%S", "%G week %V, 100 %%"]
+)
 @pytest.mark.parametrize("begins", ["", "\n", "  {% if true %}\n  {% endif %}"])
 def test_a_template_that_prints_the_date_prints_the_day_it_is_given(form: str, begins: str) -> None:
     dated, plain = (

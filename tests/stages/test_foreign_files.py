@@ -83,21 +83,18 @@ def test_a_trained_base_that_the_stage_did_not_write_is_refused(ready: Path, mon
 
 @pytest.fixture
 def stubbed(ready: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The script's stages, as quick as can be: each says its name, and train and evaluate leave what they leave."""
+    """The script's stages, as quick as can be: each says its name, and train leaves what it leaves."""
     called: list[str] = []
 
     def stage(command: list[str], cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
         name = command[-1].removeprefix("stages.")
         called.append(name)
         if name == "train":
-            for folder, names in (
-                (cwd / common.MODEL, ("pytorch_model.bin", "config.json")),
-                (cwd / f"checkpoints/abc/global_step_{len(called)}", ("pytorch_model.bin", "config.json")),
-                (cwd / "results/train", ("metrics.json",)),
-            ):
-                folder.mkdir(parents=True, exist_ok=True)
-                for file in names:
-                    (folder / file).write_text(f"of call {len(called)}")
+            for folder in (common.MODEL, f"checkpoints/abc/global_step_{len(called)}"):
+                for file in ("pytorch_model.bin", "config.json"):
+                    (cwd / folder).mkdir(parents=True, exist_ok=True)
+                    (cwd / folder / file).write_text(f"of call {len(called)}")
+            files.write_json(cwd / "results/train/metrics.json", {"checkpoints": "checkpoints/abc"})
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(run_module.subprocess, "run", stage)
@@ -131,15 +128,26 @@ def test_the_script_refuses_a_folder_in_which_something_is_in_the_way(
 
 
 def test_the_script_replaces_what_an_earlier_call_has_made_and_nothing_else(tmp_path: Path, stubbed: list[str]) -> None:
-    others = ("notes.txt", "models/mine/model.safetensors")
-    before = plant(tmp_path, others)
-    assert call(tmp_path).exit_code == 0, "first"
+    before = plant(tmp_path, ("notes.txt", "models/mine/model.safetensors"))
+    assert call(tmp_path).exit_code == 0
     assert (tmp_path / "global_step_5").is_dir()
     first = (tmp_path / "pytorch_model.bin").read_text()
+    # What a user puts into its folders later stays, too.
+    inside = ("data/mine.parquet", "results/notes.txt", "models/speculator/notes", "global_step_5/notes")
+    inside += ("checkpoints/mine/global_step_7/model.bin", "checkpoints/.DS_Store")
+    before |= plant(tmp_path, inside)
     result = call(tmp_path)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "pytorch_model.bin").read_text() != first
-    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_11"]
-    assert digests(tmp_path, others) == before
+    assert (tmp_path / "global_step_11/pytorch_model.bin").is_file()
+    assert [path.name for path in (tmp_path / "global_step_5").iterdir()] == ["notes"]
+    assert digests(tmp_path, tuple(before)) == before
     plant(tmp_path, ("global_step_100/model.pt",))  # verl's, after our calls
     assert "holds global_step_100" in call(tmp_path).output
+
+
+def test_the_script_refuses_a_folder_full_of_foreign_files(tmp_path: Path, stubbed: list[str]) -> None:
+    before = plant(tmp_path)
+    assert call(tmp_path).exit_code == 1
+    assert not stubbed
+    assert digests(tmp_path) == before

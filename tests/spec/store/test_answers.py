@@ -227,4 +227,4 @@ def test_a_single_prompt_that_does_not_fit_is_an_error_that_says_what_to_lower(
 
     monkeypatch.setattr(base_model, "answer", full)
     with pytest.raises(StoreError, match=r"single prompt of .* lower respond\.max_new_tokens or data\.max_length"):
-        produce(base, tmp_path, make_prompts(2), GREEDY)
+        produce(base, tmp_path, make_prompts(1), GREEDY)
