@@ -21,7 +21,7 @@ from spec import costs, files
 from spec.costs import Machine
 from spec.device import synchronize
 from spec.store import features
-from stages import cache, common, plan
+from stages import common, plan
 
 ROUNDS = 3
 ROWS, STEPS = 128, 8
@@ -38,7 +38,7 @@ def main() -> None:
     job = replace(job, rows=ROWS)
     dtype = base.model.dtype
 
-    split = files.read_json(cache.METRICS)["train"]
+    split = files.read_json(common.CACHE_METRICS)["train"]
     stored = split["bytes_per_position"] * split["positions"]
     formula = costs.stored_bytes(job, config.model.dtype, config.features.codec)
     rows = [["disk: the train split", common.size(formula), common.size(stored), f"{stored / formula:.3f}"]]

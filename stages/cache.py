@@ -19,8 +19,6 @@ from spec.store.plan import item_key, plan
 from spec.workers import this_worker
 from stages import common
 
-METRICS = Path("results/cache/metrics.json")
-
 
 @dataclass(frozen=True)
 class _Sequences:
@@ -68,7 +66,7 @@ def cache(config: Config, worker: Path | None) -> None:
             common.need_space(collection.folder, needed, "cache")
             common.run_workers(config, "stages.cache", groups)
         report = {split: _write(config, split, sequences, sources["base"]) for split in splits}
-    files.write_json(METRICS, report)
+    files.write_json(common.CACHE_METRICS, report)
 
 
 def describe(
@@ -103,7 +101,7 @@ def _write_joint(config: Config, sources: dict[str, Any]) -> None:
             files.digest_file(common.responses_path(split)),
         ).save(target)
         common.say(f"cache {split}: nothing to cache, the base is trained too -> {target}")
-    files.write_json(METRICS, {})
+    files.write_json(common.CACHE_METRICS, {})
 
 
 def plan_features(config: Config, rows: list[FeatureRow], known: Any) -> list[list[int]]:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path("data/sources.json")
 MODEL = Path("models/speculator")
 TRAINED_BASE = Path("models/trained_base")
+CACHE_METRICS = Path("results/cache/metrics.json")
 SPLITS = ("train", "val", "eval")
 
 

@@ -32,7 +32,7 @@ from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
-from stages import cache, common
+from stages import common
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                 },
             )
             recorder.draw(RESULTS)
-            cached = files.read_json(cache.METRICS) if cache.METRICS.is_file() else {}
+            cached = files.read_json(common.CACHE_METRICS) if common.CACHE_METRICS.is_file() else {}
             outcome = Outcome(
                 metrics={
                     **{f"best.{name}": value for name, value in result.val.items()},

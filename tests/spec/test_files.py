@@ -213,6 +213,15 @@ def test_a_scratch_folder_replaces_those_of_killed_processes(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {left("other")}
 
 
+def test_the_scratch_folder_of_a_killed_process_goes_at_the_next_start(tmp_path: Path) -> None:
+    body = "import os, signal; from pathlib import Path; from spec import files\n"
+    body += f"with files.scratch(Path({str(tmp_path)!r}), 'workers'): os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", body], env=child_environment(), check=False)
+    (killed,) = tmp_path.iterdir()
+    with files.scratch(tmp_path, "workers") as ours:
+        assert list(tmp_path.iterdir()) == [ours] != [killed]
+
+
 @pytest.mark.parametrize("folder", WHOLE)
 @pytest.mark.parametrize("locks", [True, False])
 def test_writers_of_one_path_do_not_disturb_each_other(

@@ -263,12 +263,14 @@ def test_a_kill_at_any_time(root: Path, url: str, tmp_path: Path, run: Run) -> N
     expected, generator = content(root), random.Random(0)
     for source, final in ((str(root), f"{url}/pushed"), (url, str(tmp_path / "pulled"))):
         duration = run(source=source, target=f"{final}-whole")["seconds"]
+        killed = 0
         for number in range(4):
             target = f"{final}-{number}"
-            run(source=source, target=target, delay=duration * generator.uniform(0.3, 1))
+            killed += run(source=source, target=target, delay=duration * generator.uniform(0.1, 0.8))["status"] == -9
             assert_whole(content(target), expected)
             assert run(source=source, target=target)["status"] == 0
             assert content(target) == expected
+        assert killed
 
 
 def segments_of(visible: dict[str, bytes]) -> set[str]:
