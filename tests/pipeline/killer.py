@@ -6,8 +6,6 @@ It has loaded everything when it forks, and has started no thread, so that a chi
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 
 import stages.train
 from stages import cli
-from tests.spec.store.producer import fork, serve
+from tests.spec.store.producer import run_killing, serve
 from tests.stages.workspace import inline_workers
 
 assert stages.train  # loaded before the fork
@@ -37,13 +35,8 @@ def run(folder: str, stage: str, delay: float | None = None) -> dict[str, Any]:
         inline_workers(pytest.MonkeyPatch())
         cli.main([stage], standalone_mode=False)
 
-    began = time.monotonic()
-    child = fork(body)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return {"status": status, "seconds": time.monotonic() - began}
+    [status], seconds = run_killing([body], delay)
+    return {"status": status, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import s3fs  # noqa: F401  # loaded before the fork
 
 from spec.store import segment, transfer
 from spec.store.transfer import Place, Transfer
-from tests.spec.store.producer import fork, serve
+from tests.spec.store.producer import run_killing, serve
 
 
 def killing(step: int) -> None:
@@ -61,13 +60,8 @@ def run(source: str, target: str, step: int | None = None, delay: float | None =
         work = Transfer(Place(source), Place(target))
         work.copy(work.look())
 
-    began = time.monotonic()
-    child = fork(body)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return {"status": status, "seconds": time.monotonic() - began}
+    [status], seconds = run_killing([body], delay)
+    return {"status": status, "seconds": seconds}
 
 
 if __name__ == "__main__":

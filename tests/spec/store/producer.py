@@ -89,6 +89,21 @@ def fork(body: Callable[[], None]) -> int:
     os._exit(0)
 
 
+def run_killing(bodies: Sequence[Callable[[], None]], delay: float | None) -> tuple[list[int], float]:
+    """Run each body in a child, and kill the last of them after `delay` seconds.
+
+    Returns:
+        The status of each child, -9 where it was killed, and the seconds until all had ended.
+    """
+    began = time.monotonic()
+    children = [fork(body) for body in bodies]
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(children[-1], signal.SIGKILL)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return statuses, time.monotonic() - began
+
+
 def run(base: Base, root: str, kind: str, log: str, delay: float | None = None, world: int = 1) -> dict[str, Any]:
     """Fill a store by `world` children, and kill the last of them after `delay` seconds.
 
@@ -101,13 +116,8 @@ def run(base: Base, root: str, kind: str, log: str, delay: float | None = None, 
         logging_claims(Path(log))
         fill(base, Path(root), kind, rank, world)
 
-    began = time.monotonic()
-    children = [fork(lambda rank=rank: body(rank)) for rank in range(world)]  # type: ignore[misc]
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(children[-1], signal.SIGKILL)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return {"statuses": statuses, "seconds": time.monotonic() - began}
+    statuses, seconds = run_killing([partial(body, rank) for rank in range(world)], delay)
+    return {"statuses": statuses, "seconds": seconds}
 
 
 def serve(body: Callable[..., dict[str, Any]]) -> None:
