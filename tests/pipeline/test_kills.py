@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +14,8 @@ from spec import corpus, files
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from stages import common
-from stages.common import child_environment
+from tests.pipeline import killer
+from tests.spec.store.producer import serving
 from tests.stages.test_foreign_files import digests, plant
 from tests.stages.workspace import prepare
 from tests.workspace import STAGES
@@ -29,24 +25,6 @@ KILLS = int(os.environ.get("KILLS", "60"))
 
 A_STAGE = 7
 """Kills of one stage, at most, before it may end."""
-
-
-@contextmanager
-def killer() -> Iterator[Any]:
-    command = [sys.executable, "-m", "tests.pipeline.killer"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment()
-    )
-    assert process.stdin
-    assert process.stdout
-
-    def run(folder: Path, stage: str, delay: float | None = None) -> Any:
-        print(json.dumps({"folder": str(folder), "stage": stage, "delay": delay}), file=process.stdin, flush=True)
-        return json.loads(process.stdout.readline())
-
-    with process:
-        yield run
-        process.stdin.close()
 
 
 def outcome(root: Path) -> dict[str, Any]:
@@ -68,11 +46,11 @@ def test_kills_at_random_moments_of_all_stages_change_nothing(tmp_path: Path) ->
     """Everything is made anew in each round, next to files that are none of the program's."""
     generator, killed, rounds = random.Random(0), dict.fromkeys(STAGES, 0), 0
     changed = {"trainer": {"save_freq": 2, "test_freq": 4}}
-    with killer() as run:
+    with serving(killer.__name__) as run:
         calm = prepare(tmp_path / "calm", changed)
         seconds = {}
         for stage in STAGES:
-            done = run(calm, stage)
+            done = run(folder=str(calm), stage=stage)
             assert done["status"] == 0, (calm / ".log-of-stages").read_text()
             seconds[stage] = done["seconds"]
         expected = outcome(calm)
@@ -82,13 +60,13 @@ def test_kills_at_random_moments_of_all_stages_change_nothing(tmp_path: Path) ->
             foreign = plant(root)
             for stage in STAGES:
                 for _ in range(A_STAGE):
-                    done = run(root, stage, generator.uniform(0, 0.7 * seconds[stage]))
+                    done = run(folder=str(root), stage=stage, delay=generator.uniform(0, 0.7 * seconds[stage]))
                     if done["status"] == 0:
                         break
                     assert done["status"] == -9, (root / ".log-of-stages").read_text()
                     killed[stage] += 1
                 else:
-                    assert run(root, stage)["status"] == 0, (root / ".log-of-stages").read_text()
+                    assert run(folder=str(root), stage=stage)["status"] == 0, (root / ".log-of-stages").read_text()
             assert outcome(root) == expected
             assert digests(root) == foreign
     print(f"{sum(killed.values())} kills in {rounds} rounds: {killed}")
