@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 from spec import base, corpus, files
 from spec.config import Config
 from spec.corpus import TokenSequence
-from spec.store import features, locks, upkeep
+from spec.store import features, index, locks, upkeep
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest, make_manifest
@@ -54,6 +55,7 @@ def cache(config: Config, worker: Path | None) -> None:
         return
     rows = sequences.rows()
     with locks.in_use(collection.root):
+        index.write(collection.root, itertools.chain.from_iterable(splits.values()))
         groups = common.plan_missing(collection, "cache", lambda known: plan_features(config, rows, known))
         missing = [rows[number] for group in groups for number in group]
         tokens = sum(len(row.ids) for row in missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
 from spec.errors import SpecError
 from spec.serving import require_vllm
-from spec.store import answers, locks, upkeep
+from spec.store import answers, index, locks, upkeep
 from spec.store.collection import Collection
 from spec.store.plan import item_key, plan
 from spec.workers import this_worker
@@ -51,6 +52,7 @@ def respond(config: Config, worker: Path | None) -> None:
         _work(config, prompts, files.read_json(worker), sources)
         return
     with locks.in_use(collection.root):
+        index.write(collection.root, itertools.chain.from_iterable(tokens.values()))
         groups = common.plan_missing(collection, "respond", lambda known: plan_answers(config, prompts.ids, known))
         missing = sum(map(len, groups))
         common.say(f"respond: {missing} of {len(set(prompts.keys))} answers are to be written by the base")

@@ -15,7 +15,7 @@ import numpy as np
 from spec import base, corpus, files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store import features, locks, segment, upkeep
+from spec.store import features, index, locks, segment, upkeep
 from spec.store.manifest import Manifest
 from spec.store.transfer import Place, Transfer
 from stages import common
@@ -123,36 +123,22 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
     ROWS are parquet files in the layout of your data; whatever begins with one of their prompts goes.
     """
     sources = common.read_sources()
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-    tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
-    found = list(
-        corpus.stream(
-            corpus.list_files([str(path) for path in rows]),
-            tokenizer,
-            prompt_key=config.data.prompt_key,
-            response_key=config.data.response_key,
-            max_length=2**31 - 1,
-            max_samples=None,
-            need_answers=False,
-            date=config.data.date,
-            report=corpus.Report(),
-        )
-    )
+    given, unreadable = _given_rows(config, rows, sources)
     root = common.store_root(config)
     if not yes:
-        click.confirm(f"Remove every stored trace of {len(found)} rows from {root}?", abort=True)
-    prompts = [row.ids[: row.prompt_length] for row in found if row.prompt_length]
-    texts = [row.ids for row in found if not row.prompt_length]
-    removal = upkeep.forget(root, sources["base"]["tokenizer"], prompts, texts)
+        click.confirm(f"Remove every stored trace of {len(given)} rows from {root}?", abort=True)
+    removal = upkeep.forget(root, sources["base"]["tokenizer"], given)
     common.say(
-        f"store {root}: {removal.rows} stored rows of {len(found)} given ones are gone; "
-        f"{removal.segments} segments were rewritten or removed"
+        f"store {root}: {removal.rows} stored rows of {len(given)} given ones are gone; "
+        f"{removal.segments} segments were rewritten or removed. {removal.indexed} of the given rows were looked for "
+        "by what the store's index has of them, all by their tokens as they are rendered now"
     )
     if removal.missed:
         raise SpecError(
-            f"{len(removal.missed)} of the {len(found)} given rows were not found in {root}: they are gone already, or "
-            "were stored with other tokens. Rows are looked for as the chat template of model.partial_pretrain renders "
-            "them now, with data.date; run this again with the base, the template and the date of that time"
+            f"{len(removal.missed)} of the {len(given)} given rows were not found in {root}: they are gone already, or "
+            "were stored by a version that kept no index, with other tokens. Such rows are looked for as the chat "
+            "template of model.partial_pretrain renders them now, with data.date; run this again with the base, the "
+            f"template and the date of that time{unreadable}"
         )
     common.say(
         "Still to be done by you: remove the rows from your data files, run `dvc repro` (nothing is computed again), "
@@ -160,6 +146,29 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
         "other tokenizers were not looked at: run this with their base in model.partial_pretrain. Copies that "
         "`spec store push` made still hold the rows, and a pull brings them back: remove such a copy and push it anew."
     )
+
+
+def _given_rows(
+    config: Config, paths: tuple[Path, ...], sources: dict[str, Any]
+) -> tuple[dict[bytes, index.Start | None], str]:
+    """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does."""
+    found = corpus.list_files([str(path) for path in paths])
+    keys = {"prompt_key": config.data.prompt_key, "response_key": config.data.response_key}
+    given: dict[bytes, index.Start | None] = {
+        row.digest: None
+        for source in corpus.inspect(found, **keys, need_answers=False)
+        for row in corpus.read_rows(source, need_answers=False)
+    }
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    limits: dict[str, Any] = {"max_length": 2**31 - 1, "max_samples": None, "need_answers": False}
+    try:
+        tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
+        options = {**keys, **limits, "date": config.data.date, "report": corpus.Report()}
+        for row in corpus.stream(found, tokenizer, **options):
+            given[row.source] = index.Start.of(row)
+    except SpecError as error:
+        return given, f". Not all could be rendered: {error}"
+    return given, ""
 
 
 _manifests = click.option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,7 +142,7 @@ def _encode(
         tokens = tokenizer(list(texts.values()), return_attention_mask=False, verbose=False)["input_ids"]
         for i, ids in zip(texts, tokens, strict=True):
             array = np.array(ids, dtype=np.int32)
-            sequences[i] = TokenSequence(array, np.ones(len(array), dtype=np.uint8), rows[i].domain, 0)
+            sequences[i] = TokenSequence(array, np.ones(len(array), dtype=np.uint8), rows[i].domain, 0, rows[i].digest)
 
     shortened: set[int] = set()
     chats: dict[int, Chat] = {}
@@ -153,7 +153,7 @@ def _encode(
                 shortened |= {i} if left_off else set()
         encoded = template.encode(list(chats.values()), [rows[i].where for i in chats])
         for i, (ids, mask, prompt_length) in zip(chats, encoded, strict=True):
-            sequences[i] = TokenSequence(ids, mask, rows[i].domain, prompt_length)
+            sequences[i] = TokenSequence(ids, mask, rows[i].domain, prompt_length, rows[i].digest)
     return [(sequences[i], i in shortened) for i in range(len(rows))]
 
 
@@ -182,7 +182,7 @@ def _has_answer(sequence: TokenSequence) -> bool:
 
 def _prompt_of(sequence: TokenSequence) -> TokenSequence:
     n = sequence.prompt_length
-    return TokenSequence(sequence.ids[:n], sequence.mask[:n], sequence.domain, n)
+    return replace(sequence, ids=sequence.ids[:n], mask=sequence.mask[:n])
 
 
 def _count(report: Report, sequence: TokenSequence, shortened: bool) -> None:

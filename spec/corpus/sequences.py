@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         pa.field("mask", pa.list_(pa.uint8()), nullable=False),
         pa.field("domain", pa.string(), nullable=False),
         pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("source", pa.binary(), nullable=False),
     ]
 )
 ROWS_PER_GROUP = 1024
@@ -44,12 +45,14 @@ class TokenSequence:
     mask: uint8 [T], 1 where the token is supervised: it was written by the assistant, or is plain text.
     domain: what the row is counted under in reports.
     prompt_length: tokens before the last answer; T when that answer is still to be written; 0 for plain text.
+    source: 16 bytes that stand for the row's prompt or text as the data had it; empty where that is not known.
     """
 
     ids: Ids
     mask: Mask
     domain: str
     prompt_length: int
+    source: bytes = b""
 
     def __post_init__(self) -> None:
         if self.mask.shape != self.ids.shape or not 0 <= self.prompt_length <= len(self.ids):
@@ -118,6 +121,7 @@ def _record_batch(group: Sequence[TokenSequence]) -> pa.RecordBatch:
             pa.ListArray.from_arrays(offsets, np.concatenate([s.mask for s in group]).astype(np.uint8, copy=False)),
             pa.array([s.domain for s in group], pa.string()),
             pa.array([s.prompt_length for s in group], pa.int32()),
+            pa.array([s.source for s in group], pa.binary()),
         ],
         schema=SCHEMA,
     )
@@ -146,15 +150,15 @@ def read(path: str | Path) -> list[TokenSequence]:
     for batch in table.to_batches():
         if any(column.null_count for column in batch.columns):
             raise CorpusError(f"{path}: not a file of token sequences: it has nulls")
-        ids, mask, domain, prompt_length = batch.columns
+        ids, mask, *plain = batch.columns
         # One copy a batch, so that what is handed out can be written to and torch.from_numpy accepts it.
         all_ids, all_mask = np.array(ids.flatten()), np.array(mask.flatten())
         starts = np.concatenate([[0], np.cumsum(ids.value_lengths())]).tolist()
         if not ids.value_lengths().equals(mask.value_lengths()):
             raise CorpusError(f"{path}: not a file of token sequences: ids and mask differ in length")
-        rows = zip(starts[:-1], starts[1:], domain.to_pylist(), prompt_length.to_pylist(), strict=True)
+        rows = zip(starts[:-1], starts[1:], *(column.to_pylist() for column in plain), strict=True)
         try:
-            sequences += [TokenSequence(all_ids[a:b], all_mask[a:b], name, n) for a, b, name, n in rows]
+            sequences += [TokenSequence(all_ids[a:b], all_mask[a:b], *rest) for a, b, *rest in rows]
         except ValueError as error:
             raise CorpusError(f"{path}: not a file of token sequences: {error}") from error
     return sequences

@@ -12,6 +12,8 @@ else `data_source`, else the file's stem. Row numbers count from 0.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +79,12 @@ class Row:
     def answered(self) -> bool:
         """Whether the last turn is the assistant's."""
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that stand for the text, or for the conversation without its last answer."""
+        prompt = self.messages[:-1] if self.answered else self.messages
+        return hashlib.sha256(json.dumps([self.text, prompt], sort_keys=True, default=str).encode()).digest()[:16]
 
 
 def list_files(paths: Sequence[str]) -> list[Path]:

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from spec import files
-from spec.store import segment
+from spec.store import index, segment
 from spec.store.collection import DAMAGED, Collection, collections
+from spec.store.index import Start
 from spec.store.locks import alone
 from spec.store.segment import DamagedError, Row, StoreError
 
@@ -143,7 +141,8 @@ class Removal:
         rows: removed with them.
         bytes: of the disk.
         kept: segments that stay.
-        missed: forget: numbers of the given prompts, and then texts, of which nothing was stored.
+        indexed: forget: source rows that the index knew.
+        missed: forget: numbers of the source rows of which nothing was stored.
         paths: where they and what else went lay.
     """
 
@@ -151,6 +150,7 @@ class Removal:
     rows: int = 0
     bytes: int = 0
     kept: int = 0
+    indexed: int = 0
     missed: list[int] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
 
@@ -240,53 +240,65 @@ def _count(removal: Removal, path: Path) -> None:
         removal.rows += len(json.loads((path / segment.RECORD).read_bytes())["items"])
 
 
-def forget(
-    root: Path, tokenizer: str, prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]]
-) -> Removal:
-    """Remove every stored row of given sequences: states, ids, answers, and their keys.
+def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Removal:
+    """Remove every stored row of given source rows: states, ids, answers, their keys, and what the index has of them.
 
-    A segment that holds such a row is written anew without it; its other rows are kept as they are, with their
-    states. Manifests that name the old segment are then refused, and the cache stage writes new ones without the base.
+    A stored row goes when it begins as the index says of a source row, whatever tokenizer made it, or as the source
+    row is tokenized now. A segment that holds such a row is written anew without it; its other rows are kept as they
+    are, with their states. Manifests that name the old segment are then refused, and the cache stage writes new ones
+    without the base.
 
     Args:
         root: the store.
-        tokenizer: digest of the tokenizer that made the ids; collections of other tokenizers are left alone.
-        prompts: every row that begins with one of these goes.
-        texts: every row that equals one of these goes.
+        tokenizer: digest of the tokenizer that made the starts; they say nothing of collections of other tokenizers.
+        rows: by digest of the source row, how it begins as it is tokenized now; None where it cannot be tokenized.
 
     Raises:
-        StoreError: a segment that cannot be read.
+        StoreError: a segment or an index file that cannot be read.
         SpecError: a stage is using the store.
     """
     removal = Removal()
-    matched: set[bytes] = set()
-    given = _matcher(prompts, texts, matched)
+    found: set[bytes] = set()
     with alone(root):
+        indexed = index.find(root, rows)
+        removal.indexed = len(indexed)
+        rendered = {source: {start} for source, start in rows.items() if start is not None}
         for folder in collections(root):
             collection = Collection.open(folder)
-            if collection.identity.get("tokenizer") != tokenizer:
+            known = [indexed, rendered] if collection.identity.get("tokenizer") == tokenizer else [indexed]
+            if not any(known):
                 continue
+            given = _matcher(known, found)
             for name in segment.names(folder):
                 if not _is_tables(folder / name):
                     _forget(collection, name, given, removal)
             for path in [*folder.glob(f"{DAMAGED}*"), *folder.glob(f"{segment.PARTIAL}*")]:
                 files.remove(path)  # it cannot be read, so it may hold them
-    removal.missed = [number for number, ids in enumerate((*prompts, *texts)) if _bytes(ids) not in matched]
+        index.drop(root, rows)
+    removal.missed = [number for number, source in enumerate(rows) if source not in found]
     return removal
 
 
-def _matcher(
-    prompts: Sequence[NDArray[np.int32]], texts: Sequence[NDArray[np.int32]], matched: set[bytes]
-) -> Callable[[Row], bool]:
-    """Whether a stored row is one of those that forget is given; adds what it is to `matched`."""
-    beginnings, whole = {_bytes(prompt) for prompt in prompts}, {_bytes(text) for text in texts}
-    lengths = {len(prompt) for prompt in prompts}
+def _matcher(known: Sequence[Mapping[bytes, set[Start]]], found: set[bytes]) -> Callable[[Row], bool]:
+    """Whether a stored row begins as one of the source rows does; adds those of which it is true to `found`."""
+    rows_of: dict[Start, set[bytes]] = {}
+    for starts in known:
+        for source, each in starts.items():
+            for start in each:
+                rows_of.setdefault(start, set()).add(source)
+    lengths = {start.length for start in rows_of}
 
     def given(row: Row) -> bool:
         ids = row["ids"] if "ids" in row else row["prompt"]
-        found = ({_bytes(ids)} & whole) | ({_bytes(ids[:length]) for length in lengths} & beginnings)
-        matched.update(found)
-        return bool(found)
+        matching: set[bytes] = set()
+        for length in lengths:
+            if length <= len(ids):
+                digest = index.digest_ids(ids[:length])
+                matching |= rows_of.get(Start(length, digest, whole=False), set())
+                if length == len(ids):
+                    matching |= rows_of.get(Start(length, digest, whole=True), set())
+        found.update(matching)
+        return bool(matching)
 
     return given
 
@@ -309,7 +321,3 @@ def _forget(collection: Collection, name: str, given: Callable[[Row], bool], rem
             rest = claim.commit([rows[number] for number in left], attributes, attributes["codec"])
             removal.bytes -= rest.size
     files.remove(collection.folder / name)
-
-
-def _bytes(ids: NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(ids, np.int32).tobytes()

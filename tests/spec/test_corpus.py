@@ -654,20 +654,24 @@ def test_write_and_read_give_the_same_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sequences = [
         TokenSequence(
-            rng.integers(0, 2**31, n, dtype=np.int32), rng.integers(0, 2, n, dtype=np.uint8), f"d{n % 3}", n // 2
+            rng.integers(0, 2**31, n, dtype=np.int32),
+            rng.integers(0, 2, n, dtype=np.uint8),
+            f"d{n % 3}",
+            n // 2,
+            rng.bytes(16),
         )
         for n in rng.integers(0, 40, 1500)
     ]
     path = tmp_path / "new" / "x.parquet"
     assert corpus.write(path, iter(sequences)) == 1500
     back = corpus.read(path)
-    assert [(s.ids.tolist(), s.mask.tolist(), s.domain, s.prompt_length) for s in back] == [
-        (s.ids.tolist(), s.mask.tolist(), s.domain, s.prompt_length) for s in sequences
+    assert [(s.ids.tolist(), s.mask.tolist(), s.domain, s.prompt_length, s.source) for s in back] == [
+        (s.ids.tolist(), s.mask.tolist(), s.domain, s.prompt_length, s.source) for s in sequences
     ]
     assert back[0].ids.dtype == np.int32
     assert back[0].mask.dtype == np.uint8
     assert all(s.ids.flags.writeable for s in back)
-    assert pq.read_schema(path).names == ["ids", "mask", "domain", "prompt_length"]
+    assert pq.read_schema(path).names == ["ids", "mask", "domain", "prompt_length", "source"]
     first = path.read_bytes()
     corpus.write(path, sequences)
     assert path.read_bytes() == first
@@ -747,6 +751,7 @@ def test_read_refuses_other_files(tmp_path: Path, change: dict[str, Any], messag
         "mask": pa.array([[0, 1]], pa.list_(pa.uint8())),
         "domain": pa.array(["d"]),
         "prompt_length": pa.array([1], pa.int32()),
+        "source": pa.array([b""]),
     }
     columns = {name: column for name, column in {**columns, **change}.items() if column is not None}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")

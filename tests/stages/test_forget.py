@@ -38,3 +38,17 @@ def test_rows_that_are_not_found_are_an_error(ready: Path, tmp_path: Path, monke
     assert "4 stored rows of 3 given ones are gone" in done.output
     assert "1 of the 3 given rows were not found in" in done.output
     assert "with data.date" in done.output
+
+
+def test_rows_are_found_after_a_change_of_template(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ready)
+    pq.write_table(pq.read_table("prompts/train.parquet").slice(5, 2), tmp_path / "rows.parquet")
+    (ready / "base" / "chat_template.jinja").write_text("{{ raise_exception('no rows any more') }}")
+    fetched = CliRunner().invoke(cli.main, ["fetch"])
+    assert fetched.exit_code == 0, fetched.output
+    done = forget(tmp_path / "rows.parquet")
+    assert done.exit_code == 0, done.output
+    assert "4 stored rows of 2 given ones are gone" in done.output
+    assert "2 of the given rows were looked for by what the store's index has of them" in done.output

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from spec import files
 from spec.corpus import TokenSequence
+from spec.corpus.sequences import Ids
 from spec.errors import SpecError
-from spec.store import answers, segment, upkeep
+from spec.store import answers, index, segment, upkeep
 from spec.store.collection import Collection
 from spec.store.locks import in_use
 from spec.store.manifest import Manifest
@@ -250,7 +252,7 @@ def test_nothing_is_removed_while_a_stage_uses_the_store(root: Path, tmp_path: P
         with pytest.raises(SpecError, match="in use by a running stage"):
             upkeep.gc(root, 0)
         with pytest.raises(SpecError, match="in use by a running stage"):
-            upkeep.forget(root, "t", [chain(1, 24)[0].ids[:1]], [])
+            upkeep.forget(root, "t", given_rows([chain(1, 24)[0].ids[:1]]))
     assert snapshot(root) == before
     upkeep.gc(root, 0)
     assert not folder_of(root, manifest).exists()
@@ -296,7 +298,7 @@ def test_what_is_not_the_stores_is_left_alone(root: Path) -> None:
     }
     assert upkeep.verify(root, True) == (len(manifest.segments), [])
     assert [summary.folder for summary in upkeep.summaries(root)] == [folder_of(root, manifest)]
-    upkeep.forget(root, "t", [chain(3, 24)[0].ids], [])
+    upkeep.forget(root, "t", given_rows([chain(3, 24)[0].ids]))
     upkeep.gc(root, 0)
     assert snapshot(root) == before
 
@@ -307,7 +309,7 @@ def test_a_collection_that_cannot_be_read_stops_forgetting(root: Path) -> None:
     (folder / "identity.json").write_text("{")
     before = snapshot(root)
     with pytest.raises(StoreError, match=rf"{folder} is no collection"):
-        upkeep.forget(root, "t", [], [])
+        upkeep.forget(root, "t", given_rows([]))
     assert snapshot(root) == before
     assert list(upkeep.summaries(root)) == []
 
@@ -315,7 +317,7 @@ def test_a_collection_that_cannot_be_read_stops_forgetting(root: Path) -> None:
 def test_a_store_that_is_not_there_is_empty(root: Path) -> None:
     assert list(upkeep.summaries(root)) == []
     assert upkeep.verify(root, True) == (0, [])
-    assert upkeep.gc(root, 0) == upkeep.forget(root, "t", [], []) == Removal()
+    assert upkeep.gc(root, 0) == upkeep.forget(root, "t", given_rows([])) == Removal()
 
 
 # What is in it, and whether it is whole -------------------------------------------------------------------------------
@@ -418,6 +420,12 @@ def contents(root: Path) -> bytes:
     )
 
 
+def given_rows(prompts: Sequence[Ids], texts: Sequence[Ids] = ()) -> dict[bytes, index.Start | None]:
+    """What forget is given of rows that the index does not know."""
+    rows = [sequence([0] * len(ids), ids) for ids in prompts] + [sequence([1] * len(ids), ids) for ids in texts]
+    return {str(number).encode(): index.Start.of(row) for number, row in enumerate(rows)}
+
+
 def rows_of(count: int, seed: int = 0, start: Sequence[int] = ()) -> list[TokenSequence]:
     """Random sequences, so that none lies within another; all begin with `start`."""
     generator = np.random.default_rng(seed)
@@ -462,13 +470,13 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
     asked = save_answers(root, [row.ids for row in rows], group=limit // 10 + 1)
     foreign = save_answers(root, [row.ids for row in rows], tokenizer="u").folder
     before, untouched = (digests(collection), digests(asked)), snapshot(foreign)
-    removal = upkeep.forget(root, "t", [rows[i].ids[:4] for i in gone], [])
+    removal = upkeep.forget(root, "t", given_rows([rows[i].ids[:4] for i in gone]))
     assert removal.rows == 2 * len(gone)
     assert snapshot(foreign) == untouched
     shutil.rmtree(foreign)
     everything = contents(root)
-    for index, row in enumerate(rows):
-        if index in gone:
+    for number, row in enumerate(rows):
+        if number in gone:
             assert not any(trace in everything for trace in traces(row))
         elif codec == "none":
             assert row.ids.tobytes() in everything  # else nothing would be shown
@@ -479,7 +487,7 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
     whole, problems = upkeep.verify(root, False)
     assert problems == []
     assert whole == sum(summary.segments for summary in upkeep.summaries(root))
-    left = [row for index, row in enumerate(rows) if index not in gone]
+    left = [row for number, row in enumerate(rows) if number not in gone]
     if left:  # a new manifest needs no base: nothing is computed again
         made = store_features(root, left, codec=codec, segment_tokens=limit, states=lambda row: 1 / 0)  # type: ignore[arg-type,return-value]
         assert len(list(FeatureReader(made, root).sequences(range(len(left))))) == len(left)
@@ -491,10 +499,11 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
 def test_every_continuation_of_a_prompt_goes(root: Path) -> None:
     ours, others = rows_of(4, start=[7, 8, 9]), rows_of(4, seed=1, start=[7, 8])
     collection = store_features(root, [*ours, *others]).collection(root)
-    removal = upkeep.forget(root, "t", [np.asarray([7, 8, 9], np.int64)], [])
+    prompt = np.asarray([7, 8, 9], np.int32)
+    removal = upkeep.forget(root, "t", given_rows([prompt]))
     assert removal.rows == 4
     assert set(digests(collection)) == {item_key(row.ids, row.mask) for row in others}
-    assert upkeep.forget(root, "t", [np.asarray([7, 8, 9], np.int32)], []).rows == 0
+    assert upkeep.forget(root, "t", given_rows([prompt])).rows == 0
 
 
 def test_a_text_goes_only_as_a_whole(root: Path) -> None:
@@ -503,10 +512,23 @@ def test_a_text_goes_only_as_a_whole(root: Path) -> None:
     collection = store_features(root, [*rows, longer]).collection(root)
     other_mask = sequence([1] * len(rows[0]), rows[0].ids)  # the same text, supervised otherwise
     store_features(root, [other_mask])
-    removal = upkeep.forget(root, "t", [], [rows[0].ids, rows[1].ids[:-1]])
+    removal = upkeep.forget(root, "t", given_rows([], [rows[0].ids, rows[1].ids[:-1]]))
     assert removal.rows == 2
     left = {item_key(row.ids, row.mask) for row in [*rows[1:], longer]}
     assert set(digests(collection)) == left
+
+
+def test_rows_that_the_index_knows_go_whatever_made_them(root: Path) -> None:
+    """Another template, date or tokenizer renders the row otherwise now, or cannot render it."""
+    rows = [replace(row, source=bytes([0, number, *[0] * 14])) for number, row in enumerate(rows_of(4))]
+    index.write(root, rows[:3])
+    index.write(root, rows[2:])
+    collection = store_features(root, rows).collection(root)
+    removal = upkeep.forget(root, "of another tokenizer", {rows[0].source: None, rows[3].source: None, b"other": None})
+    assert (removal.rows, removal.indexed, removal.missed) == (2, 2, [2])
+    assert set(digests(collection)) == {item_key(row.ids, row.mask) for row in rows[1:3]}
+    assert not any(row.source in contents(root) for row in (rows[0], rows[3]))
+    assert set(index.find(root, {row.source for row in rows})) == {rows[1].source, rows[2].source}
 
 
 def test_what_is_counted_is_what_is_gone(root: Path) -> None:
@@ -515,7 +537,7 @@ def test_what_is_counted_is_what_is_gone(root: Path) -> None:
     collection = manifest.collection(root)
     size = sum(record.size for record in collection.records().values())
     touched = {manifest.segment[index] for index in (0, 1, 8)}
-    removal = upkeep.forget(root, "t", [], [rows[i].ids for i in (0, 1, 8)])
+    removal = upkeep.forget(root, "t", given_rows([], [rows[i].ids for i in (0, 1, 8)]))
     fresh = Collection(root, "features", manifest.identity).records()
     assert (removal.segments, removal.rows) == (len(touched), 3)
     assert removal.kept == len(manifest.segments) - len(touched)
@@ -533,7 +555,7 @@ def test_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
     collection.set_aside(first)
     (collection.folder / second).rename(collection.folder / f"{segment.PARTIAL}{second}")
     assert rows[8].ids.tobytes() in contents(root)
-    upkeep.forget(root, "t", [rows[0].ids[:5], rows[8].ids[:5]], [])
+    upkeep.forget(root, "t", given_rows([rows[0].ids[:5], rows[8].ids[:5]]))
     assert not any(trace in contents(root) for trace in [*traces(rows[0]), *traces(rows[8])])
     assert not any(path.name.startswith(".") for path in collection.folder.iterdir())
 
@@ -543,9 +565,9 @@ def test_a_damaged_segment_stops_it_since_it_may_hold_them(root: Path) -> None:
     manifest = store_features(root, rows)
     damage(folder_of(root, manifest), manifest.segments[0])
     with pytest.raises(DamagedError, match=r"spec store verify"):
-        upkeep.forget(root, "t", [rows[0].ids[:5]], [])
+        upkeep.forget(root, "t", given_rows([rows[0].ids[:5]]))
     upkeep.verify(root, True)
-    upkeep.forget(root, "t", [rows[0].ids[:5]], [])
+    upkeep.forget(root, "t", given_rows([rows[0].ids[:5]]))
     assert not any(trace in contents(root) for trace in traces(rows[0]))
 
 
@@ -565,9 +587,9 @@ def test_forgetting_that_was_interrupted_is_completed_by_the_next(root: Path, mo
     monkeypatch.setattr(shutil, "rmtree", stop)
     gone = [row.ids[:5] for row in rows[::3]]
     with pytest.raises(KeyboardInterrupt):
-        upkeep.forget(root, "t", gone, [])
+        upkeep.forget(root, "t", given_rows(gone))
     monkeypatch.undo()
-    upkeep.forget(root, "t", gone, [])
+    upkeep.forget(root, "t", given_rows(gone))
     assert not any(trace in contents(root) for row in rows[::3] for trace in traces(row))
     without = {item_key(row.ids, row.mask) for row in rows[::3]}
     assert digests(collection) == {key: digest for key, digest in before.items() if key not in without}
