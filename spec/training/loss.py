@@ -23,6 +23,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     The idea is that of Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024): the loss is a scalar, so its
     gradients can be made in the forward pass, while a chunk's logits are at hand, and scaled in the backward one.
+    Rows come in G groups, one a head, that share their teachers; a chunk has C rows of each.
     """
 
     @staticmethod
@@ -35,56 +36,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher: tuple[Tensor, Tensor] | None,
         needed: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device = hidden.device.type
-        low_weight = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
-        kind = torch.promote_types(hidden.dtype, torch.float32)
-        # Rows come in G groups, one a head, that share their teachers; a chunk has C rows of each.
         groups = len(hidden) // len(teacher[0]) if teacher is not None and len(teacher[0]) else 1
         length = len(hidden) // groups
         hidden = hidden.view(groups, length, hidden.shape[1])
         targets, scale = targets.view(groups, length), scale.view(groups, length)
-        losses = torch.empty(targets.shape, dtype=kind, device=hidden.device)
+        room = _Room.of(hidden, weight, teacher)
+        losses = torch.empty(targets.shape, dtype=room.logits.dtype, device=hidden.device)
         correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needed else None
         grad_weight = torch.zeros_like(weight) if needed else None
-        chunk = max(min(CHUNK_LOGITS[device] // (len(weight) * groups), length), 1)
-        # Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU.
-        room = losses.new_empty(groups * chunk, len(weight))
-        low_room = room if low_weight.dtype == kind else low_weight.new_empty(room.shape)
-        teach = None
-        if teacher is not None:
-            teach = teacher[0], teacher[1].to(low_weight.dtype), losses.new_empty(chunk, len(weight))
-        part = torch.empty_like(low_weight) if needed else None
-        with torch.autocast(device, enabled=False):
-            for start in range(0, length, chunk):
-                rows = slice(start, start + chunk)
-                inputs = hidden[:, rows].to(low_weight.dtype).flatten(0, 1)  # [G * C, h]
+        part = torch.empty_like(room.weight) if needed else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, length, room.rows):
+                rows = slice(start, start + room.rows)
+                inputs = hidden[:, rows].to(room.weight.dtype).flatten(0, 1)  # [G * C, h]
                 target, factor = (tensor[:, rows].reshape(-1, 1) for tensor in (targets, scale))
-                low, logits = low_room[: len(inputs)], room[: len(inputs)]  # [G * C, V]
-                soft = None
-                if teach is not None:
-                    states, table, soft_room = teach
-                    soft, entropy = _distribution(states[rows], table, low, logits, soft_room)
-                logits.copy_(torch.mm(inputs, low_weight.T, out=low))
-                largest, likeliest = logits.max(1)  # the first of equal ones, as drafting takes it
-                logits.sub_(largest[:, None])  # sums round less for the shift
-                expected = logits.gather(1, target.clamp(min=0))
+                soft = None if teacher is None else room.distribution(teacher[0][rows])
+                logits, likeliest = room.shifted_logits(inputs)  # [G * C, V]
+                loss, total = _loss(logits, target, soft)
+                losses[:, rows] = loss.view(groups, -1)
                 correct[:, rows] = (likeliest[:, None] == target).view(groups, -1)
-                by_group = logits.view(groups, -1, len(weight))  # [G, C, V]
-                if soft is not None:  # KL(p || q) = -entropy(p) - sum p log q
-                    expected = (_dots(soft, by_group) + entropy).reshape(-1, 1)
-                probabilities = logits.exp_()
-                total = probabilities.sum(1, keepdim=True)
-                losses[:, rows] = (total.log() - expected).view(groups, -1)
                 if grad_hidden is not None and grad_weight is not None and part is not None:
-                    grad = probabilities.mul_(factor / total)
-                    if soft is None:
-                        grad.scatter_add_(1, target, -factor.to(grad.dtype))
-                    else:
-                        by_group.addcmul_(soft, factor.view(groups, -1, 1).to(kind), value=-1)
-                    low_grad = low.copy_(grad)
-                    grad_hidden[:, rows] = (low_grad @ low_weight).to(hidden.dtype).view(groups, -1, hidden.shape[-1])
-                    grad_weight += torch.mm(low_grad.T, inputs, out=part)
+                    _gradient(logits, total, target, factor, soft)
+                    grad = room.low[: len(inputs)].copy_(logits)
+                    grad_hidden[:, rows] = (grad @ room.weight).to(hidden.dtype).view(groups, -1, hidden.shape[-1])
+                    grad_weight += torch.mm(grad.T, inputs, out=part)
         total, losses, correct = (losses * scale).sum(), losses.flatten(), correct.flatten()
         ctx.save_for_backward(None if grad_hidden is None else grad_hidden.flatten(0, 1), grad_weight)
         ctx.mark_non_differentiable(losses, correct)
@@ -96,18 +72,96 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
 
 
-def _distribution(states: Tensor, table: Tensor, low: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
-    """The base's own distribution behind these states, from its lm_head's rows, and its entropy: [C, V], [C].
+@dataclass(frozen=True)
+class _Soft:
+    """A teacher's distribution for C rows, [C, V], and its entropy [C]."""
 
-    The first is in `soft`. `low` and `logits` are room; they may be the same memory.
+    probabilities: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU.
+
+    Attributes:
+        weight: [V, h] in the dtype of the products.
+        table: [V, d] the teacher's rows, in the same dtype.
+        rows: C, the rows of a chunk in each group.
+        logits: [G * C, V] in float32 or wider.
+        low: the same in the dtype of the products; the same memory where the dtypes agree.
+        soft: [C, V] for the teacher's distribution.
     """
-    low, logits, probabilities = (room[: len(states)] for room in (low, logits, soft))
-    logits.copy_(torch.mm(states.to(low.dtype), table.T, out=low))
-    logits.sub_(logits.amax(1, keepdim=True))
-    torch.exp(logits, out=probabilities)
-    total = probabilities.sum(1)
-    probabilities.div_(total[:, None])
-    return probabilities, total.log() - _dots(probabilities, logits[None])[0]
+
+    weight: Tensor
+    table: Tensor | None
+    rows: int
+    logits: Tensor
+    low: Tensor
+    soft: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, teacher: tuple[Tensor, Tensor] | None) -> _Room:
+        """For the rows [G, R, h] of a call."""
+        device = hidden.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        groups, length, _ = hidden.shape
+        V = len(weight)
+        rows = max(min(CHUNK_LOGITS[device] // (V * groups), length), 1)
+        logits = torch.empty(groups * rows, V, dtype=kind, device=hidden.device)
+        return cls(
+            weight.to(low),
+            None if teacher is None else teacher[1].to(low),
+            rows,
+            logits,
+            logits if low == kind else torch.empty_like(logits, dtype=low),
+            None if teacher is None else torch.empty(rows, V, dtype=kind, device=hidden.device),
+        )
+
+    def shifted_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' logits less their largest, [G * C, V], and where that is: the token that drafting would take."""
+        low, logits = self.low[: len(inputs)], self.logits[: len(inputs)]
+        logits.copy_(torch.mm(inputs, self.weight.T, out=low))
+        largest, likeliest = logits.max(1)  # the first of equal ones
+        return logits.sub_(largest[:, None]), likeliest  # sums round less for the shift
+
+    def distribution(self, states: Tensor) -> _Soft:
+        """The base's own distribution after these states [C, d]; overwrites the logits."""
+        assert self.table is not None
+        assert self.soft is not None
+        low, logits, probabilities = (room[: len(states)] for room in (self.low, self.logits, self.soft))
+        logits.copy_(torch.mm(states.to(low.dtype), self.table.T, out=low))
+        logits.sub_(logits.amax(1, keepdim=True))
+        torch.exp(logits, out=probabilities)
+        total = probabilities.sum(1)
+        probabilities.div_(total[:, None])
+        return _Soft(probabilities, total.log() - _dots(probabilities, logits[None])[0])
+
+
+def _loss(logits: Tensor, target: Tensor, soft: _Soft | None) -> tuple[Tensor, Tensor]:
+    """Each row's loss, and the sum of its exponentials, [G * C, 1] both; turns the logits into exponentials.
+
+    Cross-entropy is log sum exp(logits) - logits[target]. The divergence from a teacher p is
+    log sum exp(logits) - (sum p logits + entropy(p)).
+    """
+    if soft is None:
+        expected = logits.gather(1, target.clamp(min=0))
+    else:
+        by_group = logits.view(-1, *soft.probabilities.shape)  # [G, C, V]
+        expected = (_dots(soft.probabilities, by_group) + soft.entropy).reshape(-1, 1)
+    total = logits.exp_().sum(1, keepdim=True)
+    return total.log() - expected, total
+
+
+def _gradient(exponentials: Tensor, total: Tensor, target: Tensor, factor: Tensor, soft: _Soft | None) -> None:
+    """Turn exponentials [G * C, V] into the gradient of the logits: factor * (softmax - target's distribution)."""
+    grad = exponentials.mul_(factor / total)
+    if soft is None:
+        grad.scatter_add_(1, target, -factor.to(grad.dtype))
+    else:
+        by_group = grad.view(-1, *soft.probabilities.shape)
+        by_group.addcmul_(soft.probabilities, factor.view(len(by_group), -1, 1).to(grad.dtype), value=-1)
 
 
 def _dots(rows: Tensor, groups: Tensor) -> Tensor:
