@@ -12,23 +12,33 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from spec import files
+import torch
+
+from spec import files, lineage
 from spec.config import Config, flatten
 from spec.errors import SpecError
-from spec.lineage import LOCK, DataFile
+from spec.mlflow_keys import key, shortened
 from spec.record import RUN_FILE, Outcome, Record
 
 log = logging.getLogger(__name__)
 
 PARENT, REPLACES, REPLACED_BY = "mlflow.parentRunId", "replaces", "replaced_by"
 """Tags that link a run to others on its server."""
-_VALUE_LIMIT = 6000
-_DIGEST_LIMIT = 36
+NAMES = "names.json"
+"""The artifact that holds, for each key that is not its name, the name."""
+Point = tuple[str, float, int, int]
+"""A name, a value, milliseconds since the epoch, a step."""
+_DATASET_LIMIT, _VALUE_LIMIT, _DIGEST_LIMIT = 500, 6000, 36
+"""Characters that MLflow takes."""
+_BUSY = (429, 503)
+"""Answers of a server that cannot take anything just now."""
+_MOST_REFUSED = 50
+"""A server that refuses more names than this refuses the run."""
 _LEARNED = ("speculator_loss", "loss.", "accuracy.", "tokens_per_step", "acceptance.", "base_")
 """Prefixes of the columns that are also drawn against tokens seen."""
 _PATIENCE = {
@@ -64,8 +74,10 @@ class Run:
     Args:
         config: where to track, and what to record as parameters.
         name: of the run.
-        tags: those of lineage.tags, and others such as the feature digest.
-        data: the data files that the run reads.
+        tags: those that lineage.tags does not know, such as the feature digest.
+        sources: the base and the data files, as data/sources.json names them.
+        splits: whose files the run reads.
+        device: that it computes on.
         parent: the record of an earlier run: this run becomes its child.
 
     Raises:
@@ -73,13 +85,20 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, name: str, tags: Mapping[str, str], data: list[DataFile], parent: Record | None = None
+        self,
+        config: Config,
+        name: str,
+        tags: Mapping[str, str],
+        sources: Mapping[str, Any],
+        splits: tuple[str, ...],
+        device: torch.device,
+        parent: Record | None = None,
     ) -> None:
         self.record: Record | None = None
         self._remote: _Remote | None = None
         if "mlflow" not in config.trainer.logger:
             return
-        uri = tracking_uri(config)
+        uri, tags = tracking_uri(config), {**lineage.tags(sources, device), **tags}
         record = Record(
             id=uuid.uuid4().hex,
             run_id="",
@@ -90,17 +109,23 @@ class Run:
             started=time.time_ns() // 1_000_000,
             params={key: without_password(str(value))[:_VALUE_LIMIT] for key, value in flatten(config).items()},
             tags={**_source(name, tags), **tags, **({"trained_by": parent.run_id} if parent else {})},
-            data=data,
-            texts={"lineage/dvc.lock": LOCK.read_text()} if LOCK.is_file() else {},
+            data=lineage.data_files(sources, splits),
+            texts={"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {},
         )
         try:
             self._remote = _Remote(_connect(uri), uri, record)
         except Exception as error:
+            remedy = "start the server, or " if _answers_no_more(error) else ""
             raise SpecError(
-                f"MLflow at {record.tracking_uri} could not be used ({without_password(str(error))}); start it if it "
-                "is not running, or run with trainer.logger=console"
+                f"MLflow at {record.tracking_uri} could not be used ({without_password(str(error))}); {remedy}run with "
+                "trainer.logger=console"
             ) from None
         self.record = replace(record, run_id=self._remote.id)
+
+    @property
+    def id(self) -> str | None:
+        """MLflow's id of the run."""
+        return self.record.run_id if self.record else None
 
     def log(self, row: Mapping[str, float], prefix: str = "") -> None:
         """Show a row of a curve at once; a server that has failed before is not asked again.
@@ -113,11 +138,18 @@ class Run:
             with self._surviving():
                 self._remote.log(_points(row, prefix))
 
-    def finish(self, folder: Path, outcome: Outcome, status: str = "FINISHED") -> None:
-        """Write the run's record into a folder, and end the run on the server."""
+    def finish(self, folder: Path, status: str = "FINISHED", **made: Any) -> None:
+        """Write the run's record into a folder, and end the run on the server.
+
+        Args:
+            folder: of the results.
+            status: FINISHED, FAILED or KILLED.
+            **made: the fields of Outcome.
+        """
         if self.record is None:
             files.write_json(folder / RUN_FILE, {})
             return
+        outcome = Outcome(**made)
         ended, digests = time.time_ns() // 1_000_000, outcome.digests_now()
         self.record = replace(self.record, **vars(outcome), ended=ended, status=status, digests=digests)
         files.write_json(folder / RUN_FILE, asdict(self.record))
@@ -127,15 +159,16 @@ class Run:
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
-        """A server that dies costs the view of the run, never the run."""
+        """A server that dies or refuses the run costs the view of the run, never the run."""
         try:
             yield
         except Exception as error:
             self._remote = None
             log.warning(
-                "MLflow at %s stopped answering (%s); the stage goes on, its files hold everything, and once it has "
-                "ended `spec track sync` makes the whole run from them",
+                "MLflow at %s %s (%s); the stage goes on, its files hold everything, and once it has ended "
+                "`spec track sync` makes the whole run from them",
                 self.record.tracking_uri if self.record else "",
+                "stopped answering" if _answers_no_more(error) else "refuses the rest of the run",
                 without_password(str(error)),
             )
 
@@ -165,7 +198,8 @@ def sync(record: Record, uri: str) -> str | None:
             remote.log(point for row in rows for point in _points(row, prefix))
         remote.end(record)
     except Exception as error:
-        message = f"MLflow at {uri} did not take the whole run ({error}); run this again"
+        remedy = "start the server and run this again" if _answers_no_more(error) else "run this again"
+        message = f"MLflow at {uri} did not take the whole run ({error}); {remedy}"
         raise SpecError(without_password(message)) from error
     return remote.id
 
@@ -174,46 +208,103 @@ class _Remote:
     """A new run on a server. When it has ended, it is complete, and the runs that it replaces no longer count."""
 
     def __init__(self, client: Any, uri: str, record: Record, replaced: Iterable[Any] = ()) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        self.client, self.replaced = client, list(replaced)
+        self.client, self.uri, self.replaced = client, without_password(uri), list(replaced)
+        self.names: dict[str, str] = {}
+        self.refused: set[str] = set()
         parent = _complete(client, record.parent)
         self.parent = str(parent.info.run_id) if parent else None
-        tags = {"record": record.id, **record.tags, **({PARENT: self.parent} if self.parent else {})}
+        tags = {"record": record.id, **({PARENT: self.parent} if self.parent else {})}
         if self.replaced:
             tags[REPLACES] = ", ".join(run.info.run_id for run in self.replaced)
         self.experiment = _experiment(client, uri, record.experiment)
         self.id = str(client.create_run(self.experiment, record.started, tags, record.name).info.run_id)
-        for batch in _batches((Param(key, value) for key, value in record.params.items()), 100):
-            client.log_batch(self.id, params=batch)
+        params = {name: Param(self._key(name), value) for name, value in record.params.items()}
+        self._send(params.items(), 100, lambda batch: client.log_batch(self.id, params=batch))
+        tagged = {name: RunTag(self._key(name), value) for name, value in record.tags.items()}
+        self._send(tagged.items(), 100, lambda batch: client.log_batch(self.id, tags=batch))
         datasets = []
         for each in record.data:
             source = json.dumps({"uri": each.path, "sha256": each.digest})
-            dataset = Dataset(each.path, each.digest[:_DIGEST_LIMIT], "local", source)
-            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", each.use)]))
-        client.log_inputs(self.id, datasets)
+            name = shortened(each.path, each.path, _DATASET_LIMIT)
+            dataset = Dataset(name, each.digest[:_DIGEST_LIMIT], "local", source)
+            datasets.append((each.path, DatasetInput(dataset, [InputTag("mlflow.data.context", each.use)])))
+        self._send(datasets, 1000, lambda batch: client.log_inputs(self.id, batch))
         for path, text in record.texts.items():
             client.log_text(self.id, text, path)
 
-    def log(self, points: Iterable[Any]) -> None:
-        """Log points of curves."""
-        for batch in _batches(points, 1000):  # as many as MLflow takes at once
-            self.client.log_batch(self.id, metrics=batch)
+    def log(self, points: Iterable[Point], run: str | None = None, model: str | None = None) -> None:
+        """Log points of curves, to this run or another; a model that is named has them, too."""
+        from mlflow.entities import Metric
+
+        metrics = ((name, Metric(self._key(name), *at, model_id=model)) for name, *at in points)
+        self._send(metrics, 1000, lambda batch: self.client.log_batch(run or self.id, metrics=batch))
+
+    def _key(self, name: str) -> str:
+        """The name's key; remembered for names.json where it is another."""
+        found = key(name)
+        if found != name:
+            self.names[found] = name
+        return found
+
+    def _send(self, items: Iterable[tuple[str, Any]], size: int, send: Callable[[list[Any]], object]) -> None:
+        """Send named items in batches; those that the server refuses are left out and warned of once.
+
+        Args:
+            items: names, and what is sent of them.
+            size: of a batch; MLflow has limits.
+            send: takes a batch.
+        """
+        reasons: dict[str, str] = {}
+        for batch in _batches((item for item in items if item[0] not in self.refused), size):
+            self._send_batch(batch, send, reasons)
+        if reasons:
+            names, more = list(map(repr, reasons))[:5], len(reasons) - 5
+            log.warning(
+                "MLflow at %s refuses %s%s (%s); everything else of the run is sent",
+                self.uri,
+                ", ".join(names),
+                f" and {more} others" if more > 0 else "",
+                without_password(next(iter(reasons.values()))),
+            )
+
+    def _send_batch(
+        self, batch: list[tuple[str, Any]], send: Callable[[list[Any]], object], reasons: dict[str, str]
+    ) -> None:
+        """Send a batch; a refused one in halves, until the names that are at fault stand alone."""
+        from mlflow.exceptions import MlflowException
+
+        batch = [(name, item) for name, item in batch if name not in self.refused]
+        try:
+            if batch:
+                send([item for _, item in batch])
+        except MlflowException as error:
+            if _answers_no_more(error) or error.get_http_status_code() in _BUSY or len(self.refused) >= _MOST_REFUSED:
+                raise
+            if len({name for name, _ in batch}) > 1:
+                self._send_batch(batch[: len(batch) // 2], send, reasons)
+                self._send_batch(batch[len(batch) // 2 :], send, reasons)
+            else:
+                self.refused.add(batch[0][0])
+                reasons[batch[0][0]] = str(error)
 
     def end(self, record: Record) -> None:
         """Log what the run made, and then end it."""
-        from mlflow.entities import LoggedModelInput, Metric
+        from mlflow.entities import LoggedModelInput
 
         model = self._log_model(record) if record.model else None
         figures = [(name, value, record.ended, record.step) for name, value in record.metrics.items()]
         if self.parent:
-            self.client.log_batch(self.parent, [Metric(*each) for each in figures if each[0] in record.headline])
+            self.log((each for each in figures if each[0] in record.headline), self.parent)
             for output in self.client.get_run(self.parent).outputs.model_outputs:
                 model = output.model_id
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
-        self.log(Metric(*each, model_id=model) for each in figures)
+        self.log(figures, model=model)
         for path, folder in record.artifacts.items():
             self.client.log_artifact(self.id, path, folder)
+        if self.names:
+            self.client.log_text(self.id, json.dumps(self.names, indent=2, ensure_ascii=False), NAMES)
         for run in self.replaced:
             self.client.set_tag(run.info.run_id, REPLACED_BY, self.id)
             if run.info.status == "RUNNING":
@@ -238,12 +329,25 @@ class _Remote:
 def _connect(uri: str) -> Any:
     from mlflow import MlflowClient  # takes seconds, and only where it is wanted
 
-    for key, value in _PATIENCE.items():
-        os.environ.setdefault(key, value)
+    for variable, value in _PATIENCE.items():
+        os.environ.setdefault(variable, value)
     return MlflowClient(tracking_uri=uri)
 
 
+def _answers_no_more(error: Exception) -> bool:
+    """Whether a server could not be reached, rather than refused something."""
+    from mlflow.exceptions import MlflowException
+
+    cause = error.__cause__ or error.__context__  # requests' errors, which MLflow hides in its own, are OSErrors
+    return not isinstance(error, MlflowException | SpecError) or isinstance(cause, OSError)
+
+
 def _experiment(client: Any, uri: str, name: str) -> str:
+    """The id of an experiment, which is made where it is missing.
+
+    Raises:
+        SpecError: it was deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     if client.get_experiment_by_name(name) is None:
@@ -254,7 +358,13 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         except MlflowException:
             if client.get_experiment_by_name(name) is None:  # else another run has made it just now
                 raise
-    return str(client.get_experiment_by_name(name).experiment_id)
+    found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage == "deleted":
+        raise SpecError(
+            f"its experiment {name!r} was deleted: `MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}` brings it back; or name another in trainer.experiment_name"
+        )
+    return str(found.experiment_id)
 
 
 def _runs(client: Any, record: str | None) -> list[Any]:
@@ -271,17 +381,15 @@ def _complete(client: Any, record: str | None) -> Any:
     return next((run for run in found if run.info.status != "RUNNING"), None)
 
 
-def _points(row: Mapping[str, float], prefix: str) -> Iterator[Any]:
-    """A curve's row as MLflow's points, against steps, and what is learned against tokens seen as well."""
-    from mlflow.entities import Metric
-
+def _points(row: Mapping[str, float], prefix: str) -> Iterator[Point]:
+    """A curve's row as points, against steps, and what is learned against tokens seen as well."""
     timestamp, step = round(row["time"] * 1000), int(row["step"])
     for name, value in row.items():
         if name in ("step", "time"):
             continue
-        yield Metric(prefix + name, value, timestamp, step)
+        yield prefix + name, value, timestamp, step
         if name.startswith(_LEARNED) and "positions_seen" in row:
-            yield Metric(f"by_tokens/{prefix}{name}", value, timestamp, int(row["positions_seen"]))
+            yield f"by_tokens/{prefix}{name}", value, timestamp, int(row["positions_seen"])
 
 
 def _source(name: str, tags: Mapping[str, str]) -> dict[str, str]:

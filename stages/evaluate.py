@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from spec import acceptance, base, corpus, evaluation, files, heads, lineage, plots, record, tracking
+from spec import acceptance, base, corpus, evaluation, files, heads, plots, record, tracking
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device
-from spec.record import Outcome
 from spec.store import features, locks
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
@@ -48,16 +47,16 @@ def evaluate(config: Config) -> None:
         source, manifest = _with_trained_base(config)
     heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, source["weights"])
     sources = {**common.read_sources(), "base": source}
-    tags = lineage.tags(sources, choose_device()) | {"features": manifest.digest, "method": shape.method}
-    run = tracking.Run(config, "evaluate", tags, lineage.data_files(sources, ("eval",)), record.kept(common.MODEL))
+    tags = {"features": manifest.digest, "method": shape.method}
+    run = tracking.Run(config, "evaluate", tags, sources, ("eval",), choose_device(), record.kept(common.MODEL))
     try:
         root = common.store_root(config)
         with locks.in_use(root):
             metrics = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
         artifacts = {str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()}
-        run.finish(RESULTS, Outcome(metrics=_flat(metrics), headline=HEADLINE, artifacts=artifacts))
+        run.finish(RESULTS, metrics=_flat(metrics), headline=HEADLINE, artifacts=artifacts)
     except BaseException:
-        run.finish(RESULTS, Outcome(), "FAILED")
+        run.finish(RESULTS, "FAILED")
         raise
     _report(metrics)
 

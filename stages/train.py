@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec import base as base_model
-from spec import corpus, files, heads, lineage, plots, tracking
+from spec import corpus, files, heads, plots, tracking
 from spec.config import Config, Speculator, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
-from spec.record import RUN_FILE, Outcome
+from spec.record import RUN_FILE
 from spec.store import features, locks
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
@@ -192,7 +192,8 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             )
             recorder.draw(RESULTS)
             cached = files.read_json(common.CACHE_METRICS) if common.CACHE_METRICS.is_file() else {}
-            outcome = Outcome(
+            run.finish(
+                common.MODEL,
                 metrics={
                     **{f"best.{name}": value for name, value in result.val.items()},
                     **{f"features.{split}.{name}": v for split, row in cached.items() for name, v in row.items()},
@@ -202,21 +203,20 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                 artifacts={str(RESULTS / name): "train" for name in sorted(_WRITTEN) if (RESULTS / name).is_file()},
                 model=[str(common.MODEL / name) for name in ("config.json", "pytorch_model.bin")],
             )
-            run.finish(common.MODEL, outcome)
             checkpoints.finish()  # last: a full disk above leaves the state to go on from
         except BaseException as error:
             status = "KILLED" if isinstance(error, loop.StoppedError) else "FAILED"
-            run.finish(RESULTS, Outcome(curves=recorder.curves()), status)
+            run.finish(RESULTS, status, curves=recorder.curves())
             raise
 
 
 def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> tracking.Run:
     """The MLflow run, with what it follows from."""
     sources = common.read_sources() if common.SOURCES.is_file() else {"base": manifests["train"].base}
-    tags = lineage.tags(sources, me.device) | {"method": shape.method, "hardware.workers": str(me.world)}
+    tags = {"method": shape.method, "hardware.workers": str(me.world)}
     tags |= {f"features.{split}": manifest.digest for split, manifest in manifests.items()}
     tags["features"] = manifests["train"].digest
-    return tracking.Run(config, "train", tags, lineage.data_files(sources, ("train", "val")))
+    return tracking.Run(config, "train", tags, sources, ("train", "val"), me.device)
 
 
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:

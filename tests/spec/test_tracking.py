@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
 from spec import config as config_module
 from spec import files, tracking
 from spec.config import Config, flatten
 from spec.errors import SpecError
-from spec.lineage import DataFile
-from spec.record import RUN_FILE, Outcome, Record, kept
+from spec.record import RUN_FILE, Record, kept
 from spec.tracking import Run, sync, tracking_uri
 from tests.mlflow_server import check_run
 
@@ -56,7 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def begin(config: Config, name: str = "train", parent: Record | None = None) -> Run:
     tags = {"features": "ff", "git.commit": "abc", "git.dirty": "false"}
-    return Run(config, name, tags, [DataFile(f"data/{name}.parquet", "1" * 64, name)], parent)
+    sources = {"base": {}, "files": {name: {f"data/{name} (1).parquet": "1" * 64}}}
+    return Run(config, name, tags, sources, (name,), torch.device("cpu"), parent)
 
 
 def train(config: Config) -> Record:
@@ -64,14 +67,14 @@ def train(config: Config) -> Record:
     run = begin(config)
     for row in ROWS:
         run.log(row)
-    outcome = Outcome(
+    run.finish(
+        MODEL,
         metrics={"best.tokens_per_step": 1.5},
         step=20,
         curves={"results/train.csv": ""},
         artifacts={"results/loss.png": "train"},
         model=["model/config.json", "model/pytorch_model.bin"],
     )
-    run.finish(MODEL, outcome)
     assert run.record is not None
     return run.record
 
@@ -79,7 +82,7 @@ def train(config: Config) -> Record:
 def evaluate(config: Config, status: str = "FINISHED") -> Record:
     """An evaluation of that training's checkpoint."""
     run = begin(config, "evaluate", kept(MODEL))
-    run.finish(RESULTS, Outcome(metrics={"a": 2.0, "b": 1.0}, headline=["a", "c"]), status)
+    run.finish(RESULTS, status, metrics={"a": 2.0, "b": 1.0}, headline=["a", "c"])
     assert run.record is not None
     return run.record
 
@@ -144,16 +147,93 @@ def test_a_server_that_does_not_answer_is_told_at_once(monkeypatch: pytest.Monke
         monkeypatch.setenv(name, "")  # so that what the run sets is undone, too
         monkeypatch.delenv(name)
     began = time.monotonic()
-    with pytest.raises(SpecError, match=r"MLflow at http://127\.0\.0\.1:9 could not be used .* trainer.logger=console"):
+    with pytest.raises(
+        SpecError,
+        match=r"MLflow at http://127\.0\.0\.1:9 could not be used .* start the server, or .*trainer.logger=console",
+    ):
         begin(make_config("http://127.0.0.1:9"))
     assert time.monotonic() - began < 20  # not mlflow's own seven retries, which take minutes
 
 
-def test_a_server_that_refuses_a_run(database: str) -> None:
-    client = MlflowClient(database)
-    client.delete_experiment(client.create_experiment("deleted"))
-    with pytest.raises(SpecError, match=r"could not be used \(.*deleted.*\)"):
-        begin(make_config(database, experiment_name="deleted"))
+def test_an_experiment_that_was_deleted(database: str, folder: Path) -> None:
+    """Before a run and after it: what to type is said, and then nothing is lost."""
+    client, config = MlflowClient(database), make_config(database, experiment_name="deleted")
+    record = train(config)
+    experiment = client.get_experiment_by_name("deleted").experiment_id
+    client.delete_experiment(experiment)
+    words = rf"'deleted' was deleted: .* experiments restore --experiment-id {experiment}`.* trainer\.experiment_name"
+    with pytest.raises(SpecError, match=rf"could not be used \(.*{words}\); run with trainer\.logger"):
+        begin(config)
+    with pytest.raises(SpecError, match=words):
+        sync(record, database)
+    client.restore_experiment(experiment)
+    assert sync(record, database) is None
+
+
+NAMES = ["C++", "Q&A (hard)", "$x$", "all", "", "a/b", "a//b", "/tmp/x/../y/", ".", "x" * 300, "😀", "😀" * 300]
+ODD = {f"domains.{name}.tokens_per_step": float(number) for number, name in enumerate([*NAMES])}
+
+
+def test_every_name_arrives_and_can_be_read_back(database: str, folder: Path) -> None:
+    run = begin(make_config(database))
+    run.log({"step": 1, "time": 1.0, "loss.C++": 2.0, "positions_seen": 7})
+    run.finish(RESULTS, metrics=ODD)
+    assert run.record is not None
+    for uri, run_id in ((database, run.id), (f"sqlite:///{folder}/other.db", "")):
+        found = MlflowClient(uri).get_run(run_id or made_anew(run.record, uri))
+        assert found.info.status == "FINISHED"
+        path = MlflowClient(uri).download_artifacts(found.info.run_id, "names.json")
+        names = files.read_json(Path(path))
+        figures = {names.get(name, name): value for name, value in found.data.metrics.items()}
+        assert {name: figures[name] for name in ODD} == ODD
+        assert found.inputs.dataset_inputs[0].dataset.name == "data/train (1).parquet"
+    assert {"loss.C_x2B2B_", "by_tokens/loss.C_x2B2B_"} <= MlflowClient(database).get_run(run.id).data.metrics.keys()
+
+
+@pytest.mark.parametrize("code", [INVALID_PARAMETER_VALUE, INTERNAL_ERROR])
+def test_a_refused_name_loses_nothing_else(
+    database: str, folder: Path, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told once by name, neither the run nor a sync takes it for a dead server, and it is not sent again."""
+    log_batch = MlflowClient.log_batch
+
+    def picky(self: MlflowClient, run_id: str, metrics: Any = (), params: Any = (), **others: Any) -> None:
+        if any(each.key in ("b.d", "trainer.seed") for each in (*metrics, *params)):
+            raise MlflowException("no such name here", code)
+        log_batch(self, run_id, metrics=metrics, params=params, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", picky)
+    run = begin(make_config(database))
+    for step in (1, 2):
+        run.log({"step": step, "time": step, "a": 1.0, "b.d": 2.0, "c": 3.0})
+    run.finish(RESULTS, metrics={"b.d": 1.0, "e": 1.0})
+    assert run.record is not None
+    assert [line.split(" refuses ")[1] for line in caplog.messages] == [
+        f"'{name}' (no such name here); everything else of the run is sent" for name in ("trainer.seed", "b.d")
+    ]
+    made = made_anew(run.record, f"sqlite:///{folder}/other.db")
+    for uri, run_id in ((database, run.id), (f"sqlite:///{folder}/other.db", made)):
+        found = MlflowClient(uri).get_run(run_id)
+        assert (found.info.status, found.data.metrics.get("e")) == ("FINISHED", 1.0)
+        assert found.data.params.keys() == run.record.params.keys() - {"trainer.seed"}
+    assert [point.step for point in MlflowClient(database).get_metric_history(run.id, "c")] == [1, 2]
+
+
+def test_a_server_that_refuses_everything_is_not_asked_for_every_name(
+    database: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def refuse(*_: object, **__: object) -> None:
+        asked.append("again")
+        raise MlflowException("run is gone", INVALID_PARAMETER_VALUE)
+
+    run = begin(make_config(database))
+    monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+    run.finish(RESULTS, metrics={f"m{i}": 1.0 for i in range(1000)})
+    assert len(asked) < 200
+    assert "refuses the rest of the run (run is gone)" in caplog.text
+    assert "`spec track sync`" in caplog.text
 
 
 def test_an_experiment_that_another_run_makes_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +259,7 @@ def test_a_password_in_the_address_is_used_and_told_nowhere(
         run.log(ROWS[0])
     assert run.record is not None
     assert run.record.tracking_uri == run.record.params["trainer.tracking_uri"] == "http://127.0.0.1:9"
-    run.finish(RESULTS, Outcome())
+    run.finish(RESULTS)
     assert "at http://127.0.0.1:9 stopped answering (at http://127.0.0.1:9)" in caplog.text
     with pytest.raises(SpecError, match=r"MLflow at http://127\.0\.0\.1:9 ") as unsent:
         sync(run.record, address)
