@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -26,6 +27,9 @@ TEMPERATURES = (0.6, 1.0)
 
 LENGTHS = tuple(range(1, 13))
 """Draft lengths whose tokens per step are reported."""
+
+SHOWN = 12
+"""Domains that tables and pictures show one by one."""
 
 
 @dataclass(frozen=True)
@@ -184,24 +188,7 @@ def summary(
         source: _figures(walks, measured.expected.get(source, {}), len(measured.accuracy) if source == "head" else 1)
         for source, walks in measured.walks.items()
     }
-    total = {source: _together([sources[source] for sources in timed.values()]) for source in ["none", *SOURCES]}
-    domains = {}
-    for name in sorted({walk.domain for walk in head}):
-        inside, lookup, both = (_of(walks, name) for walks in (head, ngram, hybrid))
-        low, high = acceptance.interval(inside)
-        domains[name] = {
-            "tokens_per_step": acceptance.tokens_per_step(inside),
-            "tokens_per_step_low": low,
-            "tokens_per_step_high": high,
-            "tokens_per_step_nonlooping": acceptance.tokens_per_step(w for w in inside if not w.looping),
-            "ngram_tokens_per_step": acceptance.tokens_per_step(lookup),
-            "hybrid_tokens_per_step": acceptance.tokens_per_step(both),
-            "gain": _gain(both, lookup),
-            "repetition": _share(walk.looping for walk in inside),
-            "answers": len(inside),
-        }
-        if name in timed:
-            domains[name] |= _real(timed[name], {source: _of(walks, name) for source, walks in paper.items()})[draft]
+    total = _all_sources(list(timed.values()))
     real = _real(total, paper)
     return {
         "offline": figures["head"]
@@ -223,8 +210,56 @@ def summary(
             "prompts": len(total["none"].walks),
             "sources": real,
         },
-        "domains": domains,
+        "domains": by_domain(measured, timed, paper, draft, {name: {name} for name in sorted(_sizes(measured))}),
     }
+
+
+def largest(measured: Offline) -> dict[str, set[str]]:
+    """The domains that a table or picture has room for: those with most answers, each alone, and the others as one."""
+    sizes = _sizes(measured)
+    ranked = sorted(sizes, key=lambda name: (-sizes[name], name))
+    groups = {_label(name): {name} for name in sorted(ranked[:SHOWN])}
+    return groups | ({"others": set(ranked[SHOWN:])} if ranked[SHOWN:] else {})
+
+
+def by_domain(
+    measured: Offline,
+    timed: Mapping[str, dict[Source, Timed]],
+    paper: Mapping[Source, list[Walk]],
+    draft: Source,
+    groups: Mapping[str, set[str]],
+) -> dict[str, dict[str, Any]]:
+    """The figures of each group of domains, whose answers are counted as if they were of one."""
+    rows: dict[str, dict[str, Any]] = {}
+    for label, names in groups.items():
+        inside, lookup, both = (_of(measured.walks[source], names) for source in SOURCES)
+        low, high = acceptance.interval(inside)
+        rows[label] = {
+            "tokens_per_step": acceptance.tokens_per_step(inside),
+            "tokens_per_step_low": low,
+            "tokens_per_step_high": high,
+            "tokens_per_step_nonlooping": acceptance.tokens_per_step(w for w in inside if not w.looping),
+            "ngram_tokens_per_step": acceptance.tokens_per_step(lookup),
+            "hybrid_tokens_per_step": acceptance.tokens_per_step(both),
+            "gain": _gain(both, lookup),
+            "repetition": _share(walk.looping for walk in inside),
+            "answers": len(inside),
+        }
+        decoded = [timed[name] for name in names if name in timed]
+        if decoded:
+            cut = {source: _of(walks, names) for source, walks in paper.items()}
+            rows[label] |= _real(_all_sources(decoded), cut)[draft]
+    return rows
+
+
+def _sizes(measured: Offline) -> Counter[str]:
+    return Counter(walk.domain for walk in measured.walks["head"])
+
+
+def _label(name: str) -> str:
+    """A domain's name as one line, quoted where it would be taken for a total or could not be seen."""
+    clear = name.isprintable() and name == name.strip() and name not in ("", "all", "others")
+    return name if clear and name[0] not in "'\"" else repr(name)
 
 
 def _figures(walks: Sequence[Walk], expected: dict[float, list[float]], n: int) -> dict[str, Any]:
@@ -268,8 +303,13 @@ def _gain(walks: Sequence[Walk], baseline: Sequence[Walk]) -> dict[str, float]:
     return dict(zip(("value", "low", "high"), acceptance.gain(walks, baseline), strict=True))
 
 
-def _of(walks: Sequence[Walk], domain: str) -> list[Walk]:
-    return [walk for walk in walks if walk.domain == domain]
+def _of(walks: Sequence[Walk], domains: set[str]) -> list[Walk]:
+    return [walk for walk in walks if walk.domain in domains]
+
+
+def _all_sources(parts: Sequence[Mapping[Source, Timed]]) -> dict[Source, Timed]:
+    everything: list[Source] = ["none", *SOURCES]
+    return {source: _together([part[source] for part in parts]) for source in everything}
 
 
 def _together(parts: Sequence[Timed]) -> Timed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], y: str, baseline
     """Bars side by side: group -> name -> value; a dashed line where nothing is gained."""
     if not _drawing():
         return
-    figure, axes = _axes("", y)
+    figure, axes = _axes("", y, width=max(7, len(groups)))
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
@@ -33,10 +34,16 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], y: str, baseline
         heights = [values.get(name, 0.0) for values in groups.values()]
         drawn = axes.bar(places, heights, width * 0.95, label=name)
         axes.bar_label(drawn, fmt="%.2f", fontsize=8)
-    axes.set_xticks(range(len(groups)), list(groups))
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 6 else {}
+    axes.set_xticks(range(len(groups)), [short(name) for name in groups], **slanted)
     if baseline is not None:
         axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
     _save(figure, axes, path)
+
+
+def short(name: str, limit: int = 24) -> str:
+    """A name with its middle left out where it is longer than a column or an axis has room for."""
+    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"
 
 
 @functools.cache
@@ -48,13 +55,14 @@ def _drawing() -> bool:
         log.warning("matplotlib is not installed: no pictures are drawn")
         return False
     mpl.use("Agg")
+    mpl.rcParams["text.parse_math"] = False  # "$x$" is a name, no formula
     return True
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def _axes(x: str, y: str, width: float = 7) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(min(width, 100), 4), layout="constrained")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -66,5 +74,7 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
 
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for it
+        figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

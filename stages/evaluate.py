@@ -52,17 +52,23 @@ def evaluate(config: Config) -> None:
     try:
         root = common.store_root(config)
         with locks.in_use(root):
-            metrics = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
+            metrics, shown = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
         artifacts = {str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()}
         run.finish(RESULTS, metrics=_flat(metrics), headline=HEADLINE, artifacts=artifacts)
     except BaseException:
         run.finish(RESULTS, "FAILED")
         raise
-    _report(metrics)
+    _report(metrics, shown)
 
 
-def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n: int) -> dict[str, Any]:
-    """Walk, decode, compare; writes everything under results/evaluate."""
+def _measure(
+    config: Config, source: Mapping[str, Any], reader: FeatureReader, n: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Walk, decode, compare; writes everything under results/evaluate.
+
+    Returns:
+        The metrics, and the rows of the domains that a table has room for.
+    """
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
     linear = features.linear_logits(reader.collection)
@@ -89,8 +95,9 @@ def _measure(config: Config, source: Mapping[str, Any], reader: FeatureReader, n
     metrics = evaluation.summary(measured, timed, paper, same, config.decode.draft)
     metrics["speculator"] = files.digest_file(common.MODEL / "pytorch_model.bin")  # whose figures these are
     files.write_json(RESULTS / "metrics.json", metrics)
-    _draw(measured, metrics, n)
-    return metrics
+    shown = evaluation.by_domain(measured, timed, paper, config.decode.draft, evaluation.largest(measured))
+    _draw(measured, metrics["domains"], shown, n)
+    return metrics, shown
 
 
 def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
@@ -119,7 +126,7 @@ def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageMod
     return LanguageModelWithSpeculator(model, speculator, config.decode)
 
 
-def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> None:
+def _draw(measured: evaluation.Offline, domains: Mapping[str, Any], shown: Mapping[str, Any], n: int) -> None:
     """Tables for dvc, and pictures."""
     shares = {
         source: acceptance.acceptance(walks, n if source == "head" else DRAWN)
@@ -133,19 +140,19 @@ def _draw(measured: evaluation.Offline, metrics: Mapping[str, Any], n: int) -> N
         "drafted tokens a step, at most",
         "tokens per step (exact walk)",
     )
-    bars = {
-        name: {
-            "head": row["tokens_per_step"],
-            "n-gram": row["ngram_tokens_per_step"],
-            "hybrid": row["hybrid_tokens_per_step"],
-        }
-        for name, row in metrics["domains"].items()
-    }
     with (RESULTS / "domains.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["domain", "source", "tokens_per_step"])
-        writer.writerows([name, source, value] for name, row in bars.items() for source, value in row.items())
-    plots.bars(RESULTS / "domains.png", bars, "tokens per step", baseline=1.0)
+        writer.writerows([name, source, value] for name, row in domains.items() for source, value in _bars(row).items())
+    plots.bars(
+        RESULTS / "domains.png", {name: _bars(row) for name, row in shown.items()}, "tokens per step", baseline=1.0
+    )
+
+
+def _bars(row: Mapping[str, Any]) -> dict[str, float]:
+    """A domain's tokens per step by source."""
+    columns = {"head": "tokens_per_step", "n-gram": "ngram_tokens_per_step", "hybrid": "hybrid_tokens_per_step"}
+    return {source: row[column] for source, column in columns.items()}
 
 
 def _curves(name: str, columns: tuple[str, str], rows: Mapping[Any, Sequence[float]], x: str, y: str) -> None:
@@ -169,14 +176,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _report(metrics: Mapping[str, Any]) -> None:
-    """The table that a run ends with."""
+def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+    """The table that a run ends with, and what it means."""
     decode, offline = metrics["decode"], metrics["offline"]
-    common.say("")
-    common.say(f"{'':12}  tokens per step, all of eval       {decode['prompts']} prompts, {decode['draft']}")
-    common.say(
-        f"{'domain':12}  {'head':>6}  {'n-gram':>6}  {'hybrid':>6}  {'looping':>7}  {'walk':>6}  {'loop':>6}  x plain"
-    )
     total = {
         "tokens_per_step": offline["tokens_per_step"],
         "ngram_tokens_per_step": metrics["ngram"]["tokens_per_step"],
@@ -184,12 +186,7 @@ def _report(metrics: Mapping[str, Any]) -> None:
         "repetition": metrics["repetition"],
         **decode["sources"][decode["draft"]],
     }
-    for name, row in {**metrics["domains"], "all": total}.items():
-        line = f"{name:12}  {row['tokens_per_step']:6.2f}  {row['ngram_tokens_per_step']:6.2f}  "
-        line += f"{row['hybrid_tokens_per_step']:6.2f}  {row['repetition']:7.0%}"
-        if row.get("speedup"):
-            line += f"  {row['walk_tokens_per_step']:6.2f}  {row['decode_tokens_per_step']:6.2f}  {row['speedup']:7.2f}"
-        common.say(line)
+    _table({**shown, "all": total}, f"{decode['prompts']} prompts, {decode['draft']}")
     low, high = offline["tokens_per_step_low"], offline["tokens_per_step_high"]
     common.say(f"head: 95 % interval {low:.2f} to {high:.2f} over {offline['answers']} answers")
     if "sampling" in offline:
@@ -200,7 +197,8 @@ def _report(metrics: Mapping[str, Any]) -> None:
         common.say(f"note: {share:.0%} of the answers were not written greedily by the base; decoding will differ")
     if offline["tokens_per_step"] <= metrics["ngram"]["tokens_per_step"]:
         common.say("note: n-gram lookup alone, which needs no training, does as well as this head or better")
-    useless = [n for n, row in {**metrics["domains"], "all": metrics["hybrid"]}.items() if row["gain"]["low"] <= 0]
+    gains = {**shown, "all": metrics["hybrid"]}
+    useless = [plots.short(name) for name, row in gains.items() if row["gain"]["low"] <= 0]
     if useless:
         common.say(
             f"warning: the trained head adds nothing to n-gram lookup that is sure (95 % interval of the gain) in "
@@ -209,6 +207,22 @@ def _report(metrics: Mapping[str, Any]) -> None:
     if decode["lossless"] is not None:
         common.say(f"identical to plain greedy decoding in float32: {'yes' if decode['lossless'] else 'NO'}")
     common.say(f"evaluate: {decode['prompts']} prompts decoded, {offline['answers']} answers walked -> {RESULTS}")
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], decoded: str) -> None:
+    """A line for each domain, aligned; what was decoded for real is said above its columns."""
+    names = [plots.short(name) for name in rows]
+    width = max(12, *map(len, names))
+    common.say("")
+    common.say(f"{'':{width}}  tokens per step, all of eval       {decoded}")
+    titles = f"{'head':>6}  {'n-gram':>6}  {'hybrid':>6}  {'looping':>7}  {'walk':>6}  {'loop':>6}  x plain"
+    common.say(f"{'domain':{width}}  {titles}")
+    for name, row in zip(names, rows.values(), strict=True):
+        line = f"{name:{width}}  {row['tokens_per_step']:6.2f}  {row['ngram_tokens_per_step']:6.2f}  "
+        line += f"{row['hybrid_tokens_per_step']:6.2f}  {row['repetition']:7.0%}"
+        if row.get("speedup"):
+            line += f"  {row['walk_tokens_per_step']:6.2f}  {row['decode_tokens_per_step']:6.2f}  {row['speedup']:7.2f}"
+        common.say(line)
 
 
 if __name__ == "__main__":

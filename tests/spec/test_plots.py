@@ -16,11 +16,18 @@ def _asks_again() -> Iterator[None]:
     plots._drawing.cache_clear()
 
 
-def test_pictures(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error")
+def test_pictures_whatever_the_names(tmp_path: Path) -> None:
     plots.curves(tmp_path / "new/curves.png", {"a": ([1, 2], [3.0, 4.0])}, "x", "y")
-    plots.bars(tmp_path / "bars.png", {"maths": {"head": 1.5, "n-gram": 1.2}, "code": {"head": 1.1}}, "y", baseline=1.0)
+    names = ["maths", "$x$", "$\\frac", "", "a\nb", "😀", "x" * 300, *map(str, range(200))]
+    plots.bars(tmp_path / "bars.png", {name: {"head": 1.5, "$y": 1.2} for name in names}, "y", baseline=1.0)
     for path in ("new/curves.png", "bars.png"):
         assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "shown"), [("x" * 24, "x" * 24), ("a" * 20 + "z" * 20, "a" * 11 + "…" + "z" * 12)])
+def test_long_names_lose_their_middle(name: str, shown: str) -> None:
+    assert plots.short(name) == shown
 
 
 def test_without_matplotlib_a_run_has_no_pictures_and_says_so_once(

@@ -72,7 +72,7 @@ def test_heads_that_add_nothing_are_warned_of(metrics: Any, capsys: pytest.Captu
     for row in (metrics["hybrid"], *metrics["domains"].values()):
         row["gain"] = {"value": 0.2, "low": 0.1, "high": 0.3}
     metrics["domains"]["code"]["gain"]["low"] = low
-    evaluate._report(metrics)
+    evaluate._report(metrics, metrics["domains"])
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warned) == (low <= 0)
     assert all("adds nothing" in line and " in code:" in line for line in warned)
