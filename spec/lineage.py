@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
@@ -17,7 +18,14 @@ import torch
 from spec import files
 from spec.device import arithmetic
 
+log = logging.getLogger(__name__)
+
 LOCK = Path("dvc.lock")
+_FIRST_COMMIT = {
+    "not a git repository": "git init && git add --all && git commit --message=first",
+    "bad revision": "git add --all && git commit --message=first",
+}
+"""What git says where there is no commit, and what to type."""
 _PACKAGES = ("speculator-training", "torch", "transformers", "zarr", "numpy", "dvc", "mlflow")
 
 
@@ -63,15 +71,21 @@ def tags(sources: Mapping[str, Any], device: torch.device) -> dict[str, str]:
 
 
 def git_state() -> tuple[str, bool]:
-    """The commit that is checked out, and whether files differ from it; ("none", False) outside a repository."""
+    """The commit that is checked out, and whether files differ from it; ("none", False) and a warning without one."""
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
             capture_output=True,
             text=True,
-            check=True,
+            env={**os.environ, "LC_ALL": "C"},
         )
-    except (OSError, subprocess.CalledProcessError):
+    except OSError as error:
+        log.warning("git could not be started (%s): the run does not say which code made it", error.strerror)
+        return "none", False
+    if answer.returncode:
+        said = answer.stderr.strip().removeprefix("fatal: ")
+        remedy = next((f"; `{typed}` begins one" for words, typed in _FIRST_COMMIT.items() if words in said), "")
+        log.warning("git: %s%s. Until then a run does not say which code made it", said, remedy)
         return "none", False
     commit, _, dirty = answer.stdout.strip().partition("-")
     return commit, bool(dirty)

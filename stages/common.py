@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from ruamel.yaml import YAML
 from tqdm import tqdm
 
 from spec import config as config_module
@@ -72,7 +73,9 @@ def stage(body: Callable[..., None]) -> click.Command:
         for noisy in ("httpx", "urllib3", "alembic", "mlflow", "aiobotocore", "botocore"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         with clear_errors():
-            body(config_module.load(params, overrides), **options)
+            config = config_module.load(params, overrides)
+            check_listed(params)
+            body(config, **options)
 
     name = body.__module__.rpartition(".")[2] if body.__module__ != "__main__" else Path(sys.argv[0]).stem
     command = click.command(name, help=body.__doc__)(run)
@@ -81,6 +84,37 @@ def stage(body: Callable[..., None]) -> click.Command:
         click.Option(["-S", "--set", "overrides"], multiple=True, metavar="KEY=VALUE", help="Override a parameter."),
     ]
     return command
+
+
+def check_listed(params: Path) -> None:
+    """Name at once every key that dvc would miss at one stage after the other; without dvc a missing key is no fault.
+
+    Raises:
+        SpecError: shows the lines to add.
+    """
+    pipeline = Path("dvc.yaml")
+    if "DVC_STAGE" not in os.environ or not pipeline.is_file():
+        return
+    yaml = YAML(typ="safe", pure=True)
+    stages = yaml.load(pipeline.read_text())["stages"].values()
+    read = {key for stage in stages for key in stage.get("params", []) if isinstance(key, str)}
+    present = yaml.load(params.read_text()) or {}
+    absent = [key for key in sorted(read) if not _has(present, key.split("."))]
+    lines = [
+        f"  {name}: {json.dumps(value)}"
+        for name, value in config_module.flatten(Config()).items()
+        if any(f"{name}.".startswith(f"{key}.") for key in absent)
+    ]
+    if lines:
+        raise SpecError(
+            f"{params} lacks {', '.join(absent)}: dvc stops where a stage reads a key that is not there. Put these, "
+            "the defaults, into their sections (docs/parameters.md):\n" + "\n".join(lines)
+        )
+
+
+def _has(tree: Any, path: list[str]) -> bool:
+    """Whether nested mappings have a key, whatever its value."""
+    return not path or (isinstance(tree, dict) and path[0] in tree and _has(tree[path[0]], path[1:]))
 
 
 def stage_of(group: click.Group) -> Callable[[Callable[..., None]], Callable[..., None]]:

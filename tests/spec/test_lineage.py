@@ -22,10 +22,13 @@ SOURCES = {
 }
 
 
-def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_and_whether_files_differ_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert lineage.git_state() == ("none", False)
+    assert "not a git repository (or any of the parent directories): .git; `git init && git add" in caplog.text
 
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -33,7 +36,8 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch
         return done.stdout.strip()
 
     git("init", "--quiet")
-    assert lineage.git_state() == ("none", False)  # a repository without a commit
+    assert lineage.git_state() == ("none", False)
+    assert "bad revision 'HEAD'; `git add --all && git commit" in caplog.text
     Path("file").write_text("one")
     git("add", "file")
     git("commit", "--quiet", "--message", "one")
@@ -44,6 +48,9 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch
     assert lineage.git_state() == (commit, True)
     found = lineage.tags(SOURCES, torch.device("cpu"))
     assert (found["git.commit"], found["git.dirty"]) == (commit, "true")
+    monkeypatch.setenv("PATH", "")
+    assert lineage.git_state() == ("none", False)
+    assert "git could not be started (No such file or directory)" in caplog.text
 
 
 def test_everything_that_a_run_follows_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,24 @@ def test_a_stage_reads_the_folders_parameters(command: click.Command, params: Pa
     assert "Say the rate." in CliRunner().invoke(command, ["--help"]).output
 
 
+def test_keys_that_dvc_would_miss_later_are_shown_at_once(
+    command: click.Command, params: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("dvc.yaml").write_text("stages: {fetch: {cmd: x}, a: {params: [data.date, decode]}, b: {params: [optim.lr]}}")
+    assert CliRunner().invoke(command).exit_code == 0
+    monkeypatch.setenv("DVC_STAGE", "fetch")
+    result = CliRunner().invoke(command)
+    assert result.exit_code == 1
+    assert "Error: params.yaml lacks data.date, decode: dvc stops" in result.output
+    lines = result.output.splitlines()[1:]
+    assert lines[0] == '  data.date: "2026-01-01"'
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        f"decode.{name}" for name in type(Config().decode).model_fields
+    ]
+    params.write_text("optim: {lr: 2}\ndata: {date: '2026-01-01'}\ndecode:\n")
+    assert CliRunner().invoke(command).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
