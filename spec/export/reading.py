@@ -1,9 +1,11 @@
 """Read a speculator from a folder in a public format: IBM's (fms_extras/models/hf/modeling_mlp_speculator.py), or that
-of ArcticTraining and ArcticInference.
+of ArcticTraining and ArcticInference. Whatever else lies there is refused by its name.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +22,15 @@ from spec import base, files, heads
 from spec.config import MEDUSA, Model, parse_dims
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig
 
-_DOWNLOADED = ["config.json", "*.safetensors", "*.bin", "*.index.json"]
+log = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
+_DOWNLOADED = ["config.json", _ADAPTER, "*.safetensors", "*.bin", "*.index.json"]
+_READ = "Read are the MLP speculators of IBM (fms), and Arctic's MLP and LSTM speculators"
+_MOST_HEADS = 64
+"""No speculator has more; a config.json that says so is damaged."""
+_NEUTRAL = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+"""Keys that say nothing about the network."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,15 @@ def identify_base(name: str) -> KnownBase:
     folder = base.resolve(name, None)
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError) as error:
+        vocab_size, hidden_size = config.vocab_size, config.hidden_size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise base.BaseError(f"{folder}: its config.json could not be read ({error})") from None
     return KnownBase(
         name=name,
         revision=base.downloaded_revision(folder, Model(partial_pretrain=name)),
         digest=base.identify(folder)["weights"],
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
     )
 
 
@@ -79,49 +90,105 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     except base.BaseError as error:
         raise CheckpointError(str(error)) from None
     values = _read_config(folder)
-    fields = _fields_of(values, folder)
+    name, fields = _format_of(values, folder)
     try:
         config = SpeculatorConfig(**fields(values), **_base_fields(values, known))
     except ValueError as error:  # CheckpointError is one, too
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    if config.n_predict > _MOST_HEADS:
+        raise CheckpointError(f"{folder / 'config.json'}: n_predict is {config.n_predict}, at most {_MOST_HEADS} fit")
     if known is not None:
         heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
+    left = sorted(set(values) - {each.name for each in dataclasses.fields(config)} - {"input_hidden_dim"} - _NEUTRAL)
+    log.info(
+        "%s is in %s: its weights and shape are read; %s",
+        folder,
+        name,
+        f"not: {', '.join(left)}" if left else "nothing is left",
+    )
     try:
         return heads.restore(config, _renamed(_read_state(folder), config))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of sizes and types that no network has
+        raise CheckpointError(f"{folder}: config.json and the weights make no network ({error})") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no config.json; this is not a speculator's folder")
+        if (folder / _ADAPTER).is_file():
+            raise CheckpointError(_adapter(folder))
+        raise CheckpointError(f"{folder}: no config.json; this is not a speculator's folder. {_READ}")
     try:
         values = files.read_json(path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
 
 
-def _fields_of(values: Mapping[str, Any], folder: Path) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What turns a config.json of this format into the fields of a SpeculatorConfig, but the base's."""
-    kind = values.get("model_type")
-    if kind == "medusa":
-        raise CheckpointError(f"{folder / 'config.json'}: {MEDUSA}")
-    if kind == "mlp_speculator" and "input_hidden_dim" in values:
-        return _arctic
-    if kind == "mlp_speculator" and "emb_dim" in values and "hidden_size" not in values:
-        return _ibm
+_Fields = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""What turns a config.json into the fields of a SpeculatorConfig, but the base's."""
+
+
+def _format_of(values: Mapping[str, Any], folder: Path) -> tuple[str, _Fields]:
+    """The name of the format that a config.json is in, and its fields.
+
+    Raises:
+        CheckpointError: one that is not read; says what it is.
+    """
+    if values.get("model_type") == "mlp_speculator" and not any(name.startswith("speculators_") for name in values):
+        if "input_hidden_dim" in values:
+            return "Arctic's format", _arctic
+        if "emb_dim" in values and "hidden_size" not in values:
+            return "IBM's format (fms)", _ibm
+    raise CheckpointError(_refusal(values, folder))
+
+
+def _refusal(values: Mapping[str, Any], folder: Path) -> str:
+    """What lies in a folder that is in neither format, and what would fit."""
+    names = ("model_type", "architectures", "speculators_model_type")
+    kind = " ".join(str(values.get(name, "")) for name in names).lower()
+    method = values.get("speculators_model_type")
+    path = folder / "config.json"
+    if method is not None or "speculators_config" in values:
+        return f"{path}: the format of the library speculators (method {method!r}), which is not read. {_READ}"
+    if "medusa" in kind or any("medusa" in name for name in values):
+        return f"{path}: Medusa's heads, with or without biases. {MEDUSA}"
+    if "eagle3" in kind or ("draft_vocab_size" in values and "mlp_speculator" not in kind):
+        return f"{path}: an EAGLE-3 head, which this project does not train yet and does not read. {_READ}"
+    if "eagle" in kind or (values.get("num_hidden_layers") == 1 and "fc.weight" in _tensor_names(folder)):
+        return f"{path}: an EAGLE head, which this project neither trains nor reads. {_READ}"
+    if (folder / _ADAPTER).is_file():
+        return _adapter(folder)
     try:
         heads.read_config(folder)
+        return f"{folder} is a checkpoint of this project already; it needs no import"
+    except CheckpointError as error:
+        if "method" in values and "base_digest" in values:
+            return f"{error} (a checkpoint of this project, by its keys)"
+    if "num_hidden_layers" in values or "forcausallm" in kind:
+        return (
+            f"{path}: a whole model ({values.get('model_type')!r}), no speculator; --base is where a base goes. {_READ}"
+        )
+    return f"{path}: model_type {values.get('model_type')!r} is none that can be imported. {_READ}"
+
+
+def _adapter(folder: Path) -> str:
+    return (
+        f"{folder}: an adapter ({_ADAPTER}), no speculator; merge it into its base, and train a speculator for that. "
+        f"{_READ}"
+    )
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    """The names of a folder's tensors; none where they cannot be read."""
+    try:
+        return set(_read_state(folder))
     except CheckpointError:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {kind!r} is none that can be imported: expected mlp_speculator "
-            "(IBM's, with emb_dim and inner_dim; Arctic's, with input_hidden_dim)"
-        ) from None
-    raise CheckpointError(f"{folder} is a checkpoint of this project already; it needs no import")
+        return set()
 
 
 def _arctic(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +260,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
         if paths:
             state: dict[str, Tensor] = {}
             for path in paths:
-                state |= _load_safetensors(path) if suffix == "safetensors" else heads.read_weights(path)
+                state |= _load_safetensors(path) if suffix == "safetensors" else _load_pickle(path)
             return state
     raise CheckpointError("no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their parts")
 
@@ -208,10 +275,11 @@ def _parts(folder: Path, name: str) -> list[Path]:
     try:
         names = sorted(set(files.read_json(index)["weight_map"].values()))
         paths = [folder / part for part in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of weights ({error!r})") from None
-    for part, path in zip(names, paths, strict=True):
-        if Path(part).name != part or not path.is_file():
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    for part in names:
+        if part not in present:
             raise CheckpointError(f"{index} lists {part!r}, which is not in this folder")
     return paths
 
@@ -221,6 +289,15 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        return heads.read_weights(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle makes torch raise anything
+        raise CheckpointError(f"{path} is not a whole file of torch.save: {error!r}") from None
 
 
 def _renamed(state: Mapping[str, Tensor], config: SpeculatorConfig) -> dict[str, Tensor]:

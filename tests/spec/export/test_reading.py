@@ -1,10 +1,14 @@
 """What is not read, whatever the format."""
 
+import contextlib
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from spec import files, heads
 from spec.base import BaseError
@@ -116,6 +120,19 @@ def test_an_index_that_leads_elsewhere(exported: Path, names: object) -> None:
         read(str(exported))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_pickles(exported: Path, zipped: bool) -> None:
+    (exported / "model.safetensors").unlink()
+    path = exported / "pytorch_model.bin"
+    torch.save({"emb.0.0.weight": torch.zeros(2)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + b"\xff\x80" + whole[place + 2 :])
+        with pytest.raises(CheckpointError):
+            read(str(exported))
+
+
 def test_torn_and_missing_weights(exported: Path) -> None:
     (exported / "model.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
@@ -123,3 +140,76 @@ def test_torn_and_missing_weights(exported: Path) -> None:
     (exported / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no weights: neither model\.safetensors nor pytorch_model\.bin"):
         read(str(exported))
+
+
+ADAPTER, LLAMA = {"peft_type": "LORA"}, {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("config.json", {"model_type": "medusa", "num_heads": 3}, r"Medusa's heads.*use sum_rnn or sum_lstm"),
+        ("config.json", {"medusa_num_heads": 3, "base_model_name_or_path": "b"}, "Medusa's heads, with or without"),
+        (
+            "config.json",
+            {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"},
+            "an EAGLE-3 head, .* yet",
+        ),
+        ("config.json", {**LLAMA, "draft_vocab_size": 32000}, "an EAGLE-3 head"),
+        ("config.json", {"model_type": "eagle", "model": LLAMA}, "an EAGLE head"),
+        ("config.json", {**LLAMA, "num_hidden_layers": 1}, "an EAGLE head"),
+        (
+            "config.json",
+            {"speculators_model_type": "eagle3", "speculators_config": {}, "draft_vocab_size": 5},
+            "the format of the library speculators .method 'eagle3'.*Read are the MLP speculators of IBM",
+        ),
+        ("adapter_config.json", ADAPTER, "an adapter .*merge it into its base"),
+        ("config.json", {**LLAMA, "num_hidden_layers": 2}, "a whole model .'llama'.*--base"),
+        ("config.json", {"model_type": "whisper"}, "model_type 'whisper' is none that can be imported"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path: Path, file: str, values: dict[str, object], words: str) -> None:
+    files.write_json(tmp_path / file, values)
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=words):
+        read(str(tmp_path))
+
+
+def test_what_is_read_and_what_is_not_is_told(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    read(str(exported))
+    (said,) = caplog.messages
+    assert (
+        "is in Arctic's format: its weights and shape are read; not: n_candidates, num_attention_heads, top_k" in said
+    )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [
+        *("model_type", "architectures", "method", "input_hidden_dim", "hidden_size", "emb_dim", "inner_dim"),
+        *("proj_dim", "vocab_size", "n_predict", "tie_weights", "scale_input", "base_model_name_or_path"),
+        *("base_digest", "speculators_config", "num_hidden_layers", "draft_vocab_size"),
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(KEYS, JSON, max_size=4), dropped=st.sets(KEYS, max_size=2), raw=st.binary(max_size=9))
+@example({"vocab_size": 10**30}, set(), b"").via("torch refuses it with a TypeError")
+@example({"emb_dim": 10**12, "inner_dim": 10**12, "proj_dim": 10**12}, set(), b"").via("a RuntimeError")
+@example({"n_predict": 10**9}, set(), b"").via("would take hours")
+def test_whatever_config_json_holds_a_refusal_is_one_message(
+    exported: Path, changes: dict[str, object], dropped: set[str], raw: bytes
+) -> None:
+    whole = (exported / "config.json").read_bytes()
+    values = {name: value for name, value in json.loads(whole).items() if name not in dropped} | changes
+    for content in (json.dumps(values).encode(), raw, whole[: len(raw)], whole.replace(b"8", raw, 1), b"[" * 100_000):
+        (exported / "config.json").write_bytes(content)
+        with contextlib.suppress(CheckpointError):
+            read(str(exported))
+    (exported / "config.json").write_bytes(whole)
