@@ -20,7 +20,7 @@ from spec.device import arithmetic
 
 log = logging.getLogger(__name__)
 
-LOCK = Path("dvc.lock")
+PIPELINE, LOCK = Path("dvc.yaml"), Path("dvc.lock")
 _FIRST_COMMIT = {
     "not a git repository": "git init && git add --all && git commit --message=first",
     "bad revision": "git add --all && git commit --message=first",
@@ -71,7 +71,10 @@ def tags(sources: Mapping[str, Any], device: torch.device) -> dict[str, str]:
 
 
 def git_state() -> tuple[str, bool]:
-    """The commit that is checked out, and whether files differ from it; ("none", False) and a warning without one."""
+    """The commit that is checked out, and whether files differ from it; ("none", False) without one.
+
+    In the project's own folder, which should have one, a warning then says what to type.
+    """
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
@@ -80,15 +83,16 @@ def git_state() -> tuple[str, bool]:
             env={**os.environ, "LC_ALL": "C"},
         )
     except OSError as error:
-        log.warning("git could not be started (%s): the run does not say which code made it", error.strerror)
-        return "none", False
-    if answer.returncode:
+        said, remedy = f"it could not be started ({error.strerror})", ""
+    else:
+        if answer.returncode == 0:
+            commit, _, dirty = answer.stdout.strip().partition("-")
+            return commit, bool(dirty)
         said = answer.stderr.strip().removeprefix("fatal: ")
         remedy = next((f"; `{typed}` begins one" for words, typed in _FIRST_COMMIT.items() if words in said), "")
+    if PIPELINE.is_file():
         log.warning("git: %s%s. Until then a run does not say which code made it", said, remedy)
-        return "none", False
-    commit, _, dirty = answer.stdout.strip().partition("-")
-    return commit, bool(dirty)
+    return "none", False
 
 
 def lock_digest() -> str:

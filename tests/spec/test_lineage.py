@@ -27,6 +27,8 @@ def test_the_commit_and_whether_files_differ_from_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert (lineage.git_state(), caplog.text) == (("none", False), "")
+    lineage.PIPELINE.write_text("stages: {}")
     assert lineage.git_state() == ("none", False)
     assert "not a git repository (or any of the parent directories): .git; `git init && git add" in caplog.text
 
@@ -50,7 +52,7 @@ def test_the_commit_and_whether_files_differ_from_it(
     assert (found["git.commit"], found["git.dirty"]) == (commit, "true")
     monkeypatch.setenv("PATH", "")
     assert lineage.git_state() == ("none", False)
-    assert "git could not be started (No such file or directory)" in caplog.text
+    assert "git: it could not be started (No such file or directory)" in caplog.text
 
 
 def test_everything_that_a_run_follows_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
