@@ -115,10 +115,11 @@ class Run:
         try:
             self._remote = _Remote(_connect(uri), uri, record)
         except Exception as error:
-            remedy = "start the server, or " if _answers_no_more(error) else ""
+            named = "check trainer.tracking_uri and trainer.experiment_name"
+            remedy = "start the server" if _answers_no_more(error) else named
             raise SpecError(
-                f"MLflow at {record.tracking_uri} could not be used ({without_password(str(error))}); {remedy}run with "
-                "trainer.logger=console"
+                f"MLflow at {record.tracking_uri} could not be used ({without_password(str(error))}); {remedy}, or "
+                "run with trainer.logger=console"
             ) from None
         self.record = replace(record, run_id=self._remote.id)
 
@@ -234,12 +235,19 @@ class _Remote:
         for path, text in record.texts.items():
             client.log_text(self.id, text, path)
 
-    def log(self, points: Iterable[Point], run: str | None = None, model: str | None = None) -> None:
-        """Log points of curves, to this run or another; a model that is named has them, too."""
+    def log(self, points: Iterable[Point], model: str | None = None) -> None:
+        """Log points of curves; a model that is named has them, too."""
         from mlflow.entities import Metric
 
         metrics = ((name, Metric(self._key(name), *at, model_id=model)) for name, *at in points)
-        self._send(metrics, 1000, lambda batch: self.client.log_batch(run or self.id, metrics=batch))
+        self._send(metrics, 1000, lambda batch: self.client.log_batch(self.id, metrics=batch))
+
+    def _log_headline(self, points: Iterable[Point], parent: str) -> None:
+        """Log figures of this run to its parent as well."""
+        from mlflow.entities import Metric
+
+        metrics = ((f"{name} of run {parent}", Metric(self._key(name), *at)) for name, *at in points)
+        self._send(metrics, 1000, lambda batch: self.client.log_batch(parent, metrics=batch))
 
     def _key(self, name: str) -> str:
         """The name's key; remembered for names.json where it is another."""
@@ -296,7 +304,7 @@ class _Remote:
         model = self._log_model(record) if record.model else None
         figures = [(name, value, record.ended, record.step) for name, value in record.metrics.items()]
         if self.parent:
-            self.log((each for each in figures if each[0] in record.headline), self.parent)
+            self._log_headline((each for each in figures if each[0] in record.headline), self.parent)
             for output in self.client.get_run(self.parent).outputs.model_outputs:
                 model = output.model_id
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])

@@ -147,10 +147,10 @@ def test_a_server_that_does_not_answer_is_told_at_once(monkeypatch: pytest.Monke
         monkeypatch.setenv(name, "")  # so that what the run sets is undone, too
         monkeypatch.delenv(name)
     began = time.monotonic()
-    with pytest.raises(
-        SpecError,
-        match=r"MLflow at http://127\.0\.0\.1:9 could not be used .* start the server, or .*trainer.logger=console",
-    ):
+    words = (
+        r"MLflow at http://127\.0\.0\.1:9 could not be used .*; start the server, or run with trainer\.logger=console"
+    )
+    with pytest.raises(SpecError, match=words):
         begin(make_config("http://127.0.0.1:9"))
     assert time.monotonic() - began < 20  # not mlflow's own seven retries, which take minutes
 
@@ -162,7 +162,7 @@ def test_an_experiment_that_was_deleted(database: str, folder: Path) -> None:
     experiment = client.get_experiment_by_name("deleted").experiment_id
     client.delete_experiment(experiment)
     words = rf"'deleted' was deleted: .* experiments restore --experiment-id {experiment}`.* trainer\.experiment_name"
-    with pytest.raises(SpecError, match=rf"could not be used \(.*{words}\); run with trainer\.logger"):
+    with pytest.raises(SpecError, match=rf"could not be used \(.*{words}\); check .*, or run with trainer\.logger"):
         begin(config)
     with pytest.raises(SpecError, match=words):
         sync(record, database)
@@ -217,6 +217,23 @@ def test_a_refused_name_loses_nothing_else(
         assert (found.info.status, found.data.metrics.get("e")) == ("FINISHED", 1.0)
         assert found.data.params.keys() == run.record.params.keys() - {"trainer.seed"}
     assert [point.step for point in MlflowClient(database).get_metric_history(run.id, "c")] == [1, 2]
+
+
+def test_a_parent_that_takes_nothing_costs_its_child_nothing(
+    database: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, log_batch = make_config(database), MlflowClient.log_batch
+    parent = train(config).run_id
+
+    def picky(self: MlflowClient, run_id: str, **batch: Any) -> None:
+        if run_id == parent:
+            raise MlflowException("read only", INVALID_PARAMETER_VALUE)
+        log_batch(self, run_id, **batch)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", picky)
+    found = MlflowClient(database).get_run(evaluate(config).run_id)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"a": 2.0, "b": 1.0})
+    assert f"refuses 'a of run {parent}' (read only)" in caplog.text
 
 
 def test_a_server_that_refuses_everything_is_not_asked_for_every_name(
