@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import csv
 import getpass
+import hashlib
 import itertools
 import json
 import logging
 import os
+import posixpath
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +25,16 @@ import torch
 from spec import files, lineage
 from spec.config import Config, flatten
 from spec.errors import SpecError
-from spec.mlflow_keys import key, shortened
 from spec.record import RUN_FILE, Outcome, Record
 
 log = logging.getLogger(__name__)
 
 PARENT, REPLACES, REPLACED_BY = "mlflow.parentRunId", "replaces", "replaced_by"
 """Tags that link a run to others on its server."""
-NAMES = "names.json"
-"""The artifact that holds, for each key that is not its name, the name."""
 Point = tuple[str, float, int, int]
 """A name, a value, milliseconds since the epoch, a step."""
-_DATASET_LIMIT, _VALUE_LIMIT, _DIGEST_LIMIT = 500, 6000, 36
+_KEY_LIMIT, _VALUE_LIMIT, _DIGEST_LIMIT = 250, 6000, 36
 """Characters that MLflow takes."""
-_BUSY = (429, 503)
-"""Answers of a server that cannot take anything just now."""
-_MOST_REFUSED = 50
-"""A server that refuses more names than this refuses the run."""
-_LEARNED = ("speculator_loss", "loss.", "accuracy.", "tokens_per_step", "acceptance.", "base_")
-"""Prefixes of the columns that are also drawn against tokens seen."""
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -212,7 +206,6 @@ class _Remote:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         self.client, self.uri, self.replaced = client, without_password(uri), list(replaced)
-        self.names: dict[str, str] = {}
         self.refused: set[str] = set()
         parent = _complete(client, record.parent)
         self.parent = str(parent.info.run_id) if parent else None
@@ -221,15 +214,14 @@ class _Remote:
             tags[REPLACES] = ", ".join(run.info.run_id for run in self.replaced)
         self.experiment = _experiment(client, uri, record.experiment)
         self.id = str(client.create_run(self.experiment, record.started, tags, record.name).info.run_id)
-        params = {name: Param(self._key(name), value) for name, value in record.params.items()}
-        self._send(params.items(), 100, lambda batch: client.log_batch(self.id, params=batch))
-        tagged = {name: RunTag(self._key(name), value) for name, value in record.tags.items()}
-        self._send(tagged.items(), 100, lambda batch: client.log_batch(self.id, tags=batch))
+        params = [(name, Param(key(name), value)) for name, value in record.params.items()]
+        self._send(params, 100, lambda batch: client.log_batch(self.id, params=batch))
+        tagged = [(name, RunTag(key(name), value)) for name, value in record.tags.items()]
+        self._send(tagged, 100, lambda batch: client.log_batch(self.id, tags=batch))
         datasets = []
         for each in record.data:
             source = json.dumps({"uri": each.path, "sha256": each.digest})
-            name = shortened(each.path, each.path, _DATASET_LIMIT)
-            dataset = Dataset(name, each.digest[:_DIGEST_LIMIT], "local", source)
+            dataset = Dataset(each.path[-_KEY_LIMIT:], each.digest[:_DIGEST_LIMIT], "local", source)
             datasets.append((each.path, DatasetInput(dataset, [InputTag("mlflow.data.context", each.use)])))
         self._send(datasets, 1000, lambda batch: client.log_inputs(self.id, batch))
         for path, text in record.texts.items():
@@ -239,80 +231,47 @@ class _Remote:
         """Log points of curves; a model that is named has them, too."""
         from mlflow.entities import Metric
 
-        metrics = ((name, Metric(self._key(name), *at, model_id=model)) for name, *at in points)
+        metrics = ((name, Metric(key(name), *at, model_id=model)) for name, *at in points)
         self._send(metrics, 1000, lambda batch: self.client.log_batch(self.id, metrics=batch))
 
-    def _log_headline(self, points: Iterable[Point], parent: str) -> None:
-        """Log figures of this run to its parent as well."""
-        from mlflow.entities import Metric
-
-        metrics = ((f"{name} of run {parent}", Metric(self._key(name), *at)) for name, *at in points)
-        self._send(metrics, 1000, lambda batch: self.client.log_batch(parent, metrics=batch))
-
-    def _key(self, name: str) -> str:
-        """The name's key; remembered for names.json where it is another."""
-        found = key(name)
-        if found != name:
-            self.names[found] = name
-        return found
-
     def _send(self, items: Iterable[tuple[str, Any]], size: int, send: Callable[[list[Any]], object]) -> None:
-        """Send named items in batches; those that the server refuses are left out and warned of once.
+        """Send named items in batches; those that the server refuses are left out, and warned of once.
 
         Args:
             items: names, and what is sent of them.
             size: of a batch; MLflow has limits.
             send: takes a batch.
         """
-        reasons: dict[str, str] = {}
         for batch in _batches((item for item in items if item[0] not in self.refused), size):
-            self._send_batch(batch, send, reasons)
-        if reasons:
-            names, more = list(map(repr, reasons))[:5], len(reasons) - 5
-            log.warning(
-                "MLflow at %s refuses %s%s (%s); everything else of the run is sent",
-                self.uri,
-                ", ".join(names),
-                f" and {more} others" if more > 0 else "",
-                without_password(next(iter(reasons.values()))),
-            )
-
-    def _send_batch(
-        self, batch: list[tuple[str, Any]], send: Callable[[list[Any]], object], reasons: dict[str, str]
-    ) -> None:
-        """Send a batch; a refused one in halves, until the names that are at fault stand alone."""
-        from mlflow.exceptions import MlflowException
-
-        batch = [(name, item) for name, item in batch if name not in self.refused]
-        try:
-            if batch:
-                send([item for _, item in batch])
-        except MlflowException as error:
-            if _answers_no_more(error) or error.get_http_status_code() in _BUSY or len(self.refused) >= _MOST_REFUSED:
-                raise
-            if len({name for name, _ in batch}) > 1:
-                self._send_batch(batch[: len(batch) // 2], send, reasons)
-                self._send_batch(batch[len(batch) // 2 :], send, reasons)
-            else:
-                self.refused.add(batch[0][0])
-                reasons[batch[0][0]] = str(error)
+            refusal = _refusal(send, batch)
+            if refusal is None:
+                continue
+            refused = {item[0]: error for item in batch if (error := _refusal(send, [item]))}
+            if len(refused) == len(batch) > 1:
+                raise refusal
+            self.refused.update(refused)
+            for name, error in refused.items():
+                text = without_password(str(error))
+                log.warning("MLflow at %s refuses %r (%s); everything else of the run is sent", self.uri, name, text)
 
     def end(self, record: Record) -> None:
         """Log what the run made, and then end it."""
-        from mlflow.entities import LoggedModelInput
+        from mlflow.entities import LoggedModelInput, Metric
 
         model = self._log_model(record) if record.model else None
         figures = [(name, value, record.ended, record.step) for name, value in record.metrics.items()]
         if self.parent:
-            self._log_headline((each for each in figures if each[0] in record.headline), self.parent)
+            shown = [Metric(key(name), *at) for name, *at in figures if name in record.headline]
+            send = partial(self.client.log_batch, self.parent)
+            refusal = _refusal(lambda batch: send(metrics=batch), [("", each) for each in shown])
+            if refusal:
+                log.warning("MLflow refuses the figures of this run for its parent %s (%s)", self.parent, refusal)
             for output in self.client.get_run(self.parent).outputs.model_outputs:
                 model = output.model_id
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
         self.log(figures, model=model)
         for path, folder in record.artifacts.items():
             self.client.log_artifact(self.id, path, folder)
-        if self.names:
-            self.client.log_text(self.id, json.dumps(self.names, indent=2, ensure_ascii=False), NAMES)
         for run in self.replaced:
             self.client.set_tag(run.info.run_id, REPLACED_BY, self.id)
             if run.info.status == "RUNNING":
@@ -342,12 +301,43 @@ def _connect(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _answers_no_more(error: Exception) -> bool:
-    """Whether a server could not be reached, rather than refused something."""
+def key(name: str) -> str:
+    """A name as MLflow takes it, no two names alike; an ordinary name stays as it is.
+
+    What MLflow refuses becomes an underscore, a name that is too long loses its middle, and a digest of the name
+    follows in either case.
+    """
+    plain = re.sub(r"[^\w./: -]", "_", name)
+    path = posixpath.normpath(plain)
+    if path == name and len(name) <= _KEY_LIMIT and path != "." and not path.startswith(("/", "..")):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    plain = re.sub(r"[/.]*/[/.]*|^\.+", "_", plain)
+    return f"{plain}-{digest}" if len(plain) < 200 else f"{plain[:120]}-{digest}-{plain[-60:]}"
+
+
+def _refusal(send: Callable[[list[Any]], object], batch: list[tuple[str, Any]]) -> Exception | None:
+    """The error of a server that refuses these items, if it does; one that cannot be reached is an error here."""
     from mlflow.exceptions import MlflowException
 
+    try:
+        send([item for _, item in batch])
+    except MlflowException as error:
+        if _answers_no_more(error):
+            raise
+        refusal: Exception = error
+        return refusal
+    return None
+
+
+def _answers_no_more(error: Exception) -> bool:
+    """Whether a server cannot be reached or is too busy to answer, rather than refuses something."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return not isinstance(error, SpecError)
     cause = error.__cause__ or error.__context__  # requests' errors, which MLflow hides in its own, are OSErrors
-    return not isinstance(error, MlflowException | SpecError) or isinstance(cause, OSError)
+    return isinstance(cause, OSError) or error.get_http_status_code() in (429, 503)
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
@@ -390,14 +380,9 @@ def _complete(client: Any, record: str | None) -> Any:
 
 
 def _points(row: Mapping[str, float], prefix: str) -> Iterator[Point]:
-    """A curve's row as points, against steps, and what is learned against tokens seen as well."""
+    """A curve's row as points."""
     timestamp, step = round(row["time"] * 1000), int(row["step"])
-    for name, value in row.items():
-        if name in ("step", "time"):
-            continue
-        yield prefix + name, value, timestamp, step
-        if name.startswith(_LEARNED) and "positions_seen" in row:
-            yield f"by_tokens/{prefix}{name}", value, timestamp, int(row["positions_seen"])
+    return ((prefix + name, value, timestamp, step) for name, value in row.items() if name not in ("step", "time"))
 
 
 def _source(name: str, tags: Mapping[str, str]) -> dict[str, str]:

@@ -80,8 +80,6 @@ def check_run(uri: str, run_id: str, record: Record) -> None:
                 at = round(float(row.pop("time")) * 1000)
                 for name in row.keys() - {"step"}:
                     points.setdefault(prefix + name, []).append((int(row["step"]), at, float(row[name])))
-                seen = (int(float(row["positions_seen"])), at, float(row["speculator_loss"]))
-                points.setdefault(f"by_tokens/{prefix}speculator_loss", []).append(seen)
     for name, expected in points.items():
         logged = [(point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, name)]
         assert sorted(logged) == expected, name

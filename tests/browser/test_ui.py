@@ -155,9 +155,9 @@ def test_a_runs_data_files_are_its_inputs(page: Any, ui: str, shot: Callable[[st
     page.keyboard.press("Escape")
 
 
-def test_curves_are_drawn_against_steps_and_tokens(page: Any, ui: str, shot: Callable[[str], None]) -> None:
+def test_curves_are_drawn(page: Any, ui: str, shot: Callable[[str], None]) -> None:
     open_run(page, ui, record(common.MODEL).run_id, "/model-metrics")
-    for name in ("speculator_loss", "by_tokens/speculator_loss", "val.tokens_per_step"):
+    for name in ("speculator_loss", "positions_seen", "val.tokens_per_step"):
         page.get_by_placeholder("Search metric charts").fill(f"^{name}$".replace(".", "\\."))
         legend = page.get_by_text(f"train ({name})", exact=False).or_(page.locator(f'[title="{name}"]')).first
         playwright.expect(legend).to_be_visible(timeout=PATIENCE)
