@@ -160,6 +160,8 @@ class Data(Section):
     eval_files: Paths = ("data/prompts/eval.parquet",)
     prompt_key: str | None = None
     response_key: str | None = None
+    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(_strings)] = ()
+    skip_bad_rows: bool = False
     max_length: Annotated[int, Field(ge=4)] = 1024
     date: Annotated[datetime.date | None, BeforeValidator(_day)] = DATE
     max_samples: Positive | None = None

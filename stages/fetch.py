@@ -20,8 +20,9 @@ def fetch(config: Config) -> None:
         raise base.BaseError(f"model.partial_pretrain: {error}") from None
     splits: dict[str, dict[str, str]] = {}
     for split in common.SPLITS:
-        found = corpus.list_files(config.data.files(split))
+        found = corpus.list_files(config.data.files(split), split=split)
         splits[split] = files.digest_files(found)
+    corpus.check_apart(splits)
     sources: dict[str, Any] = {
         "base": {
             "name": model.partial_pretrain,

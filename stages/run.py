@@ -115,7 +115,7 @@ def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:
 def _halve_val(config: Config, folder: Path) -> Config:
     """A caller's own val files in two: even rows choose the checkpoint, odd rows are what is reported."""
     halves: dict[str, list[str]] = {"val": [], "eval": []}
-    for number, path in enumerate(corpus.list_files(config.data.val_files)):
+    for number, path in enumerate(corpus.list_files(config.data.val_files, split="val")):
         table = pq.read_table(path)
         if len(table) < 2:
             raise SpecError(f"{path} has {len(table)} rows; give data.eval_files, or val files of two rows and more")

@@ -153,17 +153,18 @@ def _given_rows(
 ) -> tuple[dict[bytes, index.Start | None], str]:
     """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does."""
     found = corpus.list_files([str(path) for path in paths])
-    keys = {"prompt_key": config.data.prompt_key, "response_key": config.data.response_key}
+    columns = {**common.columns(config), "need_answers": False}
     given: dict[bytes, index.Start | None] = {
         row.digest: None
-        for source in corpus.inspect(found, **keys, need_answers=False)
+        for source in corpus.inspect(found, **columns)
         for row in corpus.read_rows(source, need_answers=False)
+        if isinstance(row, corpus.Row)
     }
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-    limits: dict[str, Any] = {"max_length": 2**31 - 1, "max_samples": None, "need_answers": False}
+    limits: dict[str, Any] = {"max_length": 2**31 - 1, "max_samples": None, "skip_bad_rows": True}
     try:
         tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
-        options = {**keys, **limits, "date": config.data.date, "report": corpus.Report()}
+        options = {**columns, **limits, "date": config.data.date, "report": corpus.Report()}
         for row in corpus.stream(found, tokenizer, **options):
             given[row.source] = index.Start.of(row)
     except SpecError as error:

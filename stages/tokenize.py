@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
 from spec import base, corpus
 from spec.config import Config
 from stages import common
@@ -14,31 +19,42 @@ def tokenize(config: Config) -> None:
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
     data = config.data
-    keys = {"prompt_key": data.prompt_key, "response_key": data.response_key}
-    need_answers = not config.base_answers
-    paths = {split: corpus.list_files(data.files(split)) for split in common.SPLITS}
-    found = {split: corpus.inspect(paths[split], **keys, need_answers=need_answers) for split in common.SPLITS}
-    for split in common.SPLITS:
-        report = corpus.Report()
+    columns = common.columns(config)
+    paths = {split: corpus.list_files(data.files(split), split=split) for split in common.SPLITS}
+    found = {split: corpus.inspect(paths[split], **columns) for split in common.SPLITS}
+    options = {**columns, **_limits(folder, config), "date": data.date, "skip_bad_rows": data.skip_bad_rows}
+    reports = {split: corpus.Report() for split in common.SPLITS}
+    for split, report in reports.items():
         target = common.tokens_path(split)
         rows = corpus.count_rows(found[split], data.max_samples)
         with common.progress(rows, "rows", f"tokenize {split}") as bar:
             sequences = corpus.stream(
                 paths[split],
                 tokenizer,
-                **keys,
+                **options,
                 max_length=data.max_length,
                 max_samples=data.max_samples,
-                need_answers=need_answers,
-                date=data.date,
                 report=report,
                 progress=bar.update,
             )
             corpus.write(target, sequences, {"tokenizer": sources["base"]["tokenizer"]})
         *notes, total = report.lines()
+        for split_before, before in reports.items():
+            common_prompts = len(before.prompts & report.prompts) if split_before != split else 0
+            if common_prompts:
+                notes.append(f"{common_prompts:,} prompts are in {split_before} too")
         for note in notes:
             common.say(f"tokenize {split}: {note}")
         common.say(f"tokenize {split}: {total} -> {target} ({common.size(target.stat().st_size)})")
+
+
+def _limits(folder: Path, config: Config) -> dict[str, Any]:
+    """Tokens and positions that the base has; rotated positions set no limit."""
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    positions = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
+    tables = ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "xglm")
+    return {"max_positions": positions if text.model_type in tables else None, "vocab_size": text.vocab_size}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Parquet files -> token sequences: layouts, chat template, loss mask, limits.
 
-sources.py finds the columns and reads rows, chat.py renders conversations and finds the assistant's tokens,
-encode.py puts the two together, sequences.py is the result and its file.
+files.py says which files, layouts.py which columns of them hold what, rows.py and turns.py read conversations from
+those, chat.py renders them and finds the assistant's turns, tokens.py tokenizes what is rendered, encode.py puts all
+that together, sequences.py is the result and its file.
 """
 
 from spec.corpus.chat import PLAIN_TEMPLATE, ChatTemplate, PrefixError, install_plain_template
 from spec.corpus.encode import Report, stream
+from spec.corpus.files import check_apart, list_files
+from spec.corpus.layouts import Layout, Source, count_rows, inspect
+from spec.corpus.rows import Row, read_rows
 from spec.corpus.sequences import CorpusError, TokenSequence, answer, read, read_origin, spans, write
-from spec.corpus.sources import Layout, Source, count_rows, inspect, list_files, read_rows
 
 __all__ = [
     "PLAIN_TEMPLATE",
@@ -16,9 +19,11 @@ __all__ = [
     "Layout",
     "PrefixError",
     "Report",
+    "Row",
     "Source",
     "TokenSequence",
     "answer",
+    "check_apart",
     "count_rows",
     "inspect",
     "install_plain_template",

@@ -15,18 +15,17 @@ is what follows the content, whatever the template does to it (strip it, drop it
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from spec.config import DATE
-from spec.corpus.sequences import CorpusError, Ids, Mask
-from spec.corpus.sources import Messages
+from spec.corpus.sequences import CorpusError
+from spec.corpus.turns import Messages, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,12 +40,34 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 MARKER = "\uf8ffanswer\uf8ff"  # private use characters: neither text nor templates hold them
-# Text before an answer that keeps a tokenizer from treating it as the start of a text (see _continue).
-ANCHORS = ("", "\n", "a")
+ASKED = "\uf8ffquestion\uf8ff"
+OPEN, CLOSE = "<think>", "</think>"
+
+Message = dict[str, Any]
+Tools = Sequence[dict[str, Any]]
+_QUESTION: Message = {"role": "user", "content": "a"}
+_MARKED_QUESTION: Message = {"role": "user", "content": MARKER}
+_MARKED: Message = {"role": "assistant", "content": MARKER}
 
 
-class PrefixError(CorpusError):
+_CALL = {"id": "a" * 9, "type": "function", "function": {"name": MARKER, "arguments": {"a": "b"}}}
+_MARKED_CALL: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+
+
+class PrefixError(RowError):
     """The template's rendering of a prompt is not where the rendering of its answer starts."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a template takes messages.
+
+    parts: content is a list of parts and not text.
+    calls: the arguments of tool calls are values or JSON text; None: it has no place for calls.
+    """
+
+    parts: bool = False
+    calls: Literal["values", "text"] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +77,13 @@ class Chat:
     prompt: text up to where the last answer starts.
     answer: text of the last answer, through its end-of-turn token; None when it is still to be written.
     turns: (start, stop) of each earlier assistant turn, in characters of the prompt.
+    unplaced: how many earlier assistant turns the template renders in a way that no turn's place can be told.
     """
 
     prompt: str
     answer: str | None
     turns: tuple[tuple[int, int], ...]
+    unplaced: int = 0
 
 
 def install_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -90,126 +113,208 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date | None = DATE) -> None:
         self.tokenizer = tokenizer
         self._template = _dated(str(tokenizer.get_chat_template()), date)
+        self._tool_template = _dated(str(tokenizer.get_chat_template(tools=[{}])), date)
+        self._form = Form()
+        self._form = self._find_form()
         self.end_of_turn: str | None = None
         self._end: re.Pattern[str] | None = None
-        question: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
-        rest = self._render(question).partition(MARKER)[2]
+        rest = self._render([_QUESTION, _MARKED]).partition(MARKER)[2]
         for tokens in _end_tokens(tokenizer):
             found = tokens and tokens.search(rest)
             if found:
                 self.end_of_turn, self._end = found[0], tokens
                 break
 
-    def render(self, messages: Messages) -> Chat:
+    def render(self, messages: Messages, tools: Tools = (), *, need_answer: bool = True) -> Chat:
         """Render a conversation, whose last message is the assistant's if it has an answer.
 
+        Args:
+            messages: its turns.
+            tools: the functions that it may call.
+            need_answer: an answer that cannot be placed is an error; otherwise it is left off.
+
         Raises:
-            PrefixError: an assistant turn does not start where its generation prompt ends.
-            CorpusError: the template refuses the conversation (with its own words).
+            PrefixError: the last answer does not start where its generation prompt ends.
+            RowError: the template refuses the conversation (with its own words), or leaves a part of it out.
+            CorpusError: the template leaves out the tools.
         """
         answered = messages[-1]["role"] == "assistant"
         before = messages[:-1] if answered else messages
-        prompt = self._render(before, generate=True)
-        turns = tuple(
-            self._turn(prompt, self._render(before[:i], generate=True), before, i, generate=True)
-            for i, message in enumerate(before)
-            if message["role"] == "assistant"
-        )
-        if not answered:
-            return Chat(prompt, None, turns)
-        whole = self._render(messages)
-        start, stop = self._turn(whole, prompt, messages, len(before), generate=False)
-        return Chat(prompt, whole[start:stop], turns)
+        if self._form.calls is None and any(m.get("tool_calls") and not m.get("written_call") for m in messages):
+            raise RowError("the chat template leaves out tool_calls")
+        prompt = self._render(before, tools, generate=True)
+        self._check_shown(prompt, before, tools)
+        turns = []
+        places = [i for i, message in enumerate(before) if message["role"] == "assistant"]
+        for i in places:
+            with contextlib.suppress(RowError):
+                generation = self._render(before[:i], tools, generate=True)
+                turns.append(self._turn(prompt, generation, before, i, tools, generate=True))
+        answer = None
+        if answered:
+            try:
+                answer = self._answer(prompt, messages, tools)
+            except RowError:
+                if need_answer:
+                    raise
+        return Chat(prompt, answer, tuple(turns), len(places) - len(turns))
 
-    def encode(self, chats: Sequence[Chat], where: Sequence[str]) -> list[tuple[Ids, Mask, int]]:
-        """Tokenize rendered conversations: (ids [T], mask [T], prompt_length) of each.
-
-        where names each conversation in errors.
-
-        The first prompt_length ids are apply_chat_template(prompt, add_generation_prompt=True); after an answer's
-        end-of-turn token nothing follows. In the earlier turns, which serving tokenizes as one text with all around
-        them, a token that begins before its turn's first character is not supervised: the base could not have
-        written it.
-        """
-        if not chats:
-            return []
-        turns = any(chat.turns for chat in chats)
-        if turns and not self.tokenizer.is_fast:
-            raise CorpusError(
-                f"{type(self.tokenizer).__name__} has no character offsets, which rows with several assistant turns "
-                "need: use the model's fast tokenizer"
-            )
-        prompts = self._tokens([chat.prompt for chat in chats], offsets=turns)
-        answered = [i for i, chat in enumerate(chats) if chat.answer is not None]
-        texts = [chat.prompt + chat.answer for chat in chats if chat.answer is not None]
-        wholes = dict(zip(answered, self._tokens(texts)["input_ids"] if texts else [], strict=True))
-        encoded = []
-        for i, chat in enumerate(chats):
-            prompt: list[int] = prompts["input_ids"][i]
-            answer = [] if chat.answer is None else self._continue(prompt, chat.answer, wholes[i], where[i])
-            mask = np.zeros(len(prompt) + len(answer), dtype=np.uint8)
-            mask[len(prompt) :] = 1
-            if chat.turns:
-                starts = _starts(prompts["offset_mapping"][i], prompts.encodings[i].tokens)
-                for start, stop in chat.turns:
-                    mask[: len(prompt)] |= (starts >= start) & (starts < stop)
-            encoded.append((np.array(prompt + answer, dtype=np.int32), mask, len(prompt)))
-        return encoded
-
-    def _render(self, messages: Messages, *, generate: bool = False) -> str:
+    def _render(self, messages: Messages, tools: Tools = (), *, generate: bool = False) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, chat_template=self._template, tokenize=False, add_generation_prompt=generate
+                    list(map(self._shaped, messages)),
+                    tools=list(tools) or None,
+                    chat_template=self._tool_template if tools else self._template,
+                    tokenize=False,
+                    add_generation_prompt=generate,
                 )
             )
         except Exception as error:  # a template is a program: whatever it raises is about this conversation
             roles = ", ".join(m["role"] for m in messages)
-            raise CorpusError(f"the chat template refuses a conversation of {roles}: {error}") from error
+            raise RowError(f"the chat template refuses a conversation of {roles}: {error}") from error
 
-    def _turn(self, text: str, before: str, messages: Messages, i: int, *, generate: bool) -> tuple[int, int]:
+    def _shaped(self, message: Message) -> Message:
+        """A message as this template takes it."""
+        content = message.get("content") or ""
+        shaped: Message = {**message, "content": content}
+        if message.get("reasoning_content"):
+            shaped |= dict.fromkeys(("reasoning", "thinking"), message["reasoning_content"])
+        if shaped.pop("written_call", False):
+            shaped["tool_calls" if self._form.calls is None else "content"] = ""
+        if self._form.calls == "text":
+            shaped["tool_calls"] = list(map(_with_text, shaped.get("tool_calls", [])))
+        if self._form.parts:
+            shaped["content"] = [{"type": "text", "text": shaped["content"]}] if shaped["content"] else []
+        return shaped
+
+    def _find_form(self) -> Form:
+        """The first form in which the template shows text, and calls."""
+        refusals: list[RowError] = []
+        forms = (Form(), Form(parts=True))
+        text = next((form for form in forms if self._shows(form, [_MARKED_QUESTION, _MARKED], refusals)), None)
+        if text is None and refusals:
+            raise refusals[0]
+        text = text or Form()
+        calls = (replace(text, calls="values"), replace(text, calls="text"))
+        return next((form for form in calls if self._shows(form, [_QUESTION, _MARKED_CALL], [])), text)
+
+    def _shows(self, form: Form, messages: Messages, refusals: list[RowError]) -> bool:
+        """Whether all markers are in the rendering; a refusal is added to the list."""
+        self._form = form
+        try:
+            return self._render(messages).count(MARKER) >= str(messages).count(repr(MARKER))
+        except RowError as error:
+            refusals.append(error)
+            return False
+
+    def _check_shown(self, prompt: str, messages: Messages, tools: Tools) -> None:
+        """Check that the template leaves nothing out that the base has to know: turns, tool calls, tools."""
+        for i, message in enumerate(messages):
+            text = (message.get("content") or "").strip()
+            if message["role"] == "assistant" or text in prompt:
+                continue
+            marked = [*messages[:i], {**message, "content": MARKER}, *messages[i + 1 :]]
+            if MARKER not in self._render(marked, tools, generate=True):
+                raise RowError(f"the chat template leaves out a turn of {message['role']}")
+        if tools and prompt == self._render(messages, generate=True):
+            raise CorpusError(
+                "the chat template leaves out the tools that a conversation may call: name their column in "
+                "data.ignore_columns to do without them, or use a base whose template has a place for them"
+            )
+
+    def _answer(self, prompt: str, messages: Messages, tools: Tools) -> str:
+        """The text of the last message, through its end-of-turn token, as what follows the prompt.
+
+        It is taken from the rendering of the whole conversation; else from what follows the last question in it, where
+        a template moves other parts of the prompt; else from the data, where a template drops its thought.
+        """
+        *asked, answer = messages
+        refusal = None
+        for context in (asked, [*asked[:-1], {**asked[-1], "content": ASKED}]):
+            turns = [*context, answer]
+            try:
+                before = prompt if context is asked else _tail(self._render(context, tools, generate=True))
+                text = _tail(self._render(turns, tools))
+                start, stop = self._turn(text, before, turns, len(asked), tools)
+            except RowError as error:
+                refusal = refusal or error
+                continue
+            if _thought(answer) in text[start:stop]:
+                return text[start:stop]
+        return self._as_written(prompt, messages, tools, refusal)
+
+    def _as_written(self, prompt: str, messages: Messages, tools: Tools, refusal: RowError | None) -> str:
+        """The last answer as the base writes it after a prompt that may have opened its thought.
+
+        It is the refusal that it was for the template, unless it holds a thought or differs in white space alone.
+        """
+        *asked, answer = messages
+        content, reasoning = answer.get("content") or "", answer.get("reasoning_content")
+        text = f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n\n{content}" if reasoning else content
+        if prompt.rstrip().endswith(OPEN):
+            text = text.lstrip().removeprefix(OPEN)
+            text = text if prompt.endswith(OPEN) else text.lstrip()
+        bare = {key: item for key, item in answer.items() if key != "reasoning_content"}
+        start, found, rest = self._render([*asked, {**bare, "content": MARKER}], tools).partition(MARKER)
+        if refusal and not (found and (_thought(answer) or start.rstrip() == prompt.rstrip())):
+            raise refusal
+        if not found:
+            raise PrefixError("the chat template drops the thought of an answer, and how the answer ends is not known")
+        return text + rest[: self._end_in(rest, answer)]
+
+    def _turn(
+        self, text: str, before: str, messages: Messages, i: int, tools: Tools, *, generate: bool = False
+    ) -> tuple[int, int]:
         """(start, stop) of the assistant's message i in text, the rendering of messages; before is its prompt's."""
-        marked = [*messages[:i], {**messages[i], "content": MARKER}, *messages[i + 1 :]]
-        _, found, rest = self._render(marked, generate=generate).partition(MARKER)
-        stop = len(text) - len(rest)
-        if not (text.startswith(before) and found and text.endswith(rest) and stop >= len(before)):
+        message = messages[i]
+        if message.get("tool_calls"):
+            # Its end is where the rendering of the conversation through this turn ends.
+            closed = _tail(self._render(messages[: i + 1], tools)).rstrip()
+            rest, stop = closed[len(before) :], len(before)
+            placed = text.startswith(closed) and closed.startswith(before)
+        else:
+            marked = [*messages[:i], {**message, "content": MARKER}, *messages[i + 1 :]]
+            _, found, rest = self._render(marked, tools, generate=generate).partition(MARKER)
+            stop = len(text) - len(rest)
+            placed = bool(found) and text.startswith(before) and text.endswith(rest) and stop >= len(before)
+        if not placed:
             raise PrefixError(
                 f"the chat template does not render assistant message {i} as what follows its generation prompt "
                 f"(…{before[-40:]!r}), so its tokens cannot be told from the prompt's: use rows with a single answer "
                 "and respond.source=base, or another template"
             )
-        end = self._end.search(rest) if self._end else None
-        return len(before), stop + (end.end() if end else 0)
+        return len(before), stop + self._end_in(rest, message)
 
-    def _tokens(self, texts: list[str], *, offsets: bool = False) -> Any:
-        # No special tokens: the template has written them. So does apply_chat_template(tokenize=True).
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=offsets,
-            verbose=False,
-        )
+    def _end_in(self, rest: str, message: Message) -> int:
+        """Where the end-of-turn token ends in what follows a message's content, or is the whole of a tool call."""
+        if not message.get("tool_calls"):
+            end = self._end.search(rest) if self._end else None
+            return end.end() if end else 0
+        closed = len(rest.rstrip())
+        if self._end and not any(end.end() == closed for end in self._end.finditer(rest)):
+            raise PrefixError("the chat template closes a tool call with no end-of-turn token")
+        return closed
 
-    def _continue(self, prompt: list[int], answer: str, whole: list[int], where: str) -> list[int]:
-        """The tokens of an answer after the prompt's own; whole is prompt and answer tokenized as one text.
 
-        Nearly always whole starts with the prompt's tokens. Where a token reaches across the boundary (newlines
-        that merge, a space that belongs to the next word), the base, which is fed the prompt's tokens, continues
-        with others: the answer is then tokenized by itself, in the first way that gives the same text.
-        """
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-        text = self._decode(whole)
-        for anchor in ANCHORS:
-            first, both = self._tokens([anchor, anchor + answer])["input_ids"]
-            if both[: len(first)] == first and self._decode(prompt + both[len(first) :]) == text:
-                return list(both[len(first) :])
-        raise CorpusError(f"{where}: the tokens of the answer {answer[:40]!r}… cannot be told from its prompt's")
+def _tail(text: str) -> str:
+    """What follows the last question, where that is marked; else all."""
+    return text.rpartition(ASKED)[2]
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+def _thought(message: Message) -> str:
+    """What the assistant thought before it answered; empty where it does not say."""
+    if message.get("reasoning_content"):
+        return str(message["reasoning_content"]).strip()
+    thought, closed, _ = (message.get("content") or "").partition(CLOSE)
+    return str(thought.strip().removeprefix(OPEN).strip()) if closed else ""
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are JSON text."""
+    function = call.get("function", call)
+    written = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+    return {**call, "function": written} if "function" in call else written
 
 
 def _dated(template: str, date: datetime.date | None) -> str:
@@ -237,15 +342,3 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[re.Pattern[str] | No
         longest_first = sorted((t for t in tokens if t.strip()), key=lambda t: (-len(t), t))
         patterns.append(re.compile("|".join(map(re.escape, longest_first))) if longest_first else None)
     return patterns
-
-
-def _starts(offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> npt.NDArray[np.int64]:
-    """The character at which each token starts: [T].
-
-    Some byte-level tokenizers (Llama 3) report offsets without the spaces that a token starts with (its Ġ); they are
-    put back as far as the end of the token before.
-    """
-    start, stop = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    spaces = np.array([len(token) - len(token.lstrip("Ġ")) for token in tokens], dtype=np.int64)
-    previous = np.concatenate([[0], np.maximum.accumulate(stop)[:-1]])
-    return np.where(spaces > 0, np.maximum(previous, start - spaces), start)

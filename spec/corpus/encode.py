@@ -13,36 +13,54 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spec.config import DATE
-from spec.corpus.chat import Chat, ChatTemplate, PrefixError, install_plain_template
+from spec.corpus.chat import Chat, ChatTemplate, install_plain_template
+from spec.corpus.layouts import Layout, inspect
+from spec.corpus.rows import Rejected, Row, read_rows
 from spec.corpus.sequences import CorpusError, TokenSequence
-from spec.corpus.sources import Layout, Row, inspect, read_rows
+from spec.corpus.tokens import tokenize
+from spec.corpus.turns import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_CALL = 256  # a fast tokenizer spreads the texts of one call over the cores
+SHOWN = 5  # bad rows that an error names
 
 
 @dataclass
 class Report:
     """What happened to the rows; `stream` counts in it as it goes.
 
+    rejected: rows that cannot be used, by reason; rejected_rows names the first of them.
+    beyond: dropped rows that are longer than the base has positions.
+    empty: dropped rows of plain text with fewer than two tokens: there is nothing to predict.
     unanswered: kept rows without an answer in the data, to be written by the base.
     shortened: kept rows whose answer was left off, because it does not fit max_length or the template cannot place
         it; the base writes another (never where answers are needed).
-    empty: dropped rows of plain text with fewer than two tokens: there is nothing to predict.
+    unplaced: earlier assistant turns of kept rows that are not supervised, since the template renders them otherwise
+        than after their generation prompt.
+    prompts: a hash of each kept row's prompt or text, by which splits are compared.
+    turns: kept and dropped conversations by their number of turns; roles: their turns by role.
     """
 
     rows: int = 0
     kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    rejected_rows: list[str] = field(default_factory=list)
     too_long: int = 0
+    beyond: int = 0
     empty: int = 0
     unanswered: int = 0
     shortened: int = 0
+    unplaced: int = 0
     tokens: int = 0
     supervised: int = 0
     domains: Counter[str] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)
+    prompts: set[int] = field(default_factory=set)
     layouts: dict[Path, Layout] = field(default_factory=dict)
+    empty_files: list[Path] = field(default_factory=list)
     plain_template: bool = False
     end_of_turn: str | None = None
 
@@ -51,25 +69,41 @@ class Report:
         by_layout: dict[Layout, list[Path]] = {}
         for path, layout in self.layouts.items():
             by_layout.setdefault(layout, []).append(path)
-        lines = [
-            f"{paths[0]}{f' and {len(paths) - 1} more files' if paths[1:] else ''}: {layout}"
-            for layout, paths in by_layout.items()
-        ]
+        lines = [f"{_named(paths)}: {layout}" for layout, paths in by_layout.items()]
+        if self.empty_files:
+            lines.append(f"{_named(self.empty_files)}: passed over, without a row")
         if self.plain_template:
             lines.append("the base has no chat template: a plain one is used (User: ... Assistant: ...)")
         if self.end_of_turn is None and any(layout.kind != "text" for layout in by_layout):
             lines.append("the chat template closes answers with no special token: they end with their last word")
         for count, what in (
+            (self.rejected.total(), f"bad rows left out: {self.reasons()}"),
             (self.too_long, "rows dropped: longer than max_length"),
+            (self.beyond, "rows dropped: longer than the base has positions"),
             (self.empty, "rows dropped: empty text"),
             (self.shortened, "answers left off: too long or not where the template's generation prompt ends"),
             (self.unanswered, "rows without an answer"),
+            (self.unplaced, "earlier assistant turns not supervised: not rendered as what follows a generation prompt"),
         ):
             if count:
                 lines.append(f"{count:,} {what}")
         domains = ", ".join(f"{name} {count:,}" for name, count in sorted(self.domains.items()))
         tokens = f"{self.tokens:,} tokens, {self.supervised:,} supervised"
         return [*lines, f"{self.kept:,} of {self.rows:,} rows kept, {tokens} ({domains})"]
+
+    def reasons(self) -> str:
+        """Why rows cannot be used, the most frequent reason first."""
+        return "; ".join(f"{count:,} x {reason}" for reason, count in self.rejected.most_common())
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A row's sequence; `shortened` and `unplaced` as in Report."""
+
+    row: Row
+    sequence: TokenSequence
+    shortened: bool = False
+    unplaced: int = 0
 
 
 def stream(
@@ -83,93 +117,143 @@ def stream(
     need_answers: bool,
     report: Report,
     date: datetime.date | None = DATE,
+    ignore_columns: Sequence[str] = (),
+    skip_bad_rows: bool = False,
+    max_positions: int | None = None,
+    vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenSequence]:
     """Tokenize the first max_samples rows (None: all) of the files, in order.
 
-    prompt_key, response_key: columns, dots reach into structs; None: found by name (see sources.py).
+    prompt_key, response_key: columns, dots reach into structs; None: found by name (see layouts.py).
     max_length: rows with more tokens are dropped; so are prompts that leave no room for one token of an answer.
-    need_answers: a row without an answer is an error. Otherwise such rows are welcome, and an answer that does not
+    need_answers: a row without an answer is a bad row. Otherwise such rows are welcome, and an answer that does not
         fit is left off rather than its row dropped, as the base writes it anew.
     report: counted in while the sequences are taken.
     date: see ChatTemplate.
+    ignore_columns: columns that count as absent.
+    skip_bad_rows: rows that cannot be used are left out; otherwise they are an error once all rows are read.
+    max_positions: longer rows are dropped, as with max_length; None: no limit.
+    vocab_size: rows of the base's lm_head, which a token needs; None: not checked.
     progress: called with the number of rows done since the last call.
 
     A tokenizer without a chat template gets PLAIN_TEMPLATE, unless the files are plain text.
 
     Raises:
-        CorpusError: before any row, what `inspect` raises; with file and row, what a row or the template lacks; at
-            the end, that no row is left.
+        CorpusError: before any row, what `inspect` raises; a part of a prompt that would be lost, with file and row; a
+            token that the base does not have; at the end, bad rows, or that no row is left.
     """
-    sources = inspect(files, prompt_key=prompt_key, response_key=response_key, need_answers=need_answers)
-    report.layouts = {source.path: source.layout for source in sources}
+    keys = {"prompt_key": prompt_key, "response_key": response_key}
+    sources = inspect(files, **keys, need_answers=need_answers, ignore_columns=ignore_columns)
+    report.layouts |= {source.path: source.layout for source in sources}
+    report.empty_files += [path for path in files if path not in report.layouts]
     template = None
     if any(source.layout.kind != "text" for source in sources):
         report.plain_template = install_plain_template(tokenizer)
         template = ChatTemplate(tokenizer, date)
         report.end_of_turn = template.end_of_turn
 
+    longest = max_length if max_positions is None else min(max_length, max_positions)
     shortest: int | None = None
     rows = islice(chain.from_iterable(read_rows(s, need_answers=need_answers) for s in sources), max_samples)
     while batch := list(islice(rows, ROWS_PER_CALL)):
-        for sequence, shortened in _encode(batch, tokenizer, template, need_answers):
-            if not need_answers and _has_answer(sequence) and len(sequence) > max_length:
-                sequence, shortened = _prompt_of(sequence), True
+        for item in _encode(batch, tokenizer, template, need_answers):
             report.rows += 1
+            if isinstance(item, Rejected):
+                _reject(report, item)
+                continue
+            sequence = item.sequence
+            if not need_answers and _has_answer(sequence) and len(sequence) > longest:
+                item = replace(item, sequence=_prompt_of(sequence), shortened=True)
+                sequence = item.sequence
             needed = len(sequence) + _to_be_written(sequence)
-            if needed > max_length:
-                report.too_long += 1
+            if needed > longest:
+                beyond = max_positions is not None and needed > max_positions
+                report.beyond += beyond
+                report.too_long += not beyond
                 shortest = min(needed, shortest or needed)
             elif len(sequence) < 2:
                 report.empty += 1
             else:
-                _count(report, sequence, shortened)
+                _check_vocabulary(sequence, tokenizer, vocab_size, item.row.where)
+                _count(report, item)
                 yield sequence
         if progress is not None:
             progress(len(batch))
+    _check_rejected(report, skip_bad_rows)
     if not report.kept:
-        what = f"the shortest needs {shortest} tokens, data.max_length is {max_length}" if shortest else "all are empty"
+        limit = f"data.max_length is {max_length}"
+        limit += "" if max_positions is None else f", and the base has {max_positions} positions"
+        what = f"the shortest needs {shortest} tokens, {limit}" if shortest else "all are empty"
         raise CorpusError(f"no row of {', '.join(map(str, files))} can be used ({report.rows} read): {what}")
 
 
 def _encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, need_answers: bool
-) -> list[tuple[TokenSequence, bool]]:
-    """The sequence of each row, and whether its answer was left off because the template cannot place it."""
-    sequences: dict[int, TokenSequence] = {}
-    texts = {i: row.text for i, row in enumerate(rows) if row.text is not None}
+    rows: Sequence[Row | Rejected],
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    need_answers: bool,
+) -> list[_Encoded | Rejected]:
+    """Each row's sequence, in order."""
+    done: dict[int, _Encoded | Rejected] = {}
+    texts: dict[int, tuple[Row, str]] = {}
+    chats: dict[int, tuple[Row, Chat]] = {}
+    for i, row in enumerate(rows):
+        if isinstance(row, Rejected):
+            done[i] = row
+        elif row.text is not None:
+            texts[i] = row, row.text
+        elif template is not None:
+            try:
+                chats[i] = row, template.render(row.messages, row.tools, need_answer=need_answers)
+            except RowError as error:
+                done[i] = Rejected(row.where, str(error))
+            except CorpusError as error:
+                raise CorpusError(f"{row.where}: {error}") from error
     if texts:
-        tokens = tokenizer(list(texts.values()), return_attention_mask=False, verbose=False)["input_ids"]
-        for i, ids in zip(texts, tokens, strict=True):
+        tokens = tokenizer([text for _, text in texts.values()], return_attention_mask=False, verbose=False)
+        for (i, (row, _)), ids in zip(texts.items(), tokens["input_ids"], strict=True):
             array = np.array(ids, dtype=np.int32)
-            sequences[i] = TokenSequence(array, np.ones(len(array), dtype=np.uint8), rows[i].domain, 0, rows[i].digest)
-
-    shortened: set[int] = set()
-    chats: dict[int, Chat] = {}
-    if template is not None:
-        for i, row in enumerate(rows):
-            if row.text is None:
-                chats[i], left_off = _render(row, template, need_answers)
-                shortened |= {i} if left_off else set()
-        encoded = template.encode(list(chats.values()), [rows[i].where for i in chats])
-        for i, (ids, mask, prompt_length) in zip(chats, encoded, strict=True):
-            sequences[i] = TokenSequence(ids, mask, rows[i].domain, prompt_length, rows[i].digest)
-    return [(sequences[i], i in shortened) for i in range(len(rows))]
+            mask = np.ones(len(array), dtype=np.uint8)
+            done[i] = _Encoded(row, TokenSequence(array, mask, row.domain, 0, row.digest))
+    encoded = tokenize(tokenizer, [chat for _, chat in chats.values()])
+    for (i, (row, chat)), (ids, mask, prompt_length) in zip(chats.items(), encoded, strict=True):
+        sequence = TokenSequence(ids, mask, row.domain, prompt_length, row.digest)
+        left_off = row.answered and _to_be_written(sequence)
+        if left_off and need_answers:
+            done[i] = Rejected(row.where, "the tokens of the answer cannot be told from its prompt's")
+        else:
+            done[i] = _Encoded(row, sequence, left_off, chat.unplaced)
+    return [done[i] for i in range(len(rows))]
 
 
-def _render(row: Row, template: ChatTemplate, need_answers: bool) -> tuple[Chat, bool]:
-    """A row's chat, and whether its answer was left off."""
-    try:
-        try:
-            return template.render(row.messages), False
-        except PrefixError:
-            # Some templates (of models that think first) have no place for a ready answer after their generation
-            # prompt. Where the base writes the answer anyway, its prompt is all that is needed.
-            if need_answers or not row.answered:
-                raise
-            return template.render(row.messages[:-1]), True
-    except CorpusError as error:
-        raise CorpusError(f"{row.where}: {error}") from error
+def _check_vocabulary(
+    sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, where: str
+) -> None:
+    highest = int(sequence.ids.max())
+    if vocab_size is not None and highest >= vocab_size:
+        raise CorpusError(
+            f"{where}: the token {tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, and the base has "
+            f"{vocab_size} rows in its lm_head: tokenizer and base do not belong together, or the tokenizer was given "
+            "tokens for which the base was not enlarged"
+        )
+
+
+def _reject(report: Report, row: Rejected) -> None:
+    report.rejected[row.reason] += 1
+    if len(report.rejected_rows) < SHOWN:
+        report.rejected_rows.append(f"{row.where}: {row.reason}")
+
+
+def _check_rejected(report: Report, skip_bad_rows: bool) -> None:
+    """Raise an error for bad rows, unless they are to be left out and others remain."""
+    count = report.rejected.total()
+    if count and (not skip_bad_rows or count == report.rows):
+        first = "\n  ".join(report.rejected_rows)
+        advice = "" if count == report.rows else "; data.skip_bad_rows=true leaves such rows out"
+        raise CorpusError(
+            f"{count:,} of {report.rows:,} rows cannot be used{advice}: {report.reasons()}. The first:\n  {first}"
+        )
 
 
 def _to_be_written(sequence: TokenSequence) -> bool:
@@ -185,10 +269,19 @@ def _prompt_of(sequence: TokenSequence) -> TokenSequence:
     return replace(sequence, ids=sequence.ids[:n], mask=sequence.mask[:n])
 
 
-def _count(report: Report, sequence: TokenSequence, shortened: bool) -> None:
+def _count(report: Report, item: _Encoded) -> None:
+    sequence, messages = item.sequence, item.row.messages
     report.kept += 1
-    report.shortened += shortened
-    report.unanswered += _to_be_written(sequence) and not shortened
+    report.shortened += item.shortened
+    report.unplaced += item.unplaced
+    report.unanswered += _to_be_written(sequence) and not item.shortened
     report.tokens += len(sequence)
     report.supervised += int(sequence.mask.sum())
     report.domains[sequence.domain] += 1
+    report.roles.update(message["role"] for message in messages)
+    report.turns[len(messages)] += bool(messages)
+    report.prompts.add(hash(sequence.source))
+
+
+def _named(paths: Sequence[Path]) -> str:
+    return f"{paths[0]}{f' and {len(paths) - 1} more files' if paths[1:] else ''}"

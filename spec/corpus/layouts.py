@@ -1,0 +1,309 @@
+"""The columns of a parquet file -> which of them hold what.
+
+In this order:
+1. A conversation: `messages`, `conversations`, `conversation` or the like, a list of turns, or text that holds one as
+   JSON. A turn is {role, content} or {from, value}.
+2. A prompt: `prompt`, `question`, `instruction` or the like, a string or a list of turns, with the answer in the first
+   of `answer`, `response`, `output` or the like that holds text or turns; none of them: no answers.
+3. `text`, a string: plain text.
+data.prompt_key and data.response_key name the columns instead; dots reach into struct columns. Next to either of them
+`system` or `system_prompt` is a system turn, `tools` goes to the chat template, and `input` or `context` is the second
+part of a prompt. The domain is the column `domain`, else `data_source`, else the file's stem.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spec.corpus.sequences import CorpusError
+
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+AS_JSON = CONVERSATIONS[:3]
+"""Those that are taken for a conversation even where they are text."""
+
+PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "inputs", "user")
+RESPONSES = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "extra_info.answer")
+SYSTEMS = ("system_prompt", "system", "system_message")
+SECOND_PARTS = ("input", "context")
+TOOLS = ("tools", "functions")
+DOMAINS = ("domain", "data_source")
+ROLE_KEYS = ("role", "from")
+CONTENT_KEYS = ("content", "value", "text")
+LAYOUTS = (
+    f"{', '.join(CONVERSATIONS)} (a list of {{role, content}} or {{from, value}}); {', '.join(PROMPTS)} (a string, or "
+    f"such a list) with {', '.join(RESPONSES)}; text (a string)"
+)
+_ALTERNATIVES = {*CONVERSATIONS, "prompt", "question", "query", "problem"}
+"""Whole prompts: where data.prompt_key names one, the others are not read on purpose."""
+
+_PROMPT_WORDS = {
+    *(
+        "system",
+        "prompt",
+        "prompts",
+        "instruction",
+        "instructions",
+        "input",
+        "inputs",
+        "context",
+        "contexts",
+        "question",
+    ),
+    *("query", "problem", "history", "tool", "tools", "function", "functions", "document", "documents", "passage"),
+    *("passages", "background", "persona", "image", "images", "video", "videos", "audio", "audios", "user"),
+    *("messages", "conversation", "conversations", "dialogue", "dialog", "chat"),
+}
+_OTHER_WORDS = {
+    *("id", "ids", "idx", "index", "type", "types", "len", "length", "tokens", "count", "num", "number", "quality"),
+    *("score", "scores", "lang", "language", "config", "configs", "hash", "source", "model", "name", "format"),
+    *("formatting", "category", "difficulty", "topic", "split", "version", "url", "date", "level", "style", "label"),
+    *("intent", "mask", "use", "used"),
+}
+_Check = Callable[[pa.DataType | None], bool]
+_WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a file hold what.
+
+    suspects: columns that look like a part of the prompt and are not read; what they hold must be in the conversation.
+    unused: all columns that are not read.
+    """
+
+    kind: Literal["messages", "prompt", "text"]
+    prompt: str
+    response: str | None = None
+    second: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    domain: str | None = None
+    suspects: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        named = (self.prompt, self.second, self.response, self.system, self.tools, self.domain)
+        return tuple(key for key in named if key)
+
+    def __str__(self) -> str:
+        """What the stage's log says of a file."""
+        what = {"messages": "conversations", "prompt": "prompts", "text": "plain text"}[self.kind]
+        second = f" and {self.second}" if self.second else ""
+        parts = [f"{what} in {self.prompt}{second}"]
+        if self.response or self.kind == "prompt":
+            parts.append(f"answers in {self.response}" if self.response else "no answers")
+        parts += [f"{name} in {key}" for name, key in (("system turns", self.system), ("tools", self.tools)) if key]
+        unused = f"; not read: {', '.join(self.unused)}" if self.unused else ""
+        return f"{', '.join(parts)}, domain from {self.domain or 'the file name'}{unused}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parquet file and its layout."""
+
+    path: Path
+    layout: Layout
+    rows: int
+
+
+def inspect(
+    files: Sequence[Path],
+    *,
+    prompt_key: str | None,
+    response_key: str | None,
+    need_answers: bool,
+    ignore_columns: Sequence[str] = (),
+) -> list[Source]:
+    """Find every file's layout from its schema alone, before any row is read; files without rows are passed over.
+
+    Raises:
+        CorpusError: not a parquet file, no rows in any file, no layout that fits, a key that is missing or of another
+            type, or answers needed of a file that has no column for them.
+    """
+    found = [_inspect(path, prompt_key, response_key, need_answers, ignore_columns) for path in files]
+    sources = [source for source in found if source is not None]
+    if not sources:
+        none = "the file has no rows" if len(files) == 1 else f"none of the {len(files)} files has a row"
+        raise CorpusError(f"{files[0]}: {none}")
+    return sources
+
+
+def count_rows(sources: Sequence[Source], max_samples: int | None) -> int:
+    """How many rows `stream` will read: the total of its progress."""
+    rows = sum(source.rows for source in sources)
+    return rows if max_samples is None else min(rows, max_samples)
+
+
+def _inspect(
+    path: Path, prompt_key: str | None, response_key: str | None, need_answers: bool, ignored: Sequence[str]
+) -> Source | None:
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
+    if not rows:
+        return None
+    layout = _Finder(path, schema, frozenset(ignored)).find(prompt_key, response_key)
+    if need_answers and layout.kind == "prompt" and layout.response is None:
+        raise CorpusError(
+            f"{path}: answers are needed, but no column holds them: found {_columns(schema)}, looked for "
+            f"{', '.join(RESPONSES)}. Name the column with data.response_key, or let the base write the answers with "
+            "respond.source=base"
+        )
+    return Source(path, layout, rows)
+
+
+@dataclass(frozen=True)
+class _Finder:
+    path: Path
+    schema: pa.Schema
+    ignored: frozenset[str]
+
+    def find(self, prompt_key: str | None, response_key: str | None) -> Layout:
+        """The layout of the columns that are not ignored."""
+        prompt = self._prompt(prompt_key, response_key)
+        if prompt is None:
+            return self._complete(Layout("text", "text"), prompt_key)
+        turns = _is_turns(self._type(prompt)) or prompt in AS_JSON
+        response = second = None
+        if response_key is not None:
+            expected = "a string, a list of strings or a list of {role, content}"
+            response = self._named(response_key, "data.response_key", _is_response, expected)
+        elif prompt_key is not None or prompt not in CONVERSATIONS:
+            response = self._first((key for key in RESPONSES if key != prompt), _is_response)
+        if not turns:
+            second = self._first((key for key in SECOND_PARTS if key not in (prompt, response)), _is_text)
+        kind: Literal["messages", "prompt"] = "messages" if turns else "prompt"
+        return self._complete(Layout(kind, prompt, response, second), prompt_key)
+
+    def _prompt(self, prompt_key: str | None, response_key: str | None) -> str | None:
+        """The column of the prompt; None for plain text."""
+        if prompt_key is not None:
+            expected = "a string or a list of {role, content}"
+            return self._named(prompt_key, "data.prompt_key", _is_prompt, expected)
+        prompt = (
+            self._first(CONVERSATIONS, _is_turns)
+            or self._first(AS_JSON, _is_text)
+            or self._first(PROMPTS, _is_prompt)
+            or self._first(("chosen",), _is_turns)
+        )
+        if prompt is None and not (_is_text(self._type("text")) and response_key is None):
+            raise CorpusError(
+                f"{self.path}: no layout fits its columns: found {_columns(self.schema)}; a file needs one of: "
+                f"{LAYOUTS}. Name the columns with data.prompt_key and data.response_key"
+            )
+        return prompt
+
+    def _complete(self, layout: Layout, prompt_key: str | None) -> Layout:
+        """With the columns that stand next to a prompt, and those that are not read."""
+        system = tools = None
+        if layout.kind != "text":
+            system = self._first((key for key in SYSTEMS if key not in layout.read), _is_text)
+            tools = self._first((key for key in TOOLS if key not in layout.read), _is_tools)
+        layout = replace(layout, system=system, tools=tools, domain=self._first(DOMAINS, _is_text))
+        read = {*layout.read, *(key.split(".")[0] for key in layout.read if key not in self.schema.names)}
+        unused = tuple(name for name in self.schema.names if name not in read)
+        expected = self.ignored | (_ALTERNATIVES if prompt_key is not None else set())
+        suspects = tuple(name for name in unused if name not in expected and _is_suspect(name, self._type(name)))
+        return replace(layout, suspects=suspects, unused=unused)
+
+    def _named(self, key: str, param: str, fits: _Check, expected: str) -> str:
+        kind = _type(self.schema, key)
+        if kind is None:
+            raise CorpusError(f"{self.path}: no column {key!r}, which {param} names: found {_columns(self.schema)}")
+        if not fits(kind):
+            raise CorpusError(f"{self.path}: column {key!r}, which {param} names, is {kind}; expected {expected}")
+        return key
+
+    def _first(self, keys: Iterable[str], fits: _Check) -> str | None:
+        """The first column that fits, of those that are not all null if there are such."""
+        found = [key for key in keys if fits(self._type(key))]
+        return next((key for key in found if self._type(key) != pa.null()), found[0] if found else None)
+
+    def _type(self, key: str) -> pa.DataType | None:
+        ignored = key in self.ignored or key.split(".")[0] in self.ignored
+        return None if ignored else _type(self.schema, key)
+
+
+def _is_suspect(name: str, kind: pa.DataType | None) -> bool:
+    """Whether a column looks like a part of a prompt."""
+    words = {word.lower() for word in _WORD.findall(name)}
+    return bool(words & _PROMPT_WORDS) and not words & _OTHER_WORDS and _holds_text(kind)
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema) or "no columns"
+
+
+def _type(schema: pa.Schema, key: str) -> pa.DataType | None:
+    """The type of a column, or of the struct field that a dotted key reaches; None where there is none."""
+    if key in schema.names:
+        return schema.field(key).type
+    name, *path = key.split(".")
+    kind = schema.field(name).type if name in schema.names else None
+    for part in path:
+        kind = _fields(kind).get(part)
+    return kind
+
+
+def _fields(kind: pa.DataType | None) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in kind} if kind is not None and pa.types.is_struct(kind) else {}
+
+
+def _item(kind: pa.DataType | None) -> pa.DataType | None:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return kind.value_type if kind is not None and any(check(kind) for check in lists) else None
+
+
+def _is_text(kind: pa.DataType | None) -> bool:
+    if kind is None:
+        return False
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    types = pa.types
+    # A column of nothing but nulls has the type null: its rows are reported as nulls, not the column as mistyped.
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or kind == pa.null())
+
+
+def _is_turn(kind: pa.DataType | None) -> bool:
+    fields = _fields(kind)
+    return any(_is_text(fields.get(key)) for key in ROLE_KEYS) and any(key in fields for key in CONTENT_KEYS)
+
+
+def _is_turns(kind: pa.DataType | None) -> bool:
+    """Whether a column holds a list of turns, or a struct of lists, as some libraries write one."""
+    columns = {name: _item(field) for name, field in _fields(kind).items()}
+    lists = any(_is_text(columns.get(key)) for key in ROLE_KEYS) and any(
+        columns.get(key) is not None for key in CONTENT_KEYS
+    )
+    return _is_turn(_item(kind)) or lists
+
+
+def _is_prompt(kind: pa.DataType | None) -> bool:
+    return _is_text(kind) or _is_turns(kind)
+
+
+def _is_response(kind: pa.DataType | None) -> bool:
+    return _is_prompt(kind) or _is_text(_item(kind)) or _is_turn(kind)
+
+
+def _is_tools(kind: pa.DataType | None) -> bool:
+    return _is_text(kind) or _is_text(_item(kind)) or bool(_fields(_item(kind)))
+
+
+def _holds_text(kind: pa.DataType | None) -> bool:
+    """Whether there may be text or media in a column."""
+    if kind is None or kind == pa.null():
+        return False
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    inside = [*_fields(kind).values(), _item(kind)]
+    return binary or _is_text(kind) or any(map(_holds_text, inside))

@@ -1,0 +1,158 @@
+"""Values of a column -> the turns of a conversation, as chat templates take them: {role, content, ...}."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from spec.corpus.layouts import CONTENT_KEYS, ROLE_KEYS
+from spec.corpus.sequences import CorpusError
+
+Messages = list[dict[str, Any]]
+
+ROLES = {
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "chatbot", "ai", "bard", "bing", "claude", "gpt4"),
+    "system": ("system", "developer"),
+    "tool": ("tool", "function", "observation", "ipython", "tool_response", "function_response", "tool_result"),
+    "function_call": ("function_call", "tool_call"),
+}
+"""The names that data sets have for each role; the text of a function_call is a call of the assistant's."""
+
+_ROLE = {name: role for role, names in ROLES.items() for name in names}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING_KEYS = ("reasoning", "thinking")
+_LOOKS_LIKE_TURNS = re.compile(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']")
+
+
+class RowError(CorpusError):
+    """One row that cannot be used; the message is the reason under which such rows are counted."""
+
+
+def read_turns(value: Any, column: str) -> Messages | None:
+    """The turns that a value holds as a list, a struct of lists, a single turn or JSON text; None for other text.
+
+    Raises:
+        RowError: turns that cannot be understood.
+    """
+    if isinstance(value, str):
+        value = _from_json(value, column)
+        if value is None:
+            return None
+    if isinstance(value, dict):
+        lists = {key: items for key, items in value.items() if isinstance(items, list)}
+        roles = any(key in lists for key in ROLE_KEYS)
+        value = (
+            [dict(zip(lists, items, strict=False)) for items in zip(*lists.values(), strict=False)]
+            if roles
+            else [value]
+        )
+    return [_turn(turn, f"a turn of column {column}") for turn in value]
+
+
+def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
+    """The functions that a conversation may call, in OpenAI's form, from a list or JSON text.
+
+    Raises:
+        RowError: they are neither.
+    """
+    if isinstance(value, str):
+        value = _loads(value) or "" if value.strip() else []
+    tools = [] if value is None else value if isinstance(value, list) else [value]
+    tools = [clean(_loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f"column {column} is neither a list of tools nor JSON text that holds one")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def clean(value: Any) -> Any:
+    """Without the nulls with which a table fills up the fields that a struct does not have."""
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items() if item is not None}
+    return [clean(item) for item in value] if isinstance(value, list) else value
+
+
+def _from_json(text: str, column: str) -> list[Any] | None:
+    """The list of turns that a text is the JSON of; None where it is not."""
+    if not text.lstrip().startswith("["):
+        return None
+    found = _loads(text)
+    if isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found):
+        return found if any(key in found[0] for key in ROLE_KEYS) else None
+    if found is None and _LOOKS_LIKE_TURNS.match(text):
+        raise RowError(f"column {column} holds text that looks like a list of turns and is not JSON")
+    return None
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise RowError(f"{where} is {_shown(turn)}; expected {{role, content}} or {{from, value}}")
+    turn = clean(turn)
+    name = next((turn[key] for key in ROLE_KEYS if key in turn), None)
+    role = _ROLE.get(name.strip().lower().replace("-", "_")) if isinstance(name, str) else None
+    if role is None:
+        raise RowError(f"{where} has the role {_shown(name)}; expected {', '.join(_ROLE)}")
+    content = _content(next((turn[key] for key in CONTENT_KEYS if key in turn), None), where)
+    rest = {key: item for key, item in turn.items() if key not in (*ROLE_KEYS, *CONTENT_KEYS, "tool_calls")}
+    reasoning = next((rest[key] for key in _REASONING_KEYS if rest.get(key)), None)
+    if reasoning and not rest.get("reasoning_content"):
+        rest["reasoning_content"] = reasoning
+    if role == "function_call":
+        return {"role": "assistant", "content": content, **_written_call(content)}
+    calls = {"tool_calls": _calls(turn["tool_calls"], where)} if turn.get("tool_calls") else {}
+    return {"role": role, "content": content, **rest, **calls}
+
+
+def _content(value: Any, where: str) -> str:
+    """Text, or the parts of a text."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    parts = [value] if isinstance(value, dict) else value
+    if not isinstance(parts, list):
+        raise RowError(f"{where} has content {_shown(value)}; expected text, or a list of text parts")
+    texts = []
+    for part in parts:
+        kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, dict) else _shown(part)
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
+            raise RowError(f"{where} has a part of type {kind} in its content; only text can be read")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as values, which is how templates and servers take them."""
+    calls = _loads(value) if isinstance(value, str) else value
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) for call in calls):
+        raise RowError(f"{where} has tool_calls {_shown(value)}; expected a list of calls")
+    return [{**call, "function": _call(call["function"])} if "function" in call else _call(call) for call in calls]
+
+
+def _call(call: Any) -> Any:
+    arguments = call.get("arguments") if isinstance(call, dict) else None
+    values = _loads(arguments) if isinstance(arguments, str) else None
+    return {**call, "arguments": values} if isinstance(values, dict) else call
+
+
+def _written_call(text: str) -> dict[str, Any]:
+    """The call that a text is, for templates that have a place for calls; others show the text."""
+    found = _loads(text)
+    calls: Sequence[Any] = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        return {}
+    return {"tool_calls": [{"type": "function", "function": _call(call)} for call in calls], "written_call": True}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
