@@ -41,6 +41,7 @@ PLAIN_TEMPLATE = (
 )
 MARKER = "\uf8ffanswer\uf8ff"  # private use characters: neither text nor templates hold them
 ASKED = "\uf8ffquestion\uf8ff"
+FUNCTION = "marked_function"
 OPEN, CLOSE = "<think>", "</think>"
 
 Message = dict[str, Any]
@@ -50,7 +51,7 @@ _MARKED_QUESTION: Message = {"role": "user", "content": MARKER}
 _MARKED: Message = {"role": "assistant", "content": MARKER}
 
 
-_CALL = {"id": "a" * 9, "type": "function", "function": {"name": MARKER, "arguments": {"a": "b"}}}
+_CALL = {"id": "a" * 9, "type": "function", "function": {"name": FUNCTION, "arguments": {"a": "b"}}}
 _MARKED_CALL: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 
 
@@ -192,18 +193,18 @@ class ChatTemplate:
         """The first form in which the template shows text, and calls."""
         refusals: list[RowError] = []
         forms = (Form(), Form(parts=True))
-        text = next((form for form in forms if self._shows(form, [_MARKED_QUESTION, _MARKED], refusals)), None)
+        text = next((form for form in forms if self._shows(form, [_MARKED_QUESTION, _MARKED], MARKER, refusals)), None)
         if text is None and refusals:
             raise refusals[0]
         text = text or Form()
         calls = (replace(text, calls="values"), replace(text, calls="text"))
-        return next((form for form in calls if self._shows(form, [_QUESTION, _MARKED_CALL], [])), text)
+        return next((form for form in calls if self._shows(form, [_QUESTION, _MARKED_CALL], FUNCTION, [])), text)
 
-    def _shows(self, form: Form, messages: Messages, refusals: list[RowError]) -> bool:
+    def _shows(self, form: Form, messages: Messages, marker: str, refusals: list[RowError]) -> bool:
         """Whether all markers are in the rendering; a refusal is added to the list."""
         self._form = form
         try:
-            return self._render(messages).count(MARKER) >= str(messages).count(repr(MARKER))
+            return self._render(messages).count(marker) >= str(messages).count(repr(marker))
         except RowError as error:
             refusals.append(error)
             return False

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS_PER_CALL = 256  # a fast tokenizer spreads the texts of one call over the cores
 SHOWN = 5  # bad rows that an error names
+REASONS = 10  # and reasons
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Report:
 
     def reasons(self) -> str:
         """Why rows cannot be used, the most frequent reason first."""
-        return "; ".join(f"{count:,} x {reason}" for reason, count in self.rejected.most_common())
+        shown = [f"{count:,} x {reason}" for reason, count in self.rejected.most_common(REASONS)]
+        return "; ".join([*shown, *(["..."] if len(self.rejected) > REASONS else [])])
 
 
 @dataclass(frozen=True)
@@ -250,9 +252,9 @@ def _check_rejected(report: Report, skip_bad_rows: bool) -> None:
     count = report.rejected.total()
     if count and (not skip_bad_rows or count == report.rows):
         first = "\n  ".join(report.rejected_rows)
-        advice = "" if count == report.rows else "; data.skip_bad_rows=true leaves such rows out"
+        advice = "" if count == report.rows else "\ndata.skip_bad_rows=true leaves such rows out"
         raise CorpusError(
-            f"{count:,} of {report.rows:,} rows cannot be used{advice}: {report.reasons()}. The first:\n  {first}"
+            f"{count:,} of {report.rows:,} rows cannot be used: {report.reasons()}. The first:\n  {first}{advice}"
         )
 
 

@@ -118,11 +118,8 @@ def _conversation(values: dict[str, Any], layout: Layout, need_answers: bool) ->
     answers = last["role"] == "assistant"
     blank = answers and not last["content"].strip() and not last.get("tool_calls")
     if need_answers and (blank or not answers):
-        what = f"the answer in {layout.response or layout.prompt} is empty" if blank else "no answer follows the prompt"
-        raise RowError(
-            f"{what}, and answers are needed: fill or remove the row, or let the base write the answers with "
-            "respond.source=base"
-        )
+        what = f"the answer in {layout.response or layout.prompt} is null or empty"
+        raise RowError(f"{what if blank else 'no answer follows the prompt'}; respond.source=base would write one")
     messages = messages[:-1] if blank else messages
     if not messages or messages[0]["role"] == "assistant":
         raise RowError(f"column {layout.prompt} starts with an assistant turn; expected a prompt before it")

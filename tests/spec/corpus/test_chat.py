@@ -1,0 +1,438 @@
+"""Chat templates: what of a conversation is supervised, and what a template takes."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec import corpus
+from spec.corpus import ChatTemplate, CorpusError
+
+from .families import (
+    CHATML,
+    FORCED_THINK,
+    SPACE,
+    THINK,
+    UNCLOSED,
+    assistant,
+    byte_level,
+    encode,
+    prompt_ids,
+    run,
+    save,
+    sentencepiece_like,
+    serving,
+    supervised,
+    user,
+)
+
+
+def test_chatml_supervises_the_answer_and_its_end_but_not_the_newline_after_it() -> None:
+    tokenizer = byte_level()
+    sequence = encode(tokenizer, [user("how are you?"), assistant("hello there")])
+    assert supervised(tokenizer, sequence) == ["hello there<|im_end|>"]
+    assert tokenizer.decode(sequence.ids).endswith("<|im_start|>assistant\nhello there<|im_end|>")
+    assert prompt_ids(sequence) == serving(tokenizer, [user("how are you?")])
+    assert corpus.answer(sequence).tolist() == sequence.ids[sequence.mask == 1].tolist()
+
+
+def test_every_turn_of_a_conversation_is_supervised_and_the_prompt_reaches_to_the_last() -> None:
+    tokenizer = byte_level()
+    messages = [user("a"), assistant("the answer is 42"), user("b"), assistant(""), user("c"), assistant("x")]
+    sequence = encode(tokenizer, messages)
+    assert supervised(tokenizer, sequence) == ["the answer is 42<|im_end|>", "<|im_end|>", "x<|im_end|>"]
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
+    assert tokenizer.decode(corpus.answer(sequence)) == "x<|im_end|>"
+
+
+def test_default_and_own_system_messages_are_part_of_the_prompt() -> None:
+    tokenizer = byte_level()
+    assert tokenizer.decode(encode(tokenizer, [user("a"), assistant("b")]).ids).startswith(
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
+    )
+    messages = [{"role": "system", "content": ""}, user("a"), assistant("b")]
+    sequence = encode(tokenizer, messages)
+    assert tokenizer.decode(sequence.ids).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+    assert supervised(tokenizer, sequence) == ["b<|im_end|>"]
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
+
+
+def test_an_answer_that_is_to_be_written_leaves_only_the_prompt() -> None:
+    tokenizer = byte_level()
+    messages = [user("a"), assistant("b"), user("c")]
+    sequence = encode(tokenizer, messages)
+    assert sequence.prompt_length == len(sequence)
+    assert sequence.ids.tolist() == serving(tokenizer, messages)
+    assert supervised(tokenizer, sequence) == ["b<|im_end|>"]
+    assert corpus.answer(sequence).tolist() == []
+
+
+def test_an_answer_that_merges_with_its_prompt_continues_from_the_tokens_that_serving_feeds() -> None:
+    tokenizer = byte_level()
+    prompt = "<|im_start|>assistant\n"
+    assert (
+        tokenizer(prompt + "\n\nc")["input_ids"][: len(tokenizer(prompt)["input_ids"])]
+        != tokenizer(prompt)["input_ids"]
+    )
+    messages = [user("a"), assistant("\n\nc"), user("b"), assistant("\n\nc")]
+    sequence = encode(tokenizer, messages)
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
+    # In history the merged token began before the turn did: it is the prompt's. The last answer is whole.
+    first, last = supervised(tokenizer, sequence)
+    assert "\n\nc<|im_end|>".endswith(first)
+    assert first != "\n\nc<|im_end|>"
+    assert last == "\n\nc<|im_end|>"
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_generation_prompt_that_ends_in_a_space_keeps_it(trim: bool) -> None:
+    tokenizer = byte_level(SPACE, trim=trim)
+    messages = [user("a"), assistant("the answer"), user("b"), assistant("the answer")]
+    sequence = encode(tokenizer, messages)
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
+    assert tokenizer.decode(sequence.ids) == "HUMAN: a\nBOT: the answer<|im_end|>\nHUMAN: b\nBOT: the answer<|im_end|>"
+    first, last = supervised(tokenizer, sequence)
+    assert last == "the answer<|im_end|>"
+    # The space and the letters in its token were not the assistant's to write, whatever offsets say of the space.
+    assert "the answer<|im_end|>".endswith(first)
+    assert first.endswith(" answer<|im_end|>")
+
+
+def test_an_end_of_turn_token_that_swallows_the_newline_after_it_is_supervised() -> None:
+    tokenizer = byte_level(rstrip=True)
+    messages = [user("a"), assistant("b"), user("c"), assistant("d")]
+    sequence = encode(tokenizer, messages)
+    assert [text.rstrip() for text in supervised(tokenizer, sequence)] == ["b<|im_end|>", "d<|im_end|>"]
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
+
+
+def test_llama2_supervises_through_eos_across_turns() -> None:
+    tokenizer = sentencepiece_like()
+    messages = [{"role": "system", "content": "be"}, user(" a "), assistant("Hi\nb"), user("b"), assistant(" Hi a ")]
+    sequence = encode(tokenizer, messages)
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
+    assert sequence.ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+    tokens = [tokenizer.convert_ids_to_tokens(sequence.ids[a:b].tolist()) for a, b in corpus.spans(sequence.mask)]
+    assert tokens == [["▁Hi", "<0x0A>", "b", "▁", "</s>"], ["▁Hi", "▁a", "▁", "</s>"]]
+
+
+def test_llama2_style_tokens_do_not_gain_a_space_at_a_merged_boundary() -> None:
+    tokenizer = sentencepiece_like(SPACE.replace("<|im_end|>", "</s>"))
+    sequence = encode(tokenizer, [user("a"), assistant("Hi")])
+    assert tokenizer.convert_ids_to_tokens(corpus.answer(sequence).tolist()) == ["H", "i", "</s>"]
+    assert prompt_ids(sequence) == serving(tokenizer, [user("a")])
+
+
+def test_a_template_that_renders_history_otherwise_than_the_last_turn() -> None:
+    tokenizer = byte_level(THINK, eos_token="<|endoftext|>")
+    messages = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("d")]
+    sequence = encode(tokenizer, messages)
+    assert supervised(tokenizer, sequence) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|endoftext|>"]
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
+
+
+def test_a_template_without_an_end_of_turn_token_supervises_the_content_alone(tmp_path: Path) -> None:
+    tokenizer = byte_level(UNCLOSED)
+    assert ChatTemplate(tokenizer).end_of_turn is None
+    sequence = encode(tokenizer, [user("a"), assistant("the answer is 42"), user("b"), assistant("hello")])
+    first, last = supervised(tokenizer, sequence)
+    assert first.rstrip() == "the answer is 42"
+    assert last == "hello"
+    _, report = run(save(tmp_path / "q.parquet", [{"question": "a", "answer": "b"}]), tokenizer)
+    assert any("no special token" in line for line in report.lines())
+
+
+def test_content_that_looks_like_the_template_does_not_move_the_mask() -> None:
+    tokenizer = byte_level()
+    answers = ["x<|im_end|>\ny", "<|im_start|>assistant\n", "\n", "a<|im_end|>"]
+    messages = [m for text in answers for m in (user("a<|im_end|>"), assistant(text))]
+    sequence = encode(tokenizer, messages)
+    assert supervised(tokenizer, sequence)[0] == "x<|im_end|>\ny<|im_end|>"
+    assert supervised(tokenizer, sequence)[-1] == "a<|im_end|><|im_end|>"
+
+
+def test_a_base_without_a_template_gets_the_plain_one_and_the_report_says_so(tmp_path: Path) -> None:
+    tokenizer = byte_level(None, eos_token="<|endoftext|>")
+    messages = [user("a"), assistant("hello"), user("b"), assistant("\n the answer ")]
+    sequences, report = run(save(tmp_path / "m.parquet", [{"messages": messages}]), tokenizer)
+    assert tokenizer.chat_template == corpus.PLAIN_TEMPLATE
+    assert supervised(tokenizer, sequences[0]) == [" hello<|endoftext|>", " \n the answer <|endoftext|>"]
+    assert prompt_ids(sequences[0]) == serving(tokenizer, messages[:-1])
+    assert tokenizer.decode(sequences[0].ids).startswith(
+        "User: a\n\nAssistant: hello<|endoftext|>\n\nUser: b\n\nAssistant:"
+    )
+    assert report.plain_template
+    assert any("no chat template" in line for line in report.lines())
+    assert run(tmp_path / "m.parquet", tokenizer)[1].plain_template
+    assert not run(tmp_path / "m.parquet")[1].plain_template
+
+
+def test_the_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
+    tokenizer = sentencepiece_like(None)
+    assert corpus.install_plain_template(tokenizer)
+    sequence = encode(tokenizer, [user("a"), assistant("Hi")])
+    assert sequence.ids[0] == tokenizer.bos_token_id
+    assert tokenizer.convert_ids_to_tokens(corpus.answer(sequence).tolist()) == ["▁Hi", "</s>"]
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    [
+        "\n",
+        "\n\n",
+        " ",
+        " the answer ",
+        "a\r\n",
+        "é\u0301",
+        "👩‍👩‍👧",
+        "\n\nthe answer is 42\n",
+        "<think>",
+        "def f(x):\n    ",
+    ]
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    system = draw(st.none() | text)
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    for _ in range(draw(st.integers(1, 3))):
+        messages += [user(draw(text)), assistant(draw(text))]
+    return messages if draw(st.booleans()) else messages[:-1]
+
+
+@settings(max_examples=150)
+@given(messages=conversations(), trim=st.booleans())
+def test_any_conversation_is_masked_by_the_token(messages: list[dict[str, Any]], trim: bool) -> None:
+    tokenizer = byte_level(trim=trim)
+    sequence = encode(tokenizer, messages)
+    answered = messages[-1]["role"] == "assistant"
+    prompt = messages[:-1] if answered else messages
+    assert prompt_ids(sequence) == serving(tokenizer, prompt)
+
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
+    assert tokenizer.decode(sequence.ids) == (whole.removesuffix("\n") if answered else whole)
+    expected = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+    found = supervised(tokenizer, sequence)
+    assert len(found) == len(expected)
+    if answered:
+        assert found[-1] == expected[-1]
+    for turn, content in zip(found, expected, strict=True):
+        # A leading newline may belong to a token that the generation prompt's own newline began.
+        assert turn == content or (content[0] == "\n" and content.endswith(turn))
+
+
+@settings(max_examples=60)
+@given(messages=conversations())
+def test_any_conversation_keeps_its_prompt_in_a_template_that_strips(messages: list[dict[str, Any]]) -> None:
+    tokenizer = sentencepiece_like()
+    sequence = encode(tokenizer, messages)
+    answered = messages[-1]["role"] == "assistant"
+    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1] if answered else messages)
+    turns = corpus.spans(sequence.mask)
+    assert len(turns) == sum(m["role"] == "assistant" for m in messages)
+    assert all(sequence.ids[stop - 1] == tokenizer.eos_token_id for _, stop in turns)
+    if answered:
+        assert sequence.ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(FORCED_THINK, id="the generation prompt is no prefix"),
+        pytest.param(CHATML.replace("message['content']", "'a'"), id="the content is not rendered"),
+        pytest.param(CHATML.replace("message['role']", "'model'", 1), id="another name"),
+    ],
+)
+def test_a_prefix_that_does_not_hold_is_an_error(template: str) -> None:
+    with pytest.raises(corpus.PrefixError, match="does not render assistant message 1"):
+        ChatTemplate(byte_level(template)).render([user("a"), assistant("a long answer, longer than its prompt" * 3)])
+
+
+DAY = datetime.date(2026, 3, 7)
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML
+
+
+def prompt_of(template: str, day: datetime.date | None) -> str:
+    return ChatTemplate(byte_level(template), day).render([{"role": "user", "content": "a"}]).prompt
+
+
+@pytest.mark.parametrize(
+    "form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %d, %Y", "%-d/%-m/%y", "%Y-%m-%dT%H:%M:%S", "%G week %V, 100 %%"]
+)
+@pytest.mark.parametrize("begins", ["", "\n", "  {% if true %}\n  {% endif %}"])
+def test_a_template_that_prints_the_date_prints_the_day_it_is_given(form: str, begins: str) -> None:
+    dated, plain = (
+        begins + "{{ " + text + " }}" + CHATML for text in (f"strftime_now({form!r})", repr(DAY.strftime(form)))
+    )
+    assert prompt_of(dated, DAY) == prompt_of(plain, DAY)
+
+
+def test_without_a_day_such_a_template_is_refused_by_name() -> None:
+    with pytest.raises(CorpusError, match=r"prints the date, and data\.date is null: set it"):
+        ChatTemplate(byte_level(DATED), None)
+    ChatTemplate(byte_level(CHATML), None)
+
+
+# Traits of public families, one minimal template each -------------------------------------------------------------
+
+
+def template(turn: str, generation: str = "<|im_start|>assistant\n", before: str = "") -> str:
+    """A template from what it writes before all turns, for a turn m, and as its generation prompt."""
+    return (
+        f"{before}{{% for m in messages %}}{turn}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {generation!r} }}}}{{% endif %}}"
+    )
+
+
+HEAD, END = "{{ '<|im_start|>' ~ m.role ~ '\n' }}", "{{ '<|im_end|>\n' }}"
+BODY = HEAD + "{{ m.content }}" + END
+THOUGHT = (
+    "{% set r = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in "
+    "m.content else '') %}{% set c = m.content.split('</think>')[-1].lstrip() %}"
+)
+CALLS = "{% for c in m.tool_calls or [] %}"
+ALTERNATE = "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+SYSTEM = "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+FAMILIES = {
+    "gemma 2 trims, names the model, alternates": template(
+        ALTERNATE + "<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}" + END,
+        "<|im_start|>model\n",
+    ),
+    "mistral moves the system prompt, has no generation prompt": template(
+        "{% if m.role == 'user' %}{{ '[INST]' ~ (s ~ '\n\n' if loop.last and s else '') ~ m.content ~ '[/INST]' }}"
+        "{% elif m.role == 'assistant' %}{{ ' ' ~ m.content | trim ~ '<|im_end|>' }}{% endif %}",
+        "",
+        SYSTEM,
+    ),
+    "system last, and a line for it": template(
+        HEAD + "{% if loop.last and m.role == 'user' %}{{ s ~ '\n' }}{% endif %}{{ m.content }}" + END, before=SYSTEM
+    ),
+    "qwen 3": template(
+        "{% if m.role != 'assistant' %}" + BODY + "{% else %}" + THOUGHT + HEAD + "{% if loop.last %}"
+        "{{ '<think>\n' ~ r ~ '\n</think>\n\n' }}{% endif %}{{ c }}" + END + "{% endif %}"
+    ),
+    "qwen 3 thinking": template(
+        "{% if m.role != 'assistant' %}" + BODY + "{% else %}" + THOUGHT + HEAD + "{% if loop.last or r %}"
+        "{{ '<think>\n' ~ r ~ '\n</think>\n\n' }}{% endif %}{{ c }}" + END + "{% endif %}",
+        "<|im_start|>assistant\n<think>\n",
+    ),
+    "deepseek r1": template(
+        HEAD + "{{ m.content.split('</think>')[-1] }}" + END, "<|im_start|>assistant\n<think>\n"
+    ),
+    "nemotron 3": template(
+        "{% if m.role != 'assistant' %}" + BODY + "{% else %}" + THOUGHT + HEAD
+        + "{{ '<think>' ~ ('\n' ~ r ~ '\n' if r and loop.last else '') ~ '</think>' ~ c }}" + END + "{% endif %}",
+        "<|im_start|>assistant\n<think>\n",
+    ),
+    "gpt-oss": template(
+        "{% if m.role != 'assistant' %}" + BODY + "{% else %}<|im_start|>assistant{% if loop.last %}"
+        "{% if m.thinking %}{{ ' analysis:' ~ m.thinking ~ '<|im_end|><|im_start|>assistant' }}{% endif %}"
+        "{{ ' final:' ~ m.content ~ '<|endoftext|>' }}{% else %}{{ ' final:' ~ m.content ~ '<|im_end|>' }}{% endif %}"
+        "{% endif %}",
+        "<|im_start|>assistant",
+    ),
+    "qwen 2.5 with calls": template(
+        "{{ '<|im_start|>' ~ m.role }}{% if m.content %}{{ '\n' ~ m.content }}{% endif %}"
+        + CALLS
+        + "{{ '\n<tool_call>' ~ c.function.name ~ c.function.arguments | tojson ~ '</tool_call>' }}{% endfor %}" + END
+    ),
+    "lfm 2.5 with special tokens in calls": template(
+        HEAD + "{{ m.content }}" + CALLS + "<|endoftext|>{{ c.function.name }}<|endoftext|>{% endfor %}" + END
+    ),
+    "deepseek v3 with arguments as text": template(
+        HEAD + "{{ m.content or '' }}" + CALLS + "{{ c.function.name + c.function.arguments }}{% endfor %}" + END
+    ),
+    "content as parts": template(
+        HEAD + "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}" + END
+    ),
+    "no new line after the role": template("{{ '<|im_start|>' ~ m.role ~ m.content }}" + END),
+    "empty content is skipped": template("{% if m.content %}" + BODY + "{% endif %}"),
+}  # fmt: skip
+BE = {"role": "system", "content": "Be."}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "y"}}}]}
+CHAT = [user("a"), assistant(" b "), user("c"), assistant("d")]
+CALLED = [user("a"), CALL, {"role": "tool", "content": "c"}, assistant("d")]
+THINKING = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>so</think>\n\nd")]
+REASONING = [user("a"), {**assistant("d"), "reasoning_content": "so"}]
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "expected", "unplaced"),
+    [
+        ("gemma 2 trims, names the model, alternates", CHAT, ["b<|im_end|>", "d<|im_end|>"], 0),
+        ("mistral moves the system prompt, has no generation prompt", CHAT, [" b<|im_end|>", " d<|im_end|>"], 0),
+        ("mistral moves the system prompt, has no generation prompt", [BE, *CHAT], [" d<|im_end|>"], 1),
+        ("system last, and a line for it", [BE, *CHAT], ["d<|im_end|>"], 1),
+        ("qwen 3", THINKING, ["b<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"], 0),
+        ("qwen 3", REASONING, ["<think>\nso\n</think>\n\nd<|im_end|>"], 0),
+        ("qwen 3", CHAT, ["b <|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"], 0),
+        ("qwen 3 thinking", THINKING, ["hm\n</think>\n\nb<|im_end|>", "so\n</think>\n\nd<|im_end|>"], 0),
+        ("qwen 3 thinking", CHAT, ["\n</think>\n\nd<|im_end|>"], 1),
+        ("deepseek r1", THINKING, ["so</think>\n\nd<|im_end|>"], 1),
+        ("deepseek r1", REASONING, ["so\n</think>\n\nd<|im_end|>"], 0),
+        ("nemotron 3", THINKING, ["so\n</think>d<|im_end|>"], 1),
+        ("gpt-oss", CHAT, [" final: b <|im_end|>", " final:d<|endoftext|>"], 0),
+        ("gpt-oss", REASONING, [" analysis:so<|im_end|><|im_start|>assistant final:d<|endoftext|>"], 0),
+        ("qwen 2.5 with calls", CALLED, ['<tool_call>f{"x": "y"}</tool_call><|im_end|>', "d<|im_end|>"], 0),
+        ("qwen 2.5 with calls", CALLED[:2], ['<tool_call>f{"x": "y"}</tool_call><|im_end|>'], 0),
+        (
+            "lfm 2.5 with special tokens in calls",
+            CALLED,
+            ["<|endoftext|>f<|endoftext|><|im_end|>", "d<|im_end|>"],
+            0,
+        ),
+        ("deepseek v3 with arguments as text", CALLED, ['f{"x": "y"}<|im_end|>', "d<|im_end|>"], 0),
+        ("content as parts", CHAT, [" b <|im_end|>", "d<|im_end|>"], 0),
+        ("no new line after the role", CHAT, ["d<|im_end|>"], 1),
+        ("empty content is skipped", [*CHAT, user("")], [" b <|im_end|>", "d<|im_end|>"], 0),
+    ],
+)  # fmt: skip
+def test_families(family: str, messages: list[dict[str, Any]], expected: list[str], unplaced: int) -> None:
+    tokenizer = byte_level(FAMILIES[family])
+    assert ChatTemplate(tokenizer).render(messages).unplaced == unplaced
+    sequence = encode(tokenizer, messages)
+    found = supervised(tokenizer, sequence)
+    # A token that begins with the space or new line before an earlier turn is not supervised.
+    assert [text.lstrip() for text in found[:-1]] == [text.lstrip() for text in expected[:-1]]
+    assert found[-1] == expected[-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "message"),
+    [
+        (
+            "gemma 2 trims, names the model, alternates",
+            [BE, *CHAT],
+            "refuses .* of system, user.*must alternate",
+        ),
+        ("deepseek r1", CHAT, "does not render assistant message 3 as what follows its generation prompt"),
+        ("qwen 3", CALLED, "the chat template leaves out tool_calls"),
+        ("qwen 3", [user("a"), CALL], "the chat template leaves out tool_calls"),
+    ],
+)
+def test_conversations_for_which_a_family_has_no_place(family: str, messages: Any, message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        ChatTemplate(byte_level(FAMILIES[family])).render(messages)
+
+
+def test_a_system_prompt_that_a_template_leaves_out_is_no_conversation_for_it() -> None:
+    deaf = template("{% if m.role != 'system' %}" + BODY + "{% endif %}")
+    with pytest.raises(CorpusError, match="leaves out a turn of system"):
+        ChatTemplate(byte_level(deaf)).render([BE, *CHAT])
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_tools_go_to_the_template(shown: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    before = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" if shown else ""
+    chat = ChatTemplate(byte_level(template(BODY, before=before)))
+    if shown:
+        assert chat.render(CHAT, tools).prompt == "weather" + chat.render(CHAT).prompt
+    else:
+        with pytest.raises(CorpusError, match=r"leaves out the tools .*data\.ignore_columns"):
+            chat.render(CHAT, tools)
