@@ -308,6 +308,16 @@ class Config(Section):
         """Whether the base writes the answers; in joint training it learns the data's own."""
         return self.respond.source == "base" and self.model.freeze_base_model
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the corpus package is to read the columns of data files: arguments of its functions, by name."""
+        return {
+            "prompt_key": self.data.prompt_key,
+            "response_key": self.data.response_key,
+            "ignore_columns": self.data.ignore_columns,
+            "need_answers": not self.base_answers,
+        }
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         weights, n = self.optim.head_weights, self.model.speculator.n_predict

@@ -20,6 +20,7 @@ _COMMANDS = (
     "generate",
     "serve",
     "plan",
+    "inspect",
     "store",
     "track",
     "export",
@@ -47,8 +48,8 @@ class _Lazy(click.Group):
 
 
 def _module(name: str) -> str:
-    """Of a command's module and function; a keyword of Python can be neither."""
-    return f"{name}_" if keyword.iskeyword(name) else name
+    """Of a command's module; a keyword of Python cannot be one, and `inspect` would hide a module of Python's own."""
+    return f"{name}_" if keyword.iskeyword(name) or name == "inspect" else name
 
 
 def _first_line(name: str) -> str:

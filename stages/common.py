@@ -64,17 +64,6 @@ def read_sources() -> dict[str, Any]:
     return sources
 
 
-def columns(config: Config) -> dict[str, Any]:
-    """How the corpus package is to read the columns of data files."""
-    data = config.data
-    return {
-        "prompt_key": data.prompt_key,
-        "response_key": data.response_key,
-        "ignore_columns": data.ignore_columns,
-        "need_answers": not config.base_answers,
-    }
-
-
 def stage(body: Callable[..., None]) -> click.Command:
     """A click command around ``body(config, **options)``, with --params and -S, whose errors are one clear message."""
 

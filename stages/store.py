@@ -153,7 +153,7 @@ def _given_rows(
 ) -> tuple[dict[bytes, index.Start | None], str]:
     """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does."""
     found = corpus.list_files([str(path) for path in paths])
-    columns = {**common.columns(config), "need_answers": False}
+    columns = {**config.reading, "need_answers": False}
     given: dict[bytes, index.Start | None] = {
         row.digest: None
         for source in corpus.inspect(found, **columns)

@@ -19,10 +19,9 @@ def tokenize(config: Config) -> None:
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
     data = config.data
-    columns = common.columns(config)
     paths = {split: corpus.list_files(data.files(split), split=split) for split in common.SPLITS}
-    found = {split: corpus.inspect(paths[split], **columns) for split in common.SPLITS}
-    options = {**columns, **_limits(folder, config), "date": data.date, "skip_bad_rows": data.skip_bad_rows}
+    found = {split: corpus.inspect(paths[split], **config.reading) for split in common.SPLITS}
+    options = {**config.reading, **limits(folder, config), "date": data.date, "skip_bad_rows": data.skip_bad_rows}
     reports = {split: corpus.Report() for split in common.SPLITS}
     for split, report in reports.items():
         target = common.tokens_path(split)
@@ -48,7 +47,7 @@ def tokenize(config: Config) -> None:
         common.say(f"tokenize {split}: {total} -> {target} ({common.size(target.stat().st_size)})")
 
 
-def _limits(folder: Path, config: Config) -> dict[str, Any]:
+def limits(folder: Path, config: Config) -> dict[str, Any]:
     """Tokens and positions that the base has; rotated positions set no limit."""
     text = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
     names = ("max_position_embeddings", "n_positions", "n_ctx")

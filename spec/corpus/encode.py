@@ -41,7 +41,7 @@ class Report:
     unplaced: earlier assistant turns of kept rows that are not supervised, since the template renders them otherwise
         than after their generation prompt.
     prompts: a hash of each kept row's prompt or text, by which splits are compared.
-    turns: kept and dropped conversations by their number of turns; roles: their turns by role.
+    turns: kept conversations by their number of turns; roles: their turns by role.
     """
 
     rows: int = 0
@@ -281,7 +281,7 @@ def _count(report: Report, item: _Encoded) -> None:
     report.supervised += int(sequence.mask.sum())
     report.domains[sequence.domain] += 1
     report.roles.update(message["role"] for message in messages)
-    report.turns[len(messages)] += bool(messages)
+    report.turns.update([len(messages)] if messages else [])
     report.prompts.add(hash(sequence.source))
 
 

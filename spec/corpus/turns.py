@@ -21,6 +21,7 @@ ROLES = {
 }
 """The names that data sets have for each role; the text of a function_call is a call of the assistant's."""
 
+_EXPECTED = "user, assistant, system, tool, or another name of theirs such as human, gpt, model or function_call"
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_KEYS = ("reasoning", "thinking")
@@ -100,7 +101,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     name = next((turn[key] for key in ROLE_KEYS if key in turn), None)
     role = _ROLE.get(name.strip().lower().replace("-", "_")) if isinstance(name, str) else None
     if role is None:
-        raise RowError(f"{where} has the role {_shown(name)}; expected {', '.join(_ROLE)}")
+        raise RowError(f"{where} has the role {_shown(name)}; expected {_EXPECTED}")
     content = _content(next((turn[key] for key in CONTENT_KEYS if key in turn), None), where)
     rest = {key: item for key, item in turn.items() if key not in (*ROLE_KEYS, *CONTENT_KEYS, "tool_calls")}
     reasoning = next((rest[key] for key in _REASONING_KEYS if rest.get(key)), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from spec import corpus
@@ -77,3 +79,40 @@ def test_a_template_with_no_place_for_ready_answers_still_serves_prompts(tmp_pat
     (sequence,), report = run(several, tokenizer)
     assert (report.unplaced, report.shortened, int(sequence.mask.sum())) == (1, 1, 0)
     assert any(line.startswith("1 earlier assistant turns not supervised") for line in report.lines())
+
+
+def test_rows_beyond_the_positions_of_the_base_are_counted_by_themselves(tmp_path: Path) -> None:
+    path = save(tmp_path / "q.parquet", [{"question": "a", "answer": "b"}, {"question": "a" * 300, "answer": "b"}])
+    sequences, report = run(path, max_positions=100)
+    assert (len(sequences), report.beyond, report.too_long) == (1, 1, 0)
+    assert "1 rows dropped: longer than the base has positions" in report.lines()
+    (sequence,) = sequences
+    (short,), report = run(save(path, [{"question": "a", "answer": "b"}]), max_positions=len(sequence) - 1)
+    assert (report.shortened, len(short)) == (1, short.prompt_length)
+    with pytest.raises(CorpusError, match="and the base has 5 positions"):
+        run(path, max_positions=5)
+
+
+def test_a_token_without_a_row_in_lm_head_is_named(tmp_path: Path) -> None:
+    path, tokenizer = save(tmp_path / "q.parquet", [{"question": "a"}]), byte_level()
+    highest = int(run(path, tokenizer)[0][0].ids.max())
+    assert len(run(path, tokenizer, vocab_size=highest + 1)[0]) == 1
+    token = re.escape(repr(tokenizer.convert_ids_to_tokens(highest)))
+    with pytest.raises(
+        CorpusError, match=rf"row 0: the token {token} has id {highest}, and the base has {highest} rows"
+    ):
+        run(path, tokenizer, vocab_size=highest)
+
+
+def test_empty_files_are_passed_over_with_a_word(tmp_path: Path) -> None:
+    full = save(tmp_path / "part-0001.parquet", [{"question": "a"}])
+    empty = save(tmp_path / "part-0002.parquet", [], pa.schema([("question", pa.string())]))
+    sequences, report = run([full, empty])
+    assert [s.domain for s in sequences] == ["part"]
+    assert f"{empty}: passed over, without a row" in report.lines()
+
+
+def test_prompts_of_two_splits_can_be_compared(tmp_path: Path) -> None:
+    rows = [{"question": text, "answer": answer} for text, answer in ("ab", "cd")]
+    train, eval_ = (run(save(tmp_path / f"{i}.parquet", rows[i:]))[1].prompts for i in range(2))
+    assert (len(train), len(eval_), len(train & eval_)) == (2, 1, 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from spec import corpus
@@ -98,13 +99,6 @@ def test_columns_are_checked_in_every_file_before_any_row_is_read(tmp_path: Path
         run(files)
 
 
-def test_the_templates_own_error_comes_with_file_and_row(tmp_path: Path) -> None:
-    good, bad = [user("a"), assistant("b")], [user("a"), user("b"), assistant("c")]
-    path = save(tmp_path / "m.parquet", [{"messages": good}, {"messages": bad}])
-    with pytest.raises(CorpusError, match=r"m.parquet, row 1: the chat template refuses .* must alternate"):
-        run(path, sentencepiece_like())
-
-
 @pytest.mark.parametrize("content", [b"", b"PAR1 not really", b'{"question": "a"}\n'])
 def test_files_that_are_not_parquet(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.parquet"
@@ -113,3 +107,39 @@ def test_files_that_are_not_parquet(tmp_path: Path, content: bytes) -> None:
         run(path)
     with pytest.raises(CorpusError, match=r"x.parquet: not a readable parquet file"):
         corpus.read(path)
+
+
+def test_all_bad_rows_are_counted_and_the_first_named_before_anything_is_written(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"question": "a", "answer": "b"}, {"question": None, "answer": "b"}] * 600
+    path = save(tmp_path / "x.parquet", [*rows, {"question": "a", "answer": ""}])
+    with pytest.raises(CorpusError) as error:
+        run(path, need_answers=True)
+    assert "601 of 1,201 rows cannot be used: 600 x column question is null; 1 x the answer in" in str(error.value)
+    assert [line for line in str(error.value).split("\n") if "row 9: column question is null" in line]
+    assert "row 11" not in str(error.value)
+    assert "data.skip_bad_rows=true leaves such rows out" in str(error.value)
+    sequences, report = run(path, need_answers=True, skip_bad_rows=True)
+    assert (len(sequences), report.rows, report.kept) == (600, 1201, 600)
+    assert any(line.startswith("601 bad rows left out: 600 x column question is null") for line in report.lines())
+
+
+def test_where_every_row_is_bad_nothing_is_skipped(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.parquet", [{"messages": [user("a"), {"role": "narrator", "content": "b"}]}] * 3)
+    with pytest.raises(CorpusError, match=r"3 of 3 rows cannot be used: 3 x .* the role 'narrator'"):
+        run(path, skip_bad_rows=True)
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    good, bad = [user("a"), assistant("b")], [user("a"), user("b"), assistant("c")]
+    path = save(tmp_path / "m.parquet", [{"messages": good}, {"messages": bad}])
+    with pytest.raises(CorpusError, match=r"m.parquet, row 1: the chat template refuses .* must alternate"):
+        run(path, sentencepiece_like())
+    assert len(run(path, sentencepiece_like(), skip_bad_rows=True)[0]) == 1
+
+
+def test_invalid_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    text = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"\xff", b"c"], pa.binary()).buffers())
+    pq.write_table(pa.table({"question": text, "answer": ["x", "y", "z"]}), tmp_path / "x.parquet")
+    with pytest.raises(CorpusError, match=r"x.parquet, row 1: column question is not valid UTF-8"):
+        run(tmp_path / "x.parquet")
+    assert len(run(tmp_path / "x.parquet", skip_bad_rows=True)[0]) == 2
