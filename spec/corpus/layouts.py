@@ -31,7 +31,7 @@ AS_JSON = CONVERSATIONS[:3]
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "inputs", "user")
 RESPONSES = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "extra_info.answer")
 SYSTEMS = ("system_prompt", "system", "system_message")
-SECOND_PARTS = ("input", "context")
+SECOND_PARTS = ("input", "inputs", "context")
 TOOLS = ("tools", "functions")
 DOMAINS = ("domain", "data_source")
 ROLE_KEYS = ("role", "from")
@@ -44,20 +44,10 @@ _ALTERNATIVES = {*CONVERSATIONS, "prompt", "question", "query", "problem"}
 """Whole prompts: where data.prompt_key names one, the others are not read on purpose."""
 
 _PROMPT_WORDS = {
-    *(
-        "system",
-        "prompt",
-        "prompts",
-        "instruction",
-        "instructions",
-        "input",
-        "inputs",
-        "context",
-        "contexts",
-        "question",
-    ),
-    *("query", "problem", "history", "tool", "tools", "function", "functions", "document", "documents", "passage"),
-    *("passages", "background", "persona", "image", "images", "video", "videos", "audio", "audios", "user"),
+    *("system", "prompt", "prompts", "instruction", "instructions", "input", "inputs", "context", "contexts", "user"),
+    *("question", "query", "problem", "choices", "options", "history", "tool", "tools", "function", "functions"),
+    *("document", "documents", "passage", "passages", "paragraph", "paragraphs", "article", "story", "table", "schema"),
+    *("background", "persona", "image", "images", "video", "videos", "audio", "audios"),
     *("messages", "conversation", "conversations", "dialogue", "dialog", "chat"),
 }
 _OTHER_WORDS = {
@@ -154,13 +144,22 @@ def _inspect(
     if not rows:
         return None
     layout = _Finder(path, schema, frozenset(ignored)).find(prompt_key, response_key)
-    if need_answers and layout.kind == "prompt" and layout.response is None:
+    if need_answers and layout.kind == "prompt" and layout.response is None and not _holds_json(path, layout.prompt):
         raise CorpusError(
             f"{path}: answers are needed, but no column holds them: found {_columns(schema)}, looked for "
             f"{', '.join(RESPONSES)}. Name the column with data.response_key, or let the base write the answers with "
             "respond.source=base"
         )
     return Source(path, layout, rows)
+
+
+def _holds_json(path: Path, column: str) -> bool:
+    """Whether the first text of a column may be the JSON of a conversation, which may end with an answer."""
+    with pq.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            return False
+        first = next(file.iter_batches(batch_size=1, columns=[column])).column(0).cast(pa.binary())[0].as_py()
+    return first is not None and bool(first.lstrip().startswith(b"["))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def parts(*texts: str) -> list[dict[str, str | None]]:
         ({"messages": json.dumps(SHAREGPT)}, {}, "a", "b"),
         ({"messages": json.dumps(SHAREGPT)}, {"prompt_key": "messages"}, "a", "b"),
         ({"prompt": json.dumps([user("a")]), "completion": json.dumps([assistant("b")])}, {}, "a", "b"),
+        ({"prompt": json.dumps([user("a"), assistant("b")])}, {}, "a", "b"),
         ({"prompt": [user("a")], "completion": [assistant("b")]}, {}, "a", "b"),
         ({"prompt": "a", "completion": assistant("b")}, {}, "a", "b"),
         ({"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, {}, "a", "b"),
