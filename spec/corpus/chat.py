@@ -4,13 +4,15 @@ A conversation is rendered in the two parts that serving sees: the prompt, which
 before the last answer with the generation prompt at its end, and the answer, which is what the rendering of the whole
 conversation adds to it. The prompt is tokenized by itself, as serving does it, and the answer follows from there.
 
-An assistant turn reaches from the end of its generation prompt through the first special token after its content
-(the end-of-turn token, with the whitespace that some templates put before it); the rest of its rendering, such as the
-newline after <|im_end|>, is not the assistant's. Where a template closes turns with no special token, a turn ends with
-its content, and nothing is added that the template does not render.
+An assistant turn reaches from the end of its generation prompt through its end-of-turn token (with the whitespace that
+some templates put before it): the first special token after its content, or the last one after a tool call, which may
+hold others; the rest of its rendering, such as the newline after <|im_end|>, is not the assistant's. Where a template
+closes turns with no special token, a turn ends with its content, and nothing is added that the template does not
+render.
 
 Where the content ends is found by rendering the conversation once more with a marker for it: what follows the marker
 is what follows the content, whatever the template does to it (strip it, drop its thoughts) and whatever it contains.
+An earlier turn that does not stand where its generation prompt ends has no place, and is not supervised.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from spec.config import DATE
@@ -119,11 +122,13 @@ class ChatTemplate:
         self._form = self._find_form()
         self.end_of_turn: str | None = None
         self._end: re.Pattern[str] | None = None
+        self._closing = ""
         rest = self._render([_QUESTION, _MARKED]).partition(MARKER)[2]
         for tokens in _end_tokens(tokenizer):
-            found = tokens and tokens.search(rest)
-            if found:
-                self.end_of_turn, self._end = found[0], tokens
+            if tokens and tokens.search(rest):
+                self._end = tokens
+                closing = self._find_closing(tokens, rest)
+                self.end_of_turn, self._closing = closing[-1], "".join(closing)
                 break
 
     def render(self, messages: Messages, tools: Tools = (), *, need_answer: bool = True) -> Chat:
@@ -182,11 +187,12 @@ class ChatTemplate:
         if message.get("reasoning_content"):
             shaped |= dict.fromkeys(("reasoning", "thinking"), message["reasoning_content"])
         if shaped.pop("written_call", False):
-            shaped["tool_calls" if self._form.calls is None else "content"] = ""
-        if self._form.calls == "text":
-            shaped["tool_calls"] = list(map(_with_text, shaped.get("tool_calls", [])))
+            shaped["content"] = content if self._form.calls is None else ""
+        calls = shaped.pop("tool_calls", None)  # some templates ask whether the key is there
+        if calls and self._form.calls is not None:
+            shaped["tool_calls"] = list(map(_with_text, calls)) if self._form.calls == "text" else calls
         if self._form.parts:
-            shaped["content"] = [{"type": "text", "text": shaped["content"]}] if shaped["content"] else []
+            shaped["content"] = [{"type": "text", "text": shaped["content"]}]
         return shaped
 
     def _find_form(self) -> Form:
@@ -208,6 +214,15 @@ class ChatTemplate:
         except RowError as error:
             refusals.append(error)
             return False
+
+    def _find_closing(self, tokens: re.Pattern[str], rest: str) -> list[str]:
+        """The tokens that close a turn one right after the other, whether or not another turn follows."""
+        following = ""
+        with contextlib.suppress(RowError):
+            following = self._render([_QUESTION, _MARKED, _QUESTION], generate=True).partition(MARKER)[2]
+        last = _adjacent(tokens, rest)
+        pairs = zip(last, _adjacent(tokens, following), strict=False)
+        return [token for token, other in takewhile(lambda pair: pair[0] == pair[1], pairs)] or last[:1]
 
     def _check_shown(self, prompt: str, messages: Messages, tools: Tools) -> None:
         """Check that the template leaves nothing out that the base has to know: turns, tool calls, tools."""
@@ -272,6 +287,8 @@ class ChatTemplate:
         if message.get("tool_calls"):
             # Its end is where the rendering of the conversation through this turn ends.
             closed = _tail(self._render(messages[: i + 1], tools)).rstrip()
+            if not text.startswith(closed) and i + 1 < len(messages):
+                closed = self._until_next(messages, i, tools, generate)
             rest, stop = closed[len(before) :], len(before)
             placed = text.startswith(closed) and closed.startswith(before)
         else:
@@ -287,15 +304,37 @@ class ChatTemplate:
             )
         return len(before), stop + self._end_in(rest, message)
 
+    def _until_next(self, messages: Messages, i: int, tools: Tools, generate: bool) -> str:
+        """The rendering through the end of turn i, told by what stands between an answer in its place and the next."""
+        following = [{**messages[i + 1], "content": ASKED}, *messages[i + 2 :]]
+        answered = self._render([*messages[:i], _MARKED, *following], tools, generate=generate)
+        between = answered.partition(MARKER)[2].partition(ASKED)[0]
+        through = self._render([*messages[: i + 1], *following], tools, generate=generate).partition(ASKED)[0]
+        if not through.endswith(between):
+            raise PrefixError("the chat template closes a tool call otherwise than an answer")
+        return through.removesuffix(between) + between[: self._end_in(between, _MARKED)]
+
     def _end_in(self, rest: str, message: Message) -> int:
         """Where the end-of-turn token ends in what follows a message's content, or is the whole of a tool call."""
         if not message.get("tool_calls"):
             end = self._end.search(rest) if self._end else None
+            if end and rest.startswith(self._closing, end.start()):
+                return end.start() + len(self._closing)
             return end.end() if end else 0
         closed = len(rest.rstrip())
         if self._end and not any(end.end() == closed for end in self._end.finditer(rest)):
             raise PrefixError("the chat template closes a tool call with no end-of-turn token")
         return closed
+
+
+def _adjacent(tokens: re.Pattern[str], text: str) -> list[str]:
+    """The first token in a text, and those that follow it at once."""
+    found: list[str] = []
+    first = tokens.search(text)
+    while first:
+        found.append(first[0])
+        first = tokens.match(text, first.end())
+    return found
 
 
 def _tail(text: str) -> str:

@@ -336,6 +336,13 @@ FAMILIES = {
         "{% endif %}",
         "<|im_start|>assistant",
     ),
+    "cohere closes turns with two tokens": template(HEAD + "{{ m.content }}<|endoftext|>" + END),
+    "phi 4 closes the conversation": template(HEAD + "{{ m.content }}<|im_end|>")
+    + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}",
+    "qwen 3 with calls": template(
+        HEAD + "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}" + CALLS
+        + "{{ c.function.name }}{% endfor %}" + END
+    ),
     "qwen 2.5 with calls": template(
         "{{ '<|im_start|>' ~ m.role }}{% if m.content %}{{ '\n' ~ m.content }}{% endif %}"
         + CALLS
@@ -378,6 +385,10 @@ REASONING = [user("a"), {**assistant("d"), "reasoning_content": "so"}]
         ("nemotron 3", THINKING, ["so\n</think>d<|im_end|>"], 1),
         ("gpt-oss", CHAT, [" final: b <|im_end|>", " final:d<|endoftext|>"], 0),
         ("gpt-oss", REASONING, [" analysis:so<|im_end|><|im_start|>assistant final:d<|endoftext|>"], 0),
+        ("cohere closes turns with two tokens", CHAT[2:], ["d<|endoftext|><|im_end|>"], 0),
+        ("phi 4 closes the conversation", CHAT, [" b <|im_end|>", "d<|im_end|>"], 0),
+        ("qwen 3 with calls", CALLED, ["f<|im_end|>", "<think></think>d<|im_end|>"], 0),
+        ("qwen 3 with calls", CALLED[:2], ["<think></think>f<|im_end|>"], 0),
         ("qwen 2.5 with calls", CALLED, ['<tool_call>f{"x": "y"}</tool_call><|im_end|>', "d<|im_end|>"], 0),
         ("qwen 2.5 with calls", CALLED[:2], ['<tool_call>f{"x": "y"}</tool_call><|im_end|>'], 0),
         (
