@@ -16,7 +16,7 @@ NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "eva
 _SPLIT = {name: split for split, names in NAMES.items() for name in names} | {"training": "train", "testing": "eval"}
 _FIRST_WORD = re.compile("[a-z]+")
 # train-00000-of-00003, part-0001, part-00000-3f2a...-c000.snappy, chunk_12, x-00012
-_SHARD = re.compile(r"[-_.]\d+[-_.]of[-_.]\d+.*|(?<=part|hard|hunk)[-_.]?\d+.*|[-_.](0\d{2,}|\d{5,})$")
+_SHARD = re.compile(r"[-_.]\d+[-_.]of[-_.]\d+.*|(?<![a-z])(part|shard|chunk)[-_.]?\d+.*|[-_.](0\d{2,}|\d{5,})$")
 _CONVERT = {
     "json": "import pandas; pandas.read_json({path!r}).to_parquet({target!r})",
     "jsonl": "import pyarrow.json as j, pyarrow.parquet as p; p.write_table(j.read_json({path!r}), {target!r})",
@@ -64,7 +64,7 @@ def domain_of(path: Path) -> str:
     """What rows of a file are counted under when they name no domain: its stem, the same for all shards of a file."""
     if path.stem.isdigit():
         return path.parent.name or path.stem
-    return _SHARD.sub("", path.stem) or path.stem
+    return _SHARD.sub(r"\1", path.stem) or path.stem
 
 
 def check_apart(splits: Mapping[str, Mapping[str, str]]) -> None:

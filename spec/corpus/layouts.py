@@ -54,7 +54,7 @@ _OTHER_WORDS = {
     *("id", "ids", "idx", "index", "type", "types", "len", "length", "tokens", "count", "num", "number", "quality"),
     *("score", "scores", "lang", "language", "config", "configs", "hash", "source", "model", "name", "format"),
     *("formatting", "category", "difficulty", "topic", "split", "version", "url", "date", "level", "style", "label"),
-    *("intent", "mask", "use", "used"),
+    *("intent", "mask", "use", "used", "call", "calls", "time", "timestamp"),
 }
 _Check = Callable[[pa.DataType | None], bool]
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
@@ -195,6 +195,7 @@ class _Finder:
             or self._first(AS_JSON, _is_text)
             or self._first(PROMPTS, _is_prompt)
             or self._first(("chosen",), _is_turns)
+            or next((key for key in (*CONVERSATIONS, *PROMPTS) if self._type(key) == pa.null()), None)
         )
         if prompt is None and not (_is_text(self._type("text")) and response_key is None):
             raise CorpusError(
@@ -225,9 +226,8 @@ class _Finder:
         return key
 
     def _first(self, keys: Iterable[str], fits: _Check) -> str | None:
-        """The first column that fits, of those that are not all null if there are such."""
-        found = [key for key in keys if fits(self._type(key))]
-        return next((key for key in found if self._type(key) != pa.null()), found[0] if found else None)
+        """The first column that fits and is not all null."""
+        return next((key for key in keys if fits(self._type(key)) and self._type(key) != pa.null()), None)
 
     def _type(self, key: str) -> pa.DataType | None:
         ignored = key in self.ignored or key.split(".")[0] in self.ignored

@@ -112,7 +112,13 @@ def test_other_formats_are_refused_with_the_command_that_converts_them(
     ("path", "domain"),
     [
         *(("train-00000-of-00003", "train"), ("part-0001", "part"), ("a/maths/0000", "maths"), ("gsm8k", "gsm8k")),
-        *(("part-00000-3f2a9c-c000.snappy", "part"), ("aime-2024", "aime-2024"), ("chunk_12", "chunk"), ("7", "a")),
+        *(
+            ("part-00000-3f2a9c-c000.snappy", "part"),
+            ("aime-2024", "aime-2024"),
+            ("chunk_12", "chunk"),
+            ("hard_2", "hard_2"),
+            ("7", "a"),
+        ),
     ],
 )
 def test_shards_of_one_file_are_one_domain(path: str, domain: str) -> None:

@@ -94,6 +94,7 @@ def parts(*texts: str) -> list[dict[str, str | None]]:
         ({"q": "a", "context": "c", "r": "b"}, {"prompt_key": "q", "response_key": "r"}, "a\n\nc", "b"),
         ({"instruction": "a", "input": "c", "output": "b"}, {"ignore_columns": ["input"]}, "a", "b"),
         ({"input": "a", "output": "b"}, {}, "a", "b"),
+        ({"messages": None, "prompt": None, "question": "a", "answer": None, "output": "b"}, {}, "a", "b"),
         ({"system_prompt": "s", "question": "a", "response": "b"}, {}, [BE_S, user("a")], "b"),
         ({"system": "s", "conversations": SHAREGPT}, {}, [BE_S, user("a")], "b"),
         ({"system": "s", "messages": [BE_S, user("a"), assistant("b")]}, {}, [BE_S, user("a")], "b"),
