@@ -53,7 +53,10 @@ def limits(folder: Path, config: Config) -> dict[str, Any]:
     names = ("max_position_embeddings", "n_positions", "n_ctx")
     positions = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
     tables = ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "xglm")
-    return {"max_positions": positions if text.model_type in tables else None, "vocab_size": text.vocab_size}
+    return {
+        "max_positions": positions if text.model_type in tables else None,
+        "vocab_size": getattr(text, "vocab_size", None),
+    }
 
 
 if __name__ == "__main__":

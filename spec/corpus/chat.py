@@ -146,8 +146,6 @@ class ChatTemplate:
         """
         answered = messages[-1]["role"] == "assistant"
         before = messages[:-1] if answered else messages
-        if self._form.calls is None and any(m.get("tool_calls") and not m.get("written_call") for m in messages):
-            raise RowError("the chat template leaves out tool_calls")
         prompt = self._render(before, tools, generate=True)
         self._check_shown(prompt, before, tools)
         turns = []
@@ -184,8 +182,6 @@ class ChatTemplate:
         """A message as this template takes it."""
         content = message.get("content") or ""
         shaped: Message = {**message, "content": content}
-        if message.get("reasoning_content"):
-            shaped |= dict.fromkeys(("reasoning", "thinking"), message["reasoning_content"])
         if shaped.pop("written_call", False):
             shaped["content"] = content if self._form.calls is None else ""
         calls = shaped.pop("tool_calls", None)  # some templates ask whether the key is there
@@ -227,6 +223,7 @@ class ChatTemplate:
     def _check_shown(self, prompt: str, messages: Messages, tools: Tools) -> None:
         """Check that the template leaves nothing out that the base has to know: turns, tool calls, tools."""
         for i, message in enumerate(messages):
+            self._check_call(message)
             text = (message.get("content") or "").strip()
             if message["role"] == "assistant" or text in prompt:
                 continue
@@ -239,6 +236,10 @@ class ChatTemplate:
                 "data.ignore_columns to do without them, or use a base whose template has a place for them"
             )
 
+    def _check_call(self, message: Message) -> None:
+        if self._form.calls is None and message.get("tool_calls") and not message.get("written_call"):
+            raise RowError("the chat template leaves out tool_calls")
+
     def _answer(self, prompt: str, messages: Messages, tools: Tools) -> str:
         """The text of the last message, through its end-of-turn token, as what follows the prompt.
 
@@ -246,6 +247,7 @@ class ChatTemplate:
         a template moves other parts of the prompt; else from the data, where a template drops its thought.
         """
         *asked, answer = messages
+        self._check_call(answer)
         refusal = None
         for context in (asked, [*asked[:-1], {**asked[-1], "content": ASKED}]):
             turns = [*context, answer]

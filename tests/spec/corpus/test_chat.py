@@ -431,6 +431,11 @@ def test_conversations_for_which_a_family_has_no_place(family: str, messages: An
         ChatTemplate(byte_level(FAMILIES[family])).render(messages)
 
 
+def test_a_call_that_has_no_place_is_left_to_the_base() -> None:
+    template = ChatTemplate(byte_level(FAMILIES["qwen 3"]))
+    assert template.render([user("a"), CALL], need_answer=False).answer is None
+
+
 def test_a_system_prompt_that_a_template_leaves_out_is_no_conversation_for_it() -> None:
     deaf = template("{% if m.role != 'system' %}" + BODY + "{% endif %}")
     with pytest.raises(CorpusError, match="leaves out a turn of system"):
