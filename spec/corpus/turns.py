@@ -65,7 +65,7 @@ def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
     tools = [clean(_loads(tool) if isinstance(tool, str) else tool) for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"column {column} is neither a list of tools nor JSON text that holds one")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return [{"type": "function", **_named(tool)} for tool in tools]
 
 
 def clean(value: Any) -> Any:
@@ -109,8 +109,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         rest["reasoning_content"] = reasoning
     if role == "function_call":
         return {"role": "assistant", "content": content, **_written_call(content)}
-    calls = {"tool_calls": _calls(turn["tool_calls"], where)} if turn.get("tool_calls") else {}
-    return {"role": role, "content": content, **rest, **calls}
+    calls = turn.get("tool_calls") or rest.pop("function_call", None)
+    return {"role": role, "content": content, **rest, **({"tool_calls": _calls(calls, where)} if calls else {})}
 
 
 def _content(value: Any, where: str) -> str:
@@ -136,7 +136,11 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) for call in calls):
         raise RowError(f"{where} has tool_calls {_shown(value)}; expected a list of calls")
-    return [{**call, "function": _call(call["function"])} if "function" in call else _call(call) for call in calls]
+    return [{"type": "function", **call, "function": _call(call["function"])} for call in map(_named, calls)]
+
+
+def _named(call: dict[str, Any]) -> dict[str, Any]:
+    return call if "function" in call else {"function": call}
 
 
 def _call(call: Any) -> Any:
@@ -151,7 +155,7 @@ def _written_call(text: str) -> dict[str, Any]:
     calls: Sequence[Any] = found if isinstance(found, list) else [found]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         return {}
-    return {"tool_calls": [{"type": "function", "function": _call(call)} for call in calls], "written_call": True}
+    return {"tool_calls": _calls(calls, text), "written_call": True}
 
 
 def _shown(value: Any) -> str:

@@ -328,6 +328,7 @@ def test_home_and_variables_expand_where_paths_are(monkeypatch: pytest.MonkeyPat
     assert config.model.partial_pretrain == "/home/someone/models/base"
     assert config.features.store == "/home/someone/store"
     assert config.data.files("val") == config.data.val_files
+    assert from_overrides(["data.ignore_columns=tools"]).data.ignore_columns == ("tools",)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,8 @@ CALLED = [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"fun
     [
         {"messages": CALLED, "tools": json.dumps([{"name": "f"}])},
         {"messages": CALLED, "tools": [{"name": "f", "strict": None}]},
+        {"messages": [user("a"), {"role": "assistant", "tool_calls": json.dumps([CALL])}], "tools": [{"name": "f"}]},
+        {"messages": [user("a"), {"role": "assistant", "function_call": CALL}], "functions": [{"name": "f"}]},
         {
             "conversations": [SHAREGPT[0], {"from": "function_call", "value": json.dumps(CALL)}],
             "tools": ['{"name": "f"}'],
