@@ -29,7 +29,9 @@ def cache_dir() -> Path:
 PARTIAL = ".partial"
 """The suffix of temporary files and folders. `sweep` removes those whose process was killed."""
 
-_OLD = ".old"
+OLD = ".old"
+"""The suffix of a folder that is being replaced."""
+
 _HOST = re.sub("[^a-z0-9]", "", platform.node().lower())
 """Is in their names: on a shared file system, no machine can tell whether a process of another one lives."""
 
@@ -38,12 +40,9 @@ _HOST = re.sub("[^a-z0-9]", "", platform.node().lower())
 def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """Give a temporary name next to `path`; what the block writes there takes the place of `path` when it ends well.
 
-    So a file or a folder is there whole or not at all, whatever fails or is killed. A folder that is replaced is away
-    for the moment between two renames; it comes back where the second one fails, or at the next call after a kill.
-
-    Args:
-        path: parents that are missing are made.
-        folder: whether it is one; the block is then given a new, empty one.
+    So a file (or, if told so, a folder) is there whole or not at all, whatever fails or is killed. A folder that is
+    replaced is away for the moment between two renames; it comes back where the second one fails, or at the next call
+    after a kill. Parents that are missing are made.
 
     Raises:
         SpecError: a folder that cannot be replaced.
@@ -76,9 +75,9 @@ def sweep(parent: Path, name: str | None = None) -> None:
     start = f".{'*' if name is None else glob.escape(name)}-{_HOST}-*"
     for path in parent.glob(start + PARTIAL):
         with contextlib.suppress(OSError), _locked(path, wait=False):
-            _settle(path.with_suffix(_OLD))
+            _settle(path.with_suffix(OLD))
             remove(path)
-    for aside in parent.glob(start + _OLD):
+    for aside in parent.glob(start + OLD):
         if not aside.with_suffix(PARTIAL).exists():
             _settle(aside)
 
@@ -151,7 +150,7 @@ def _settle(aside: Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Let a folder take the place of another, which is removed; it comes back where that fails."""
-    aside = new.with_suffix(_OLD)
+    aside = new.with_suffix(OLD)
     try:
         old.rename(aside)
     except OSError as error:  # a mount point, or the working directory

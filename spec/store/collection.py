@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreE
 IDENTITY = "identity.json"
 DAMAGED = ".damaged-"
 _LOCK = ".lock-"
+_HEX = "[0-9a-f]" * 32
 NAME = re.compile("[a-z]+-[0-9a-f]{16}")
 """Of a collection's folder."""
 
@@ -107,12 +108,9 @@ class Collection:
         content = path.read_bytes()
         if content == self._identity_bytes():
             return
-        try:
-            found = json.loads(content)
-            check_identity(found, self._identity(), str(path))
-        except (ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, StoreError):
-                raise
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            if isinstance(found := json.loads(content), dict):
+                check_identity(found, self._identity(), str(path))
         raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
 
     def records(self) -> dict[str, Record]:
@@ -120,7 +118,7 @@ class Collection:
         return self.survey()[0]
 
     def survey(self) -> tuple[dict[str, Record], dict[str, DamagedError]]:
-        """The committed segments by name, and those that are seen to be damaged without reading their arrays."""
+        """The committed segments by name, and those whose damage shows without reading their arrays."""
         good: dict[str, Record] = {}
         damaged: dict[str, DamagedError] = {}
         for name in segment.names(self.folder):
@@ -161,17 +159,12 @@ class Collection:
         return (self.folder / name / segment.RECORD).is_file()
 
     def claim(self, items: Sequence[str], wait: bool = False) -> Claim | None:
-        """The sole right to compute these rows' segment, until it is committed or given up or this process dies.
-
-        Args:
-            items: content keys of the rows.
-            wait: for another process that has it, instead of returning None.
+        """The sole right to compute the segment of these rows, until it is given back or this process dies.
 
         Returns:
-            None where the segment is here already, or where another process computes it.
+            None where the segment is here already, or where another process computes it, unless told to `wait`.
         """
-        name = self.name_of(items)
-        lock = Lock.acquire(self.folder / f"{_LOCK}{name}", wait)
+        lock = self._lock(self.name_of(items), wait)
         if lock is None:
             return None
         if self.holds(items):
@@ -213,39 +206,38 @@ class Collection:
         Raises:
             DamagedError: what came is not the segment of this name; nothing of it is kept.
         """
-        lock = Lock.acquire(self.folder / f"{_LOCK}{name}", wait=True)
+        lock = self._lock(name, wait=True)
         assert lock is not None
-        incoming = f"{segment.PARTIAL}{name}"
         try:
             if self.has(name):
                 return
-            files.remove(self.folder / incoming)
-            (self.folder / incoming).mkdir()
-            fill(self.folder / incoming)
-            record = segment.read_record(self.folder, incoming)
-            if self.name_of(record.items) != name:
-                raise DamagedError(self.folder, name, "it holds other rows than its name stands for")
-            segment.check_rows(self.folder, record, *self.read(incoming))
-            segment.publish(self.folder / incoming, self.folder / name)
+            with files.whole(self.folder / name, folder=True) as incoming:
+                fill(incoming)
+                record = segment.read_record(self.folder, incoming.name)
+                if self.name_of(record.items) != name:
+                    raise DamagedError(self.folder, name, "it holds other rows than its name stands for")
+                segment.check_rows(self.folder, record, *self.read(incoming.name))
         except DamagedError as error:
             raise DamagedError(self.folder, name, error.reason) from error
         finally:
-            files.remove(self.folder / incoming)
             lock.release()
 
     def set_aside(self, name: str) -> Path:
         """Move a damaged segment out of sight, unless another process has or is writing it anew; returns where to."""
         target = self.folder / f"{DAMAGED}{name}"
-        lock = Lock.acquire(self.folder / f"{_LOCK}{name}")
+        lock = self._lock(name)
         if lock is not None:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     files.remove(target)
-                    files.move(self.folder / name, target)
+                    (self.folder / name).rename(target)
             finally:
                 lock.release()
         self._records.pop(name, None)
         return target
+
+    def _lock(self, name: str, wait: bool = False) -> Lock | None:
+        return Lock.acquire(self.folder / f"{_LOCK}{name}", wait)
 
     def _identity(self) -> dict[str, Any]:
         return {"format": FORMAT, **self.identity}
@@ -254,12 +246,13 @@ class Collection:
         return (json.dumps(self._identity(), indent=2, ensure_ascii=False) + "\n").encode()
 
     def _clean(self) -> None:
-        """Remove what killed processes left: half-written segments and locks that nobody holds."""
-        for path in [*self.folder.glob(f"{segment.PARTIAL}*"), *self.folder.glob(f"{_LOCK}*")]:
-            name = path.name.removeprefix(segment.PARTIAL).removeprefix(_LOCK)
-            lock = Lock.acquire(self.folder / f"{_LOCK}{name}")
+        """Remove what killed processes of any machine left: half-written segments and locks that nobody holds."""
+        for path in [*self.folder.glob(f"{_LOCK}*"), *self.folder.glob(f".{_HEX}-*")]:
+            name = path.name.removeprefix(_LOCK).removeprefix(".")[:32]
+            lock = self._lock(name)
             if lock is not None:
-                files.remove(self.folder / f"{segment.PARTIAL}{name}")
+                for half in self.folder.glob(f".{name}-*"):
+                    files.remove(half)
                 lock.release()
 
 
@@ -285,17 +278,13 @@ class Claim:
     items: tuple[str, ...]
     lock: Lock
 
-    def commit(self, rows: Sequence[Row], attributes: Mapping[str, Any], codec: str) -> Record:
+    def commit(self, rows: Iterable[Row], attributes: Mapping[str, Any], codec: str) -> Record:
         """Write the segment, and give the claim back."""
+        made = self.collection
+        known = {"identity": made.digest, "kind": made.kind, "codec": codec}
         try:
-            attributes = {
-                **attributes,
-                "identity": self.collection.digest,
-                "kind": self.collection.kind,
-                "codec": codec,
-            }
-            name = self.collection.name_of(self.items)
-            return segment.write(self.collection.folder, name, self.items, rows, attributes, codec)
+            name = made.name_of(self.items)
+            return segment.write(made.folder, name, self.items, list(rows), {**attributes, **known}, codec)
         finally:
             self.release()
 
@@ -316,7 +305,7 @@ def share_out(
         collection: where the segments go.
         groups: content keys of each group's rows.
         rank: this worker, below world.
-        world: number of workers; a right number only saves time.
+        world: number of workers; a wrong one costs only time.
 
     Raises:
         StoreError: the folder that the stage made is not to be seen from here.
@@ -349,25 +338,17 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="segment-writer")
         self._pending: list[tuple[Claim, Future[Record]]] = []
 
-    def write(self, claim: Claim, rows: Callable[[], Sequence[Row]], attributes: Mapping[str, Any]) -> None:
+    def write(self, claim: Claim, rows: Iterable[Row], attributes: Mapping[str, Any]) -> None:
         """Commit a segment soon; waits only when two are already on their way.
 
         Args:
             claim: the right to it.
-            rows: called on the writer's thread, so that what it takes to make them ready delays nobody.
+            rows: iterated on the writer's thread, so that making them ready delays nobody.
             attributes: of the segment.
         """
         while len(self._pending) > 1:
             self._pending.pop(0)[1].result()
-        self._pending.append((claim, self._pool.submit(on_this_device(self._commit), claim, rows, attributes)))
-
-    def _commit(self, claim: Claim, rows: Callable[[], Sequence[Row]], attributes: Mapping[str, Any]) -> Record:
-        try:
-            made = rows()
-        except BaseException:
-            claim.release()
-            raise
-        return claim.commit(made, attributes, self._codec)
+        self._pending.append((claim, self._pool.submit(on_this_device(claim.commit), rows, attributes, self._codec)))
 
     def __enter__(self) -> Writer:
         return self
@@ -387,14 +368,3 @@ def collections(root: Path) -> Iterator[Path]:
     """The folders of a store that hold collections, in order; others in the same place are none of the store's."""
     with contextlib.suppress(FileNotFoundError):
         yield from sorted(path for path in root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
-
-
-__all__ = [
-    "Claim",
-    "Collection",
-    "StoreError",
-    "Writer",
-    "check_identity",
-    "collections",
-    "share_out",
-]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +18,8 @@ from spec.corpus import TokenSequence
 from spec.device import fetch, send
 from spec.store import codecs
 from spec.store.collection import Collection, Writer, share_out
-from spec.store.plan import item_key
+from spec.store.plan import Parts, item_key
 from spec.store.segment import Row, StoreError
-
-log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; halved for as long as memory runs out."""
@@ -118,29 +115,17 @@ def produce(
         "offsets": {key: OFFSETS[key] for key in OFFSETS if key != "scales" or encoding == codecs.FP8},
         "producer": base.producer,
     }
-    budget = BATCH_TOKENS
+    parts = Parts(BATCH_TOKENS, "data.max_length")
     with Writer(codec) as writer:
         for index, claim in share_out(collection, [[rows[r].key for r in group] for group in groups], rank, world):
             group = [rows[r] for r in groups[index]]
-            width = base_model.bucket(max(len(row.ids) for row in group))
-            batches: list[_Batch] = []
-            start = 0
-            while start < len(group):
-                part = group[start : start + max(1, budget // width)]
-                try:
-                    batches.append(_forward(base, part, width, encoding))
-                except torch.OutOfMemoryError as error:
-                    if len(part) == 1:
-                        raise StoreError(
-                            f"out of memory at a single sequence of {len(part[0].ids)} tokens ({error}); lower "
-                            "data.max_length, or use a device with more memory"
-                        ) from None
-                    budget //= 2
-                    log.warning("out of memory: going on with %d tokens a batch", budget)
-                    continue
-                start += len(part)
-                on_tokens(sum(len(row.ids) for row in part))
-            writer.write(claim, partial(_rows, batches), attributes)
+            lengths = [len(row.ids) for row in group]
+            width = base_model.bucket(max(lengths))
+            batches = []
+            for part, batch in parts.run(partial(_forward, base, group, width, encoding), lengths, width):
+                batches.append(batch)
+                on_tokens(sum(lengths[part]))
+            writer.write(claim, (row for batch in batches for row in batch.rows()), attributes)
 
 
 @dataclass(frozen=True)
@@ -166,12 +151,9 @@ class _Batch:
             yield {**{key: part[index] for key, part in parts.items()}, "ids": row.ids, "mask": row.mask}
 
 
-def _rows(batches: Sequence[_Batch]) -> list[Row]:
-    return [row for batch in batches for row in batch.rows()]
-
-
-def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str) -> _Batch:
-    """Run the base over rows of one bucket; on CUDA nothing here waits for the device."""
+def _forward(base: Base, rows: Sequence[FeatureRow], width: int, encoding: str, part: slice) -> _Batch:
+    """Run the base over a part of rows of one bucket; on CUDA nothing here waits for the device."""
+    group = rows[part]
     ids = np.zeros((len(group), width), np.int64)
     kept = np.zeros((len(group), width), np.bool_)
     for number, row in enumerate(group):

@@ -181,7 +181,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
             for path in sorted(folder.iterdir()):
                 if not path.is_dir():
                     continue
-                litter = path.name.startswith((segment.PARTIAL, DAMAGED))
+                litter = _is_litter(path)
                 tables = not litter and _is_tables(path)
                 if path.name in named or tables or (not litter and path.stat().st_mtime > before):
                     removal.kept += 1
@@ -224,6 +224,11 @@ def _live_segments(root: Path, before: float, remove: bool = False) -> dict[str,
         for folder, names in segments:
             live.setdefault(folder, set()).update(names)
     return live
+
+
+def _is_litter(path: Path) -> bool:
+    """Whether it is a damaged segment that was set aside, or what a killed process left half-written."""
+    return path.name.startswith(DAMAGED) or path.name.endswith((files.PARTIAL, files.OLD))
 
 
 def _is_tables(path: Path) -> bool:
@@ -272,7 +277,7 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
             for name in segment.names(folder):
                 if not _is_tables(folder / name):
                     _forget(collection, name, given, removal)
-            for path in [*folder.glob(f"{DAMAGED}*"), *folder.glob(f"{segment.PARTIAL}*")]:
+            for path in filter(_is_litter, folder.iterdir()):
                 files.remove(path)  # it cannot be read, so it may hold them
         index.drop(root, rows)
     removal.missed = [number for number, source in enumerate(rows) if source not in found]

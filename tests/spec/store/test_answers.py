@@ -216,7 +216,7 @@ def test_a_group_that_does_not_fit_into_memory_is_answered_in_parts(
     found = answers.read(produce(base, tmp_path / "parts", prompts, params), list(map(item_key, prompts)))
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     assert asked == [9, 4, 2, 2, 2, 2, 1]
-    assert caplog.messages[-1] == "out of memory: going on with 2 answers at a time; lower respond.batch_size"
+    assert caplog.messages[-1] == "out of memory: going on with 2 sequences at a time"
 
 
 def test_a_single_prompt_that_does_not_fit_is_an_error_that_says_what_to_lower(
