@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from spec import base as base_model
 from spec.base import Base
@@ -23,7 +21,6 @@ from spec.corpus import TokenSequence
 from spec.store import codecs, features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.manifest import Manifest, make_manifest
 from spec.store.plan import item_key, plan
 from spec.store.segment import DamagedError, StoreError, rows_of
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
@@ -114,21 +111,6 @@ def row_digests(collection: Collection) -> dict[str, str]:
     return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
 
 
-def manifest_of(collection: Collection, rows: Sequence[TokenSequence]) -> Manifest:
-    return make_manifest(
-        collection,
-        [key_of(row) for row in rows],
-        base=BASE,
-        hidden_size=HIDDEN_SIZE,
-        vocab_size=VOCAB_SIZE,
-        prompt_length=[row.prompt_length for row in rows],
-        written=[False] * len(rows),
-        domains=[row.domain for row in rows],
-        tokens=sum(map(len, rows)),
-        positions=sum(int(row.mask[1:].sum()) for row in rows),
-    )
-
-
 @contextlib.contextmanager
 def shapes_of(base: Base) -> Iterator[list[tuple[int, int]]]:
     """The shape of the ids of every forward pass of the block."""
@@ -140,12 +122,6 @@ def shapes_of(base: Base) -> Iterator[list[tuple[int, int]]]:
         yield shapes
     finally:
         hook.remove()
-
-
-@given(st.lists(st.integers(0, 1), min_size=1, max_size=20))
-def test_kept_positions_lead_to_supervised_tokens(mask: list[int]) -> None:
-    expected = [t for t in range(len(mask) - 1) if mask[t + 1]]
-    assert features.kept_positions(np.asarray(mask, np.uint8)).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -185,10 +161,6 @@ def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) ->
                 codecs.FP8,
             ),
         )
-    (name, *_) = rounded.records()
-    arrays, attributes = rounded.read(name)
-    assert attributes["offsets"]["scales"] == attributes["offsets"]["states"] == "state_offsets"
-    assert (arrays["states"].dtype, arrays["scales"].dtype) == (np.uint8, np.float32)
 
 
 def test_each_row_is_padded_to_its_own_bucket(base: Base, tmp_path: Path) -> None:
@@ -217,13 +189,12 @@ def test_tokens_and_masks_lie_beside_the_states(base: Base, tmp_path: Path, code
         assert attributes["positions"] == features.POSITION_RULE
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Path, world: int) -> None:
+def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Path) -> None:
     rows = make_rows(16)
     alone = produce(half, tmp_path / "one", rows)
-    assert len(alone.records()) >= world
+    assert len(alone.records()) >= 3
     with shapes_of(half) as shapes:
-        assert digests(produce(half, tmp_path / "many", rows, world)) == digests(alone)
+        assert digests(produce(half, tmp_path / "many", rows, 3)) == digests(alone)
     assert sum(count for count, _ in shapes) == len(rows)  # each row once, by whomever
 
 
@@ -274,20 +245,8 @@ def test_a_split_does_not_tell_how_its_segments_came_to_be(half: Base, tmp_path:
     fresh = produce(half, tmp_path / "fresh", split, codec=codec)
     produce(half, tmp_path / "grown", rows, codec=codec)
     grown = produce(half, tmp_path / "grown", split, codec=codec)
+    assert set(grown.records()) != set(fresh.records())
     assert row_digests(grown) == row_digests(fresh)
-    one, other = manifest_of(fresh, split), manifest_of(grown, split)
-    assert set(one.segments) != set(other.segments)
-    assert one.content == other.content
-    assert one.digest == other.digest
-
-
-def test_the_batch_changes_no_bit(half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = make_rows(8)
-    together = produce(half, tmp_path / "together", rows)
-    monkeypatch.setattr(features, "BATCH_TOKENS", 1)
-    with shapes_of(half) as shapes:
-        assert digests(produce(half, tmp_path / "one by one", rows)) == digests(together)
-    assert {count for count, _ in shapes} == {1}
 
 
 def test_running_out_of_memory_changes_no_bit(half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
