@@ -203,10 +203,10 @@ class Supervision:
         tokens: [P, n + 1], as in Positions.
         rows: [M] the positions from which heads draft, head after head.
         targets: [M] the logits' index of each target, -1 where the draft vocabulary lacks it.
-        heads: [M] the head that the row trains; n: none, the row fills up.
+        heads: [M] the head that the row trains; padded rows have head index n and weight 0.
         taught: [R] the positions whose states the base wrote targets from, ascending; empty without a teacher. Each
-            head has a row for each of them, in this order, which fills up where the head has no target there (in
-            the first n - 1 of a supervised span).
+            head has a row for each of them, in this order, padded where the head has no target there (in the first
+            n - 1 of a supervised span).
         sizes: rows of each head.
         counts: [n] supervised positions of each head, targets outside the draft vocabulary included.
     """
@@ -265,7 +265,7 @@ class SpeculatorLoss(nn.Module):
 
     Args:
         speculator: what is trained.
-        head_weights: of each head's loss; they are scaled to a mean of 1.
+        head_weights: of each head's loss, scaled to a mean of 1.
         lm_head: [V, d] of the base: the loss is the divergence from the base's own distribution, over the draft
             vocabulary where there is one; None: cross-entropy on the written tokens.
     """
@@ -287,14 +287,9 @@ class SpeculatorLoss(nn.Module):
         index = speculator.draft_index
         self._draft_index = None if index is None else index.cpu()  # supervise works on the CPU
 
-    @property
-    def soft(self) -> bool:
-        """Whether the base's distribution is the target."""
-        return self.lm_head is not None
-
     def supervise(self, batch: Positions) -> Supervision:
         """The rows of a batch that train, and their targets."""
-        return supervise(batch.tokens, batch.valid, self._draft_index, self.soft)
+        return supervise(batch.tokens, batch.valid, self._draft_index, soft=self.lm_head is not None)
 
     def forward(self, states: Tensor, supervision: Supervision, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's part of the loss.

@@ -40,6 +40,7 @@ from tests.spec.training.runs import (
     steps_of,
     together,
     uninterrupted,
+    weights_of,
 )
 
 
@@ -218,7 +219,7 @@ def stop_one(connection: Connection, arguments: tuple[Path, Path, int | None]) -
             connection.send(str(error))
         else:
             connection.send({"losses": losses_of(told), "history": len(history_of(told)), "step": result.step})
-            torch.save(task.weights(), folder / f"weights-{me.rank}.pt")
+            torch.save(weights_of(task), folder / f"weights-{me.rank}.pt")
 
 
 def test_one_workers_signal_stops_all_of_them_at_one_step(store: Path, tmp_path: Path) -> None:
