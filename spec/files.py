@@ -71,7 +71,7 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
 
 
 def sweep(parent: Path, name: str | None = None) -> None:
-    """Remove what killed processes of this machine have left of `whole` and `scratch` for a name, or for all."""
+    """Remove what killed processes of this machine left of `whole` and `scratch`, for a name or for all."""
     start = f".{'*' if name is None else glob.escape(name)}-{_HOST}-*"
     for path in parent.glob(start + PARTIAL):
         with contextlib.suppress(OSError), _locked(path, wait=False):
@@ -83,10 +83,7 @@ def sweep(parent: Path, name: str | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it; nothing happens where there is none.
-
-    Pass only paths that this program has made.
-    """
+    """Remove a file, a link, or a folder and all that is in it, if it is there. Pass only what this program made."""
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -95,11 +92,7 @@ def remove(path: Path) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a file or folder another name, where there is nothing yet.
-
-    Raises:
-        FileExistsError: there is something.
-    """
+    """Give a file or folder another name; a FileExistsError says that the name is taken."""
     if target.exists():
         raise FileExistsError(errno.EEXIST, "it is there already", str(target))
     path.rename(target)
@@ -173,7 +166,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented, with a final newline."""
+    """Write indented JSON, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -204,8 +197,7 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
         found = read_json(memory_path)
     except (OSError, ValueError):
         found = None
-    memory: dict[str, Any] = found if isinstance(found, dict) else {}
-    known = dict(memory)
+    known: dict[str, Any] = dict(found) if isinstance(found, dict) else {}
     digests: dict[str, str] = {}
     for path in paths:
         real = path.resolve()
@@ -216,7 +208,7 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
             entry = [*stamp, digest_file(real)]
             known[str(real)] = entry
         digests[str(path)] = entry[2]
-    if known != memory:
+    if known != found:
         with contextlib.suppress(OSError):
             write_json(memory_path, known)
     return digests

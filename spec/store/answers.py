@@ -74,8 +74,7 @@ def produce(
         groups: row numbers, as plan gives them.
         params: length, temperature, seed.
         on_tokens: called with the number of tokens just written.
-        rank: this worker among `world` that share the groups.
-        world: number of workers.
+        rank: this worker among the `world` that share the groups.
 
     Raises:
         StoreError: memory does not suffice for a single prompt.

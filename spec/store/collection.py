@@ -97,7 +97,7 @@ class Collection:
         self._clean()
 
     def check(self) -> None:
-        """Check that the folder holds what this identity says.
+        """Check that the folder is empty or of this identity.
 
         Raises:
             StoreError: names the field and both values.
@@ -114,7 +114,7 @@ class Collection:
         raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
 
     def records(self) -> dict[str, Record]:
-        """The committed segments by name, damaged ones apart; each record is read once."""
+        """The committed segments by name, without damaged ones; each record is read once."""
         return self.survey()[0]
 
     def survey(self) -> tuple[dict[str, Record], dict[str, DamagedError]]:
@@ -152,11 +152,7 @@ class Collection:
 
     def holds(self, items: Sequence[str]) -> bool:
         """Whether the segment of exactly these rows is here."""
-        return self.has(self.name_of(items))
-
-    def has(self, name: str) -> bool:
-        """Whether a segment of this name is here."""
-        return (self.folder / name / segment.RECORD).is_file()
+        return (self.folder / self.name_of(items) / segment.RECORD).is_file()
 
     def claim(self, items: Sequence[str], wait: bool = False) -> Claim | None:
         """The sole right to compute the segment of these rows, until it is given back or this process dies.
@@ -197,11 +193,11 @@ class Collection:
         return record
 
     def receive(self, name: str, fill: Callable[[Path], object]) -> None:
-        """Take in a segment that was written elsewhere, after all of it has been checked as verify does.
+        """Take in a segment that was written elsewhere, unless it is here already.
 
         Args:
-            name: the segment's name; one that is here already stays.
-            fill: puts the segment's files into the folder that it is given.
+            name: the segment's name.
+            fill: puts the segment's files into a folder, where they are checked as `verify` does.
 
         Raises:
             DamagedError: what came is not the segment of this name; nothing of it is kept.
@@ -209,7 +205,7 @@ class Collection:
         lock = self._lock(name, wait=True)
         assert lock is not None
         try:
-            if self.has(name):
+            if (self.folder / name / segment.RECORD).is_file():
                 return
             with files.whole(self.folder / name, folder=True) as incoming:
                 fill(incoming)
@@ -299,13 +295,8 @@ def share_out(
     """Claim groups for one of `world` workers: its own share first, then what nobody has begun, then what others
     left undone when they died.
 
-    It ends when every group is committed, by whomever. Leaving early gives back the claim that came last.
-
-    Args:
-        collection: where the segments go.
-        groups: content keys of each group's rows.
-        rank: this worker, below world.
-        world: number of workers; a wrong one costs only time.
+    It ends when every group (its rows' content keys) is committed, by whomever. Leaving early gives back the claim that
+    came last. Wrong ranks cost only time.
 
     Raises:
         StoreError: the folder that the stage made is not to be seen from here.

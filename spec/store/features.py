@@ -101,8 +101,7 @@ def produce(
         groups: row numbers, as plan gives them (each group of one padded length).
         codec: of the segments.
         on_tokens: called with the number of tokens just done.
-        rank: this worker among `world` that share the groups.
-        world: number of workers.
+        rank: this worker among the `world` that share the groups.
 
     Raises:
         StoreError: a state is NaN or infinite, or memory does not suffice for one row; names the row.
@@ -172,10 +171,7 @@ def _forward(base: Base, rows: Sequence[FeatureRow], width: int, encoding: str, 
 def save_tables(base: Base, collection: Collection, rows: Sequence[FeatureRow]) -> None:
     """Keep the base's embedding and lm_head [V, d] with its states, so that training never loads the base.
 
-    Args:
-        base: the frozen model.
-        collection: of its states.
-        rows: on the first of which it is checked whether lm_head makes the base's logits.
+    Whether lm_head makes the base's logits is checked on the first of `rows`.
     """
     claim = collection.claim(TABLES)
     if claim is None:
@@ -199,11 +195,7 @@ def has_tables(collection: Collection) -> bool:
 
 
 def tables_shape(collection: Collection) -> dict[str, int]:
-    """The base's hidden_size and vocab_size; reads no table.
-
-    Raises:
-        DamagedError: the tables are missing or damaged.
-    """
+    """The base's hidden_size and vocab_size; reads no table."""
     _, attributes = collection.read(collection.name_of(TABLES), only=())
     return {name: attributes[name] for name in ("hidden_size", "vocab_size")}
 
@@ -221,11 +213,7 @@ def positions_of(collection: Collection, name: str) -> int:
 
 
 def load_tables(collection: Collection) -> dict[str, Tensor]:
-    """The base's "embedding" and "lm_head", each [V, d].
-
-    Raises:
-        DamagedError: they are missing or damaged.
-    """
+    """The base's "embedding" and "lm_head", each [V, d]; a DamagedError says that they are missing or damaged."""
     arrays, attributes = collection.read(collection.name_of(TABLES))
     dtype = getattr(torch, attributes["dtype"])
     return {name: codecs.from_numpy(arrays[name], dtype) for name in attributes["offsets"]}

@@ -26,27 +26,19 @@ class Lock:
 
     @classmethod
     def acquire(cls, path: Path, wait: bool = False) -> Lock | None:
-        """Take the lock, or return None where another process (or another Lock of this one) holds it.
+        """Take the lock of a file, which is made where it is missing.
 
-        Args:
-            path: the lock's file; made where it is missing.
-            wait: until the holder releases it or dies, instead of returning None.
+        Returns:
+            None where another process (or another Lock of this one) holds it, unless told to `wait` for it.
 
         Raises:
             SpecError: the file system has no locks.
         """
-        while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                if not _flock(handle, fcntl.LOCK_EX, wait, path):
-                    os.close(handle)
-                    return None
-                if _same_file(handle, path):
-                    return cls(path, handle)
-            except BaseException:
-                os.close(handle)
-                raise
+        while (handle := _held(path, fcntl.LOCK_EX, wait)) is not None:
+            if _same_file(handle, path):
+                return cls(path, handle)
             os.close(handle)  # its holder removed it while we were about to lock it: try the new one
+        return None
 
     def release(self) -> None:
         """Give the lock back; a second time does nothing."""
@@ -81,29 +73,31 @@ def alone(root: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _whole(root: Path, kind: int, refusal: str) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
-    path = root / ".in-use"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = _held(root / ".in-use", kind)
+    if handle is None:
+        raise SpecError(f"the store {root} {refusal}")
     try:
-        if not _flock(handle, kind, False, path):
-            raise SpecError(f"the store {root} {refusal}")
         yield
     finally:
         os.close(handle)
 
 
-def _flock(handle: int, kind: int, wait: bool, path: Path) -> bool:
+def _held(path: Path, kind: int, wait: bool = False) -> int | None:
+    """The file, opened and locked; None where another process holds a lock that excludes this one."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+    except BaseException as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            return None
+        if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise SpecError(
                 f"{path.parent} is on a file system without file locks ({error.strerror}), by which workers share out "
                 "their work; set features.store to a folder on another one, or mount this one with flock"
             ) from None
         raise
-    return True
+    return handle
 
 
 def _same_file(handle: int, path: Path) -> bool:

@@ -60,7 +60,7 @@ class CachedSequence:
 
 @dataclass(frozen=True)
 class Positions:
-    """What heads train and draft from; row p belongs to a position t.
+    """What heads train and draft from; each row belongs to a position t.
 
     Attributes:
         states: [P, d], h_t.
@@ -197,8 +197,7 @@ class FeatureReader:
             except DamagedError as error:
                 raise StoreError(
                     f"segment {name} is not in {self.collection.folder}, or damaged ({error.reason}); run the cache "
-                    "stage (it computes only what is missing), or point features.store to the store that the manifest "
-                    "was made with"
+                    "stage (it computes only what is missing), or point features.store to the manifest's own store"
                 ) from error
             if record.digest != digest:
                 raise StoreError(
@@ -245,13 +244,8 @@ class FeatureReader:
     def batches(self, parts: Iterable[Sequence[int]], n_predict: int, pin: bool = False) -> Iterator[Positions]:
         """The positions of each part (sequence indices), with segments decoded ahead.
 
-        Args:
-            parts: consumed ahead of what is yielded.
-            n_predict: n.
-            pin: whether in page-locked memory.
-
         Raises:
-            DamagedError: when a part that needs it is reached.
+            DamagedError: when a part that needs a damaged segment is reached.
         """
         for part in self._decoded_ahead(parts):
             yield self.positions(part, n_predict, pin)
@@ -260,7 +254,7 @@ class FeatureReader:
         """Sequences with their indices, in the order of the store, so that each segment is decoded once and ahead.
 
         Raises:
-            DamagedError: when a sequence that needs it is reached.
+            DamagedError: when a sequence of a damaged segment is reached.
         """
         place = self.manifest.segment, self.manifest.row
         ordered = sorted(indices, key=lambda index: (place[0][index], place[1][index]))
@@ -272,21 +266,20 @@ class FeatureReader:
         source = iter(parts)
         waiting: deque[tuple[Sequence[int], set[str]]] = deque()
         needed: Counter[str] = Counter()
-        more = True
-        while more or waiting:
-            while more and (not waiting or (len(needed) < WINDOW + AHEAD and len(waiting) < LOOK_AHEAD)):
-                part = next(source, None)
-                more = part is not None
-                if part is not None:
-                    names = {self._name(index) for index in part}
-                    waiting.append((part, names))
-                    needed.update(names)
-                    for name in sorted(names):
-                        self._load(name, needed)
-            if waiting:
-                part, names = waiting.popleft()
-                yield part
-                needed = needed - Counter(names)
+        while True:
+            while not waiting or (len(needed) < WINDOW + AHEAD and len(waiting) < LOOK_AHEAD):
+                if (part := next(source, None)) is None:
+                    break
+                names = {self._name(index) for index in part}
+                waiting.append((part, names))
+                needed.update(names)
+                for name in sorted(names):
+                    self._load(name, needed)
+            if not waiting:
+                return
+            part, names = waiting.popleft()
+            yield part
+            needed -= Counter(names)
 
     def token_counts(self) -> NDArray[np.int64]:
         """How often each token [V] is supervised in the split; reads no states."""

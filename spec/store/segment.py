@@ -56,15 +56,18 @@ class Record:
         name: the segment's folder.
         items: the content key of each row, in order.
         digests: SHA-256 of each row, as digest_row gives it.
-        size: bytes of its files, record.json apart.
         files: of each file its size, and its SHA-256 where it carries no checksum of its own (zarr.json).
     """
 
     name: str
     items: tuple[str, ...]
     digests: tuple[str, ...]
-    size: int
     files: Mapping[str, tuple[int, str | None]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files, record.json apart."""
+        return sum(size for size, _ in self.files.values())
 
     @property
     def digest(self) -> str:
@@ -96,7 +99,6 @@ class Record:
                 name,
                 tuple(entry["items"]),
                 tuple(entry["digests"]),
-                entry["bytes"],
                 {path: (size, digest) for path, (size, digest) in entry["files"].items()},
             )
             whole = record.to_bytes() == content
@@ -142,9 +144,7 @@ def write(
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="segment-encoder") as pool:
             digests = pool.map(digest_row, rows)
             _write_group(temporary, _joined(rows, attributes["offsets"]), attributes, codec, pool)
-        marks = _marks(temporary)
-        size = sum(size for size, _ in marks.values())
-        record = Record(name, tuple(items), tuple(digests), size, marks)
+        record = Record(name, tuple(items), tuple(digests), _marks(temporary))
         (temporary / RECORD).write_bytes(record.to_bytes())
     return record
 

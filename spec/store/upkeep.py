@@ -27,17 +27,8 @@ ROOTS = "roots"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a collection holds.
-
-    Attributes:
-        folder: where it lies.
-        identity: its identity.
-        segments: whole ones.
-        rows: of them.
-        bytes: of their files.
-        damaged: segments whose damage shows without reading arrays, and those set aside.
-        producers: what computed the segments.
-    """
+    """What a collection holds: its whole segments with their rows and bytes and what computed them, and the names of
+    damaged ones (those that were set aside, and those whose damage shows without reading arrays)."""
 
     folder: Path
     identity: Mapping[str, Any]
@@ -107,7 +98,7 @@ def verify(
 
     Args:
         root: the store.
-        set_aside: whether to move damaged segments out of sight, so that respond and cache compute them again.
+        set_aside: whether to move damaged segments out of sight, so that they are computed again.
         on_segment: called with the bytes just read.
 
     Returns:
@@ -197,16 +188,11 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     return removal
 
 
-def _live_segments(root: Path, before: float, remove: bool = False) -> dict[str, set[str]]:
+def _live_segments(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
     """Names of the segments that manifests need, by collection folder.
 
-    Args:
-        root: the store.
-        before: seconds since the epoch; manifests that are gone count if a stage has used them since.
-        remove: whether to drop manifests that are gone and unused.
-
-    Raises:
-        StoreError: a root is damaged.
+    A manifest that is gone counts if a stage has used it since `before` (seconds since the epoch); `remove` drops the
+    others.
     """
     live: dict[str, set[str]] = {}
     for path in sorted((root / ROOTS).glob("*.json")):

@@ -98,7 +98,7 @@ class Progress:
         step: optimizer steps done.
         total: optimizer steps of the whole run.
         metrics: named as in docs/metrics.md.
-        time: when it was measured, seconds since the epoch.
+        time: of the measurement, in seconds since the epoch.
     """
 
     split: str
@@ -353,10 +353,9 @@ class _Run:
         )
 
     def _resume(self) -> None:
-        found = self.checkpoints.newest()
-        if found is None:
+        state = self.checkpoints.newest()
+        if state is None:
             return
-        _, state = found
         self.task.restore(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])

@@ -140,11 +140,11 @@ def test_digests_do_not_depend_on_codec_chunks_or_company(tmp_path: Path, monkey
 
 def test_the_digest_of_a_segment_follows_keys_rows_and_order() -> None:
     def digest(items: str, digests: str) -> str:
-        return Record("name", tuple(items), tuple(digests), 0, {}).digest
+        return Record("name", tuple(items), tuple(digests), {}).digest
 
     found = [digest("ab", "xy"), digest("ba", "xy"), digest("ab", "yx"), digest("ac", "xy"), digest("a", "x")]
     assert len(set(found)) == len(found)
-    assert Record("other", ("a",), ("x",), 9, {"f": (1, None)}).digest == digest("a", "x")
+    assert Record("other", ("a",), ("x",), {"f": (1, None)}).digest == digest("a", "x")
 
 
 def test_the_digest_of_a_row_holds_names_dtypes_shapes_and_values() -> None:
