@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,25 +16,6 @@ from spec.store.reader import FeatureReader, SequenceReader
 from spec.training.loss import SpeculatorLoss, Supervision
 from spec.training.tables import twin
 from spec.workers import Worker
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch of cached positions: states [P, d] and what heads are trained towards."""
-
-    states: Tensor
-    supervision: Supervision
-
-    @property
-    def counts(self) -> Tensor:
-        return self.supervision.counts
-
-    @property
-    def positions(self) -> int:
-        return len(self.states)
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.states.to(device, non_blocking=True), self.supervision.to(device))
 
 
 class FrozenTask:
@@ -73,7 +53,7 @@ class FrozenTask:
 
     @property
     def module(self) -> nn.Module:
-        return _OnBatch(self._loss)
+        return self._loss
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -94,11 +74,11 @@ class FrozenTask:
                 groups[name in kept]["params"].append(parameter)
         return groups
 
-    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Batch]:
+    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Supervision]:
         pin = self.worker.device.type == "cuda"
         for positions in self.train_reader.batches(parts, self.speculator.config.n_predict, pin):
-            supervision = self._loss.supervise(positions)
-            yield Batch(positions.states, supervision.pin() if pin else supervision)
+            batch = self._loss.supervise(positions)
+            yield batch.pin() if pin else batch
 
     def order(self, epoch: int) -> list[int]:
         return self.train_reader.order(self.config.trainer.seed, epoch)
@@ -130,16 +110,6 @@ class FrozenTask:
     def _flush(self) -> None:
         for table in self._tables:
             table.flush()
-
-
-class _OnBatch(nn.Module):
-    def __init__(self, loss: SpeculatorLoss) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.loss(batch.states, batch.supervision, counts)
-        return result
 
 
 def head_metrics(sums: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -178,7 +148,7 @@ def with_true_inputs(loss: SpeculatorLoss, reader: SequenceReader, indices: Sequ
     sums = torch.zeros(n, 3, dtype=torch.float64)
     parts = [indices[start : start + 16] for start in range(0, len(indices), 16)]
     for positions in reader.batches(parts, n):
-        batch = Batch(positions.states, loss.supervise(positions)).to(device)
-        _, part = loss(batch.states, batch.supervision, torch.ones(n, device=device))
+        batch = loss.supervise(positions).to(device)
+        _, part = loss(batch, torch.ones(n, device=device))
         sums += torch.cat([part.cpu().double(), batch.counts[:, None].double()], 1)
     return sums

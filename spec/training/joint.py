@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,14 +34,14 @@ class JointBatch:
     Attributes:
         ids: [B, S], padded on the right.
         row, at: [P] where in ids each position is.
-        supervision: of the positions.
+        heads: what the heads read, without the states, and are trained towards.
         counts: [n + 1] supervised positions of each head, then of the base: P.
     """
 
     ids: Tensor
     row: Tensor
     at: Tensor
-    supervision: Supervision
+    heads: Supervision
     counts: Tensor
 
     @property
@@ -50,7 +50,7 @@ class JointBatch:
 
     def to(self, device: torch.device) -> JointBatch:
         ids, row, at = (x.to(device, non_blocking=True) for x in (self.ids, self.row, self.at))
-        return JointBatch(ids, row, at, self.supervision.to(device), self.counts)
+        return JointBatch(ids, row, at, self.heads.to(device), self.counts)
 
 
 class JointLoss(nn.Module):
@@ -69,8 +69,8 @@ class JointLoss(nn.Module):
         states = base_model.hidden_states(self.model, batch.ids)[batch.row, batch.at]  # [P, d]
         lm_head = self.model.get_output_embeddings().weight  # type: ignore[operator]
         scale = (1.0 / counts[-1].clamp(min=1)).expand(len(states))
-        base, losses, correct = linear_cross_entropy(states, lm_head, batch.supervision.tokens[:, 0], scale)
-        speculator, sums = self.loss(states, batch.supervision, counts[:-1])
+        base, losses, correct = linear_cross_entropy(states, lm_head, batch.heads.tokens[:, 0], scale)
+        speculator, sums = self.loss(replace(batch.heads, states=states), counts[:-1])
         own = torch.stack([losses.sum(), correct.sum().to(losses.dtype)])[None].to(sums.dtype)
         return base + self.coeff * speculator, torch.cat([sums, own])
 
@@ -177,9 +177,9 @@ class JointTask:
         row = np.repeat(np.arange(len(rows)), list(map(len, kept)))
         at = np.concatenate([np.zeros(0, np.int64), *kept])
         tokens, valid = _around(rows, self.speculator.config.n_predict)
-        supervision = self._loss.supervise(Positions(torch.empty(len(at), 0), tokens, valid))
-        counts = torch.cat([supervision.counts, torch.tensor([len(at)])])
-        return JointBatch(ids, torch.from_numpy(row), torch.from_numpy(at), supervision, counts)
+        heads = self._loss.supervise(Positions(torch.empty(len(at), 0), tokens, valid))
+        counts = torch.cat([heads.counts, torch.tensor([len(at)])])
+        return JointBatch(ids, torch.from_numpy(row), torch.from_numpy(at), heads, counts)
 
 
 class LiveReader:
@@ -205,14 +205,15 @@ class LiveReader:
         return len(self._rows)
 
     def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
-        wanted = list(indices)
+        wanted, device = list(indices), self._base.device
         for start in range(0, len(wanted), _VALIDATION_ROWS):
             part = wanted[start : start + _VALIDATION_ROWS]
             rows = [self._rows[index] for index in part]
-            hidden = self._hidden(rows)
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._mixed):
+                hidden = base_model.hidden_states(self._base.model, padded(rows).to(device))
             for number, (index, row) in enumerate(zip(part, rows, strict=True)):
                 positions = kept_positions(row.mask)
-                states = hidden[number, torch.from_numpy(positions).to(hidden.device)]
+                states = hidden[number, torch.from_numpy(positions).to(device)]
                 yield index, CachedSequence(states, positions, row.ids, row.mask)
 
     def batches(self, parts: Iterable[Sequence[int]], n_predict: int) -> Iterator[Positions]:
@@ -232,12 +233,6 @@ class LiveReader:
             loss, _, _ = linear_cross_entropy(sequence.states.float(), self._base.lm_head, targets, scale)
             total, count = total + float(loss), count + len(targets)
         return total, count
-
-    @torch.no_grad()
-    def _hidden(self, rows: Sequence[TokenSequence]) -> Tensor:
-        device = self._base.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._mixed):
-            return base_model.hidden_states(self._base.model, padded(rows).to(device))
 
 
 def padded(rows: Sequence[TokenSequence]) -> Tensor:

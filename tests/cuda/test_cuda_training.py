@@ -89,10 +89,10 @@ def test_batches_arrive_from_pinned_memory(store: Path, worker: Worker) -> None:
     for found, expected in zip(task.batches(iter(parts)), pageable.batches(iter(parts)), strict=True):
         copied = found.to(worker.device)
         assert found.states.is_pinned() == (worker.device.type == "cuda")
-        assert found.supervision.rows.is_pinned() == (worker.device.type == "cuda")
+        assert found.rows.is_pinned() == (worker.device.type == "cuda")
         assert copied.states.device == worker.device
         assert torch.equal(copied.states.cpu(), expected.states)
-        assert torch.equal(copied.supervision.targets.cpu(), expected.supervision.targets)
+        assert torch.equal(copied.targets.cpu(), expected.targets)
 
 
 def test_data_parallel_training_of_one_is_plain_training(store: Path, tmp_path: Path, worker: Worker) -> None:

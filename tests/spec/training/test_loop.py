@@ -270,7 +270,7 @@ def test_the_teacher_is_in_what_is_computed_in(
     with_instructions(monkeypatch, *instructions)
     config = make_config(model={"dtype": "bfloat16"}, optim={"loss": "kl"})
     task = FrozenTask(config, make_speculator(), *readers_of(store), ALONE, teacher().bfloat16())
-    assert dict(task.module.named_buffers())["loss.lm_head"].dtype == expected
+    assert dict(task.module.named_buffers())["lm_head"].dtype == expected
 
 
 @pytest.mark.parametrize("drafted", [None, 15])

@@ -193,7 +193,7 @@ def make_loss(speculator: Speculator, *args: Any) -> SpeculatorLoss:
 
 def measure(loss: SpeculatorLoss, batch: Positions, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     supervision = loss.supervise(batch)
-    result: tuple[Tensor, Tensor] = loss(batch.states, supervision, supervision.counts if counts is None else counts)
+    result: tuple[Tensor, Tensor] = loss(supervision, supervision.counts if counts is None else counts)
     return result
 
 

@@ -67,7 +67,7 @@ def train_whole_tables(config: Config, speculator: Speculator, task: FrozenTask,
         positions = reader.positions(task.share(batch), N)
         supervision = loss.supervise(positions)
         optimizer.zero_grad()
-        loss(positions.states, supervision, supervision.counts)[0].backward()
+        loss(supervision, supervision.counts)[0].backward()
         nn.utils.clip_grad_norm_(speculator.parameters(), config.optim.clip_grad)
         optimizer.step()
 
