@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ OFFSETS = {"prompt": "prompt_offsets", "answer": "answer_offsets"}
 
 
 def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, Any]:
-    """Everything an answer depends on beside the prompt's tokens."""
+    """Everything an answer depends on besides the prompt's tokens."""
     return {
         "base": base["weights"],
         "tokenizer": base["tokenizer"],
@@ -34,19 +34,9 @@ def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, 
     }
 
 
-class Answer(Protocol):
-    """What writes answers: spec.base.answer with its base given, or vLLM's engine."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],
-        on_tokens: Callable[[int], object],
-    ) -> list[list[int]]:
-        """The tokens that follow each prompt."""
-        ...
+Answer = Callable[[Sequence[Sequence[int]], int, float, Sequence[int], Callable[[int], object]], list[list[int]]]
+"""(prompts, max_new_tokens, temperature, seeds, on_tokens) -> the tokens that follow each prompt: spec.base.answer with
+its base given, or vLLM's engine."""
 
 
 def produce(

@@ -42,26 +42,14 @@ class Collection:
     _records: dict[str, Record] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Collection:
-        """The collection that lies in a folder of the store.
+    def open(cls, folder: Path, content: bytes | None = None) -> Collection:
+        """The collection of a folder, from its identity.json or from this content of one.
 
         Raises:
             StoreError: its identity.json is missing, damaged, or not the one that the folder is named for.
         """
         try:
-            content = (folder / IDENTITY).read_bytes()
-        except OSError as error:
-            raise StoreError(f"{folder} is no collection of segments ({error})") from error
-        return cls.parse(folder, content)
-
-    @classmethod
-    def parse(cls, folder: Path, content: bytes) -> Collection:
-        """The collection of a folder whose identity.json has this content, whether or not the folder is there.
-
-        Raises:
-            StoreError: as `open` does.
-        """
-        try:
+            content = (folder / IDENTITY).read_bytes() if content is None else content
             identity = json.loads(content)
             version = identity.pop("format")
             if version != FORMAT:
@@ -69,7 +57,7 @@ class Collection:
             found = cls(folder.parent, folder.name.rpartition("-")[0], identity)
             if found._identity_bytes() != content or found.folder.name != folder.name:
                 raise ValueError(f"{IDENTITY} is not as it was written")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{folder} is no collection of segments ({error})") from error
         return found
 
@@ -306,10 +294,9 @@ def share_out(
             f"{collection.folder} is not here, though the stage that started this worker made it: all nodes need the "
             "same features.store on a file system that they share"
         )
-    own = list(range(rank % world, len(groups), world))
-    rest = [index for index in range(len(groups)) if index % world != rank % world]
-    for wait, indices in ((False, own), (False, rest), (True, own + rest)):
-        for index in indices:
+    own_first = sorted(range(len(groups)), key=lambda index: index % world != rank % world)
+    for wait in (False, True):
+        for index in own_first:
             if not collection.holds(groups[index]) and (claim := collection.claim(groups[index], wait)):
                 try:
                     yield index, claim

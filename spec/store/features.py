@@ -50,12 +50,9 @@ def kept_positions(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def identity(base: Mapping[str, str], dtype: str, codec: str) -> dict[str, Any]:
-    """Everything a state depends on beside the sequence.
+    """Everything a state depends on besides the sequence.
 
-    Args:
-        base: identify's digests; the tokenizer's too, since ids of another one mean another text.
-        dtype: of the base's weights and of the states as they are stored.
-        codec: lossless ones make no difference.
+    The base's tokenizer is part of it, since ids of another one mean another text; lossless codecs make no difference.
     """
     return {
         "base": base["weights"],

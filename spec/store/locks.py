@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from spec import files
@@ -35,8 +36,9 @@ class Lock:
             SpecError: the file system has no locks.
         """
         while (handle := _held(path, fcntl.LOCK_EX, wait)) is not None:
-            if _same_file(handle, path):
-                return cls(path, handle)
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(handle).st_ino == path.stat().st_ino:
+                    return cls(path, handle)
             os.close(handle)  # its holder removed it while we were about to lock it: try the new one
         return None
 
@@ -48,26 +50,17 @@ class Lock:
             os.close(handle)
 
 
-@contextlib.contextmanager
-def in_use(root: Path) -> Iterator[None]:
+def in_use(root: Path) -> AbstractContextManager[None]:
     """Keep `alone` from starting in this folder while the block runs; any number of processes may.
 
-    Raises:
-        SpecError: another process is `alone` with it.
+    A SpecError says that another process is `alone` with it.
     """
-    with _whole(root, fcntl.LOCK_SH, "is being cleaned by another process; try again when it has ended"):
-        yield
+    return _whole(root, fcntl.LOCK_SH, "is being cleaned by another process; try again when it has ended")
 
 
-@contextlib.contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Let no other process be `in_use` with this folder while the block runs.
-
-    Raises:
-        SpecError: some process uses it.
-    """
-    with _whole(root, fcntl.LOCK_EX, "is in use by a running stage; try again when it has ended"):
-        yield
+def alone(root: Path) -> AbstractContextManager[None]:
+    """Let no other process be `in_use` with this folder while the block runs; a SpecError says that one is."""
+    return _whole(root, fcntl.LOCK_EX, "is in use by a running stage; try again when it has ended")
 
 
 @contextlib.contextmanager
@@ -98,9 +91,3 @@ def _held(path: Path, kind: int, wait: bool = False) -> int | None:
             ) from None
         raise
     return handle
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.fstat(handle).st_ino == path.stat().st_ino
-    return False

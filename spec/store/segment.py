@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,10 @@ def write(
     with files.whole(folder / name, folder=True) as temporary:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="segment-encoder") as pool:
             digests = pool.map(digest_row, rows)
-            _write_group(temporary, _joined(rows, attributes["offsets"]), attributes, codec, pool)
+            arrays = _joined(rows, attributes["offsets"])
+            group = zarr.create_group(temporary, attributes={**attributes, "arrays": list(arrays)})
+            for key, array in arrays.items():
+                shards.save(group, temporary, key, array, codec, pool)
         record = Record(name, tuple(items), tuple(digests), _marks(temporary))
         (temporary / RECORD).write_bytes(record.to_bytes())
     return record
@@ -196,8 +199,8 @@ def read(folder: Path, name: str, only: Sequence[str] | None = None) -> tuple[Ar
             opened = {key: group[key] for key in (attributes["arrays"] if only is None else only)}
         for key, array in opened.items():
             if array.shape[0]:
-                shard = folder.joinpath(name, key, "c", *"0" * array.ndim)
-                codecs.check_shard(shard, array.shards[0] // array.chunks[0])
+                path = shards.path_of(folder / name / key, array.ndim)
+                codecs.check_shard(path, array.shards[0] // array.chunks[0])
         return {key: np.asarray(array[...]) for key, array in opened.items()}, attributes
     except Exception as error:  # whatever zarr and its codecs make of damaged bytes
         raise DamagedError(folder, name, error) from error
@@ -236,16 +239,6 @@ def _joined(rows: Sequence[Row], offsets: Mapping[str, str]) -> dict[str, Pieces
         if bounds.setdefault(name, arrays[key].ends) != arrays[key].ends:
             raise ValueError(f"{key} does not share the lengths of the other arrays of {name}")
     return arrays | {name: Pieces([np.array([0, *ends], np.int64)]) for name, ends in bounds.items()}
-
-
-def _write_group(
-    folder: Path, arrays: Mapping[str, Pieces], attributes: Mapping[str, Any], codec: str, pool: Executor
-) -> None:
-    group = zarr.create_group(folder, attributes={**attributes, "arrays": list(arrays)})
-    for key, array in arrays.items():
-        shards.create(group, key, array, codec)
-        if all(array.shape):
-            shards.write(folder / key / "c" / "/".join("0" * len(array.shape)), array, codec, pool)
 
 
 def _marks(folder: Path) -> dict[str, tuple[int, str | None]]:

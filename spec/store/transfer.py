@@ -118,12 +118,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Lacking:
-    """A segment that the target lacks.
+    """A segment that the target lacks, or has a damaged record of.
 
     Attributes:
         collection: at the target where that is a folder, else at the source.
         record: the source's.
-        damaged: whether the target has a damaged record in its place.
+        damaged: whether the target has a damaged one.
     """
 
     collection: Collection
@@ -187,9 +187,7 @@ class Transfer:
     def copy(self, segments: Sequence[Lacking], on_bytes: OnBytes = lambda count: None) -> None:
         """Copy segments that `look` found; damaged ones are not copied, and named in `problems`.
 
-        Args:
-            segments: what to copy.
-            on_bytes: called with the bytes just copied, by one thread at a time.
+        One thread at a time calls `on_bytes` with the bytes just copied.
 
         Raises:
             TransferError: a place cannot be reached. Segments in hand are completed, others are not begun.
@@ -242,7 +240,7 @@ class Transfer:
                     f"{self.target.url}/{name}/{IDENTITY} differs from that of {self.source.url}: one of them is "
                     "damaged, and nothing of this collection was copied. Compare both, and remove the damaged one"
                 )
-            return Collection.parse((self.target.folder or self.source.folder or Path()) / name, content or b"")
+            return Collection.open((self.target.folder or self.source.folder or Path()) / name, content or b"")
         except StoreError as error:
             self.problems.append(error)
             return None

@@ -94,12 +94,7 @@ def _producer(path: Path) -> str:
 def verify(
     root: Path, set_aside: bool, on_segment: Callable[[int], object] = lambda size: None
 ) -> tuple[int, list[StoreError]]:
-    """Read everything of a store.
-
-    Args:
-        root: the store.
-        set_aside: whether to move damaged segments out of sight, so that they are computed again.
-        on_segment: called with the bytes just read.
+    """Read everything of a store; `set_aside` moves damaged segments out of sight, so that they are computed again.
 
     Returns:
         The number of whole segments, and an error for each damaged one.

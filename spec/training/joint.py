@@ -161,15 +161,16 @@ class JointTask:
         return -metrics["base_loss"] - self.config.model.speculator_loss_coeff * metrics["speculator_loss"]
 
     def tensors(self) -> dict[str, Tensor]:
-        named = [(BASE + name, p) for name, p in self.base.model.named_parameters()]
-        named += [(SPECULATOR + name, p) for name, p in self.speculator.named_parameters()]
-        return {name: p.detach() for name, p in named}
+        return {name: parameter.detach() for name, parameter in self._named()}
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._named():
+            parameter.copy_(weights[name])
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, module in ((BASE, self.base.model), (SPECULATOR, self.speculator)):
-            for name, parameter in module.named_parameters():
-                parameter.copy_(weights[prefix + name])
+            yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
 
     def _batch(self, rows: Sequence[TokenSequence]) -> JointBatch:
         ids = padded(rows)
@@ -183,13 +184,8 @@ class JointTask:
 
 
 class LiveReader:
-    """Sequences with the states that a base computes for them when they are asked for.
-
-    Args:
-        base: in evaluation mode.
-        rows: the split.
-        mixed: whether its arithmetic is bf16.
-    """
+    """Sequences with the states that a base in evaluation mode computes for them, in bf16 or not (`mixed`), when they
+    are asked for."""
 
     def __init__(self, base: Base, rows: Sequence[TokenSequence], mixed: bool) -> None:
         self._base, self._rows, self._mixed = base, rows, mixed

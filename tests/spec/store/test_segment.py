@@ -354,8 +354,8 @@ def half_a_shard(path: Path, *_: object) -> None:
 
 STEPS = {
     "a group": patched(segment.zarr, "create_group", full),
-    "an array": patched(segment.shards, "create", full),
-    "a shard": patched(segment.shards, "write", half_a_shard),
+    "an array": patched(segment.shards, "save", full),
+    "a shard": patched(segment.shards, "_write", half_a_shard),
     "sizes": patched(segment, "_marks", full),
     "the record": patched(Path, "write_bytes", full),
     "a sync": patched(os, "fsync", full),

@@ -51,11 +51,9 @@ def test_a_shard_is_byte_for_byte_zarrs(
     folder, joined = tmp_path_factory.mktemp("shard"), whole(array)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codecs, "_CHUNK_BYTES", chunk)
-        shards.create(zarr.create_group(folder / "ours"), "a", array, codec)
-        ours = folder / "ours" / "a"
-        path = ours.joinpath("c", *"0" * joined.ndim)
-        if len(joined):
-            shards.write(path, array, codec, pool)
+        shards.save(zarr.create_group(folder / "ours"), folder / "ours", "a", array, codec, pool)
+    ours = folder / "ours" / "a"
+    path = shards.path_of(ours, joined.ndim)
     made = zarr.open_array(ours, mode="r")
     theirs = zarr.create_group(folder / "theirs").create_array(
         "a",

@@ -42,7 +42,8 @@ def test_the_newest_is_taken_up_where_the_one_before_still_has_its_state(
     checkpoints: Checkpoints, speculator: Speculator
 ) -> None:
     """As a kill between the two leaves them."""
-    state = checkpoints.save(20, speculator, {}) / "training.pt"
+    checkpoints.save(20, speculator, {})
+    state = checkpoints.folder / "global_step_20" / "training.pt"
     content = state.read_bytes()
     checkpoints.save(100, speculator, {})
     state.write_bytes(content)
