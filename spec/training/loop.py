@@ -91,8 +91,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """What listeners are told: figures of a split ("train" or "val"; docs/metrics.md names them) after `step` of `total`
-    optimizer steps, and the time when they were measured, in seconds since the epoch."""
+    """What listeners are told: figures of a split ("train" or "val"), as docs/metrics.md names them, after `step` of
+    `total` optimizer steps, and the time when they were measured, in seconds since the epoch."""
 
     split: str
     step: int
