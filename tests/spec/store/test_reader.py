@@ -406,3 +406,8 @@ def test_leaving_early_stops_the_thread() -> None:
     stream.close()  # type: ignore[attr-defined]
     assert not prefetching()
     assert len(made) <= 7
+    made.clear()
+    stream = prefetch((made.append(i) or time.sleep(0.02) for i in range(99)), depth=20)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert len(made) < 10  # what was not yet begun is not made
