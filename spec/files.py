@@ -29,7 +29,9 @@ def cache_dir() -> Path:
 PARTIAL = ".partial"
 """The suffix of temporary files and folders. `sweep` removes those whose process was killed."""
 
-_OLD = ".old"
+OLD = ".old"
+"""The suffix of a folder that is being replaced."""
+
 _HOST = re.sub("[^a-z0-9]", "", platform.node().lower())
 """Is in their names: on a shared file system, no machine can tell whether a process of another one lives."""
 
@@ -38,12 +40,9 @@ _HOST = re.sub("[^a-z0-9]", "", platform.node().lower())
 def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """Give a temporary name next to `path`; what the block writes there takes the place of `path` when it ends well.
 
-    So a file or a folder is there whole or not at all, whatever fails or is killed. A folder that is replaced is away
-    for the moment between two renames; it comes back where the second one fails, or at the next call after a kill.
-
-    Args:
-        path: parents that are missing are made.
-        folder: whether it is one; the block is then given a new, empty one.
+    So a file (or, if told so, a folder) is there whole or not at all, whatever fails or is killed. A folder that is
+    replaced is away for the moment between two renames; it comes back where the second one fails, or at the next call
+    after a kill. Parents that are missing are made.
 
     Raises:
         SpecError: a folder that cannot be replaced.
@@ -72,22 +71,19 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
 
 
 def sweep(parent: Path, name: str | None = None) -> None:
-    """Remove what killed processes of this machine have left of `whole` and `scratch` for a name, or for all."""
+    """Remove what killed processes of this machine left of `whole` and `scratch`, for a name or for all."""
     start = f".{'*' if name is None else glob.escape(name)}-{_HOST}-*"
     for path in parent.glob(start + PARTIAL):
         with contextlib.suppress(OSError), _locked(path, wait=False):
-            _settle(path.with_suffix(_OLD))
+            _settle(path.with_suffix(OLD))
             remove(path)
-    for aside in parent.glob(start + _OLD):
+    for aside in parent.glob(start + OLD):
         if not aside.with_suffix(PARTIAL).exists():
             _settle(aside)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it; nothing happens where there is none.
-
-    Pass only paths that this program has made.
-    """
+    """Remove a file, a link, or a folder and all that is in it, if it is there. Pass only what this program made."""
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -96,11 +92,7 @@ def remove(path: Path) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a file or folder another name, where there is nothing yet.
-
-    Raises:
-        FileExistsError: there is something.
-    """
+    """Give a file or folder another name; a FileExistsError says that the name is taken."""
     if target.exists():
         raise FileExistsError(errno.EEXIST, "it is there already", str(target))
     path.rename(target)
@@ -151,7 +143,7 @@ def _settle(aside: Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Let a folder take the place of another, which is removed; it comes back where that fails."""
-    aside = new.with_suffix(_OLD)
+    aside = new.with_suffix(OLD)
     try:
         old.rename(aside)
     except OSError as error:  # a mount point, or the working directory
@@ -174,7 +166,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented, with a final newline."""
+    """Write indented JSON, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -205,8 +197,7 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
         found = read_json(memory_path)
     except (OSError, ValueError):
         found = None
-    memory: dict[str, Any] = found if isinstance(found, dict) else {}
-    known = dict(memory)
+    known: dict[str, Any] = dict(found) if isinstance(found, dict) else {}
     digests: dict[str, str] = {}
     for path in paths:
         real = path.resolve()
@@ -217,7 +208,7 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
             entry = [*stamp, digest_file(real)]
             known[str(real)] = entry
         digests[str(path)] = entry[2]
-    if known != memory:
+    if known != found:
         with contextlib.suppress(OSError):
             write_json(memory_path, known)
     return digests

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from spec.config import Respond
 from spec.store.collection import Collection, Writer, share_out
-from spec.store.segment import Row, StoreError, rows_of
-
-log = logging.getLogger(__name__)
+from spec.store.plan import Parts
+from spec.store.segment import Row, rows_of
 
 ENGINES = {"transformers": "transformers, padded to powers of two", "vllm": "vllm"}
 """What an answer's arithmetic depends on, by respond.engine."""
@@ -24,7 +21,7 @@ OFFSETS = {"prompt": "prompt_offsets", "answer": "answer_offsets"}
 
 
 def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, Any]:
-    """Everything an answer depends on beside the prompt's tokens."""
+    """Everything an answer depends on besides the prompt's tokens."""
     return {
         "base": base["weights"],
         "tokenizer": base["tokenizer"],
@@ -37,19 +34,9 @@ def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, 
     }
 
 
-class Answer(Protocol):
-    """What writes answers: spec.base.answer with its base given, or vLLM's engine."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],
-        on_tokens: Callable[[int], object],
-    ) -> list[list[int]]:
-        """The tokens that follow each prompt."""
-        ...
+Answer = Callable[[Sequence[Sequence[int]], int, float, Sequence[int], Callable[[int], object]], list[list[int]]]
+"""(prompts, max_new_tokens, temperature, seeds, on_tokens) -> the tokens that follow each prompt: spec.base.answer with
+its base given, or vLLM's engine."""
 
 
 def produce(
@@ -77,43 +64,29 @@ def produce(
         groups: row numbers, as plan gives them.
         params: length, temperature, seed.
         on_tokens: called with the number of tokens just written.
-        rank: this worker among `world` that share the groups.
-        world: number of workers.
+        rank: this worker among the `world` that share the groups.
 
     Raises:
         StoreError: memory does not suffice for a single prompt.
     """
     attributes = {"offsets": OFFSETS, "producer": dict(producer)}
-    most = params.batch_size
+    parts = Parts(params.batch_size, "respond.max_new_tokens or data.max_length", "respond.batch_size")
+
+    def ask(group: Sequence[int], part: slice) -> list[list[int]]:
+        asked = [prompts[row].tolist() for row in group[part]]
+        seeds = [params.seed ^ int(keys[row][:15], 16) for row in group[part]]
+        return answer(asked, params.max_new_tokens, params.temperature, seeds, on_tokens)
+
     with Writer("none") as writer:
         for index, claim in share_out(collection, [[keys[r] for r in group] for group in groups], rank, world):
-            asked = [prompts[row] for row in groups[index]]
-            seeds = [params.seed ^ int(key[:15], 16) for key in claim.items]
-            answers: list[list[int]] = []
-            while len(answers) < len(asked):
-                part = slice(len(answers), len(answers) + most)
-                try:
-                    answers += answer(
-                        [prompt.tolist() for prompt in asked[part]],
-                        params.max_new_tokens,
-                        params.temperature,
-                        seeds[part],
-                        on_tokens,
-                    )
-                except torch.OutOfMemoryError as error:
-                    count = len(asked[part])
-                    if count == 1:
-                        raise StoreError(
-                            f"out of memory at a single prompt of {len(asked[part.start])} tokens ({error}); lower "
-                            "respond.max_new_tokens or data.max_length, or use a device with more memory"
-                        ) from None
-                    most = count // 2
-                    log.warning("out of memory: going on with %d answers at a time; lower respond.batch_size", most)
+            group = groups[index]
+            lengths = [len(prompts[row]) for row in group]
+            answers = [ids for _, found in parts.run(partial(ask, group), lengths) for ids in found]
             rows: list[Row] = [
-                {"prompt": prompt, "answer": np.asarray(written, np.int32)}
-                for prompt, written in zip(asked, answers, strict=True)
+                {"prompt": prompts[row], "answer": np.asarray(ids, np.int32)}
+                for row, ids in zip(group, answers, strict=True)
             ]
-            writer.write(claim, partial(list, rows), attributes)
+            writer.write(claim, rows, attributes)
 
 
 def read(collection: Collection, keys: Sequence[str]) -> list[NDArray[np.int32]]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreE
 IDENTITY = "identity.json"
 DAMAGED = ".damaged-"
 _LOCK = ".lock-"
+_HEX = "[0-9a-f]" * 32
 NAME = re.compile("[a-z]+-[0-9a-f]{16}")
 """Of a collection's folder."""
 
@@ -41,26 +42,14 @@ class Collection:
     _records: dict[str, Record] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Collection:
-        """The collection that lies in a folder of the store.
+    def open(cls, folder: Path, content: bytes | None = None) -> Collection:
+        """The collection of a folder, from its identity.json or from this content of one.
 
         Raises:
             StoreError: its identity.json is missing, damaged, or not the one that the folder is named for.
         """
         try:
-            content = (folder / IDENTITY).read_bytes()
-        except OSError as error:
-            raise StoreError(f"{folder} is no collection of segments ({error})") from error
-        return cls.parse(folder, content)
-
-    @classmethod
-    def parse(cls, folder: Path, content: bytes) -> Collection:
-        """The collection of a folder whose identity.json has this content, whether or not the folder is there.
-
-        Raises:
-            StoreError: as `open` does.
-        """
-        try:
+            content = (folder / IDENTITY).read_bytes() if content is None else content
             identity = json.loads(content)
             version = identity.pop("format")
             if version != FORMAT:
@@ -68,7 +57,7 @@ class Collection:
             found = cls(folder.parent, folder.name.rpartition("-")[0], identity)
             if found._identity_bytes() != content or found.folder.name != folder.name:
                 raise ValueError(f"{IDENTITY} is not as it was written")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{folder} is no collection of segments ({error})") from error
         return found
 
@@ -96,7 +85,7 @@ class Collection:
         self._clean()
 
     def check(self) -> None:
-        """Check that the folder holds what this identity says.
+        """Check that the folder is empty or of this identity.
 
         Raises:
             StoreError: names the field and both values.
@@ -107,20 +96,17 @@ class Collection:
         content = path.read_bytes()
         if content == self._identity_bytes():
             return
-        try:
-            found = json.loads(content)
-            check_identity(found, self._identity(), str(path))
-        except (ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, StoreError):
-                raise
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            if isinstance(found := json.loads(content), dict):
+                check_identity(found, self._identity(), str(path))
         raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
 
     def records(self) -> dict[str, Record]:
-        """The committed segments by name, damaged ones apart; each record is read once."""
+        """The committed segments by name, without damaged ones; each record is read once."""
         return self.survey()[0]
 
     def survey(self) -> tuple[dict[str, Record], dict[str, DamagedError]]:
-        """The committed segments by name, and those that are seen to be damaged without reading their arrays."""
+        """The committed segments by name, and those whose damage shows without reading their arrays."""
         good: dict[str, Record] = {}
         damaged: dict[str, DamagedError] = {}
         for name in segment.names(self.folder):
@@ -154,24 +140,15 @@ class Collection:
 
     def holds(self, items: Sequence[str]) -> bool:
         """Whether the segment of exactly these rows is here."""
-        return self.has(self.name_of(items))
-
-    def has(self, name: str) -> bool:
-        """Whether a segment of this name is here."""
-        return (self.folder / name / segment.RECORD).is_file()
+        return (self.folder / self.name_of(items) / segment.RECORD).is_file()
 
     def claim(self, items: Sequence[str], wait: bool = False) -> Claim | None:
-        """The sole right to compute these rows' segment, until it is committed or given up or this process dies.
-
-        Args:
-            items: content keys of the rows.
-            wait: for another process that has it, instead of returning None.
+        """The sole right to compute the segment of these rows, until it is given back or this process dies.
 
         Returns:
-            None where the segment is here already, or where another process computes it.
+            None where the segment is here already, or where another process computes it, unless told to `wait`.
         """
-        name = self.name_of(items)
-        lock = Lock.acquire(self.folder / f"{_LOCK}{name}", wait)
+        lock = self._lock(self.name_of(items), wait)
         if lock is None:
             return None
         if self.holds(items):
@@ -204,48 +181,47 @@ class Collection:
         return record
 
     def receive(self, name: str, fill: Callable[[Path], object]) -> None:
-        """Take in a segment that was written elsewhere, after all of it has been checked as verify does.
+        """Take in a segment that was written elsewhere, unless it is here already.
 
         Args:
-            name: the segment's name; one that is here already stays.
-            fill: puts the segment's files into the folder that it is given.
+            name: the segment's name.
+            fill: puts the segment's files into a folder, where they are checked as `verify` does.
 
         Raises:
             DamagedError: what came is not the segment of this name; nothing of it is kept.
         """
-        lock = Lock.acquire(self.folder / f"{_LOCK}{name}", wait=True)
+        lock = self._lock(name, wait=True)
         assert lock is not None
-        incoming = f"{segment.PARTIAL}{name}"
         try:
-            if self.has(name):
+            if (self.folder / name / segment.RECORD).is_file():
                 return
-            files.remove(self.folder / incoming)
-            (self.folder / incoming).mkdir()
-            fill(self.folder / incoming)
-            record = segment.read_record(self.folder, incoming)
-            if self.name_of(record.items) != name:
-                raise DamagedError(self.folder, name, "it holds other rows than its name stands for")
-            segment.check_rows(self.folder, record, *self.read(incoming))
-            segment.publish(self.folder / incoming, self.folder / name)
+            with files.whole(self.folder / name, folder=True) as incoming:
+                fill(incoming)
+                record = segment.read_record(self.folder, incoming.name)
+                if self.name_of(record.items) != name:
+                    raise DamagedError(self.folder, name, "it holds other rows than its name stands for")
+                segment.check_rows(self.folder, record, *self.read(incoming.name))
         except DamagedError as error:
             raise DamagedError(self.folder, name, error.reason) from error
         finally:
-            files.remove(self.folder / incoming)
             lock.release()
 
     def set_aside(self, name: str) -> Path:
         """Move a damaged segment out of sight, unless another process has or is writing it anew; returns where to."""
         target = self.folder / f"{DAMAGED}{name}"
-        lock = Lock.acquire(self.folder / f"{_LOCK}{name}")
+        lock = self._lock(name)
         if lock is not None:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     files.remove(target)
-                    files.move(self.folder / name, target)
+                    (self.folder / name).rename(target)
             finally:
                 lock.release()
         self._records.pop(name, None)
         return target
+
+    def _lock(self, name: str, wait: bool = False) -> Lock | None:
+        return Lock.acquire(self.folder / f"{_LOCK}{name}", wait)
 
     def _identity(self) -> dict[str, Any]:
         return {"format": FORMAT, **self.identity}
@@ -254,12 +230,13 @@ class Collection:
         return (json.dumps(self._identity(), indent=2, ensure_ascii=False) + "\n").encode()
 
     def _clean(self) -> None:
-        """Remove what killed processes left: half-written segments and locks that nobody holds."""
-        for path in [*self.folder.glob(f"{segment.PARTIAL}*"), *self.folder.glob(f"{_LOCK}*")]:
-            name = path.name.removeprefix(segment.PARTIAL).removeprefix(_LOCK)
-            lock = Lock.acquire(self.folder / f"{_LOCK}{name}")
+        """Remove what killed processes of any machine left: half-written segments and locks that nobody holds."""
+        for path in [*self.folder.glob(f"{_LOCK}*"), *self.folder.glob(f".{_HEX}-*")]:
+            name = path.name.removeprefix(_LOCK).removeprefix(".")[:32]
+            lock = self._lock(name)
             if lock is not None:
-                files.remove(self.folder / f"{segment.PARTIAL}{name}")
+                for half in self.folder.glob(f".{name}-*"):
+                    files.remove(half)
                 lock.release()
 
 
@@ -285,17 +262,13 @@ class Claim:
     items: tuple[str, ...]
     lock: Lock
 
-    def commit(self, rows: Sequence[Row], attributes: Mapping[str, Any], codec: str) -> Record:
+    def commit(self, rows: Iterable[Row], attributes: Mapping[str, Any], codec: str) -> Record:
         """Write the segment, and give the claim back."""
+        made = self.collection
+        known = {"identity": made.digest, "kind": made.kind, "codec": codec}
         try:
-            attributes = {
-                **attributes,
-                "identity": self.collection.digest,
-                "kind": self.collection.kind,
-                "codec": codec,
-            }
-            name = self.collection.name_of(self.items)
-            return segment.write(self.collection.folder, name, self.items, rows, attributes, codec)
+            name = made.name_of(self.items)
+            return segment.write(made.folder, name, self.items, list(rows), {**attributes, **known}, codec)
         finally:
             self.release()
 
@@ -310,13 +283,8 @@ def share_out(
     """Claim groups for one of `world` workers: its own share first, then what nobody has begun, then what others
     left undone when they died.
 
-    It ends when every group is committed, by whomever. Leaving early gives back the claim that came last.
-
-    Args:
-        collection: where the segments go.
-        groups: content keys of each group's rows.
-        rank: this worker, below world.
-        world: number of workers; a right number only saves time.
+    It ends when every group (its rows' content keys) is committed, by whomever. Leaving early gives back the claim that
+    came last. Wrong ranks cost only time.
 
     Raises:
         StoreError: the folder that the stage made is not to be seen from here.
@@ -326,10 +294,9 @@ def share_out(
             f"{collection.folder} is not here, though the stage that started this worker made it: all nodes need the "
             "same features.store on a file system that they share"
         )
-    own = list(range(rank % world, len(groups), world))
-    rest = [index for index in range(len(groups)) if index % world != rank % world]
-    for wait, indices in ((False, own), (False, rest), (True, own + rest)):
-        for index in indices:
+    own_first = sorted(range(len(groups)), key=lambda index: index % world != rank % world)
+    for wait in (False, True):
+        for index in own_first:
             if not collection.holds(groups[index]) and (claim := collection.claim(groups[index], wait)):
                 try:
                     yield index, claim
@@ -349,25 +316,17 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="segment-writer")
         self._pending: list[tuple[Claim, Future[Record]]] = []
 
-    def write(self, claim: Claim, rows: Callable[[], Sequence[Row]], attributes: Mapping[str, Any]) -> None:
+    def write(self, claim: Claim, rows: Iterable[Row], attributes: Mapping[str, Any]) -> None:
         """Commit a segment soon; waits only when two are already on their way.
 
         Args:
             claim: the right to it.
-            rows: called on the writer's thread, so that what it takes to make them ready delays nobody.
+            rows: iterated on the writer's thread, so that making them ready delays nobody.
             attributes: of the segment.
         """
         while len(self._pending) > 1:
             self._pending.pop(0)[1].result()
-        self._pending.append((claim, self._pool.submit(on_this_device(self._commit), claim, rows, attributes)))
-
-    def _commit(self, claim: Claim, rows: Callable[[], Sequence[Row]], attributes: Mapping[str, Any]) -> Record:
-        try:
-            made = rows()
-        except BaseException:
-            claim.release()
-            raise
-        return claim.commit(made, attributes, self._codec)
+        self._pending.append((claim, self._pool.submit(on_this_device(claim.commit), rows, attributes, self._codec)))
 
     def __enter__(self) -> Writer:
         return self
@@ -387,14 +346,3 @@ def collections(root: Path) -> Iterator[Path]:
     """The folders of a store that hold collections, in order; others in the same place are none of the store's."""
     with contextlib.suppress(FileNotFoundError):
         yield from sorted(path for path in root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
-
-
-__all__ = [
-    "Claim",
-    "Collection",
-    "StoreError",
-    "Writer",
-    "check_identity",
-    "collections",
-    "share_out",
-]

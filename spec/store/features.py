@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +18,8 @@ from spec.corpus import TokenSequence
 from spec.device import fetch, send
 from spec.store import codecs
 from spec.store.collection import Collection, Writer, share_out
-from spec.store.plan import item_key
+from spec.store.plan import Parts, item_key
 from spec.store.segment import Row, StoreError
-
-log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; halved for as long as memory runs out."""
@@ -53,12 +50,9 @@ def kept_positions(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def identity(base: Mapping[str, str], dtype: str, codec: str) -> dict[str, Any]:
-    """Everything a state depends on beside the sequence.
+    """Everything a state depends on besides the sequence.
 
-    Args:
-        base: identify's digests; the tokenizer's too, since ids of another one mean another text.
-        dtype: of the base's weights and of the states as they are stored.
-        codec: lossless ones make no difference.
+    The base's tokenizer is part of it, since ids of another one mean another text; lossless codecs make no difference.
     """
     return {
         "base": base["weights"],
@@ -104,8 +98,7 @@ def produce(
         groups: row numbers, as plan gives them (each group of one padded length).
         codec: of the segments.
         on_tokens: called with the number of tokens just done.
-        rank: this worker among `world` that share the groups.
-        world: number of workers.
+        rank: this worker among the `world` that share the groups.
 
     Raises:
         StoreError: a state is NaN or infinite, or memory does not suffice for one row; names the row.
@@ -118,29 +111,17 @@ def produce(
         "offsets": {key: OFFSETS[key] for key in OFFSETS if key != "scales" or encoding == codecs.FP8},
         "producer": base.producer,
     }
-    budget = BATCH_TOKENS
+    parts = Parts(BATCH_TOKENS, "data.max_length")
     with Writer(codec) as writer:
         for index, claim in share_out(collection, [[rows[r].key for r in group] for group in groups], rank, world):
             group = [rows[r] for r in groups[index]]
-            width = base_model.bucket(max(len(row.ids) for row in group))
-            batches: list[_Batch] = []
-            start = 0
-            while start < len(group):
-                part = group[start : start + max(1, budget // width)]
-                try:
-                    batches.append(_forward(base, part, width, encoding))
-                except torch.OutOfMemoryError as error:
-                    if len(part) == 1:
-                        raise StoreError(
-                            f"out of memory at a single sequence of {len(part[0].ids)} tokens ({error}); lower "
-                            "data.max_length, or use a device with more memory"
-                        ) from None
-                    budget //= 2
-                    log.warning("out of memory: going on with %d tokens a batch", budget)
-                    continue
-                start += len(part)
-                on_tokens(sum(len(row.ids) for row in part))
-            writer.write(claim, partial(_rows, batches), attributes)
+            lengths = [len(row.ids) for row in group]
+            width = base_model.bucket(max(lengths))
+            batches = []
+            for part, batch in parts.run(partial(_forward, base, group, width, encoding), lengths, width):
+                batches.append(batch)
+                on_tokens(sum(lengths[part]))
+            writer.write(claim, (row for batch in batches for row in batch.rows()), attributes)
 
 
 @dataclass(frozen=True)
@@ -166,12 +147,9 @@ class _Batch:
             yield {**{key: part[index] for key, part in parts.items()}, "ids": row.ids, "mask": row.mask}
 
 
-def _rows(batches: Sequence[_Batch]) -> list[Row]:
-    return [row for batch in batches for row in batch.rows()]
-
-
-def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str) -> _Batch:
-    """Run the base over rows of one bucket; on CUDA nothing here waits for the device."""
+def _forward(base: Base, rows: Sequence[FeatureRow], width: int, encoding: str, part: slice) -> _Batch:
+    """Run the base over a part of rows of one bucket; on CUDA nothing here waits for the device."""
+    group = rows[part]
     ids = np.zeros((len(group), width), np.int64)
     kept = np.zeros((len(group), width), np.bool_)
     for number, row in enumerate(group):
@@ -190,10 +168,7 @@ def _forward(base: Base, group: Sequence[FeatureRow], width: int, encoding: str)
 def save_tables(base: Base, collection: Collection, rows: Sequence[FeatureRow]) -> None:
     """Keep the base's embedding and lm_head [V, d] with its states, so that training never loads the base.
 
-    Args:
-        base: the frozen model.
-        collection: of its states.
-        rows: on the first of which it is checked whether lm_head makes the base's logits.
+    Whether lm_head makes the base's logits is checked on the first of `rows`.
     """
     claim = collection.claim(TABLES)
     if claim is None:
@@ -217,11 +192,7 @@ def has_tables(collection: Collection) -> bool:
 
 
 def tables_shape(collection: Collection) -> dict[str, int]:
-    """The base's hidden_size and vocab_size; reads no table.
-
-    Raises:
-        DamagedError: the tables are missing or damaged.
-    """
+    """The base's hidden_size and vocab_size; reads no table."""
     _, attributes = collection.read(collection.name_of(TABLES), only=())
     return {name: attributes[name] for name in ("hidden_size", "vocab_size")}
 
@@ -239,11 +210,7 @@ def positions_of(collection: Collection, name: str) -> int:
 
 
 def load_tables(collection: Collection) -> dict[str, Tensor]:
-    """The base's "embedding" and "lm_head", each [V, d].
-
-    Raises:
-        DamagedError: they are missing or damaged.
-    """
+    """The base's "embedding" and "lm_head", each [V, d]; a DamagedError says that they are missing or damaged."""
     arrays, attributes = collection.read(collection.name_of(TABLES))
     dtype = getattr(torch, attributes["dtype"])
     return {name: codecs.from_numpy(arrays[name], dtype) for name in attributes["offsets"]}

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from spec import files
@@ -26,27 +27,20 @@ class Lock:
 
     @classmethod
     def acquire(cls, path: Path, wait: bool = False) -> Lock | None:
-        """Take the lock, or return None where another process (or another Lock of this one) holds it.
+        """Take the lock of a file, which is made where it is missing.
 
-        Args:
-            path: the lock's file; made where it is missing.
-            wait: until the holder releases it or dies, instead of returning None.
+        Returns:
+            None where another process (or another Lock of this one) holds it, unless told to `wait` for it.
 
         Raises:
             SpecError: the file system has no locks.
         """
-        while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                if not _flock(handle, fcntl.LOCK_EX, wait, path):
-                    os.close(handle)
-                    return None
-                if _same_file(handle, path):
+        while (handle := _held(path, fcntl.LOCK_EX, wait)) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(handle).st_ino == path.stat().st_ino:
                     return cls(path, handle)
-            except BaseException:
-                os.close(handle)
-                raise
             os.close(handle)  # its holder removed it while we were about to lock it: try the new one
+        return None
 
     def release(self) -> None:
         """Give the lock back; a second time does nothing."""
@@ -56,57 +50,44 @@ class Lock:
             os.close(handle)
 
 
-@contextlib.contextmanager
-def in_use(root: Path) -> Iterator[None]:
+def in_use(root: Path) -> AbstractContextManager[None]:
     """Keep `alone` from starting in this folder while the block runs; any number of processes may.
 
-    Raises:
-        SpecError: another process is `alone` with it.
+    A SpecError says that another process is `alone` with it.
     """
-    with _whole(root, fcntl.LOCK_SH, "is being cleaned by another process; try again when it has ended"):
-        yield
+    return _whole(root, fcntl.LOCK_SH, "is being cleaned by another process; try again when it has ended")
 
 
-@contextlib.contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Let no other process be `in_use` with this folder while the block runs.
-
-    Raises:
-        SpecError: some process uses it.
-    """
-    with _whole(root, fcntl.LOCK_EX, "is in use by a running stage; try again when it has ended"):
-        yield
+def alone(root: Path) -> AbstractContextManager[None]:
+    """Let no other process be `in_use` with this folder while the block runs; a SpecError says that one is."""
+    return _whole(root, fcntl.LOCK_EX, "is in use by a running stage; try again when it has ended")
 
 
 @contextlib.contextmanager
 def _whole(root: Path, kind: int, refusal: str) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
-    path = root / ".in-use"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = _held(root / ".in-use", kind)
+    if handle is None:
+        raise SpecError(f"the store {root} {refusal}")
     try:
-        if not _flock(handle, kind, False, path):
-            raise SpecError(f"the store {root} {refusal}")
         yield
     finally:
         os.close(handle)
 
 
-def _flock(handle: int, kind: int, wait: bool, path: Path) -> bool:
+def _held(path: Path, kind: int, wait: bool = False) -> int | None:
+    """The file, opened and locked; None where another process holds a lock that excludes this one."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+    except BaseException as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            return None
+        if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise SpecError(
                 f"{path.parent} is on a file system without file locks ({error.strerror}), by which workers share out "
                 "their work; set features.store to a folder on another one, or mount this one with flock"
             ) from None
         raise
-    return True
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.fstat(handle).st_ino == path.stat().st_ino
-    return False
+    return handle

@@ -91,12 +91,7 @@ class Manifest:
     def joint(cls, base: Mapping[str, Any], dtype: str, hidden_size: int, vocab_size: int, content: str) -> Manifest:
         """The manifest of a split whose states are not cached, because the base is trained too.
 
-        Args:
-            base: as in Manifest, like what follows.
-            dtype: of the states.
-            hidden_size: d.
-            vocab_size: V.
-            content: SHA-256 of the file that holds the sequences.
+        `content` is the SHA-256 of the file that holds the sequences.
         """
         identity = {"mode": "joint", "base": base["weights"], "tokenizer": base["tokenizer"], "dtype": dtype}
         return cls(identity, base, hidden_size, vocab_size, [], [], [], [], content, [], [], [], [], 0, 0)
@@ -119,19 +114,12 @@ def make_manifest(
     tokens: int,
     positions: int,
 ) -> Manifest:
-    """The manifest of sequences that are all in the store.
+    """The manifest of sequences that are all in a collection.
 
     Args:
         collection: holds them.
         keys: content key of each, in the order of the data.
-        base: as in Manifest, like what follows.
-        hidden_size: d.
-        vocab_size: V.
-        prompt_length: of each.
-        written: of each.
-        domains: name of each sequence's domain.
-        tokens: of all.
-        positions: of all.
+        domains: name of each sequence's domain; the rest is as in Manifest.
     """
     places, records = collection.find(), collection.records()
     used = list(dict.fromkeys(places[key][0] for key in keys))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -37,7 +36,7 @@ DECODERS = 2
 """Threads that decode."""
 
 MEMORY_SHARE = 0.25
-"""Of the memory that is free at the start, what decoded segments may keep, shared by the workers of a machine."""
+"""Of the memory that is free at the start: what decoded segments may keep, shared by the workers of a machine."""
 
 T = TypeVar("T")
 
@@ -61,7 +60,7 @@ class CachedSequence:
 
 @dataclass(frozen=True)
 class Positions:
-    """What heads train and draft from; row p belongs to a position t.
+    """What heads train and draft from; each row belongs to a position t.
 
     Attributes:
         states: [P, d], h_t.
@@ -121,31 +120,21 @@ def tokens_around(
     return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.ascontiguousarray(valid))
 
 
-class Described(Protocol):
-    """What is known of each sequence of a split, as Manifest has it."""
+@dataclass(frozen=True)
+class Described:
+    """What is known of each sequence of a split that lies in no store, as Manifest has it."""
 
-    @property
-    def prompt_length(self) -> Sequence[int]:
-        """Tokens before the last answer."""
-
-    @property
-    def written(self) -> Sequence[bool]:
-        """Whether the base wrote that answer greedily."""
-
-    @property
-    def domain(self) -> Sequence[int]:
-        """An index into domains."""
-
-    @property
-    def domains(self) -> Sequence[str]:
-        """Names."""
+    prompt_length: Sequence[int]
+    written: Sequence[bool]
+    domain: Sequence[int]
+    domains: Sequence[str]
 
 
 class SequenceReader(Protocol):
     """Where training and acceptance take sequences from: a FeatureReader, or a base that computes them anew."""
 
     @property
-    def manifest(self) -> Described:
+    def manifest(self) -> Manifest | Described:
         """What is known of each sequence."""
 
     def __len__(self) -> int: ...
@@ -197,7 +186,8 @@ class FeatureReader:
         self.manifest = manifest
         self.collection = manifest.collection(store)
         self.collection.check()
-        self._memory = _free_memory() if memory is None else memory
+        machine = MEMORY_SHARE * psutil.virtual_memory().available
+        self._memory = machine / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if memory is None else memory
         self._segments: OrderedDict[str, Future[_Segment]] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="segment-reader")
@@ -207,8 +197,7 @@ class FeatureReader:
             except DamagedError as error:
                 raise StoreError(
                     f"segment {name} is not in {self.collection.folder}, or damaged ({error.reason}); run the cache "
-                    "stage (it computes only what is missing), or point features.store to the store that the manifest "
-                    "was made with"
+                    "stage (it computes only what is missing), or point features.store to the manifest's own store"
                 ) from error
             if record.digest != digest:
                 raise StoreError(
@@ -231,11 +220,8 @@ class FeatureReader:
 
     def positions(self, indices: Sequence[int], n_predict: int, pin: bool = False) -> Positions:
         """The positions of several sequences, one after the other."""
-        none = Positions(
-            torch.empty(0, self.manifest.hidden_size, dtype=self.dtype),
-            torch.empty(0, n_predict + 1, dtype=torch.int64),
-            torch.empty(0, n_predict, dtype=torch.bool),
-        )
+        nothing = tokens_around(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(1, np.int64), n_predict)
+        none = Positions(torch.empty(0, self.manifest.hidden_size, dtype=self.dtype), *nothing)
         parts = [self._load(self._name(i)).result().positions(self.manifest.row[i], n_predict) for i in indices]
         return join([none, *parts], pin)
 
@@ -258,13 +244,8 @@ class FeatureReader:
     def batches(self, parts: Iterable[Sequence[int]], n_predict: int, pin: bool = False) -> Iterator[Positions]:
         """The positions of each part (sequence indices), with segments decoded ahead.
 
-        Args:
-            parts: consumed ahead of what is yielded.
-            n_predict: n.
-            pin: whether in page-locked memory.
-
         Raises:
-            DamagedError: when a part that needs it is reached.
+            DamagedError: when a part that needs a damaged segment is reached.
         """
         for part in self._decoded_ahead(parts):
             yield self.positions(part, n_predict, pin)
@@ -273,7 +254,7 @@ class FeatureReader:
         """Sequences with their indices, in the order of the store, so that each segment is decoded once and ahead.
 
         Raises:
-            DamagedError: when a sequence that needs it is reached.
+            DamagedError: when a sequence of a damaged segment is reached.
         """
         place = self.manifest.segment, self.manifest.row
         ordered = sorted(indices, key=lambda index: (place[0][index], place[1][index]))
@@ -285,21 +266,20 @@ class FeatureReader:
         source = iter(parts)
         waiting: deque[tuple[Sequence[int], set[str]]] = deque()
         needed: Counter[str] = Counter()
-        more = True
-        while more or waiting:
-            while more and (not waiting or (len(needed) < WINDOW + AHEAD and len(waiting) < LOOK_AHEAD)):
-                part = next(source, None)
-                more = part is not None
-                if part is not None:
-                    names = {self._name(index) for index in part}
-                    waiting.append((part, names))
-                    needed.update(names)
-                    for name in sorted(names):
-                        self._load(name, needed)
-            if waiting:
-                part, names = waiting.popleft()
-                yield part
-                needed = needed - Counter(names)
+        while True:
+            while not waiting or (len(needed) < WINDOW + AHEAD and len(waiting) < LOOK_AHEAD):
+                if (part := next(source, None)) is None:
+                    break
+                names = {self._name(index) for index in part}
+                waiting.append((part, names))
+                needed.update(names)
+                for name in sorted(names):
+                    self._load(name, needed)
+            if not waiting:
+                return
+            part, names = waiting.popleft()
+            yield part
+            needed -= Counter(names)
 
     def token_counts(self) -> NDArray[np.int64]:
         """How often each token [V] is supervised in the split; reads no states."""
@@ -340,42 +320,15 @@ class FeatureReader:
             del self._segments[name]
 
 
-def _free_memory() -> int:
-    return int(MEMORY_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def prefetch(items: Iterable[T], depth: int = 4) -> Iterator[T]:
     """Make items on a thread, `depth` ahead; an exception there is raised here, and leaving early stops the thread."""
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(entry, timeout=0.1)
-                return
-
-    def work() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if stopped.is_set():
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    thread = threading.Thread(target=on_this_device(work), name="prefetch", daemon=True)
-    thread.start()
+    end = object()
+    make: Callable[[], Any] = on_this_device(partial(next, iter(items), end))
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        while True:
-            more, value = ready.get()
-            if more:
-                yield value
-            elif value is None:
-                return
-            else:
-                raise value
+        ahead = deque(pool.submit(make) for _ in range(depth + 1))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(make))
+            yield item
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

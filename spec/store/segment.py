@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from spec.store.shards import Pieces
 
 FORMAT = 2
 RECORD = "record.json"
-PARTIAL = ".partial-"
 _THREADS = min(4, os.cpu_count() or 1)
 
 Row = Mapping[str, NDArray[Any]]
@@ -35,7 +34,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class StoreError(SpecError):
-    """The store holds something other than what was asked for: says where, what was found and what to do."""
+    """The store holds something other than what was asked for."""
 
 
 class DamagedError(StoreError):
@@ -57,15 +56,18 @@ class Record:
         name: the segment's folder.
         items: the content key of each row, in order.
         digests: SHA-256 of each row, as digest_row gives it.
-        size: bytes of its files, record.json apart.
         files: of each file its size, and its SHA-256 where it carries no checksum of its own (zarr.json).
     """
 
     name: str
     items: tuple[str, ...]
     digests: tuple[str, ...]
-    size: int
     files: Mapping[str, tuple[int, str | None]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files, record.json apart."""
+        return sum(size for size, _ in self.files.values())
 
     @property
     def digest(self) -> str:
@@ -81,7 +83,8 @@ class Record:
             "bytes": self.size,
             "files": {name: list(mark) for name, mark in self.files.items()},
         }
-        return _canonical({**entry, "sha256": files.digest_json(entry)})
+        entry["sha256"] = files.digest_json(entry)
+        return (json.dumps(entry, indent=1, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, name: str, content: bytes) -> Record:
@@ -96,7 +99,6 @@ class Record:
                 name,
                 tuple(entry["items"]),
                 tuple(entry["digests"]),
-                entry["bytes"],
                 {path: (size, digest) for path, (size, digest) in entry["files"].items()},
             )
             whole = record.to_bytes() == content
@@ -125,45 +127,29 @@ def write(
     attributes: Mapping[str, Any],
     codec: str,
 ) -> Record:
-    """Write a segment under a temporary name, flush it to the disk, and rename it to `folder/name`.
+    """Write the segment `folder/name`, which appears when all of it is on the disk.
 
-    Whoever finds `folder/name` finds all of it. A segment that is already there is left as it is. The caller holds
-    the lock of this name (Collection.claim), so nobody else writes it.
+    The caller holds the lock of this name (Collection.claim), so nobody else writes it.
 
     Args:
         folder: where segments lie.
-        name: the segment's name.
+        name: the segment's name; the rest of a segment that lost its record is replaced.
         items: the content key of each row.
         rows: at least one; all of the same arrays, whose first axes are cut into chunks.
         attributes: what a reader must know (real dtype, rule of positions, ...), kept in zarr.json.
             `attributes["offsets"]` names the offsets of each array; arrays of equal lengths may share them.
         codec: as codecs.compressors takes it; every chunk carries a crc32c.
     """
-    temporary = folder / f"{PARTIAL}{name}"
-    files.remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with files.whole(folder / name, folder=True) as temporary:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="segment-encoder") as pool:
             digests = pool.map(digest_row, rows)
-            _write_group(temporary, _joined(rows, attributes["offsets"]), attributes, codec, pool)
-        marks = _marks(temporary)
-        size = sum(size for size, _ in marks.values())
-        record = Record(name, tuple(items), tuple(digests), size, marks)
+            arrays = _joined(rows, attributes["offsets"])
+            group = zarr.create_group(temporary, attributes={**attributes, "arrays": list(arrays)})
+            for key, array in arrays.items():
+                shards.save(group, temporary, key, array, codec, pool)
+        record = Record(name, tuple(items), tuple(digests), _marks(temporary))
         (temporary / RECORD).write_bytes(record.to_bytes())
-        publish(temporary, folder / name)
-        return record
-    finally:
-        files.remove(temporary)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Flush a segment's folder to the disk and give it its name; a segment that is already there stays."""
-    _flush([temporary, *temporary.rglob("*")])
-    if (target / RECORD).is_file():  # it was here before
-        return
-    files.remove(target)  # the rest of a segment that lost its record
-    files.move(temporary, target)
-    _flush([target.parent])
+    return record
 
 
 def read_record(folder: Path, name: str) -> Record:
@@ -180,8 +166,6 @@ def read_record(folder: Path, name: str) -> Record:
 
 def check_files(folder: Path, record: Record) -> None:
     """Check what can be checked without reading arrays: that files are there, their sizes, digests of metadata.
-
-    Files that no record names do no harm and are passed over.
 
     Raises:
         DamagedError: names the file.
@@ -215,8 +199,8 @@ def read(folder: Path, name: str, only: Sequence[str] | None = None) -> tuple[Ar
             opened = {key: group[key] for key in (attributes["arrays"] if only is None else only)}
         for key, array in opened.items():
             if array.shape[0]:
-                shard = folder.joinpath(name, key, "c", *"0" * array.ndim)
-                codecs.check_shard(shard, array.shards[0] // array.chunks[0])
+                path = shards.path_of(folder / name / key, array.ndim)
+                codecs.check_shard(path, array.shards[0] // array.chunks[0])
         return {key: np.asarray(array[...]) for key, array in opened.items()}, attributes
     except Exception as error:  # whatever zarr and its codecs make of damaged bytes
         raise DamagedError(folder, name, error) from error
@@ -257,16 +241,6 @@ def _joined(rows: Sequence[Row], offsets: Mapping[str, str]) -> dict[str, Pieces
     return arrays | {name: Pieces([np.array([0, *ends], np.int64)]) for name, ends in bounds.items()}
 
 
-def _write_group(
-    folder: Path, arrays: Mapping[str, Pieces], attributes: Mapping[str, Any], codec: str, pool: Executor
-) -> None:
-    group = zarr.create_group(folder, attributes={**attributes, "arrays": list(arrays)})
-    for key, array in arrays.items():
-        shards.create(group, key, array, codec)
-        if all(array.shape):
-            shards.write(folder / key / "c" / "/".join("0" * len(array.shape)), array, codec, pool)
-
-
 def _marks(folder: Path) -> dict[str, tuple[int, str | None]]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): _mark(path) for path in paths}
@@ -277,16 +251,6 @@ def _mark(path: Path) -> tuple[int, str | None]:
     if path.name != "zarr.json":
         return path.stat().st_size, None
     return path.stat().st_size, files.digest_file(path)
-
-
-def _canonical(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _flush(paths: Sequence[Path]) -> None:
-    """Force files and folders to the disk, so that a rename never outlives the data."""
-    for path in paths:
-        files.flush(path)
 
 
 def names(folder: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ offset and length of each as little-endian uint64, then a crc32c of that index. 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,9 +63,20 @@ class Pieces:
         return np.concatenate(found)
 
 
-def create(group: zarr.Group, key: str, array: Pieces, codec: str) -> None:
-    """Create a Zarr array of one shard; write fills it."""
-    chunk, count = _chunks(array)
+def save(group: zarr.Group, folder: Path, key: str, array: Pieces, codec: str, pool: Executor) -> None:
+    """Add an array of one shard to a group.
+
+    Args:
+        group: the group.
+        folder: where it lies.
+        key: the array's name.
+        array: all of it; an empty one has no shard.
+        codec: as codecs.compressors takes it.
+        pool: encodes chunks.
+    """
+    rows = max(array.shape[0], 1)
+    chunk = min(codecs.chunk_rows(array.shape, array.dtype), rows)
+    count = -(-rows // chunk)
     group.create_array(
         key,
         shape=array.shape,
@@ -74,36 +85,24 @@ def create(group: zarr.Group, key: str, array: Pieces, codec: str) -> None:
         shards=(chunk * count, *array.shape[1:]),
         compressors=codecs.compressors(codec, array.dtype),
     )
+    if all(array.shape):
+        encoded = pool.map(lambda start: _encode(array.rows(start, start + chunk), codec), range(0, rows, chunk))
+        _write(path_of(folder / key, len(array.shape)), encoded, count)
 
 
-def write(path: Path, array: Pieces, codec: str, pool: Executor) -> None:
-    """Write the shard's file.
+def path_of(array: Path, ndim: int) -> Path:
+    """The file of an array's one shard."""
+    return array.joinpath("c", *"0" * ndim)
 
-    Args:
-        path: of the shard, whose folder need not be there.
-        array: all of it; not empty.
-        codec: as create was told.
-        pool: encodes chunks.
-    """
-    chunk, count = _chunks(array)
 
-    def encode(number: int) -> bytes:
-        return _encode(array.rows(number * chunk, (number + 1) * chunk), codec)
-
+def _write(path: Path, chunks: Iterable[bytes], count: int) -> None:
     path.parent.mkdir(parents=True)
     index = np.empty((count, 2), "<u8")
     with path.open("wb") as file:
-        for number, content in enumerate(pool.map(encode, range(count))):
+        for number, content in enumerate(chunks):
             index[number] = file.tell(), len(content)
             file.write(content)
         file.write(_with_crc(index.tobytes()))
-
-
-def _chunks(array: Pieces) -> tuple[int, int]:
-    """Rows of a chunk, and how many chunks there are."""
-    rows = max(array.shape[0], 1)
-    chunk = min(codecs.chunk_rows(array.shape, array.dtype), rows)
-    return chunk, -(-rows // chunk)
 
 
 def _encode(part: NDArray[Any], codec: str) -> bytes:

@@ -42,7 +42,7 @@ class TransferError(StoreError):
 
 
 class Place:
-    """A store's layout in a folder or at a URL.
+    """A store's layout in a folder or at a URL. Each method raises TransferError where it cannot be reached or refuses.
 
     Attributes:
         url: as it was given.
@@ -50,7 +50,6 @@ class Place:
 
     Raises:
         StoreError: fsspec does not know the URL, lacks a package for it, or cannot connect.
-        TransferError: from every method, when the place cannot be reached or refuses.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -76,12 +75,12 @@ class Place:
         return [name for name in self._names(f"/{collection}") if _SEGMENT.fullmatch(name)]
 
     def record(self, collection: str, name: str) -> Record | None:
-        """A segment's record; None where there is none. A ValueError says that it is not as it was written."""
+        """A segment's record, or None; a ValueError says that it is not as it was written."""
         content = self.read(f"{collection}/{name}/{RECORD}")
         return None if content is None else Record.from_bytes(name, content)
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none."""
+        """A small file, or None."""
         with self._clear(f"read {name}"), contextlib.suppress(FileNotFoundError):
             content: bytes = self._fs.cat_file(f"{self._path}/{name}")
             return content
@@ -119,12 +118,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Lacking:
-    """A segment that the target lacks.
+    """A segment that the target lacks, or has a damaged record of.
 
     Attributes:
         collection: at the target where that is a folder, else at the source.
         record: the source's.
-        damaged: whether the target has a damaged record in its place.
+        damaged: whether the target has a damaged one.
     """
 
     collection: Collection
@@ -148,7 +147,7 @@ class Transfer:
     Args:
         source: where segments come from.
         target: where they go to.
-        only: names of segments by their collection's folder; None: everything that the source has.
+        only: names of segments by their collection's folder; None: all that the source has.
 
     Attributes:
         found: the number of segments that the target had already.
@@ -186,11 +185,9 @@ class Transfer:
         return found
 
     def copy(self, segments: Sequence[Lacking], on_bytes: OnBytes = lambda count: None) -> None:
-        """Copy segments; damaged ones are not copied, and named in `problems`.
+        """Copy segments that `look` found; damaged ones are not copied, and named in `problems`.
 
-        Args:
-            segments: from `look`.
-            on_bytes: called with the bytes just copied, by one thread at a time.
+        One thread at a time calls `on_bytes` with the bytes just copied.
 
         Raises:
             TransferError: a place cannot be reached. Segments in hand are completed, others are not begun.
@@ -212,10 +209,7 @@ class Transfer:
     def follow(self, stopping: threading.Event, on_look: OnBytes, on_bytes: OnBytes) -> None:
         """Copy what is there and what is added, until `stopping` is set; then look a last time.
 
-        Args:
-            stopping: ends it.
-            on_look: called with the bytes that are to be copied now.
-            on_bytes: as in `copy`.
+        `on_look` is called with the bytes that are to be copied now.
 
         Raises:
             TransferError: the last look failed. When an earlier one fails, the next one tries again.
@@ -246,7 +240,7 @@ class Transfer:
                     f"{self.target.url}/{name}/{IDENTITY} differs from that of {self.source.url}: one of them is "
                     "damaged, and nothing of this collection was copied. Compare both, and remove the damaged one"
                 )
-            return Collection.parse((self.target.folder or self.source.folder or Path()) / name, content or b"")
+            return Collection.open((self.target.folder or self.source.folder or Path()) / name, content or b"")
         except StoreError as error:
             self.problems.append(error)
             return None
@@ -263,12 +257,12 @@ class Transfer:
             damaged = True
         try:
             record = self.source.record(folder, name)
-            if record is None and self._only is not None:
-                raise ValueError("it has no record")
-            return Lacking(collection, record, damaged) if record is not None else None
         except ValueError as error:
             self._refuse(folder, name, error)
             return None
+        if record is None and self._only is not None:
+            self._refuse(folder, name, "it has no record")
+        return Lacking(collection, record, damaged) if record else None
 
     def _refuse(self, folder: str, name: str, reason: object) -> None:
         self._settled[folder].add(name)
@@ -295,7 +289,7 @@ class Transfer:
             else:
                 if item.damaged:
                     item.collection.set_aside(item.record.name)
-                item.collection.receive(item.record.name, lambda folder: self._fill(item, folder, count))
+                item.collection.receive(item.record.name, partial(self._fill, item, count))
             with self._lock:
                 self.copied += 1
             self._settled[item.collection.folder.name].add(item.record.name)
@@ -309,7 +303,7 @@ class Transfer:
         for path in (*record.files, RECORD):
             self.target.upload(item.collection.folder / record.name / path, f"{item.where}/{path}", on_bytes)
 
-    def _fill(self, item: Lacking, folder: Path, on_bytes: OnBytes) -> None:
+    def _fill(self, item: Lacking, on_bytes: OnBytes, folder: Path) -> None:
         """Copy a segment into a folder, where it is verified afterwards."""
         for path in item.record.files:
             self.source.download(f"{item.where}/{path}", folder / path, on_bytes)
@@ -317,7 +311,7 @@ class Transfer:
 
 
 def _callback(on_bytes: OnBytes) -> Any:
-    """What fsspec tells of the bytes of one file."""
+    """Tells `on_bytes` of the bytes of one file, as fsspec counts them."""
     from fsspec.callbacks import Callback
 
     done = 0

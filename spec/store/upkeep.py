@@ -27,17 +27,8 @@ ROOTS = "roots"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a collection holds.
-
-    Attributes:
-        folder: where it lies.
-        identity: its identity.
-        segments: whole ones.
-        rows: of them.
-        bytes: of their files.
-        damaged: segments whose damage shows without reading arrays, and those set aside.
-        producers: what computed the segments.
-    """
+    """What a collection holds: its whole segments with their rows and bytes and what computed them, and the names of
+    damaged ones (those that were set aside, and those whose damage shows without reading arrays)."""
 
     folder: Path
     identity: Mapping[str, Any]
@@ -103,12 +94,7 @@ def _producer(path: Path) -> str:
 def verify(
     root: Path, set_aside: bool, on_segment: Callable[[int], object] = lambda size: None
 ) -> tuple[int, list[StoreError]]:
-    """Read everything of a store.
-
-    Args:
-        root: the store.
-        set_aside: whether to move damaged segments out of sight, so that respond and cache compute them again.
-        on_segment: called with the bytes just read.
+    """Read everything of a store; `set_aside` moves damaged segments out of sight, so that they are computed again.
 
     Returns:
         The number of whole segments, and an error for each damaged one.
@@ -181,7 +167,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
             for path in sorted(folder.iterdir()):
                 if not path.is_dir():
                     continue
-                litter = path.name.startswith((segment.PARTIAL, DAMAGED))
+                litter = _is_litter(path)
                 tables = not litter and _is_tables(path)
                 if path.name in named or tables or (not litter and path.stat().st_mtime > before):
                     removal.kept += 1
@@ -197,16 +183,11 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     return removal
 
 
-def _live_segments(root: Path, before: float, remove: bool = False) -> dict[str, set[str]]:
+def _live_segments(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
     """Names of the segments that manifests need, by collection folder.
 
-    Args:
-        root: the store.
-        before: seconds since the epoch; manifests that are gone count if a stage has used them since.
-        remove: whether to drop manifests that are gone and unused.
-
-    Raises:
-        StoreError: a root is damaged.
+    A manifest that is gone counts if a stage has used it since `before` (seconds since the epoch); `remove` drops the
+    others.
     """
     live: dict[str, set[str]] = {}
     for path in sorted((root / ROOTS).glob("*.json")):
@@ -224,6 +205,11 @@ def _live_segments(root: Path, before: float, remove: bool = False) -> dict[str,
         for folder, names in segments:
             live.setdefault(folder, set()).update(names)
     return live
+
+
+def _is_litter(path: Path) -> bool:
+    """Whether it is a damaged segment that was set aside, or what a killed process left half-written."""
+    return path.name.startswith(DAMAGED) or path.name.endswith((files.PARTIAL, files.OLD))
 
 
 def _is_tables(path: Path) -> bool:
@@ -272,7 +258,7 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
             for name in segment.names(folder):
                 if not _is_tables(folder / name):
                     _forget(collection, name, given, removal)
-            for path in [*folder.glob(f"{DAMAGED}*"), *folder.glob(f"{segment.PARTIAL}*")]:
+            for path in filter(_is_litter, folder.iterdir()):
                 files.remove(path)  # it cannot be read, so it may hold them
         index.drop(root, rows)
     removal.missed = [number for number, source in enumerate(rows) if source not in found]

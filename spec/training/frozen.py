@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,32 +12,10 @@ from torch import Tensor, nn
 from spec import acceptance
 from spec.config import Config
 from spec.heads import Speculator
-from spec.store.reader import FeatureReader, Positions, SequenceReader
+from spec.store.reader import FeatureReader, SequenceReader
 from spec.training.loss import SpeculatorLoss, Supervision
 from spec.training.tables import twin
 from spec.workers import Worker
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch of cached positions: states [P, d] and what heads are trained towards."""
-
-    states: Tensor
-    supervision: Supervision
-
-    @property
-    def counts(self) -> Tensor:
-        """[n] supervised positions of each head, on the CPU."""
-        return self.supervision.counts
-
-    @property
-    def positions(self) -> int:
-        """P."""
-        return len(self.states)
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(self.states.to(device, non_blocking=True), self.supervision.to(device))
 
 
 class FrozenTask:
@@ -46,7 +23,7 @@ class FrozenTask:
 
     Args:
         config: of the run.
-        speculator: initialised, on the worker's device; trained in place (up to date after `weights` and `state`).
+        speculator: initialised, on the worker's device; trained in place (up to date after `tensors`).
         train_reader: what to train on.
         val_reader: what chooses the checkpoint.
         worker: this process.
@@ -76,45 +53,37 @@ class FrozenTask:
 
     @property
     def module(self) -> nn.Module:
-        """What is wrapped for data-parallel training: (batch, counts) -> loss, sums."""
-        return _OnBatch(self._loss)
+        return self._loss
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the rows of sums: the heads, from 1."""
         return tuple(str(i + 1) for i in range(self.speculator.config.n_predict))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps."""
         return -(-len(self.train_reader) // self.config.data.train_batch_size)
 
     def parameters(self) -> list[dict[str, Any]]:
-        """AdamW's groups: weight decay on everything but what the speculator names."""
+        """Weight decay is on everything but what the speculator names."""
         optim, kept = self.config.optim, self.speculator.undecayed()
-        named = [(name, p) for name, p in self._trained.named_parameters() if p.requires_grad]
-        return [
-            {
-                "params": [p for name, p in named if name not in kept],
-                "weight_decay": optim.weight_decay,
-                "lr": optim.lr,
-            },
-            {"params": [p for name, p in named if name in kept], "weight_decay": 0.0, "lr": optim.lr},
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": decay, "lr": optim.lr} for decay in (optim.weight_decay, 0.0)
         ]
+        for name, parameter in self._trained.named_parameters():
+            if parameter.requires_grad:
+                groups[name in kept]["params"].append(parameter)
+        return groups
 
-    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Batch]:
-        """The micro-batches of these sequences."""
+    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Supervision]:
         pin = self.worker.device.type == "cuda"
         for positions in self.train_reader.batches(parts, self.speculator.config.n_predict, pin):
-            supervision = self._loss.supervise(positions)
-            yield Batch(positions.states, supervision.pin() if pin else supervision)
+            batch = self._loss.supervise(positions)
+            yield batch.pin() if pin else batch
 
     def order(self, epoch: int) -> list[int]:
-        """All sequences, shuffled."""
         return self.train_reader.order(self.config.trainer.seed, epoch)
 
     def share(self, batch: Sequence[int]) -> list[int]:
-        """This worker's part of a batch."""
         return self.train_reader.share(batch, self.worker.rank, self.worker.world)
 
     def validate(self) -> dict[str, float]:
@@ -122,24 +91,17 @@ class FrozenTask:
         self._flush()
         loss = SpeculatorLoss(self.speculator)
         loss.lm_head = self._loss.lm_head  # already reduced to the draft vocabulary
-        return validate(self.speculator, self.val_reader, self.worker, self._mixed, loss.to(self.worker.device))
+        return validate(loss.to(self.worker.device), self.val_reader, self.worker, self._mixed)
 
     def score(self, metrics: dict[str, float]) -> float:
-        """Tokens per step of the exact walk."""
         return metrics["tokens_per_step"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter as it is, each shared one once."""
         self._flush()
         return {name: p.detach() for name, p in self.speculator.named_parameters()}
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of them on the CPU."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
-
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `weights` gave."""
         for name, parameter in self.speculator.named_parameters():
             parameter.copy_(weights[name])
         for table in self._tables:
@@ -148,16 +110,6 @@ class FrozenTask:
     def _flush(self) -> None:
         for table in self._tables:
             table.flush()
-
-
-class _OnBatch(nn.Module):
-    def __init__(self, loss: SpeculatorLoss) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.loss(batch.states, batch.supervision, counts)
-        return result
 
 
 def head_metrics(sums: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -172,21 +124,18 @@ def head_metrics(sums: np.ndarray[Any, Any]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate(
-    speculator: Speculator, reader: SequenceReader, worker: Worker, mixed: bool, loss: SpeculatorLoss | None = None
-) -> dict[str, float]:
+def validate(loss: SpeculatorLoss, reader: SequenceReader, worker: Worker, mixed: bool) -> dict[str, float]:
     """Loss and accuracy of each head with true inputs, and the exact walk's tokens per step; shared by all workers."""
     mine = list(range(len(reader)))[worker.rank :: worker.world]
-    n = speculator.config.n_predict
     with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
-        sums = with_true_inputs(loss or SpeculatorLoss(speculator), reader, mine)
-        answers = acceptance.draft_answers(speculator, reader, mine)
+        sums = with_true_inputs(loss, reader, mine)
+        answers = acceptance.draft_answers(loss.speculator, reader, mine)
     walks = acceptance.walks(reader, answers, acceptance.head_drafts)
     gathered = worker.gather((sums.numpy(), walks))
     metrics = head_metrics(np.sum([part for part, _ in gathered], axis=0))
     everything = [walk for _, part in gathered for walk in part]
     metrics["tokens_per_step"] = acceptance.tokens_per_step(everything)
-    for i, share in enumerate(acceptance.acceptance(everything, n)):
+    for i, share in enumerate(acceptance.acceptance(everything, loss.speculator.config.n_predict)):
         metrics[f"acceptance.{i + 1}"] = share
     return metrics
 
@@ -199,12 +148,7 @@ def with_true_inputs(loss: SpeculatorLoss, reader: SequenceReader, indices: Sequ
     sums = torch.zeros(n, 3, dtype=torch.float64)
     parts = [indices[start : start + 16] for start in range(0, len(indices), 16)]
     for positions in reader.batches(parts, n):
-        sums += sums_of(loss, positions, device)
+        batch = loss.supervise(positions).to(device)
+        _, part = loss(batch, torch.ones(n, device=device))
+        sums += torch.cat([part.cpu().double(), batch.counts[:, None].double()], 1)
     return sums
-
-
-def sums_of(loss: SpeculatorLoss, positions: Positions, device: torch.device) -> Tensor:
-    """Each head's sums over positions: [n, 3], loss, hits and positions."""
-    batch = Batch(positions.states, loss.supervise(positions)).to(device)
-    _, part = loss(batch.states, batch.supervision, torch.ones(len(batch.counts), device=device))
-    return torch.cat([part.cpu().double(), batch.counts[:, None].double()], 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.heads import Speculator
 from spec.store.features import kept_positions
-from spec.store.reader import CachedSequence, Positions, join, tokens_around
+from spec.store.reader import CachedSequence, Described, Positions, tokens_around
 from spec.training.frozen import validate
 from spec.training.loss import SpeculatorLoss, Supervision, linear_cross_entropy
 from spec.workers import Worker
@@ -34,25 +34,23 @@ class JointBatch:
     Attributes:
         ids: [B, S], padded on the right.
         row, at: [P] where in ids each position is.
-        supervision: of the positions.
+        heads: what the heads read, without the states, and are trained towards.
         counts: [n + 1] supervised positions of each head, then of the base: P.
     """
 
     ids: Tensor
     row: Tensor
     at: Tensor
-    supervision: Supervision
+    heads: Supervision
     counts: Tensor
 
     @property
     def positions(self) -> int:
-        """P."""
         return len(self.at)
 
     def to(self, device: torch.device) -> JointBatch:
-        """The same on a device, but for `counts`."""
         ids, row, at = (x.to(device, non_blocking=True) for x in (self.ids, self.row, self.at))
-        return JointBatch(ids, row, at, self.supervision.to(device), self.counts)
+        return JointBatch(ids, row, at, self.heads.to(device), self.counts)
 
 
 class JointLoss(nn.Module):
@@ -71,8 +69,8 @@ class JointLoss(nn.Module):
         states = base_model.hidden_states(self.model, batch.ids)[batch.row, batch.at]  # [P, d]
         lm_head = self.model.get_output_embeddings().weight  # type: ignore[operator]
         scale = (1.0 / counts[-1].clamp(min=1)).expand(len(states))
-        base, losses, correct = linear_cross_entropy(states, lm_head, batch.supervision.tokens[:, 0], scale)
-        speculator, sums = self.loss(states, batch.supervision, counts[:-1])
+        base, losses, correct = linear_cross_entropy(states, lm_head, batch.heads.tokens[:, 0], scale)
+        speculator, sums = self.loss(replace(batch.heads, states=states), counts[:-1])
         own = torch.stack([losses.sum(), correct.sum().to(losses.dtype)])[None].to(sums.dtype)
         return base + self.coeff * speculator, torch.cat([sums, own])
 
@@ -109,21 +107,18 @@ class JointTask:
 
     @cached_property
     def module(self) -> nn.Module:
-        """What is wrapped for data-parallel training."""
         return JointLoss(self.base.model, self._loss, self.config.model.speculator_loss_coeff)
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the rows of sums: the heads, from 1, then the base."""
         return (*(str(i + 1) for i in range(self.speculator.config.n_predict)), "base")
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps."""
         return -(-len(self._train) // self.config.data.train_batch_size)
 
     def parameters(self) -> list[dict[str, Any]]:
-        """AdamW's groups: the speculator's at optim.lr, the base's at optim.base_lr; no decay on vectors and tables."""
+        """The speculator's are at optim.lr, the base's at optim.base_lr; no decay on vectors and tables."""
         optim, kept = self.config.optim, self.speculator.undecayed()
         tables = {id(m.weight) for m in self.base.model.modules() if isinstance(m, nn.Embedding)}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -137,16 +132,13 @@ class JointTask:
         return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
 
     def order(self, epoch: int) -> list[int]:
-        """All sequences, shuffled."""
         generator = np.random.default_rng([self.config.trainer.seed, epoch])
         return [int(i) for i in generator.permutation(len(self._train))]
 
     def share(self, batch: Sequence[int]) -> list[int]:
-        """This worker's part of a batch."""
         return list(batch[self.worker.rank :: self.worker.world])
 
     def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[JointBatch]:
-        """The micro-batches of these sequences."""
         for part in parts:
             yield self._batch([self._train[index] for index in part])
 
@@ -156,7 +148,7 @@ class JointTask:
         found = LiveReader(self.base, self._val, mixed)
         self.base.model.eval()
         try:
-            metrics = validate(self.speculator, found, self.worker, mixed, self._loss)
+            metrics = validate(self._loss, found, self.worker, mixed)
             loss, count = found.base_loss(range(len(self._val))[self.worker.rank :: self.worker.world])
             total = self.worker.sum(torch.tensor([loss, count], dtype=torch.float32, device=self.worker.device))
             metrics["base_loss"] = float(total[0] / total[1].clamp(min=1))
@@ -169,21 +161,16 @@ class JointTask:
         return -metrics["base_loss"] - self.config.model.speculator_loss_coeff * metrics["speculator_loss"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is trained, as it is."""
-        named = [(BASE + name, p) for name, p in self.base.model.named_parameters()]
-        named += [(SPECULATOR + name, p) for name, p in self.speculator.named_parameters()]
-        return {name: p.detach() for name, p in named}
-
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of it on the CPU."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
+        return {name: parameter.detach() for name, parameter in self._named()}
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `weights` gave."""
+        for name, parameter in self._named():
+            parameter.copy_(weights[name])
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, module in ((BASE, self.base.model), (SPECULATOR, self.speculator)):
-            for name, parameter in module.named_parameters():
-                parameter.copy_(weights[prefix + name])
+            yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
 
     def _batch(self, rows: Sequence[TokenSequence]) -> JointBatch:
         ids = padded(rows)
@@ -191,57 +178,50 @@ class JointTask:
         row = np.repeat(np.arange(len(rows)), list(map(len, kept)))
         at = np.concatenate([np.zeros(0, np.int64), *kept])
         tokens, valid = _around(rows, self.speculator.config.n_predict)
-        supervision = self._loss.supervise(Positions(torch.empty(len(at), 0), tokens, valid))
-        counts = torch.cat([supervision.counts, torch.tensor([len(at)])])
-        return JointBatch(ids, torch.from_numpy(row), torch.from_numpy(at), supervision, counts)
+        heads = self._loss.supervise(Positions(torch.empty(len(at), 0), tokens, valid))
+        counts = torch.cat([heads.counts, torch.tensor([len(at)])])
+        return JointBatch(ids, torch.from_numpy(row), torch.from_numpy(at), heads, counts)
 
 
 class LiveReader:
-    """Sequences with the states that a base computes for them when they are asked for.
-
-    Args:
-        base: in evaluation mode.
-        rows: the split.
-        mixed: whether its arithmetic is bf16.
-    """
+    """Sequences with the states that a base in evaluation mode computes for them, in bf16 or not (`mixed`), when they
+    are asked for."""
 
     def __init__(self, base: Base, rows: Sequence[TokenSequence], mixed: bool) -> None:
         self._base, self._rows, self._mixed = base, rows, mixed
-        self.manifest = _Rows(rows)
+        domains = sorted({row.domain for row in rows})
+        self.manifest = Described(
+            prompt_length=[row.prompt_length for row in rows],
+            written=[False] * len(rows),
+            domain=[domains.index(row.domain) for row in rows],
+            domains=domains,
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
-        """Sequences with their indices."""
-        wanted = list(indices)
+        wanted, device = list(indices), self._base.device
         for start in range(0, len(wanted), _VALIDATION_ROWS):
             part = wanted[start : start + _VALIDATION_ROWS]
             rows = [self._rows[index] for index in part]
-            hidden = self._hidden(rows)
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._mixed):
+                hidden = base_model.hidden_states(self._base.model, padded(rows).to(device))
             for number, (index, row) in enumerate(zip(part, rows, strict=True)):
                 positions = kept_positions(row.mask)
-                states = hidden[number, torch.from_numpy(positions).to(hidden.device)]
+                states = hidden[number, torch.from_numpy(positions).to(device)]
                 yield index, CachedSequence(states, positions, row.ids, row.mask)
 
     def batches(self, parts: Iterable[Sequence[int]], n_predict: int) -> Iterator[Positions]:
-        """The positions of each part."""
-        d = self._base.hidden_size
+        none = torch.empty(0, self._base.hidden_size, device=self._base.device)
         for part in parts:
-            none = Positions(
-                torch.empty(0, d, device=self._base.device),
-                torch.empty(0, n_predict + 1, dtype=torch.int64),
-                torch.empty(0, n_predict, dtype=torch.bool),
-            )
-            found = [
-                Positions(sequence.states.float(), *_around([self._rows[index]], n_predict))
-                for index, sequence in self.sequences(part)
-            ]
-            yield join([none, *found])
+            found = [(self._rows[index], sequence.states.float()) for index, sequence in self.sequences(part)]
+            states = torch.cat([none, *(states for _, states in found)])
+            yield Positions(states, *_around([row for row, _ in found], n_predict))
 
     @torch.no_grad()
     def base_loss(self, indices: Iterable[int]) -> tuple[float, int]:
-        """Sum of the base's cross-entropy over these sequences' positions, and their number."""
+        """Sum of the base's cross-entropy over the positions of sequences, and their number."""
         total, count = 0.0, 0
         for _, sequence in self.sequences(indices):
             targets = torch.from_numpy(sequence.ids[sequence.positions + 1]).long().to(sequence.states.device)
@@ -249,35 +229,6 @@ class LiveReader:
             loss, _, _ = linear_cross_entropy(sequence.states.float(), self._base.lm_head, targets, scale)
             total, count = total + float(loss), count + len(targets)
         return total, count
-
-    @torch.no_grad()
-    def _hidden(self, rows: Sequence[TokenSequence]) -> Tensor:
-        device = self._base.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._mixed):
-            return base_model.hidden_states(self._base.model, padded(rows).to(device))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What is known of sequences whose answers are the data's."""
-
-    rows: Sequence[TokenSequence]
-
-    @cached_property
-    def prompt_length(self) -> Sequence[int]:
-        return [row.prompt_length for row in self.rows]
-
-    @cached_property
-    def written(self) -> Sequence[bool]:
-        return [False] * len(self.rows)
-
-    @cached_property
-    def domains(self) -> Sequence[str]:
-        return sorted({row.domain for row in self.rows})
-
-    @cached_property
-    def domain(self) -> Sequence[int]:
-        return [self.domains.index(row.domain) for row in self.rows]
 
 
 def padded(rows: Sequence[TokenSequence]) -> Tensor:

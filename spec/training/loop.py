@@ -20,9 +20,9 @@ from spec.config import Config
 from spec.device import fetch, mark, send
 from spec.errors import SpecError
 from spec.heads import Speculator
-from spec.store.reader import FeatureReader, prefetch
+from spec.store.reader import prefetch
 from spec.training import schedule
-from spec.training.frozen import FrozenTask, head_metrics
+from spec.training.frozen import head_metrics
 from spec.training.resume import Checkpoints
 from spec.workers import Worker
 
@@ -83,26 +83,16 @@ class Task(Protocol):
         """What the checkpoint is chosen by, of validate's figures; higher is better."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is trained, where it is."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of it on the CPU."""
+        """Everything that is trained, each shared tensor once, where it is."""
 
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take over what weights or tensors gave."""
+        """Take over what `tensors` gave."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What listeners are told.
-
-    Attributes:
-        split: "train" or "val".
-        step: optimizer steps done.
-        total: optimizer steps of the whole run.
-        metrics: named as in docs/metrics.md.
-        time: when it was measured, seconds since the epoch.
-    """
+    """What listeners are told: figures of a split ("train" or "val"), as docs/metrics.md names them, after `step` of
+    `total` optimizer steps, and the time when they were measured, in seconds since the epoch."""
 
     split: str
     step: int
@@ -118,7 +108,7 @@ class Result:
     Attributes:
         step: the step whose weights are best on val.
         val: their metrics.
-        weights: as Task.weights gives them; on the first worker alone, since of a large base one copy is enough.
+        weights: a copy of Task.tensors on the CPU; on the first worker alone, since of a large base one is enough.
         steps: steps of the run.
     """
 
@@ -130,21 +120,6 @@ class Result:
 
 class StoppedError(SpecError):
     """The run was asked to stop; its checkpoint is written."""
-
-
-def train(
-    config: Config,
-    speculator: Speculator,
-    train_reader: FeatureReader,
-    val_reader: FeatureReader,
-    worker: Worker,
-    checkpoints: Checkpoints,
-    listen: Callable[[Progress], None] = lambda progress: None,
-    lm_head: Tensor | None = None,
-) -> Result:
-    """Train heads on a frozen base's features; they end as they are at the last step. See run and FrozenTask."""
-    task = FrozenTask(config, speculator, train_reader, val_reader, worker, lm_head)
-    return run(config, task, worker, checkpoints, listen)
 
 
 def run(
@@ -177,33 +152,31 @@ def run(
     return _Run(config, task, worker, checkpoints, listen, stopping).run(advance)
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        worker: Worker,
-        checkpoints: Checkpoints,
-        listen: Callable[[Progress], None],
-        stopping: Callable[[], bool],
-    ) -> None:
-        self.config, self.task, self.worker = config, task, worker
-        self.checkpoints, self.listen, self.stopping = checkpoints, listen, stopping
-        self.optimizer = torch.optim.AdamW(task.parameters(), betas=config.optim.betas, fused=True)
+    config: Config
+    task: Task
+    worker: Worker
+    checkpoints: Checkpoints
+    listen: Callable[[Progress], None]
+    stopping: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.task.parameters(), betas=self.config.optim.betas, fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.total = task.steps_per_epoch * config.trainer.total_epochs
-        self.step = 0
-        self.positions_seen = 0
+        self.total = self.task.steps_per_epoch * self.config.trainer.total_epochs
+        self.mixed = self.worker.mixed(self.config.model.dtype)
+        self.step = self.positions_seen = self.since_best = 0
         self.result = Result()
-        self.since_best = 0
         self.history: list[tuple[str, int, dict[str, float], float]] = []
         # Since the last log, on this worker: loss, hits and count by row; then positions.
-        self.sums = torch.zeros(len(task.rows), 3, dtype=torch.float64, device=_exact(worker.device))
+        exact = torch.device("cpu") if self.worker.device.type == "mps" else self.worker.device  # MPS has no float64
+        self.sums = torch.zeros(len(self.task.rows), 3, dtype=torch.float64, device=exact)
         self.positions = 0
         self.waited = self.trained = 0.0
         self._resume()
-        module = task.module
-        self.parallel = DistributedDataParallel(module, broadcast_buffers=False) if worker.world > 1 else module
+        module = self.task.module
+        self.parallel = DistributedDataParallel(module, broadcast_buffers=False) if self.worker.world > 1 else module
 
     def run(self, advance: Callable[[int, int], object]) -> Result:
         advance(self.step, self.total)
@@ -288,11 +261,6 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, asked
 
-    @property
-    def mixed(self) -> bool:
-        """Whether arithmetic is bf16, over float32 weights."""
-        return self.worker.mixed(self.config.model.dtype)
-
     def _check(self, norm: Tensor) -> None:
         if not norm.isfinite():
             raise SpecError(
@@ -332,11 +300,11 @@ class _Run:
         if better:
             self.since_best = 0
             self.result.step, self.result.val = self.step, metrics
-            self.result.weights = self.task.weights() if self.worker.first else {}
+            tensors = self.task.tensors() if self.worker.first else {}
+            self.result.weights = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         else:
             self.since_best += 1
-        device = self.worker.device
-        seen = self.positions_seen + int(self.worker.sum(torch.tensor(self.positions, device=device)))
+        seen = self.positions_seen + self._total_sums()[1]
         if self.worker.first:
             self._tell("val", {"positions_seen": float(seen), **metrics})
         return self._exhausted()
@@ -378,10 +346,9 @@ class _Run:
         )
 
     def _resume(self) -> None:
-        found = self.checkpoints.newest()
-        if found is None:
+        state = self.checkpoints.newest()
+        if state is None:
             return
-        _, state = found
         self.task.restore(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -402,7 +369,7 @@ class _Run:
 
 
 def row_metrics(rows: Sequence[str], sums: Tensor) -> dict[str, float]:
-    """Loss and accuracy of each row; a live base's are `base_loss` and `base_accuracy`, and the total is told apart."""
+    """Loss and accuracy of each head; a live base's are `base_loss` and `base_accuracy`."""
     numbers = sums.numpy()
     heads = [index for index, name in enumerate(rows) if name != "base"]
     metrics = head_metrics(numbers[heads])
@@ -410,11 +377,6 @@ def row_metrics(rows: Sequence[str], sums: Tensor) -> dict[str, float]:
         loss, hits, count = numbers[rows.index("base")]
         metrics |= {"base_loss": float(loss / max(count, 1)), "base_accuracy": float(hits / max(count, 1))}
     return metrics
-
-
-def _exact(device: torch.device) -> torch.device:
-    """Where sums are kept in float64: MPS has none."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _memory(device: torch.device) -> float:

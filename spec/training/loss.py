@@ -197,20 +197,23 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class Supervision:
-    """What heads read and are trained towards; made on the CPU, so that a device never has to say how much it is.
+    """A micro-batch: what heads read and are trained towards; made on the CPU, so that a device never has to say how
+    much it is.
 
     Attributes:
-        tokens: [P, n + 1], as in Positions.
+        states: [P, d], as in Positions.
+        tokens: [P, n + 1], likewise.
         rows: [M] the positions from which heads draft, head after head.
         targets: [M] the logits' index of each target, -1 where the draft vocabulary lacks it.
-        heads: [M] the head that the row trains; n: none, the row fills up.
+        heads: [M] the head that the row trains; padded rows have head index n and weight 0.
         taught: [R] the positions whose states the base wrote targets from, ascending; empty without a teacher. Each
-            head has a row for each of them, in this order, which fills up where the head has no target there (in
-            the first n - 1 of a supervised span).
+            head has a row for each of them, in this order, padded where the head has no target there (in the first
+            n - 1 of a supervised span).
         sizes: rows of each head.
         counts: [n] supervised positions of each head, targets outside the draft vocabulary included.
     """
 
+    states: Tensor
     tokens: Tensor
     rows: Tensor
     targets: Tensor
@@ -218,6 +221,11 @@ class Supervision:
     taught: Tensor
     sizes: list[int]
     counts: Tensor
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return len(self.states)
 
     def to(self, device: torch.device) -> Supervision:
         """The same on a device, but for `counts`; the copy from pinned memory does not wait."""
@@ -228,34 +236,9 @@ class Supervision:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Supervision:
-        names = ("tokens", "rows", "targets", "heads", "taught")
+        names = ("states", "tokens", "rows", "targets", "heads", "taught")
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         return replace(self, **changed)
-
-
-def supervise(tokens: Tensor, valid: Tensor, draft_index: Tensor | None, soft: bool) -> Supervision:
-    """Line up what the heads draft from with what they are trained towards.
-
-    Args:
-        tokens: [P, n + 1], as in Positions; on the CPU.
-        valid: [P, n]; where it holds, the states up to the target's own are among the P positions.
-        draft_index: [V], as a speculator has it; on the CPU.
-        soft: whether a teacher gives the targets, so that those outside the draft vocabulary train as well.
-    """
-    n = valid.shape[1]
-    index = tokens[:, 1:] if draft_index is None else draft_index[tokens[:, 1:]]
-    if soft:  # x_{t+2+i} was written from the state at t + 1 + i, which is stored 1 + i rows below
-        supervised = torch.stack([F.pad(valid[:, i], (1 + i, n - 1 - i)) for i in range(n)], 1)  # [P + n, n]
-        taught = supervised.any(1).nonzero()[:, 0]
-        sizes = [len(taught)] * n
-        rows = torch.cat([(taught - 1 - i).clamp(min=0) for i in range(n)])
-        heads = torch.where(supervised[taught], torch.arange(n), n).T.flatten()
-    else:
-        taught = torch.zeros(0, dtype=torch.int64)
-        heads, rows = (valid & (index >= 0)).T.nonzero(as_tuple=True)
-        sizes = heads.bincount(minlength=n).tolist()
-    targets = torch.cat([index[part, i] for i, part in enumerate(torch.split(rows, sizes))])
-    return Supervision(tokens, rows, targets, heads, taught, sizes, valid.sum(0))
 
 
 class SpeculatorLoss(nn.Module):
@@ -265,7 +248,7 @@ class SpeculatorLoss(nn.Module):
 
     Args:
         speculator: what is trained.
-        head_weights: of each head's loss; they are scaled to a mean of 1.
+        head_weights: of each head's loss, scaled to a mean of 1.
         lm_head: [V, d] of the base: the loss is the divergence from the base's own distribution, over the draft
             vocabulary where there is one; None: cross-entropy on the written tokens.
     """
@@ -287,40 +270,51 @@ class SpeculatorLoss(nn.Module):
         index = speculator.draft_index
         self._draft_index = None if index is None else index.cpu()  # supervise works on the CPU
 
-    @property
-    def soft(self) -> bool:
-        """Whether the base's distribution is the target."""
-        return self.lm_head is not None
+    def supervise(self, positions: Positions) -> Supervision:
+        """Line up what the heads draft from with what they are trained towards, on the CPU.
 
-    def supervise(self, batch: Positions) -> Supervision:
-        """The rows of a batch that train, and their targets."""
-        return supervise(batch.tokens, batch.valid, self._draft_index, self.soft)
+        Where `positions.valid` holds, the states up to the target's own must be among the positions.
+        """
+        tokens, valid, n = positions.tokens, positions.valid, positions.valid.shape[1]
+        index = tokens[:, 1:] if self._draft_index is None else self._draft_index[tokens[:, 1:]]
+        if self.lm_head is not None:  # targets outside the draft vocabulary train as well
+            # x_{t+2+i} was written from the state at t + 1 + i, which is stored 1 + i rows below.
+            supervised = torch.stack([F.pad(valid[:, i], (1 + i, n - 1 - i)) for i in range(n)], 1)  # [P + n, n]
+            taught = supervised.any(1).nonzero()[:, 0]
+            sizes = [len(taught)] * n
+            rows = torch.cat([(taught - 1 - i).clamp(min=0) for i in range(n)])
+            heads = torch.where(supervised[taught], torch.arange(n), n).T.flatten()
+        else:
+            taught = torch.zeros(0, dtype=torch.int64)
+            heads, rows = (valid & (index >= 0)).T.nonzero(as_tuple=True)
+            sizes = heads.bincount(minlength=n).tolist()
+        targets = torch.cat([index[part, i] for i, part in enumerate(torch.split(rows, sizes))])
+        return Supervision(positions.states, tokens, rows, targets, heads, taught, sizes, valid.sum(0))
 
-    def forward(self, states: Tensor, supervision: Supervision, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Supervision, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's part of the loss.
 
         Args:
-            states: [P, d] of this micro-batch's positions.
-            supervision: of these positions.
+            batch: a micro-batch.
             counts: [n] supervised positions of each head in the whole batch, over all workers and micro-batches.
 
         Returns:
             The loss's part (a scalar with gradients), and [n, 2] sums without gradients: loss, hits. A target
             outside the draft vocabulary counts as a miss; by cross-entropy it trains nothing.
         """
-        speculator, sizes = self.speculator, supervision.sizes
-        carry = speculator.start(states)
-        rows, hidden = torch.split(supervision.rows, sizes), []
+        speculator, sizes = self.speculator, batch.sizes
+        carry = speculator.start(batch.states)
+        rows, hidden = torch.split(batch.rows, sizes), []
         for i, part in enumerate(rows):
-            carry, state = speculator.step(i, carry, supervision.tokens[:, i])
+            carry, state = speculator.step(i, carry, batch.tokens[:, i])
             hidden.append(state.index_select(0, part))
-        scale = F.pad(self.head_weights / (len(sizes) * counts.clamp(min=1)), (0, 1)).index_select(0, supervision.heads)
+        scale = F.pad(self.head_weights / (len(sizes) * counts.clamp(min=1)), (0, 1)).index_select(0, batch.heads)
         teacher = None
         if self.lm_head is not None:
-            teacher = states.detach().index_select(0, supervision.taught), self.lm_head
-        total, losses, correct = self._sum(hidden, supervision.targets, scale, teacher)
+            teacher = batch.states.detach().index_select(0, batch.taught), self.lm_head
+        total, losses, correct = self._sum(hidden, batch.targets, scale, teacher)
         sums = torch.zeros(len(sizes) + 1, 2, device=losses.device, dtype=losses.dtype)
-        sums.index_add_(0, supervision.heads, torch.stack([losses, correct.to(losses.dtype)], 1))
+        sums.index_add_(0, batch.heads, torch.stack([losses, correct.to(losses.dtype)], 1))
         return total, sums[:-1]
 
     def _sum(

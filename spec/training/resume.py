@@ -29,27 +29,25 @@ class Checkpoints:
     folder: Path
     key: str
 
-    def save(self, step: int, speculator: Speculator, state: dict[str, Any]) -> Path:
+    def save(self, step: int, speculator: Speculator, state: dict[str, Any]) -> None:
         """Write a checkpoint; older ones keep their speculator and lose their optimizer state."""
-        target = self.folder / f"{_PREFIX}{step}"
         files.sweep(self.folder)
-        with files.whole(target, folder=True) as temporary:
+        with files.whole(self.folder / f"{_PREFIX}{step}", folder=True) as temporary:
             heads.save(speculator, temporary)
             torch.save({"key": self.key, "step": step, **state}, temporary / _STATE)
         for older in self._steps():
             if older < step:
                 files.remove(self.folder / f"{_PREFIX}{older}" / _STATE)
-        return target
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that this run can go on from, and its state."""
+    def newest(self) -> dict[str, Any] | None:
+        """The state of the newest checkpoint that this run can go on from."""
         for step in reversed(self._steps()):
             path = self.folder / f"{_PREFIX}{step}"
             if (path / _STATE).is_file():
                 # Mapped, so that the workers of a machine share its pages and nobody holds all of it.
-                state = torch.load(path / _STATE, map_location="cpu", weights_only=True, mmap=True)
+                state: dict[str, Any] = torch.load(path / _STATE, map_location="cpu", weights_only=True, mmap=True)
                 if state["key"] == self.key:
-                    return path, state
+                    return state
         return None
 
     def finish(self) -> None:

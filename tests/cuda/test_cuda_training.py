@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from spec.training.loop import Progress, Result, train
+from spec.training import loop
+from spec.training.frozen import FrozenTask
+from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
 from spec.workers import Worker
 from tests.spec.training.runs import (
@@ -39,11 +41,10 @@ def run(
         if stop is not None:
             stop(progress)
 
+    config = make_config(**{"trainer": ONE_VALIDATION, **changed})
     speculator = make_speculator(method="sum_lstm").to(worker.device)
-    table = teacher().to(worker.device)
-    saved = Checkpoints(folder, "key")
-    changed = {"trainer": ONE_VALIDATION, **changed}
-    return train(make_config(**changed), speculator, *readers_of(store), worker, saved, listen, table)
+    task = FrozenTask(config, speculator, *readers_of(store), worker, teacher().to(worker.device))
+    return loop.run(config, task, worker, Checkpoints(folder, "key"), listen)
 
 
 @pytest.mark.parametrize("changed", LOSSES, ids=["ce", "kl"])
@@ -88,10 +89,10 @@ def test_batches_arrive_from_pinned_memory(store: Path, worker: Worker) -> None:
     for found, expected in zip(task.batches(iter(parts)), pageable.batches(iter(parts)), strict=True):
         copied = found.to(worker.device)
         assert found.states.is_pinned() == (worker.device.type == "cuda")
-        assert found.supervision.rows.is_pinned() == (worker.device.type == "cuda")
+        assert found.rows.is_pinned() == (worker.device.type == "cuda")
         assert copied.states.device == worker.device
         assert torch.equal(copied.states.cpu(), expected.states)
-        assert torch.equal(copied.supervision.targets.cpu(), expected.supervision.targets)
+        assert torch.equal(copied.targets.cpu(), expected.targets)
 
 
 def test_data_parallel_training_of_one_is_plain_training(store: Path, tmp_path: Path, worker: Worker) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import s3fs  # noqa: F401  # loaded before the fork
 
-from spec.store import segment, transfer
+from spec.store import transfer
 from spec.store.transfer import Place, Transfer
 from tests.spec.store.producer import run_killing, serve
 
@@ -47,7 +47,7 @@ def killing(step: int) -> None:
     for name in ("download", "upload"):
         setattr(Place, name, counted(getattr(Place, name)))
     shutil.copyfile = half(shutil.copyfile)  # type: ignore[assignment]
-    segment.publish = counted(segment.publish)
+    Path.replace = counted(Path.replace)  # type: ignore[method-assign]
     transfer.THREADS = 1  # or the step would not be the same one each time
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import zarr
 from hypothesis import given, settings
@@ -59,44 +58,6 @@ def test_the_error_of_fp8_has_a_bound(states: NDArray[np.float32], dtype: torch.
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     bound = torch.maximum(2.0**-4 * wanted.abs(), 2.0**-10 * scales) * (1 + 2.0**-20) + rounding + smallest
     assert ((wanted - found).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_fp8_keeps_zeros_signs_and_the_largest_number(dtype: torch.dtype) -> None:
-    exact = torch.tensor([[0.0, 0.0, 0.0], [-7.0, 3.5, 0.0], [1e4, -1e4, 1e-4]]).to(dtype)
-    back = decode(stored(encode(exact, FP8)), dtype, FP8)
-    assert back[0].tolist() == [0, 0, 0]
-    assert back[1].tolist() == [-7.0, 3.5, 0.0]
-    assert back[2, :2].tolist() == exact[2, :2].tolist()
-
-
-def test_positions_do_not_share_a_scale() -> None:
-    """So a position's states follow from it alone, and a large one beside it costs no precision."""
-    generator = torch.Generator().manual_seed(0)
-    exact = torch.randn(8, 16, generator=generator) * torch.logspace(-4, 4, 8)[:, None]
-    together = encode(exact, FP8)
-    for row in range(8):
-        alone = encode(exact[row : row + 1], FP8)
-        assert torch.equal(alone["states"][0].view(torch.uint8), together["states"][row].view(torch.uint8))
-        assert torch.equal(alone["scales"][0], together["scales"][row])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_fp8_takes_a_byte_a_number_and_four_a_position(dtype: torch.dtype) -> None:
-    kept = stored(encode(torch.randn(5, 32).to(dtype), FP8))
-    assert sum(array.nbytes for array in kept.values()) == 5 * (32 + 4)
-    assert (kept["states"].dtype, kept["scales"].dtype) == (np.uint8, np.float32)
-
-
-@pytest.mark.parametrize("how", [EXACT, FP8])
-def test_no_states_are_no_states(how: str) -> None:
-    back = decode(stored(encode(torch.empty(0, 4, dtype=torch.bfloat16), how)), torch.bfloat16, how)
-    assert back.shape == (0, 4)
-
-
-def test_only_fp8_is_another_encoding() -> None:
-    assert codecs.encoding("none") == codecs.encoding("zstd") == EXACT
-    assert codecs.encoding("fp8") == FP8
 
 
 def test_arrays_of_every_dtype_go_to_numpy_and_back_without_a_copy() -> None:

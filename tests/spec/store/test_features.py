@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from spec import base as base_model
 from spec.base import Base
@@ -23,13 +21,12 @@ from spec.corpus import TokenSequence
 from spec.store import codecs, features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.manifest import Manifest, make_manifest
 from spec.store.plan import item_key, plan
 from spec.store.segment import DamagedError, StoreError, rows_of
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
 
 LIMIT = 200
-BASE = {"weights": "w", "tokenizer": "t"}
+BASE = {"weights": "w", "tokenizer": "t", "generation": "g"}
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
@@ -114,21 +111,6 @@ def row_digests(collection: Collection) -> dict[str, str]:
     return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
 
 
-def manifest_of(collection: Collection, rows: Sequence[TokenSequence]) -> Manifest:
-    return make_manifest(
-        collection,
-        [key_of(row) for row in rows],
-        base=BASE,
-        hidden_size=HIDDEN_SIZE,
-        vocab_size=VOCAB_SIZE,
-        prompt_length=[row.prompt_length for row in rows],
-        written=[False] * len(rows),
-        domains=[row.domain for row in rows],
-        tokens=sum(map(len, rows)),
-        positions=sum(int(row.mask[1:].sum()) for row in rows),
-    )
-
-
 @contextlib.contextmanager
 def shapes_of(base: Base) -> Iterator[list[tuple[int, int]]]:
     """The shape of the ids of every forward pass of the block."""
@@ -140,12 +122,6 @@ def shapes_of(base: Base) -> Iterator[list[tuple[int, int]]]:
         yield shapes
     finally:
         hook.remove()
-
-
-@given(st.lists(st.integers(0, 1), min_size=1, max_size=20))
-def test_kept_positions_lead_to_supervised_tokens(mask: list[int]) -> None:
-    expected = [t for t in range(len(mask) - 1) if mask[t + 1]]
-    assert features.kept_positions(np.asarray(mask, np.uint8)).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -185,10 +161,6 @@ def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) ->
                 codecs.FP8,
             ),
         )
-    (name, *_) = rounded.records()
-    arrays, attributes = rounded.read(name)
-    assert attributes["offsets"]["scales"] == attributes["offsets"]["states"] == "state_offsets"
-    assert (arrays["states"].dtype, arrays["scales"].dtype) == (np.uint8, np.float32)
 
 
 def test_each_row_is_padded_to_its_own_bucket(base: Base, tmp_path: Path) -> None:
@@ -212,15 +184,17 @@ def test_tokens_and_masks_lie_beside_the_states(base: Base, tmp_path: Path, code
         np.testing.assert_array_equal(found["mask"], row.mask, strict=True)
         assert len(found["states"]) == row.mask[1:].sum()
         assert collection.verify(name).items[number] == key_of(row)
+        attributes = collection.read(name)[1]
+        assert attributes["producer"] == base.producer
+        assert attributes["positions"] == features.POSITION_RULE
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Path, world: int) -> None:
+def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Path) -> None:
     rows = make_rows(16)
     alone = produce(half, tmp_path / "one", rows)
-    assert len(alone.records()) >= world
+    assert len(alone.records()) >= 3
     with shapes_of(half) as shapes:
-        assert digests(produce(half, tmp_path / "many", rows, world)) == digests(alone)
+        assert digests(produce(half, tmp_path / "many", rows, 3)) == digests(alone)
     assert sum(count for count, _ in shapes) == len(rows)  # each row once, by whomever
 
 
@@ -271,79 +245,27 @@ def test_a_split_does_not_tell_how_its_segments_came_to_be(half: Base, tmp_path:
     fresh = produce(half, tmp_path / "fresh", split, codec=codec)
     produce(half, tmp_path / "grown", rows, codec=codec)
     grown = produce(half, tmp_path / "grown", split, codec=codec)
+    assert set(grown.records()) != set(fresh.records())
     assert row_digests(grown) == row_digests(fresh)
-    one, other = manifest_of(fresh, split), manifest_of(grown, split)
-    assert set(one.segments) != set(other.segments)
-    assert one.content == other.content
-    assert one.digest == other.digest
 
 
-def test_the_batch_changes_no_bit(half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = make_rows(8)
-    together = produce(half, tmp_path / "together", rows)
-    monkeypatch.setattr(features, "BATCH_TOKENS", 1)
-    with shapes_of(half) as shapes:
-        assert digests(produce(half, tmp_path / "one by one", rows)) == digests(together)
-    assert {count for count, _ in shapes} == {1}
-
-
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
-    """Let forward passes of more than `limit` padded tokens run out of memory; gives the size of each try."""
+def test_running_out_of_memory_changes_no_bit(half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(24)
+    monkeypatch.setitem(globals(), "LIMIT", 2000)
+    plenty = produce(half, tmp_path / "plenty", rows)
     real, tried = base_model.hidden_states, []
 
     def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
         tried.append(ids.numel())
-        if ids.numel() > limit:
+        if ids.numel() > 300:
             raise torch.OutOfMemoryError("no memory left")
         return real(model, ids)
 
     monkeypatch.setattr(base_model, "hidden_states", hidden_states)
-    return tried
-
-
-def test_running_out_of_memory_halves_the_batch_and_changes_no_bit(
-    half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = make_rows(24)
-    monkeypatch.setitem(globals(), "LIMIT", 2000)
-    plenty = produce(half, tmp_path / "plenty", rows)
-    monkeypatch.setattr(features, "BATCH_TOKENS", 1024)
-    tried = short_of_memory(monkeypatch, 300)
     counts: list[int] = []
     assert digests(produce(half, tmp_path / "little", rows, on_tokens=counts.append)) == digests(plenty)
     assert sum(counts) == sum(map(len, rows))
-    first_fit = next(number for number, size in enumerate(tried) if size <= 300)
-    longest = sum(base_model.bucket(len(row)) == 192 for row in rows)
-    assert longest > 2
-    assert tried[:first_fit] == [192 * min(longest, 5), 192 * 2]  # 1024 and 512 tokens a batch at most
-    assert max(tried[first_fit:]) <= 256  # then 256, to the end
-
-
-def test_a_single_row_for_which_memory_does_not_suffice_is_named(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [sequence([0, 1] * 60), sequence([0, 1, 1])]
-    with monkeypatch.context() as patch:
-        short_of_memory(patch, 64)
-        with pytest.raises(StoreError, match=r"out of memory at a single sequence of 120 tokens.*data\.max_length"):
-            produce(base, tmp_path, rows)
-    assert len(produce(base, tmp_path, rows).find()) == 2  # the claim was given back
-
-
-def test_the_codec_changes_no_content(base: Base, tmp_path: Path) -> None:
-    rows = make_rows(4)
-    plain, packed = (produce(base, tmp_path / codec, rows, codec=codec) for codec in ("none", "zstd"))
-    assert digests(plain) == digests(packed)
-    assert plain.identity == packed.identity
-
-
-def test_progress_counts_every_token(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "BATCH_TOKENS", 128)
-    rows = make_rows(8)
-    counts: list[int] = []
-    produce(base, tmp_path, rows, on_tokens=counts.append)
-    assert sum(counts) == sum(map(len, rows))
-    assert len(counts) > 4
+    assert [size for size in tried if size > 300] == tried[:1]
 
 
 @pytest.mark.parametrize("codec", ["none", "fp8"])
@@ -363,26 +285,18 @@ def test_states_that_are_no_numbers_are_never_stored(
     assert set(produce(broken, tmp_path, [good], codec=codec).find()) == {key_of(good)}
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"base": {"weights": "v", "tokenizer": "t"}}, {"base": {"weights": "w", "tokenizer": "u"}}, {"dtype": "x"}],
-)
-def test_identity_holds_base_tokenizer_and_dtype(changed: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"base": BASE, "dtype": "float32", "codec": "zstd"}
-    assert features.identity(**(given | changed)) != features.identity(**given)
-
-
-def test_identity_leaves_out_what_no_state_depends_on() -> None:
-    """How answers end is nothing to a state."""
-    assert features.identity({**BASE, "generation": "g"}, "float32", "none") == features.identity(
-        {**BASE, "generation": "h"}, "float32", "none"
-    )
-
-
-def test_identity_tells_rounded_states_from_exact_ones_and_no_more() -> None:
-    none, zstd, fp8 = (features.identity(BASE, "bfloat16", codec) for codec in ("none", "zstd", "fp8"))
-    assert none == zstd
-    assert {name for name in none if none[name] != fp8[name]} == {"encoding"}
+def test_the_identity_holds_what_a_state_depends_on() -> None:
+    """Lossless codecs, and how answers end, are nothing to a state."""
+    given = features.identity(BASE, "float32", "none")
+    assert features.identity({**BASE, "generation": "h"}, "float32", "zstd") == given
+    for field, changed in {
+        "base": ({**BASE, "weights": "v"}, "float32", "none"),
+        "tokenizer": ({**BASE, "tokenizer": "u"}, "float32", "none"),
+        "dtype": (BASE, "bfloat16", "none"),
+        "encoding": (BASE, "float32", "fp8"),
+    }.items():
+        found = features.identity(*changed)
+        assert {name for name in given if given[name] != found[name]} == {field}
 
 
 @pytest.mark.parametrize("codec", ["none", "fp8"])
@@ -396,12 +310,6 @@ def test_stored_bytes_is_what_the_arrays_take(base: Base, half: Base, tmp_path: 
     found = sum(part[key].nbytes for part in arrays for key in kept)
     positions = sum(int(row.mask[1:].sum()) for row in rows)
     assert features.stored_bytes(positions, sum(map(len, rows)), HIDDEN_SIZE, dtype, codec) == found
-
-
-def test_a_position_in_fp8_takes_its_width_and_four_bytes() -> None:
-    assert features.position_bytes(576, "bfloat16", "fp8") == features.position_bytes(576, "float32", "fp8") == 580
-    assert features.position_bytes(576, "bfloat16", "zstd") == 1152
-    assert features.position_bytes(576, "float32", "none") == 2304
 
 
 def test_positions_of_a_segment_are_counted(base: Base, tmp_path: Path) -> None:
@@ -432,23 +340,3 @@ def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path
     times.pop(collection.folder)  # locks come and go in it
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert collection.verify(next(iter(collection.records()))).items == ("tables",)
-
-
-def test_damaged_tables_are_refused(base: Base, tmp_path: Path) -> None:
-    collection = made(tmp_path, base)
-    features.save_tables(base, collection, list(map(FeatureRow.of, make_rows(3))))
-    (name,) = collection.records()
-    (path,) = (path for path in (collection.folder / name / "lm_head" / "c").rglob("*") if path.is_file())
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DamagedError, match=name):
-        features.load_tables(collection)
-
-
-def test_segments_say_what_computed_them(base: Base, tmp_path: Path) -> None:
-    collection = produce(base, tmp_path, make_rows(1))
-    _, attributes = collection.read(next(iter(collection.records())))
-    assert attributes["producer"] == base.producer
-    assert attributes["producer"]["torch"] == torch.__version__
-    assert attributes["positions"] == features.POSITION_RULE

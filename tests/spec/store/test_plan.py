@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec.store.plan import item_key, plan
+from spec.store.plan import Parts, item_key, plan
+from spec.store.segment import StoreError
 
 
 def test_a_key_holds_every_array_and_where_it_ends() -> None:
@@ -78,27 +80,31 @@ def test_taking_finished_groups_away_leaves_the_others_as_they_are(rows: Rows, d
     assert planned(rows, known, cost) == [group for number, group in enumerate(groups) if number not in done]
 
 
-@given(rows=rows, seed=st.integers(0, 99))
-def test_rows_in_another_order_are_all_found(rows: Rows, seed: int) -> None:
-    known = {rows[row][0] for group in planned(rows) for row in group}
-    shuffled = random.Random(seed).sample(rows, len(rows))
-    assert planned(shuffled, known) == []
+@pytest.mark.parametrize(
+    ("size", "fits", "tried"), [(12, 12, [4, 3]), (30, 9, [7, 3, 3, 1]), (30, 8, [7, 3, *[1] * 7]), (1, 3, [1] * 7)]
+)
+def test_parts_are_halved_until_they_fit_for_good(size: int, fits: int, tried: list[int]) -> None:
+    """Seven rows that cost 3 each."""
+    seen: list[int] = []
+
+    def work(part: slice) -> list[int]:
+        rows = list(range(7))[part]
+        seen.append(len(rows))
+        if 3 * len(rows) > fits:
+            raise torch.OutOfMemoryError("no memory")
+        return rows
+
+    parts = Parts(size, "data.max_length")
+    for _ in range(2):
+        done = list(parts.run(work, [5] * 7, 3))
+        assert [row for _, found in done for row in found] == list(range(7))
+        assert all(list(range(7))[part] == found for part, found in done)
+    assert seen == [*tried, *(count for count in tried if 3 * count <= fits)]
 
 
-@given(rows=rows, more=rows)
-def test_appended_rows_form_only_new_groups(rows: Rows, more: Rows) -> None:
-    known = {key for key, _ in rows}
-    groups = planned(rows + more, known)
-    assert all(row >= len(rows) for group in groups for row in group)
-    # And they are the groups that the appended rows alone would form.
-    alone = planned([row for row in more if row[0] not in known])
-    assert [[(rows + more)[row][0] for row in group] for group in groups] == [
-        [[row for row in more if row[0] not in known][i][0] for i in group] for group in alone
-    ]
+def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_lower() -> None:
+    def work(part: slice) -> None:
+        raise torch.OutOfMemoryError("no memory")
 
-
-@given(rows=rows, world=st.integers(1, 4))
-def test_the_shares_of_all_workers_are_the_whole(rows: Rows, world: int) -> None:
-    groups = planned(rows)
-    shares = [groups[rank::world] for rank in range(world)]
-    assert sorted(group for share in shares for group in share) == sorted(groups)
+    with pytest.raises(StoreError, match=r"single sequence of 120 tokens \(no memory\); lower data\.max_length, or"):
+        list(Parts(100, "data.max_length").run(work, [120, 3]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 import threading
 import time
@@ -22,7 +21,7 @@ from spec.store import codecs
 from spec.store import reader as reader_module
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest
-from spec.store.reader import FeatureReader, Positions, join, prefetch, tokens_around
+from spec.store.reader import FeatureReader, Positions, prefetch, tokens_around
 from spec.store.segment import DamagedError, StoreError
 from tests.tiny import chain, sequence, states_of, store_features
 
@@ -61,20 +60,6 @@ def test_tokens_and_validity(masks: list[list[int]], n: int) -> None:
     assert valid.shape == (len(expected), n)
 
 
-def test_two_turns_are_two_spans() -> None:
-    """The last tokens of the first answer must not learn the question behind it."""
-    row = sequence([0, 1, 1, 0, 0, 1, 1, 1], range(10, 18))
-    tokens, valid = around([row], 2)
-    assert tokens[:, 0].tolist() == [11, 12, 15, 16, 17]
-    assert valid.tolist() == [[True, False], [False, False], [True, True], [True, False], [False, False]]
-
-
-def test_a_sequence_never_learns_the_next_one() -> None:
-    tokens, valid = around([sequence([0, 1, 1], [1, 2, 3]), sequence([1, 1], [4, 5])], 2)
-    assert tokens.tolist() == [[2, 3, 0], [3, 0, 0], [5, 0, 0]]
-    assert valid.tolist() == [[True, False], [False, False], [False, False]]
-
-
 def expected_positions(rows: Sequence[TokenSequence], n: int, dtype: torch.dtype = torch.float32) -> Positions:
     """What a reader gives of rows made up by store_features."""
     entries = [(row, *entry) for row in rows for entry in brute_force(row, n)]
@@ -95,57 +80,31 @@ def assert_equal(found: Positions, expected: Positions) -> None:
     assert len(found) == len(expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_split_reads_back_in_the_order_of_the_data(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "codec"), [("float32", "zstd"), ("bfloat16", "none"), ("float16", "zstd"), ("bfloat16", "fp8")]
+)
+def test_a_split_reads_back_in_the_order_of_the_data(tmp_path: Path, dtype: str, codec: str) -> None:
     rows = chain(9, 24)
     rows = [*rows, rows[3], sequence([0, 0, 0])]  # a repeated row, and one without a state
-    reader = FeatureReader(store_features(tmp_path, rows, dtype=dtype, codec="zstd"), tmp_path)
+    reader = FeatureReader(store_features(tmp_path, rows, dtype=dtype, codec=codec), tmp_path)
     assert len(reader.manifest.segments) > 2
     assert len(reader) == len(rows)
     assert reader.dtype == getattr(torch, dtype)
+    how = codecs.encoding(codec)
     for index in [*range(len(rows)), 0]:
         found, row = reader.sequence(index), rows[index]
         np.testing.assert_array_equal(found.ids, row.ids)
         np.testing.assert_array_equal(found.mask, row.mask)
         assert found.positions.tolist() == [t for t, *_ in brute_force(row, 1)]
-        expected = torch.from_numpy(states_of(row)[found.positions]).to(getattr(torch, dtype))
-        assert torch.equal(found.states, expected)
+        exact = torch.from_numpy(states_of(row)[found.positions]).to(reader.dtype)
+        kept = {key: codecs.to_numpy(tensor) for key, tensor in codecs.encode(exact, how).items()}
+        assert torch.equal(found.states, codecs.decode(kept, reader.dtype, how))
         assert found.states.dtype == reader.dtype
-    assert_equal(reader.positions([4, 10, 1], 3), expected_positions([rows[i] for i in (4, 10, 1)], 3, reader.dtype))
+    if codec != "fp8":
+        expected = expected_positions([rows[i] for i in (4, 10, 1)], 3, reader.dtype)
+        assert_equal(reader.positions([4, 10, 1], 3), expected)
     empty = reader.positions([], 3)
     assert (empty.states.shape, empty.tokens.shape, empty.valid.shape) == ((0, 8), (0, 4), (0, 3))
-
-
-def test_rounded_states_are_decoded(tmp_path: Path) -> None:
-    rows = chain(5, 24)
-    reader = FeatureReader(store_features(tmp_path, rows, dtype="bfloat16", codec="fp8"), tmp_path)
-    for index, row in enumerate(rows):
-        found = reader.sequence(index)
-        exact = torch.from_numpy(states_of(row)[found.positions]).bfloat16()
-        encoded = codecs.encode(exact, codecs.FP8)
-        scaled = {key: codecs.to_numpy(tensor) for key, tensor in encoded.items()}
-        assert torch.equal(found.states, codecs.decode(scaled, torch.bfloat16, codecs.FP8))
-        assert not torch.equal(found.states, exact)
-
-
-@given(lengths=st.lists(st.integers(0, 4), max_size=5), n=st.integers(1, 3))
-def test_joined_positions_lie_one_after_the_other(lengths: list[int], n: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = [
-        Positions(
-            torch.randn(length, 4, generator=generator),
-            torch.randint(9, (length, n + 1), generator=generator),
-            torch.rand(length, n, generator=generator) < 0.5,
-        )
-        for length in [*lengths, 1]
-    ]
-    joined = join(parts)
-    assert len(joined) == sum(map(len, parts))
-    start = 0
-    for part in parts:
-        assert_equal(joined[start : start + len(part)], part)
-        start += len(part)
-    assert_equal(joined.to(torch.device("cpu")), joined)
 
 
 Wide = tuple[list[TokenSequence], Manifest, Path]
@@ -364,19 +323,11 @@ def test_a_segment_of_another_digest_is_named(tmp_path: Path) -> None:
         FeatureReader(other, tmp_path)
 
 
-def test_another_identity_is_never_read(tmp_path: Path) -> None:
-    manifest = store_features(tmp_path, chain(6, 24))
-    with pytest.raises(StoreError, match="is not in"):
-        FeatureReader(dataclasses.replace(manifest, identity={**manifest.identity, "dtype": "bfloat16"}), tmp_path)
-
-
-@pytest.mark.parametrize("field", ["base", "tokenizer", "dtype", "layer", "norm", "positions", "encoding", "producer"])
-def test_a_store_whose_identity_was_changed_is_never_read(tmp_path: Path, field: str) -> None:
+def test_a_store_whose_identity_was_changed_is_never_read(tmp_path: Path) -> None:
     manifest = store_features(tmp_path, chain(6, 24))
     path = manifest.collection(tmp_path).folder / "identity.json"
-    value = manifest.identity[field]
-    path.write_text(path.read_text().replace(f'"{field}": "{value}"', f'"{field}": "another"'))
-    with pytest.raises(StoreError, match=rf"its {field} is 'another', and '{re.escape(value)}' is expected here"):
+    path.write_text(path.read_text().replace('"norm": "after', '"norm": "before'))
+    with pytest.raises(StoreError, match=r"its norm is 'before the final norm', and 'after the final norm' is expect"):
         FeatureReader(manifest, tmp_path)
 
 
@@ -384,31 +335,6 @@ def damage(reader: FeatureReader, name: str, key: str = "states") -> None:
     (path,) = (path for path in (reader.collection.folder / name / key / "c").rglob("*") if path.is_file())
     content = path.read_bytes()
     path.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
-
-
-def test_damage_met_while_reading_names_the_segment(tmp_path: Path) -> None:
-    manifest = store_features(tmp_path, chain(6, 24))
-    reader = FeatureReader(manifest, tmp_path)
-    name = manifest.segments[manifest.segment[2]]
-    damage(reader, name)
-    with pytest.raises(DamagedError, match=name):
-        reader.sequence(2)
-    with pytest.raises(DamagedError, match=name):
-        reader.positions([0, 2], 1)
-
-
-@pytest.mark.parametrize("key", ["states", "ids", "mask"])
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_damage_in_a_segment_of_many_chunks_is_met(
-    tmp_path: Path, key: str, codec: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As nearly all have them; zarrs alone passes over a wrong checksum there."""
-    monkeypatch.setattr(codecs, "_CHUNK_BYTES", 64)
-    manifest = store_features(tmp_path, chain(6, 24), codec=codec, segment_tokens=10**6)
-    reader = FeatureReader(manifest, tmp_path)
-    damage(reader, manifest.segments[0], key)
-    with pytest.raises(DamagedError, match=manifest.segments[0]):
-        reader.sequence(0)
 
 
 @pytest.mark.parametrize("memory", [0, 10**9])
@@ -439,29 +365,8 @@ def test_damage_is_met_where_it_lies_and_nowhere_before(wide: Wide, tmp_path: Pa
     assert len(found) == sum(number < manifest.segments.index(wrong) for number in manifest.segment)
 
 
-def test_two_threads_read_one_reader(wide: Wide) -> None:
-    rows, manifest, root = wide
-    reader = FeatureReader(manifest, root)
-    wrong: list[object] = []
-
-    def read(seed: int) -> None:
-        try:
-            for index in np.random.default_rng(seed).permutation(len(rows)).tolist()[:40]:
-                if reader.sequence(index).ids.tolist() != rows[index].ids.tolist():
-                    wrong.append(index)
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert wrong == []
-
-
 def prefetching() -> bool:
-    return any(thread.name == "prefetch" for thread in threading.enumerate())
+    return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 5))
@@ -501,3 +406,8 @@ def test_leaving_early_stops_the_thread() -> None:
     stream.close()  # type: ignore[attr-defined]
     assert not prefetching()
     assert len(made) <= 7
+    made.clear()
+    stream = prefetch((made.append(i) or time.sleep(0.02) for i in range(99)), depth=20)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert len(made) < 10  # what was not yet begun is not made

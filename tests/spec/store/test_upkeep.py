@@ -30,12 +30,20 @@ from spec.store.upkeep import Removal
 from tests.tiny import chain, sequence, store_features
 
 AGE = 1000.0
+HALF = "-machine-01234567.partial"
+"""Ends the name of a folder that a killed process left half-written."""
 
 
 def aged(path: Path, seconds: float = 2 * AGE) -> Path:
     then = time.time() - seconds
     os.utime(path, (then, then))
     return path
+
+
+def age_all(root: Path) -> None:
+    """Every segment that is there now."""
+    for path in root.glob("*/*/"):
+        aged(path)
 
 
 def snapshot(root: Path) -> dict[Path, tuple[int, bytes]]:
@@ -86,28 +94,21 @@ def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group
 # Roots ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_remembered_with_what_it_needs(tmp_path: Path) -> None:
-    path = tmp_path / "train.json"
-    path.write_text("one")
-    assert upkeep.root_segments(tmp_path, path) == {}
-    upkeep.add_root(tmp_path, path, {"features-1": ["a", "b"]})
-    assert upkeep.root_segments(tmp_path, path) == {"features-1": ["a", "b"]}
-    upkeep.add_root(tmp_path, path, {"features-1": ["a"], "answers-2": ["c"]})
-    assert upkeep.root_segments(tmp_path, path) == {"features-1": ["a"], "answers-2": ["c"]}
-    assert upkeep.root_segments(tmp_path, tmp_path / "nowhere.json") == {}
-
-
-def test_branches_that_write_one_path_keep_a_root_each(tmp_path: Path) -> None:
+def test_a_file_is_remembered_by_path_and_content(tmp_path: Path) -> None:
+    """So branches that write to one path keep a root each."""
     path, other = tmp_path / "train.json", tmp_path / "elsewhere.json"
-    for content in ("one", "two"):
+    for content in ("one", "two", "three"):
         path.write_text(content)
-        upkeep.add_root(tmp_path, path, {"features-1": [content]})
+        assert upkeep.root_segments(tmp_path, path) == {}
+        upkeep.add_root(tmp_path, path, {"features-1": ["a", "b"]})
+        upkeep.add_root(tmp_path, path, {"features-1": [content], "answers-2": ["c"]})
     other.write_text("one")
     upkeep.add_root(tmp_path, other, {"features-1": ["elsewhere"]})
-    assert len(list((tmp_path / upkeep.ROOTS).iterdir())) == 3
+    assert len(list((tmp_path / upkeep.ROOTS).iterdir())) == 4
     path.write_text("one")
-    assert upkeep.root_segments(tmp_path, path) == {"features-1": ["one"]}
+    assert upkeep.root_segments(tmp_path, path) == {"features-1": ["one"], "answers-2": ["c"]}
     assert upkeep.root_segments(tmp_path, other) == {"features-1": ["elsewhere"]}
+    assert upkeep.root_segments(tmp_path, tmp_path / "nowhere.json") == {}
 
 
 def test_use_is_written_down_and_makes_no_root(tmp_path: Path) -> None:
@@ -136,8 +137,7 @@ def test_what_a_manifest_names_stays_and_what_none_names_goes(root: Path, tmp_pa
     unnamed = set(store_features(root, chain(6, 24, seed=1)).segments)
     folder = folder_of(root, kept)
     keep(root, tmp_path / "train.json", kept)
-    for name in [*kept.segments, *unnamed]:
-        aged(folder / name)
+    age_all(root)
     young = store_features(root, chain(3, 24, seed=2))
     expected_bytes = sum(bytes_of(folder / name) for name in unnamed)
     removal = upkeep.gc(root, AGE)
@@ -161,7 +161,7 @@ def test_litter_and_damage_go_and_damage_that_is_named_stays(root: Path, tmp_pat
     (collection.folder / spoilt / segment.RECORD).write_text("{")
     aged(collection.folder / spoilt)
     collection.set_aside(aside)
-    shutil.copytree(collection.folder / kept.segments[0], collection.folder / f"{segment.PARTIAL}{spoilt}")
+    shutil.copytree(collection.folder / kept.segments[0], collection.folder / f".{spoilt}{HALF}")
     (collection.folder / kept.segments[1] / segment.RECORD).unlink()
     aged(collection.folder / kept.segments[1])
     removal = upkeep.gc(root, AGE)
@@ -176,8 +176,7 @@ def test_tables_stay_as_long_as_their_collection_does(root: Path, tmp_path: Path
     manifest = store_features(root, chain(3, 24))
     collection = manifest.collection(root)
     tables = save_tables(collection)
-    for name in collection.records():
-        aged(collection.folder / name)
+    age_all(root)
     held = keep(root, tmp_path / "train.json", manifest)
     upkeep.gc(root, AGE)
     assert set(collection.records()) == {*manifest.segments, tables.name}
@@ -185,8 +184,7 @@ def test_tables_stay_as_long_as_their_collection_does(root: Path, tmp_path: Path
     other = store_features(root, chain(3, 24, seed=1)).segments  # young
     upkeep.gc(root, AGE)
     assert set(segment.names(collection.folder)) == {*other, tables.name}
-    for name in other:
-        aged(collection.folder / name)
+    age_all(root)
     upkeep.gc(root, AGE)
     assert not collection.folder.exists()  # nobody can need the tables alone
     assert {path.name for path in root.iterdir()} == {upkeep.ROOTS, ".in-use"}
@@ -196,8 +194,7 @@ def test_a_root_counts_as_long_as_its_file_is_there_or_it_was_used_lately(root: 
     splits = {name: store_features(root, chain(3, 24, seed=seed)) for seed, name in enumerate("abcde")}
     folder = folder_of(root, splits["a"])
     roots = {name: keep(root, tmp_path / f"{name}.json", split) for name, split in splits.items()}
-    for name in segment.names(folder):
-        aged(folder / name)
+    age_all(root)
     for path in roots.values():
         aged(path)
     (tmp_path / "b.json").write_text("changed")
@@ -212,20 +209,6 @@ def test_a_root_counts_as_long_as_its_file_is_there_or_it_was_used_lately(root: 
     assert removal.segments == len(splits["b"].segments) + len(splits["c"].segments)
 
 
-def test_a_segment_that_one_of_two_roots_names_stays(root: Path, tmp_path: Path) -> None:
-    rows = chain(8, 24)
-    manifest = store_features(root, rows)
-    part = store_features(root, rows[:2])
-    keep(root, tmp_path / "part.json", part)
-    aged(keep(root, tmp_path / "gone.json", manifest))
-    (tmp_path / "gone.json").unlink()
-    folder = folder_of(root, manifest)
-    for name in segment.names(folder):
-        aged(folder / name)
-    upkeep.gc(root, AGE)
-    assert set(segment.names(folder)) == set(part.segments) < set(manifest.segments)
-
-
 def test_a_dry_run_counts_the_same_and_removes_nothing(root: Path, tmp_path: Path) -> None:
     kept, gone = store_features(root, chain(6, 24)), store_features(root, chain(6, 24, seed=1))
     collection = kept.collection(root)
@@ -233,9 +216,8 @@ def test_a_dry_run_counts_the_same_and_removes_nothing(root: Path, tmp_path: Pat
     aged(keep(root, tmp_path / "gone.json", gone))
     (tmp_path / "gone.json").unlink()
     save_answers(root, [[1, 2, 3]])
-    for path in root.glob("*/*/"):
-        aged(path)
-    (collection.folder / f"{segment.PARTIAL}x").mkdir()
+    age_all(root)
+    (collection.folder / f".x{HALF}").mkdir()
     before = snapshot(root)
     dry = upkeep.gc(root, AGE, remove=False)
     assert snapshot(root) == before
@@ -553,7 +535,7 @@ def test_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
     assert first != second
     damage(collection.folder, first)
     collection.set_aside(first)
-    (collection.folder / second).rename(collection.folder / f"{segment.PARTIAL}{second}")
+    (collection.folder / second).rename(collection.folder / f".{second}{HALF}")
     assert rows[8].ids.tobytes() in contents(root)
     upkeep.forget(root, "t", given_rows([rows[0].ids[:5], rows[8].ids[:5]]))
     assert not any(trace in contents(root) for trace in [*traces(rows[0]), *traces(rows[8])])

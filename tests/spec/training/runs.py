@@ -36,7 +36,7 @@ from spec.store.reader import FeatureReader
 from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
-from spec.training.loop import Progress, Result, train
+from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
 from stages.common import child_environment
@@ -97,10 +97,9 @@ def run(
     key: str = "key",
 ) -> tuple[Result, Speculator]:
     """Train on a store; the heads as they are at the last step."""
-    speculator = speculator or make_speculator()
     config = config or make_config()
-    saved = Checkpoints(checkpoints, key)
-    return train(config, speculator, *readers_of(store), ALONE, saved, listen, teacher()), speculator
+    task = frozen_task(config, store, ALONE, speculator)
+    return loop.run(config, task, ALONE, Checkpoints(checkpoints, key), listen), task.speculator
 
 
 class InterruptedRunError(Exception):
@@ -211,10 +210,15 @@ def received(connection: Connection) -> Iterator[Any]:
             return
 
 
+def weights_of(task: Any) -> dict[str, torch.Tensor]:
+    """A copy of all that is trained."""
+    return {name: tensor.clone() for name, tensor in task.tensors().items()}
+
+
 def outcome(task: Any, result: Result, told: list[Progress]) -> dict[str, Any]:
     """All that a run comes to, as torch.save keeps it."""
     return {
-        "last": task.weights(),
+        "last": weights_of(task),
         "best": result.weights,
         "figures": [result.step, result.steps, result.val],
         "history": history_of(told),

@@ -40,6 +40,7 @@ from tests.spec.training.runs import (
     steps_of,
     together,
     uninterrupted,
+    weights_of,
 )
 
 
@@ -100,7 +101,7 @@ def test_sums_between_two_logs_are_kept(
             go()
         found = checkpoints.newest()
         assert found is not None
-        assert found[1]["step"] == step + 1
+        assert found["step"] == step + 1
     assert_same_outcome(whole(store, tmp_path / "parts"), expected)
 
 
@@ -218,7 +219,7 @@ def stop_one(connection: Connection, arguments: tuple[Path, Path, int | None]) -
             connection.send(str(error))
         else:
             connection.send({"losses": losses_of(told), "history": len(history_of(told)), "step": result.step})
-            torch.save(task.weights(), folder / f"weights-{me.rank}.pt")
+            torch.save(weights_of(task), folder / f"weights-{me.rank}.pt")
 
 
 def test_one_workers_signal_stops_all_of_them_at_one_step(store: Path, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_one_workers_signal_stops_all_of_them_at_one_step(store: Path, tmp_path:
     assert message.startswith("stopped at step 7 of 16, and saved in ")
     found = Checkpoints(tmp_path / "parts", "key").newest()
     assert found is not None
-    assert found[1]["step"] == 7
+    assert found["step"] == 7
     resumed = together(2, stop_one, (store, tmp_path / "parts", None))
     expected = together(2, stop_one, (store, tmp_path / "whole", None))
     ((losses,), (wanted,)) = ([sent for _, sent in ends[:1]] for ends in (resumed, expected))

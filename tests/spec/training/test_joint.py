@@ -42,6 +42,7 @@ from tests.spec.training.runs import (
     steps_of,
     together,
     uninterrupted,
+    weights_of,
 )
 from tests.tiny import make_base, with_instructions
 
@@ -73,14 +74,14 @@ def run(task: JointTask, folder: Path, told: list[Progress] | None = None) -> lo
 def test_both_learn(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     config = joint_config(trainer={"total_epochs": 10, "test_freq": 20, "save_freq": 1000}, optim={"lr": 0.02})
     task = joint_task(config, request.getfixturevalue(family), ALONE)
-    before = task.weights()
+    before = weights_of(task)
     told: list[Progress] = []
     result = run(task, tmp_path, told)
     for name in ("speculator_loss", "base_loss"):
         losses = losses_of(told, name)
         assert losses[-1] < 0.6 * losses[0], name
     assert result.val["base_loss"] < 0.5 * np.log(task.base.vocab_size)
-    after = task.weights()
+    after = weights_of(task)
     assert before.keys() == after.keys()
     for name, weight in after.items():
         assert not torch.equal(weight, before[name]), name
@@ -208,7 +209,7 @@ def test_micro_batches_change_nothing_but_rounding(qwen: Path, tmp_path: Path, m
         task = in_float64(joint_task(joint_config(data={"micro_batch_size_per_gpu": size}), qwen, ALONE))
         run(task, tmp_path / str(size), told)
         curves.append(losses_of(told) + losses_of(told, "base_loss"))
-        weights.append(task.weights())
+        weights.append(weights_of(task))
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=2e-5, msg=name)
@@ -243,7 +244,7 @@ def test_the_best_is_chosen_by_the_loss_that_is_trained(
 
     def validate(self: JointTask) -> dict[str, float]:
         base, heads = next(figures)
-        seen.append(self.weights())
+        seen.append(weights_of(self))
         return {"base_loss": base, "speculator_loss": heads, "tokens_per_step": 1.0}
 
     monkeypatch.setattr(JointTask, "validate", validate)
@@ -251,7 +252,7 @@ def test_the_best_is_chosen_by_the_loss_that_is_trained(
     result = run(task, tmp_path)
     assert result.step == 8
     task.restore(result.weights)
-    assert all(torch.equal(weight, seen[1][name]) for name, weight in task.weights().items())
+    assert all(torch.equal(weight, seen[1][name]) for name, weight in weights_of(task).items())
     assert not torch.equal(seen[1]["base.transformer.wte.weight"], seen[4]["base.transformer.wte.weight"])
 
 
@@ -276,7 +277,7 @@ def test_mixed_precision_keeps_float32_weights(
     with_instructions(monkeypatch, *instructions)
     task = joint_task(joint_config(model={"dtype": "bfloat16"}), exact, ALONE)
     result = run(task, tmp_path / "mixed")
-    assert {weight.dtype for weight in task.weights().values()} == {torch.float32}
+    assert {weight.dtype for weight in weights_of(task).values()} == {torch.float32}
     other = run(joint_task(joint_config(), exact, ALONE), tmp_path / "exact")
     assert result.val["base_loss"] == pytest.approx(other.val["base_loss"], rel=0.05)
     assert result.val["speculator_loss"] == pytest.approx(other.val["speculator_loss"], rel=0.05)

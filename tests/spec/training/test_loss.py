@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from spec.base import Base, hidden_states
 from spec.corpus import TokenSequence
 from spec.heads import Speculator, SpeculatorConfig, build, init_random
 from spec.store.features import kept_positions
 from spec.store.reader import Positions, tokens_around
 from spec.training import loss as loss_module
-from spec.training.loss import SpeculatorLoss, Supervision, linear_cross_entropy
+from spec.training.loss import SpeculatorLoss, linear_cross_entropy
 from tests.tiny import sequence
 
 V, D, P = 19, 8, 23
@@ -99,16 +98,6 @@ def test_with_a_teacher_it_is_the_divergence_from_its_distribution(
     torch.testing.assert_close((hidden.grad, weight.grad), expected)
 
 
-def test_a_head_that_is_its_teacher_has_nothing_to_learn() -> None:
-    hidden, weight, targets, scale = inputs(12)
-    total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, (hidden.detach(), weight.detach()))
-    total.backward()
-    nothing = [losses, hidden.grad, weight.grad]
-    for tensor in nothing:
-        assert tensor is not None
-        torch.testing.assert_close(tensor, torch.zeros_like(tensor), rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("shift", [0.0, -40.0])
 def test_a_divergence_of_nothing_is_nothing_in_float32(shift: float) -> None:
     """Over many tokens and far from zero, where sums of the logits themselves would round by more."""
@@ -119,14 +108,6 @@ def test_a_divergence_of_nothing_is_nothing_in_float32(shift: float) -> None:
         hidden.repeat(3, 1), weight, torch.zeros(36, dtype=torch.long), torch.ones(36), (hidden, weight)
     )
     assert losses.abs().max() < 4e-5
-
-
-def test_gradients_reach_the_table_that_two_calls_share() -> None:
-    hidden, weight, targets, scale = inputs(12)
-    (linear_cross_entropy(hidden, weight, targets, scale)[0] * 2).backward()
-    linear_cross_entropy(hidden.detach(), weight, targets, scale)[0].backward()
-    plain = (F.cross_entropy(hidden @ weight.T, targets, reduction="none") * scale).sum()
-    torch.testing.assert_close(weight.grad, torch.autograd.grad(plain, weight)[0] * 3)
 
 
 def test_logits_of_any_size_give_finite_losses() -> None:
@@ -212,38 +193,8 @@ def make_loss(speculator: Speculator, *args: Any) -> SpeculatorLoss:
 
 def measure(loss: SpeculatorLoss, batch: Positions, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     supervision = loss.supervise(batch)
-    result: tuple[Tensor, Tensor] = loss(batch.states, supervision, supervision.counts if counts is None else counts)
+    result: tuple[Tensor, Tensor] = loss(supervision, supervision.counts if counts is None else counts)
     return result
-
-
-def reference(speculator: Speculator, batch: Positions, counts: Tensor) -> tuple[Tensor, list[list[float]]]:
-    """The mean over heads of each head's mean, from all logits; and each head's sums of loss and hits."""
-    total = torch.zeros((), dtype=torch.float64)
-    sums = []
-    for i, logits in enumerate(speculator(batch.states, batch.tokens[:, :3])):
-        targets = speculator.targets(batch.tokens[:, i + 1])
-        rows = batch.valid[:, i] & (targets >= 0)
-        losses = F.cross_entropy(logits[rows], targets[rows], reduction="sum")
-        total = total + losses / counts[i].double() / 3
-        sums.append([losses.item(), float((logits[rows].argmax(1) == targets[rows]).sum())])
-    return total, sums
-
-
-@pytest.mark.parametrize("drafted", [None, 11])
-@pytest.mark.parametrize(("method", "changed"), CASES)
-def test_the_loss_of_all_heads(method: str, changed: dict[str, Any], drafted: int | None) -> None:
-    speculator, batch = make(method, changed, drafted), make_batch(rows=3 * P)
-    counts = batch.valid.sum(0) + 4  # other micro-batches have positions too
-    expected, sums = reference(speculator, batch, counts)
-    parameters = [p for p in speculator.parameters() if p.requires_grad]
-    wanted = torch.autograd.grad(expected, parameters)
-    total, found = measure(make_loss(speculator), batch, counts)
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(found, torch.tensor(sums, dtype=torch.float64), rtol=1e-9, atol=0)
-    for grad, other in zip(torch.autograd.grad(total, parameters), wanted, strict=True):
-        torch.testing.assert_close(grad, other)
-    assert found[:, 1].sum() > 0
-    assert not found.requires_grad
 
 
 class Split:
@@ -342,49 +293,6 @@ def test_loss_and_gradients_are_those_of_one_position_after_the_other(
         assert not any(grad.any() for grad in grads)
 
 
-def test_the_teacher_is_the_bases_own_next_token_distribution(base: Base) -> None:
-    """From the model itself: its logits right before the target, not the state that a head drafts from."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.vocab_size, (1, 12), generator=generator)
-    with torch.no_grad():
-        distributions = base.model(input_ids=ids).logits[0].double().log_softmax(1)
-        hidden = hidden_states(base.model, ids)[0]
-    mask = [0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1]
-    row = sequence(mask, ids[0])
-    kept = kept_positions(row.mask)
-    batch = Positions(hidden[kept], *tokens_around(row.ids, row.mask, np.array([0, len(row)]), 3))
-    shape = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size, "n_predict": 3}
-    widths: dict[str, Any] = {"inner_dim": (6,), "emb_dim": (6,), "proj_dim": (6,)}
-    names = {"base_model_name_or_path": "", "base_digest": ""}
-    speculator = build(SpeculatorConfig(method="sum_rnn", **shape, **widths, **names))
-    init_random(speculator)
-    _, sums = SpeculatorLoss(speculator, None, base.lm_head)(
-        batch.states, SpeculatorLoss(speculator, None, base.lm_head).supervise(batch), torch.ones(3)
-    )
-    logits = speculator(batch.states, batch.tokens[:, :3]).double().log_softmax(-1)
-    for i in range(3):
-        expected = [
-            F.kl_div(logits[i, p], distributions[t + 1 + i], reduction="sum", log_target=True)
-            for p, t in enumerate(kept)
-            if len(mask[t + 1 : t + 3 + i]) == 2 + i and all(mask[t + 1 : t + 3 + i])
-        ]
-        assert len(expected) == [6, 4, 2][i]
-        assert sums[i, 0].item() == pytest.approx(torch.stack(expected).sum().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_heads_that_are_the_base_have_nothing_to_learn(heads: int) -> None:
-    states, weight, targets, scale = inputs(heads * 6)
-    shared = states.detach()[:6]
-    hidden = shared.repeat(heads, 1).requires_grad_()
-    total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, (shared, weight.detach()))
-    total.backward()
-    assert losses.abs().max() < 1e-13
-    for tensor in (hidden, weight):
-        assert tensor.grad is not None
-        assert tensor.grad.abs().max() < 1e-13
-
-
 @settings(max_examples=30)
 @given(split=splits(), cuts=st.lists(st.integers(0, 4), max_size=3), soft=st.booleans(), case=st.sampled_from(CASES))
 def test_micro_batches_add_up_to_their_batch(
@@ -406,65 +314,6 @@ def test_micro_batches_add_up_to_their_batch(
     torch.testing.assert_close(torch.stack([found for _, found in measured]).sum(0), sums)
     for parameter, other in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(parameter.grad, other)
-
-
-def test_parts_of_a_batch_add_up_to_it() -> None:
-    speculator, batch = make("sum_rnn", {}, 11), make_batch()
-    counts = batch.valid.sum(0)
-    loss = make_loss(speculator)
-    whole, sums = measure(loss, batch, counts)
-    results = [measure(loss, batch[cut], counts) for cut in (slice(0, 7), slice(7, 7), slice(7, P))]
-    torch.testing.assert_close(torch.stack([total for total, _ in results]).sum(), whole)
-    torch.testing.assert_close(torch.stack([part for _, part in results]).sum(0), sums)
-
-
-def test_weights_of_heads_count_by_their_ratio() -> None:
-    speculator, batch = make("sum_rnn", {}, None), make_batch()
-    totals = [measure(make_loss(speculator, weights), batch)[0] for weights in (None, [4.0] * 3, [1.0, 2.0, 6.0])]
-    assert totals[0] == totals[1]
-    alone = [measure(make_loss(speculator, [1.0 if j == i else 1e-30 for j in range(3)]), batch)[0] for i in range(3)]
-    torch.testing.assert_close(totals[0], (alone[0] + alone[1] + alone[2]) / 3)
-    torch.testing.assert_close(totals[2], (alone[0] + 2 * alone[1] + 6 * alone[2]) / 9, rtol=1e-6, atol=0)
-    assert SpeculatorLoss(speculator, [1.0, 2.0, 6.0]).head_weights.mean() == 1
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_supervision_keeps_all_that_is_on_the_way_to_a_device(soft: bool) -> None:
-    batch = make_batch()
-    loss = make_loss(make("sum_rnn", {}, 11), None, table() if soft else None)
-    made = loss.supervise(batch)
-    moved = made.to(torch.device("cpu"))
-    assert isinstance(moved, Supervision)
-    assert made.sizes == moved.sizes
-    assert torch.equal(made.counts, batch.valid.sum(0))
-    for name in ("tokens", "rows", "targets", "heads", "taught", "counts"):
-        assert torch.equal(getattr(moved, name), getattr(made, name))
-    trained = made.heads < 3
-    supervised = batch.valid if soft else batch.valid & (batch.tokens[:, 1:] >= V - 11)
-    assert made.heads[trained].bincount(minlength=3).tolist() == supervised.sum(0).tolist()
-    assert bool((made.targets[trained] < 0).any()) == soft
-
-
-@settings(max_examples=60)
-@given(seed=st.integers(0, 99), rows=st.integers(0, P), drafted=st.sampled_from([None, 11]))
-def test_supervised_rows_are_the_valid_ones(seed: int, rows: int, drafted: int | None) -> None:
-    batch = make_batch(seed, rows)
-    speculator = make("sum_rnn", {}, drafted)
-    for soft in (False, True):
-        made = make_loss(speculator, None, table() if soft else None).supervise(batch)
-        targets = speculator.targets(batch.tokens[:, 1:])
-        wanted = batch.valid if soft else batch.valid & (targets >= 0)
-        trained = made.heads < 3
-        places, heads = made.rows[trained], made.heads[trained]
-        assert torch.equal(torch.stack([heads, places], 1), wanted.T.nonzero())
-        assert torch.equal(made.targets[trained], targets[places, heads])
-        if soft:  # each state that wrote a target, once; from it every head is taught
-            assert made.sizes == [len(made.taught)] * 3
-            assert torch.equal(made.taught.repeat(3)[trained], places + 1 + heads)
-            assert torch.equal(made.taught, (places + 1 + heads).unique())
-        else:
-            assert bool(trained.all())
-            assert made.sizes == wanted.sum(0).tolist()
 
 
 @pytest.mark.parametrize("soft", [False, True])
