@@ -103,7 +103,7 @@ def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:
     if all((gsm8k / name).is_file() for name in ("train.parquet", "test.parquet")):
         defaults += [f"data.train_files={gsm8k}/train.parquet", f"data.val_files={gsm8k}/test.parquet"]
         common.say(f"run: data defaults to {gsm8k}")
-    config = config_module.from_overrides([*defaults, *overrides])
+    config = config_module.from_mapping({}, overrides=[*defaults, *overrides])
     absolute = {
         name: [_absolute(path) for path in getattr(config.data, name)]
         for name in ("train_files", "val_files", "eval_files")

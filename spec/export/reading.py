@@ -92,7 +92,7 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     values = _read_config(folder)
     name, fields = _format_of(values, folder)
     try:
-        config = SpeculatorConfig(**fields(values), **_base_fields(values, known))
+        config = SpeculatorConfig.from_json({**fields(values), **_base_fields(values, known)})
     except ValueError as error:  # CheckpointError is one, too
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     if config.n_predict > _MOST_HEADS:

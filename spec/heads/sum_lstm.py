@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spec.heads.config import SpeculatorConfig
-from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, hidden_stack, linear, projection_stack
+from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, linear, projection_stack, widths
 from spec.heads.speculator import Carry, Speculator, mixing_weight
 
 Gates: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,7 +42,7 @@ class SumLstm(Speculator):
         self.cell_ln = PerHead([RMSNorm(w)])
         self.state_ln = PerHead([RMSNorm(w)])
         self.adapter = PerHead([adapter(w, inner[0])])
-        self.inner = PerHead([hidden_stack(inner)])
+        self.inner = PerHead([nn.Sequential(*widths(inner))])
         # The public state dict has a key for every head, tied or not.
         self.head = PerHead([linear(inner[-1], config.head_rows)] * config.n_predict)
 
@@ -91,6 +91,43 @@ class SumLstm(Speculator):
         # A single head never reaches the second projection, which data-parallel training takes for an error.
         later.requires_grad_(self.config.n_predict > 1)
         return PerHead([first, later])
+
+
+class FusedSumLstm(Speculator):
+    """A SumLstm with one matrix product for all gates; see fuse."""
+
+    first: Tensor
+    later: Tensor
+
+    def __init__(self, lstm: SumLstm) -> None:
+        super().__init__(lstm.config, lstm.token_map)
+        self.lstm = lstm
+        self.head = lstm.head
+        for name, j in (("first", 0), ("later", 1)):  # [4w, d] and [4w, h]
+            weights = [cast(nn.Linear, proj(j)).weight.detach() for proj in lstm.projections()]
+            self.register_buffer(name, torch.cat(weights))
+
+    def start(self, states: Tensor) -> Carry:
+        return self.lstm.start(states)
+
+    def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
+        state, cell = carry
+        sums = F.linear(state, self.later if i else self.first).chunk(4, -1)  # four of [P, w]
+        forget, input_, output, candidate = (
+            torch.add(part, emb, alpha=self.lstm.alpha) for part, emb in zip(sums, self.lstm.embed(tokens), strict=True)
+        )
+        return self.lstm.update(cell, (forget, input_, output, candidate))
+
+
+def fuse(speculator: Speculator) -> Speculator:
+    """The speculator as it drafts fastest: an LSTM's gates fused, everything else as it is.
+
+    The result shares all other weights with the speculator and gives the same drafts up to rounding. It is for
+    drafting only: later changes to the speculator's projections do not reach it, and it is neither trained nor saved.
+    """
+    if isinstance(speculator, SumLstm) and len(speculator.config.proj_dim) == 1:
+        return FusedSumLstm(speculator)
+    return speculator
 
 
 def _unwrapped(stack: nn.Sequential) -> nn.Module:
