@@ -85,10 +85,6 @@ def _listed(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-def _paths(value: object) -> object:
-    return () if value is None else _listed(value)
-
-
 def _expand(path: str) -> str:
     return os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - keeps hub ids and URLs untouched
 
@@ -126,7 +122,10 @@ DraftSource = Literal["head", "ngram", "hybrid"]
 MethodField = Annotated[Method, BeforeValidator(_method)]
 DimsField = Annotated[Dims, BeforeValidator(parse_dims), PlainSerializer(format_dims)]
 Place = Annotated[str, AfterValidator(_expand)]
-Paths = Annotated[tuple[Annotated[Place, Field(min_length=1)], ...], BeforeValidator(_paths)]
+Paths = Annotated[
+    tuple[Annotated[str, Field(min_length=1), AfterValidator(_expand)], ...],
+    BeforeValidator(lambda value: () if value is None else _listed(value)),
+]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

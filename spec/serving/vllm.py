@@ -190,7 +190,7 @@ class SpeculatorProposer:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A request, by its place in the batch, that wants so many of the heads' drafts; its drafter goes on behind them."""
+    """A request, by its place in the batch, that wants `count` of the heads' drafts; its drafter goes on from there."""
 
     index: int
     count: int

@@ -32,7 +32,7 @@ def test_keys_of_other_tools_are_passed_over() -> None:
 def test_missing_keys_are_named() -> None:
     written = config().to_json()
     del written["n_predict"], written["base_digest"]
-    with pytest.raises(ValueError, match="^n_predict: field required; base_digest: field required$"):
+    with pytest.raises(ValueError, match=r"^n_predict: field required; base_digest: field required$"):
         SpeculatorConfig.from_json(written)
 
 
