@@ -51,8 +51,7 @@ def walk(matches: Sequence[int], length: int) -> NDArray[np.int64]:
     """Accepted drafts of each step while an answer of `length` tokens is decoded.
 
     The answer's first token costs no draft. Then each step drafts, keeps the drafts that match, takes the base's own
-    token, and the next step starts behind it; so only the places where decoding stops are counted. Accepted drafts
-    are capped at the tokens left.
+    token, and the next step starts behind it. Accepted drafts are capped at the tokens left.
 
     Args:
         matches: for each token of the answer, how many drafts made right behind it equal what follows.
@@ -282,9 +281,9 @@ def expected_acceptance(
     where there is no draft i or the answer ends. As T goes to 0 it becomes `conditional` of an answer written greedily.
 
     Args:
-        reader: has the states; no base model is needed.
+        reader: has the states.
         lm_head: [V, d] of the base, whose logits are lm_head times the state (features.linear_logits).
-        answers: as draft_answers gives them.
+        answers: of draft_answers.
         walks: over these answers, by source.
         temperatures: each above 0.
         on_positions: called with the number of states just done.

@@ -359,18 +359,6 @@ def from_mapping(tree: dict[str, Any], source: str = "parameters", overrides: Se
         raise ConfigError("\n  ".join([f"{source}:", *explain(error, Config)])) from None
 
 
-def with_values(config: Config, values: Mapping[str, Mapping[str, Any]]) -> Config:
-    """A config with values of some sections replaced, validated again.
-
-    Raises:
-        ConfigError: as load.
-    """
-    tree = config.model_dump(mode="json")
-    for section, entries in values.items():
-        tree[section] |= entries
-    return from_mapping(tree)
-
-
 def flatten(config: Config) -> dict[str, object]:
     """Every parameter by its dotted key, as a file has it."""
 

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.generation import BaseStreamer
 
 from spec import acceptance, heads
 from spec import base as bases
@@ -26,16 +27,6 @@ from spec.kv_cache import make_cache
 
 Pick = Callable[[Tensor, int], Tensor]
 """Logits [S, V] behind S tokens, and the place in the answer of what follows the first of them -> tokens [S]."""
-
-
-class Streamer(Protocol):
-    """transformers' streamers, such as TextStreamer."""
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt at first, then tokens as they come, [S]."""
-
-    def end(self) -> None:
-        """The answer is complete."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +151,12 @@ class LanguageModelWithSpeculator:
         input_ids: Tensor | Sequence[int],
         max_new_tokens: int = 256,
         *,
-        streamer: Streamer | None = None,
+        streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> Generation:
         """Answer a prompt; stream says what parameters and errors there are, and gives tokens as they come.
 
-        A streamer is shown the prompt and then the tokens of each step, as transformers' generate does it.
+        A streamer, such as transformers' TextStreamer, is shown the prompt and then the tokens of each step.
         """
         started = time.perf_counter()
         stream = self.stream(input_ids, max_new_tokens, **options)

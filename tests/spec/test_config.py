@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from spec import config as config_module
 from spec.config import Config, ConfigError, Section, flatten, format_dims, from_mapping, load, parse_dims, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,15 +295,6 @@ def test_overrides_that_cannot_be_used(override: str, words: str, tmp_path: Path
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValidationError):
         Config().optim.lr = 1.0  # type: ignore[misc]
-
-
-def test_values_of_a_section_can_be_replaced() -> None:
-    config = from_overrides(["optim.lr=0.5", "data.max_samples=9"])
-    changed = config_module.with_values(config, {"data": {"train_files": ["x"]}, "model": {"dtype": "float32"}})
-    expected = flatten(config) | {"data.train_files": ["x"], "model.dtype": "float32"}
-    assert flatten(changed) == expected
-    with pytest.raises(ConfigError, match=r"model\.dtype"):
-        config_module.with_values(config, {"model": {"dtype": "float8"}})
 
 
 nasty = st.sampled_from(
