@@ -138,19 +138,12 @@ def loops(answer: Sequence[int], copies: int = 3, span: int = 24, longest: int =
 
 @dataclass(frozen=True)
 class Answer:
-    """The last answer of a cached sequence, and what was drafted behind each of its tokens.
+    """The last answer of a cached sequence, and what was drafted behind each of its tokens."""
 
-    Attributes:
-        ids: the whole sequence.
-        start: where the answer begins.
-        drafts: [L, n], row j drafted behind the answer's token j.
-        index: its place in the split.
-    """
-
-    ids: NDArray[np.int32]
-    start: int
-    drafts: NDArray[np.int64]
-    index: int
+    ids: NDArray[np.int32]  # the whole sequence
+    start: int  # of the answer in it
+    drafts: NDArray[np.int64]  # [L, n], row j drafted behind the answer's token j
+    index: int  # of the sequence in the split
 
     @property
     def length(self) -> int:

@@ -42,8 +42,7 @@ def parse_dims(value: object) -> Dims:
     """Read a width (``512``) or a dot-separated stack of widths (``"1024.2048"``).
 
     Raises:
-        ValueError: a float (YAML reads an unquoted 1024.2560 as a number and drops its last zero), or an
-            entry that is not a positive integer.
+        ValueError: an entry that is not a positive integer, or a float: YAML reads an unquoted 1024.2560 as one.
     """
     if isinstance(value, float):
         raise ValueError(
@@ -163,8 +162,7 @@ class Data(Section):
 
     def files(self, split: str) -> tuple[str, ...]:
         """The files or folders of a split ("train", "val" or "eval")."""
-        found: tuple[str, ...] = getattr(self, f"{split}_files")
-        return found
+        return {"train": self.train_files, "val": self.val_files, "eval": self.eval_files}[split]
 
 
 class Speculator(Section):

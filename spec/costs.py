@@ -21,18 +21,11 @@ BYTES_A_TOKEN = 5
 
 @dataclass(frozen=True)
 class Machine:
-    """One device, or several of the same kind.
+    """One device, or several of the same kind; rates are of each, a second."""
 
-    Attributes:
-        flops: of matrix products in what the base computes in, a second and device.
-        bandwidth: bytes read from memory, a second and device.
-        weight_bytes: of one of the base's weights in what it computes in.
-        devices: how many work together.
-    """
-
-    flops: float
-    bandwidth: float
-    weight_bytes: int = 2
+    flops: float  # of matrix products in what the base computes in
+    bandwidth: float  # bytes read from memory
+    weight_bytes: int = 2  # of one of the base's weights in what it computes in
     devices: int = 1
 
 

@@ -40,21 +40,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer and what it took. The prefill, which gives the first token, is no step.
+    """An answer and what it took. The prefill, which gives the first token, is no step."""
 
-    Attributes:
-        tokens: the answer, its stop token included.
-        drafted: tokens drafted at each step.
-        accepted: how many of them entered the answer.
-        prefill_seconds: wall clock to the first token.
-        decode_seconds: from there to the last.
-    """
-
-    tokens: list[int]
-    drafted: list[int]
-    accepted: list[int]
-    prefill_seconds: float
-    decode_seconds: float
+    tokens: list[int]  # the answer, its stop token included
+    drafted: list[int]  # at each step
+    accepted: list[int]  # how many of them entered the answer
+    prefill_seconds: float  # wall clock to the first token
+    decode_seconds: float  # from there to the last
 
     @property
     def tokens_per_step(self) -> float:
@@ -121,7 +113,7 @@ class LanguageModelWithSpeculator:
             base: folder or hub id of the base, where it is no longer where the checkpoint says.
             dtype: of the weights, bfloat16 by default; spec.device.arithmetic says what they compute in.
             device: CUDA where there is one, by default.
-            decode: where drafts come from.
+            decode: as above.
             trust_remote_code: run code from the base's folder.
             allow_other_weights: accept a base of the same widths but other weights, such as a fine-tune.
 
@@ -327,13 +319,11 @@ def _sampler(length: int, temperature: float, top_k: int, top_p: float, seed: in
 
 def _one_prompt(input_ids: Tensor | Sequence[int]) -> list[int]:
     ids = torch.as_tensor(input_ids)
-    if ids.ndim == 2 and len(ids) == 1:
-        ids = ids[0]
-    if ids.ndim != 1:
+    if ids.ndim != 1 and not (ids.ndim == 2 and len(ids) == 1):
         raise DecodingError(f"input_ids has shape {list(ids.shape)}, expected one prompt: [S] or [1, S]")
-    if not len(ids):
+    prompt: list[int] = ids.flatten().tolist()
+    if not prompt:
         raise DecodingError("the prompt is empty: the base needs a token to go on from, such as its bos token")
-    prompt: list[int] = ids.tolist()
     return prompt
 
 

@@ -80,19 +80,14 @@ def tensors(speculator: Speculator, dtype: torch.dtype) -> dict[str, Tensor]:
         ExportError: a weight that dtype cannot hold.
     """
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in speculator.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+    for name, weight in checkpoint.weights(speculator, dtype).items():
+        if any(weight is other for other in found.values()):
             continue
-        seen.add(id(tensor))
-        weight = tensor.detach().cpu()
-        if weight.is_floating_point():
-            weight = weight.to(dtype)
-            if not weight.isfinite().all():
-                raise ExportError(
-                    f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; bfloat16 and float32 can"
-                )
-        found[name] = weight.contiguous()
+        if not weight.isfinite().all():
+            raise ExportError(
+                f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; bfloat16 and float32 can"
+            )
+        found[name] = weight
     return found
 
 

@@ -42,7 +42,7 @@ def save(speculator: Speculator, folder: str | os.PathLike[str], dtype: torch.dt
     path = Path(folder)
     with files.whole(path / WEIGHTS) as temporary, temporary.open("wb") as file:
         # Given a name, torch.save writes it into the file: the same weights would be other bytes each time.
-        torch.save(_weights(speculator, dtype), file)
+        torch.save(weights(speculator, dtype), file)
     files.write_json(path / CONFIG, speculator.config.to_json())
 
 
@@ -129,8 +129,8 @@ def check_base(
         )
 
 
-def _weights(speculator: Speculator, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict on the CPU, tied weights still tied, so that torch.save stores each of them once."""
+def weights(speculator: Speculator, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The state dict on the CPU in a dtype, tied weights still tied, so that torch.save stores each of them once."""
     seen: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for key, tensor in speculator.state_dict(keep_vars=True).items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,6 @@ from torch.nn import functional as F
 from spec.heads.config import SpeculatorConfig
 from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, linear, projection_stack, widths
 from spec.heads.speculator import Carry, Speculator, mixing_weight
-
-Gates: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SumLstm(Speculator):
@@ -52,15 +51,13 @@ class SumLstm(Speculator):
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
         state, cell = carry
-        forget, input_, output, candidate = (
-            torch.add(proj(i)(state), emb, alpha=self.alpha)
-            for proj, emb in zip(self.projections(), self.embed(tokens), strict=True)
-        )
-        return self.update(cell, (forget, input_, output, candidate))
+        return self.update(cell, [proj(i)(state) for proj in self.projections()], tokens)
 
-    def update(self, cell: Tensor, gates: Gates) -> tuple[Carry, Tensor]:
-        """The cell [P, w] and the gates' sums [P, w] (forget, input, output, cell) -> next carry, hidden [P, inner]."""
-        forget, input_, output, candidate = gates
+    def update(self, cell: Tensor, projected: Sequence[Tensor], tokens: Tensor) -> tuple[Carry, Tensor]:
+        """The cell and the state as each gate projects it, all [P, w] -> next carry, hidden [P, inner]."""
+        forget, input_, output, candidate = (
+            torch.add(part, emb, alpha=self.alpha) for part, emb in zip(projected, self.embed(tokens), strict=True)
+        )
         cell = cell * torch.sigmoid(forget) + F.gelu(self.cell_ln(0)(candidate)) * torch.sigmoid(input_)
         state = F.gelu(self.state_ln(0)(cell)) * torch.sigmoid(output)
         state = self.inner(0)(self.adapter(0)(state))
@@ -70,7 +67,7 @@ class SumLstm(Speculator):
         """The gates' projections, in the order in which serving engines fuse them: forget, input, output, cell."""
         return self.forget_proj, self.input_proj, self.output_proj, self.cell_proj
 
-    def embed(self, tokens: Tensor) -> Gates:
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Each gate's embedding of the tokens, [P] -> four of [P, w], in the order of projections."""
         forget: Tensor = self.forget_emb(0)(tokens)
         if self.config.tie_lstm_embs:  # one look-up: four would make four gradients the size of the table
@@ -112,11 +109,8 @@ class FusedSumLstm(Speculator):
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
         state, cell = carry
-        sums = F.linear(state, self.later if i else self.first).chunk(4, -1)  # four of [P, w]
-        forget, input_, output, candidate = (
-            torch.add(part, emb, alpha=self.lstm.alpha) for part, emb in zip(sums, self.lstm.embed(tokens), strict=True)
-        )
-        return self.lstm.update(cell, (forget, input_, output, candidate))
+        projected = F.linear(state, self.later if i else self.first).chunk(4, -1)  # four of [P, w]
+        return self.lstm.update(cell, projected, tokens)
 
 
 def fuse(speculator: Speculator) -> Speculator:

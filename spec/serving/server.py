@@ -44,9 +44,8 @@ def command(
 
     Raises:
         FileNotFoundError, CheckpointError: no usable checkpoint.
-        BaseError: the base is not found.
         DecodingError: more drafts of the heads than there are heads.
-        ServingError: vLLM is not installed here.
+        BaseError, ServingError: as plain_command.
     """
     config = heads.read_config(checkpoint)
     length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_DRAFT)

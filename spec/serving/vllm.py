@@ -98,9 +98,8 @@ class SpeculatorProposer:
         except FileNotFoundError as error:
             raise ServingError(f"additional_config.{OPTIONS}.checkpoint: {error}") from None
         base = vllm_config.model_config
-        heads.check_base(
-            self._config, base.get_vocab_size(), base.get_hidden_size(), self._config.base_digest
-        )  # widths alone: the weights may be a fine-tune's, or quantised
+        # Widths alone: the weights may be a fine-tune's, or quantised.
+        heads.check_base(self._config, base.get_vocab_size(), base.get_hidden_size(), "", allow_other_weights=True)
         if self._decode.draft == "head" and self._limit > self._config.n_predict:
             raise ServingError(
                 f"num_speculative_tokens is {self._limit}, but {self._checkpoint} was trained with n_predict "
