@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from spec import acceptance
 from spec.acceptance import Answer, Walk, draft_answers, interval, loops, tokens_per_step, walk, walks
 from spec.corpus import TokenSequence
-from spec.heads import Speculator, SpeculatorConfig, build, init_random
+from spec.heads import Speculator, build, init_random
 from spec.store.reader import FeatureReader
+from tests.spec.heads.reference import config
 from tests.tiny import chain, sequence, store_features
 
 V, D = 24, 8
@@ -179,19 +180,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> FeatureReader:
 
 
 def speculator(method: Any, draft_vocab_size: int | None = None) -> Speculator:
-    config = SpeculatorConfig(
-        method=method,
-        hidden_size=D,
-        vocab_size=V,
-        n_predict=3,
-        inner_dim=(6,),
-        emb_dim=(6,),
-        proj_dim=(6,),
-        draft_vocab_size=draft_vocab_size,
-        base_model_name_or_path="",
-        base_digest="",
-    )
-    made = build(config, torch.arange(1, V, 2) if draft_vocab_size else None)
+    shape = config(method, hidden_size=D, vocab_size=V, draft_vocab_size=draft_vocab_size)
+    made = build(shape, torch.arange(1, V, 2) if draft_vocab_size else None)
     init_random(made, seed=1)
     return made.double()
 

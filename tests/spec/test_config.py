@@ -302,55 +302,21 @@ nasty = st.sampled_from(
 )
 printable = st.characters(exclude_categories=["C", "Zl", "Zp"], exclude_characters="$~")
 words = nasty | st.text(printable, min_size=1, max_size=8)
-count = st.integers(1, 10**7)
-rate = st.floats(1e-9, 1e3)
-fraction = st.floats(0, 0.999)
 dims = st.lists(st.integers(1, 4096), min_size=1, max_size=3).map(lambda dims: ".".join(map(str, dims)))
-paths = words | st.lists(words, max_size=3) | st.none()
-
-
-@st.composite
-def speculators(draw: st.DrawFn) -> dict[str, Any]:
-    method = draw(st.sampled_from(["sum_rnn", "sum_lstm"]))
-    emb = draw(dims)
-    last = emb.rpartition(".")[2]
-    return {
-        "method": method,
-        "n_predict": draw(st.integers(1, 32)),
-        "inner_dim": draw(dims),
-        "emb_dim": emb,
-        "proj_dim": draw(st.just(last) | dims.map(lambda first: f"{first}.{last}")),
-        "tie_weights": method == "sum_lstm" or draw(st.booleans()),
-        "init": draw(words),
-        "draft_vocab_size": draw(st.none() | count),
-    }
-
-
-trees = st.fixed_dictionaries(
+group = st.fixed_dictionaries
+trees = group(
     {
-        "data": st.fixed_dictionaries(
-            {"train_files": paths, "prompt_key": st.none() | words, "max_samples": st.none() | count}
+        "data": group(
+            {"train_files": words | st.lists(words, max_size=3) | st.none(), "prompt_key": st.none() | words}
         ),
-        "model": st.fixed_dictionaries({"partial_pretrain": words, "speculator": speculators()}),
-        "optim": st.fixed_dictionaries(
-            {
-                "lr": rate,
-                "base_lr": rate,
-                "loss": st.sampled_from(["ce", "kl"]),
-                "clip_grad": rate,
-                "betas": st.lists(fraction, min_size=2, max_size=2),
-            }
-        ),
-        "features": st.fixed_dictionaries(
-            {"store": st.none() | words, "codec": st.sampled_from(["none", "zstd", "fp8"])}
-        ),
-        "trainer": st.fixed_dictionaries(
+        "model": group({"partial_pretrain": words, "speculator": group({"inner_dim": dims, "init": words})}),
+        "optim": group({"lr": st.floats(1e-9, 1e3), "betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2)}),
+        "trainer": group(
             {
                 "launcher": st.lists(words | st.just(""), max_size=3).map(shlex.join),
                 "logger": st.lists(st.sampled_from(["console", "mlflow"]), max_size=2),
-                "early_stop": st.none() | count,
+                "early_stop": st.none() | st.integers(1, 10**7),
                 "seed": st.integers(0, 2**63 - 1),
-                "experiment_name": words,
             }
         ),
     }

@@ -36,6 +36,7 @@ from spec.config import Decode, Method
 from spec.decoding import DecodingError, LanguageModelWithSpeculator, probabilities
 from spec.drafting import Source, drafts_along
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnn, build, init_from_base, save
+from tests.spec.heads.reference import config
 
 V, D = 12, 16
 CPU = torch.device("cpu")
@@ -88,9 +89,7 @@ def with_stops(base: Base, stops: Sequence[int] = ()) -> Base:
 
 
 def speculator_config(n: int = 3, method: Method = "sum_rnn", **changed: Any) -> SpeculatorConfig:
-    values: dict[str, Any] = {"hidden_size": D, "vocab_size": V, "inner_dim": (8,), "emb_dim": (8,), "proj_dim": (8,)}
-    values |= {"base_model_name_or_path": "tiny", "base_digest": "digest"}
-    return SpeculatorConfig(method=method, n_predict=n, **(values | changed))
+    return config(method, n_predict=n, **({"hidden_size": D, "vocab_size": V} | changed))
 
 
 @lru_cache
@@ -455,8 +454,9 @@ def test_bad_requests_are_refused() -> None:
 
 
 def test_a_model_that_cannot_forget_is_refused() -> None:
-    config = MambaConfig(vocab_size=V, hidden_size=D, state_size=4, num_hidden_layers=1)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=V, hidden_size=D, state_size=4, num_hidden_layers=1)
+    )
     with pytest.raises(DecodingError, match=r"MambaForCausalLM.*rejected drafts"):
         LanguageModelWithSpeculator(with_stops(Base(model, None, "digest", CPU, torch.float32)))
 

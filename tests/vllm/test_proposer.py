@@ -15,9 +15,11 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from spec import heads
 from spec.config import Decode
 from spec.drafting import Drafter, NgramIndex
-from spec.heads import CheckpointError, SpeculatorConfig
+from spec.heads import CheckpointError
 from spec.serving import ServingError
 from spec.serving import vllm as serving
+from tests.spec.export import engines
+from tests.spec.heads.reference import config as speculator_config
 
 D, V, LONGEST = 8, 24, 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -34,17 +36,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def make(folder: Path, **shape: Any) -> Path:
     """A random speculator of three heads."""
-    widths = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (D,))
-    values = {"method": "sum_rnn", "hidden_size": D, "vocab_size": V, "n_predict": 3, **widths, **shape}
-    config = SpeculatorConfig(base_model_name_or_path="base", base_digest="b", **values)
-    token_map = torch.arange(0, V, 2)[:10] if config.draft_vocab_size else None
-    speculator = heads.build(config, token_map)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for parameter in speculator.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.5)
-    heads.save(speculator, folder)
+        engines.checkpoint(folder, speculator_config(**{"hidden_size": D, "vocab_size": V, **shape}))
     return folder
 
 
