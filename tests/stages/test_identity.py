@@ -11,22 +11,7 @@ import pytest
 from spec import files
 from spec.store.manifest import Manifest
 from stages import common
-from tests.stages.workspace import copy_of, inline_workers, ok, prepare, refused, run_through
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which everything up to cache has run."""
-    root = prepare(tmp_path_factory.mktemp("ready"))
-    run_through(root, "cache")
-    return root
-
-
-@pytest.fixture
-def folder(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(copy_of(ready, tmp_path))
-    inline_workers(monkeypatch)
-    return tmp_path
+from tests.stages.workspace import ok, refused
 
 
 def change_source(name: str, value: str) -> None:

@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,9 @@ from spec.store.reader import FeatureReader
 from spec.training import loop
 from stages import common, train
 from tests.spec.heads.reference import config as shape
-from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused, run_through
+from tests.stages.workspace import content, ok, refused
 
 MODEL, LAST = Path("models/speculator"), Path("models/speculator/last")
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which everything up to cache has run."""
-    root = prepare(tmp_path_factory.mktemp("ready"))
-    before = content(root / "base")
-    run_through(root, "cache")
-    yield root
-    assert content(root / "base") == before
-
-
-@pytest.fixture
-def folder(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(copy_of(ready, tmp_path))
-    inline_workers(monkeypatch)
-    return tmp_path
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

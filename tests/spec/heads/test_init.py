@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spec.heads import Speculator, build, init_from_base, init_random
-from spec.heads.init import principal_directions
 
 from .reference import config, inputs
 
@@ -132,12 +131,3 @@ def test_tables_of_another_base_are_refused() -> None:
         init_from_base(build(config()), embedding, tables(24)[1])
     with pytest.raises(ValueError, match=r"embedding has shape \[23, 11\]"):
         init_from_base(build(config()), embedding[:, :11], lm_head)
-
-
-def test_principal_directions_are_orthonormal_and_ordered() -> None:
-    rows = tables()[0]
-    Q = principal_directions(rows, 5)
-    torch.testing.assert_close(Q.T @ Q, torch.eye(5), atol=1e-5, rtol=0)
-    variance = (rows @ Q).square().sum(0)
-    assert torch.equal(variance, variance.sort(descending=True).values)
-    assert variance.sum() > (rows[:, :5]).square().sum() - 1e-3
