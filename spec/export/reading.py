@@ -4,7 +4,6 @@ of ArcticTraining and ArcticInference. Whatever else lies there is refused by it
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -99,7 +98,7 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
         raise CheckpointError(f"{folder / 'config.json'}: n_predict is {config.n_predict}, at most {_MOST_HEADS} fit")
     if known is not None:
         heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
-    left = sorted(set(values) - {each.name for each in dataclasses.fields(config)} - {"input_hidden_dim"} - _NEUTRAL)
+    left = sorted(set(values) - SpeculatorConfig.model_fields.keys() - {"input_hidden_dim"} - _NEUTRAL)
     log.info(
         "%s is in %s: its weights and shape are read; %s",
         folder,
