@@ -301,7 +301,7 @@ def initialise(
     except (heads.CheckpointError, OSError) as error:
         raise SpecError(f"model.speculator.init: {error}") from None
     unused = {"init"} if shape.method == "sum_lstm" else {"init", "tie_lstm_embs"}
-    for name in Speculator.model_fields.keys() - unused:
+    for name in [name for name in Speculator.model_fields if name not in unused]:
         found, asked = getattr(speculator.config, name), getattr(shape, name)
         if found != asked:
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")

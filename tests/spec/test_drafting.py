@@ -56,19 +56,6 @@ def test_a_draft_behind_tokens_that_are_drafted_themselves(
     assert found == []
 
 
-@given(ids, st.integers(1, 4), st.integers(0, 4), st.data())
-def test_an_index_that_grows_equals_one_made_at_once(
-    tokens: list[int], minimum: int, more: int, data: st.DataObject
-) -> None:
-    index = NgramIndex(minimum, minimum + more)
-    done = 0
-    while done < len(tokens):
-        step = data.draw(st.integers(1, 7))
-        index.extend(tokens[done : done + step])
-        done = min(done + step, len(tokens))
-        assert index.draft(5) == ngram_draft(tokens[:done], minimum, minimum + more, 5)
-
-
 def heads(length: int) -> list[int]:
     return [100 + i for i in range(length)]
 

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
-from spec import files, heads
-from spec.config import from_mapping
+from spec import files
 from stages import cli
-from stages.train import initialise
 from tests.spec.export import engines
 from tests.spec.heads.reference import config
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE
@@ -41,17 +38,6 @@ def test_there_and_back(here: Path, base_folder: Path) -> None:
     assert "import: sum_rnn with 3 heads" in run("import", "arctic", "back").output
     for name in ("pytorch_model.bin", "config.json"):
         assert (here / "back" / name).read_bytes() == (here / "models/speculator" / name).read_bytes()
-
-
-def test_an_import_is_a_warm_start(here: Path, base_folder: Path) -> None:
-    assert run("export", "--out", "e", "--checkpoint", "models/speculator").exit_code == 0
-    assert run("import", "e", "warm").exit_code == 0
-    widths = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), 8)
-    asked = {"model": {"speculator": {"n_predict": 3, "init": "warm", **widths}}}
-    shape = heads.read_config("models/speculator")
-    warm = initialise(from_mapping(asked), shape, torch.zeros(VOCAB_SIZE).long().numpy(), {})
-    expected = heads.load("models/speculator").state_dict()
-    assert all(torch.equal(weight, expected[name].bfloat16().float()) for name, weight in warm.state_dict().items())
 
 
 def test_a_base_of_other_weights_is_refused(here: Path, base_folder: Path) -> None:
