@@ -178,9 +178,8 @@ def relabel(source: Path, target: Path, tuned: Path) -> None:
     """The speculator as if it had been trained on the fine-tune: evaluate refuses other weights than its own base's."""
     speculator = heads.load(source)
     digest = base.identify(tuned)["weights"]
-    speculator.config = replace(
-        speculator.config, base_model_name_or_path=str(tuned), base_revision=None, base_digest=digest
-    )
+    named = {"base_model_name_or_path": str(tuned), "base_revision": None, "base_digest": digest}
+    speculator.config = speculator.config.model_copy(update=named)
     heads.save(speculator, target)
 
 

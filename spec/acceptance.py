@@ -27,10 +27,6 @@ CHUNK_LOGITS = 2**24
 K = TypeVar("K")
 
 
-def _none_reached() -> NDArray[np.int64]:
-    return np.empty((0, 3), np.int64)
-
-
 @dataclass(frozen=True)
 class Walk:
     """One answer, decoded on paper.
@@ -48,15 +44,14 @@ class Walk:
     domain: str = ""
     looping: bool = False
     greedy: bool = True
-    reached: NDArray[np.int64] = field(default_factory=_none_reached)
+    reached: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
 
 
 def walk(matches: Sequence[int], length: int) -> NDArray[np.int64]:
     """Accepted drafts of each step while an answer of `length` tokens is decoded.
 
     The answer's first token costs no draft. Then each step drafts, keeps the drafts that match, takes the base's own
-    token, and the next step starts behind it; so only the places where decoding stops are counted. Accepted drafts
-    are capped at the tokens left.
+    token, and the next step starts behind it. Accepted drafts are capped at the tokens left.
 
     Args:
         matches: for each token of the answer, how many drafts made right behind it equal what follows.
@@ -70,15 +65,19 @@ def walk(matches: Sequence[int], length: int) -> NDArray[np.int64]:
     return np.asarray(accepted, np.int64)
 
 
+def _all_accepted(walks: Iterable[Walk]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *(walk.accepted for walk in walks)])
+
+
 def tokens_per_step(walks: Iterable[Walk]) -> float:
     """1 + accepted drafts / steps: tokens per forward of the base, its own token counted."""
-    steps = [walk.accepted for walk in walks if len(walk.accepted)]
-    return 1.0 + float(np.concatenate(steps).mean()) if steps else 1.0
+    accepted = _all_accepted(walks)
+    return 1.0 + float(accepted.mean()) if len(accepted) else 1.0
 
 
 def acceptance(walks: Iterable[Walk], n: int) -> list[float]:
     """For i = 1..n the share of steps in which at least i drafts were accepted."""
-    accepted = np.concatenate([np.empty(0, np.int64), *(walk.accepted for walk in walks)])
+    accepted = _all_accepted(walks)
     return [float((accepted >= i).mean()) if len(accepted) else 0.0 for i in range(1, n + 1)]
 
 
@@ -96,7 +95,7 @@ def histogram(walks: Iterable[Walk], n: int) -> list[float]:
 
 def longest(walks: Iterable[Walk]) -> int:
     """The most drafts that a step accepted."""
-    return max((int(walk.accepted.max(initial=0)) for walk in walks), default=0)
+    return int(_all_accepted(walks).max(initial=0))
 
 
 def interval(walks: Sequence[Walk], samples: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -139,19 +138,12 @@ def loops(answer: Sequence[int], copies: int = 3, span: int = 24, longest: int =
 
 @dataclass(frozen=True)
 class Answer:
-    """The last answer of a cached sequence, and what was drafted behind each of its tokens.
+    """The last answer of a cached sequence, and what was drafted behind each of its tokens."""
 
-    Attributes:
-        ids: the whole sequence.
-        start: where the answer begins.
-        drafts: [L, n], row j drafted behind the answer's token j.
-        index: its place in the split.
-    """
-
-    ids: NDArray[np.int32]
-    start: int
-    drafts: NDArray[np.int64]
-    index: int
+    ids: NDArray[np.int32]  # the whole sequence
+    start: int  # of the answer in it
+    drafts: NDArray[np.int64]  # [L, n], row j drafted behind the answer's token j
+    index: int  # of the sequence in the split
 
     @property
     def length(self) -> int:
@@ -201,7 +193,7 @@ def draft_answers(
 
     for index, whole in reader.sequences(range(len(reader)) if indices is None else indices):
         sequence = _last_answer(whole, reader.manifest.prompt_length[index])
-        if sequence is not None:
+        if len(sequence.positions):
             pending.append((index, sequence))
         if sum(len(s.positions) for _, s in pending) >= CHUNK:
             flush()
@@ -210,19 +202,10 @@ def draft_answers(
     return sorted(answers, key=lambda answer: answer.index)
 
 
-def _answer_states(sequence: CachedSequence, prompt_length: int) -> Tensor:
-    """[L, d] the states that lead to the last answer's tokens."""
-    cut = _last_answer(sequence, prompt_length)
-    assert cut is not None
-    return cut.states
-
-
-def _last_answer(sequence: CachedSequence, prompt_length: int) -> CachedSequence | None:
+def _last_answer(sequence: CachedSequence, prompt_length: int) -> CachedSequence:
     """The sequence cut to the states that lead to its last answer, whose tokens are all supervised."""
-    rows = sequence.positions >= max(prompt_length - 1, 0)
-    if not rows.any():
-        return None
-    first, stop = int(rows.argmax()), int(sequence.positions[-1]) + 2
+    first = int((sequence.positions < prompt_length - 1).sum())
+    stop = int(sequence.positions.max(initial=-2)) + 2
     return CachedSequence(
         sequence.states[first:], sequence.positions[first:], sequence.ids[:stop], sequence.mask[:stop]
     )
@@ -233,14 +216,7 @@ Drafts = Callable[[Answer], Iterable[Sequence[int]]]
 
 
 def walks(reader: SequenceReader, answers: Sequence[Answer], drafts: Drafts, tokens: int | None = None) -> list[Walk]:
-    """Walk over answers with drafts from any source.
-
-    Args:
-        reader: knows each answer's domain and who wrote it.
-        answers: as draft_answers gives them.
-        drafts: the source.
-        tokens: of an answer at most; None: all.
-    """
+    """Walk over answers of draft_answers with drafts from any source, and over so many tokens of each at most."""
     manifest = reader.manifest
     found = []
     for answer in answers:
@@ -298,9 +274,9 @@ def expected_acceptance(
     where there is no draft i or the answer ends. As T goes to 0 it becomes `conditional` of an answer written greedily.
 
     Args:
-        reader: has the states; no base model is needed.
+        reader: has the states.
         lm_head: [V, d] of the base, whose logits are lm_head times the state (features.linear_logits).
-        answers: as draft_answers gives them.
+        answers: of draft_answers.
         walks: over these answers, by source.
         temperatures: each above 0.
         on_positions: called with the number of states just done.
@@ -310,12 +286,12 @@ def expected_acceptance(
     """
     rows = max(1, CHUNK_LOGITS // len(lm_head))
     place = {answer.index: number for number, answer in enumerate(answers)}
-    sizes = {
-        source: max([1, *(int(each.reached[:, 1].max(initial=0)) for each in found)]) for source, found in walks.items()
+    sums = {
+        source: np.zeros((len(temperatures), max([1, *(int(each.reached[:, 1].max(initial=0)) for each in found)])))
+        for source, found in walks.items()
     }
-    sums = {source: np.zeros((len(temperatures), size)) for source, size in sizes.items()}
     for index, sequence in reader.sequences(place):
-        states = _answer_states(sequence, reader.manifest.prompt_length[index])
+        states = _last_answer(sequence, reader.manifest.prompt_length[index]).states
         for start in range(0, len(states), rows):
             part = states[start : start + rows].to(lm_head.device, lm_head.dtype)
             logits = (part @ lm_head.T).float()  # [rows, V]
@@ -331,12 +307,10 @@ def expected_acceptance(
             on_positions(len(part))
     result: dict[K, dict[float, list[float]]] = {}
     for source, found in walks.items():
-        accepted = np.concatenate([np.empty(0, np.int64), *(each.accepted for each in found)])
-        counts = np.array([(accepted >= i).sum() for i in range(sizes[source])])
-        result[source] = {
-            temperature: [float(share) for share in sums[source][t] / np.maximum(counts, 1)]
-            for t, temperature in enumerate(temperatures)
-        }
+        accepted = _all_accepted(found)
+        counts = np.array([(accepted >= i).sum() for i in range(sums[source].shape[1])])
+        shares = (sums[source] / np.maximum(counts, 1)).tolist()
+        result[source] = dict(zip(temperatures, shares, strict=True))
     return result
 
 

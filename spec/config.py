@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -41,20 +42,14 @@ def parse_dims(value: object) -> Dims:
     """Read a width (``512``) or a dot-separated stack of widths (``"1024.2048"``).
 
     Raises:
-        ValueError: a float (YAML reads an unquoted 1024.2560 as a number and drops its last zero), or an
-            entry that is not a positive integer.
+        ValueError: an entry that is not a positive integer, or a float: YAML reads an unquoted 1024.2560 as one.
     """
     if isinstance(value, float):
         raise ValueError(
             f"{value!r} is a number with a fraction; a list of widths must be quoted: "
             "'\"1024.2048\"' in YAML and on the command line of dvc"
         )
-    if isinstance(value, bool) or not isinstance(value, int | str | tuple | list):
-        raise ValueError(f'{value!r} is neither an integer nor a dot-separated list such as "1024.2048"')
-    if isinstance(value, int):
-        entries: list[object] = [value]
-    else:
-        entries = list(value.split(".") if isinstance(value, str) else value)
+    entries = value.split(".") if isinstance(value, str) else value if isinstance(value, tuple | list) else [value]
     try:
         dims = tuple(int(str(entry)) for entry in entries)
     except ValueError:
@@ -84,34 +79,18 @@ def check_recurrent(method: str, emb_dim: Dims, proj_dim: Dims, tie_weights: boo
         raise ValueError("method sum_lstm shares its weights over the heads: set tie_weights to true")
 
 
-def _paths(value: object) -> object:
-    """One path or a list of them, with ~ and $VARIABLES expanded; None is no file."""
-    if value is None:
-        return ()
-    entries = [value] if isinstance(value, str) else value
-    if not isinstance(entries, list | tuple) or not all(isinstance(e, str) and e for e in entries):
-        raise ValueError(f"{value!r} is neither a path nor a list of paths")
-    return tuple(_expand(e) for e in entries)
+def _listed(value: object) -> object:
+    """One string, or a list as YAML has it, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 def _expand(path: str) -> str:
     return os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - keeps hub ids and URLs untouched
 
 
-def _strings(value: object) -> object:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-def _numbers(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _command(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
-
-DATE = datetime.date(2026, 1, 1)
-"""The guide's default of data.date."""
 
 MEDUSA = "method medusa is gone: vLLM dropped such heads in 0.33, and they were the weakest; use sum_rnn or sum_lstm"
 
@@ -120,6 +99,10 @@ def _method(value: object) -> object:
     if value == "medusa":
         raise ValueError(MEDUSA)
     return value
+
+
+DATE = datetime.date(2026, 1, 1)
+"""The guide's default of data.date."""
 
 
 def _day(value: object) -> object:
@@ -131,8 +114,17 @@ def _day(value: object) -> object:
         raise ValueError(f"{value!r} is not a date; write it as 2026-01-31") from None
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
+Method = Literal["sum_rnn", "sum_lstm"]
+Dtype = Literal["bfloat16", "float32", "float16"]
+DraftSource = Literal["head", "ngram", "hybrid"]
+
+MethodField = Annotated[Method, BeforeValidator(_method)]
 DimsField = Annotated[Dims, BeforeValidator(parse_dims), PlainSerializer(format_dims)]
+Place = Annotated[str, AfterValidator(_expand)]
+Paths = Annotated[
+    tuple[Annotated[str, Field(min_length=1), AfterValidator(_expand)], ...],
+    BeforeValidator(lambda value: () if value is None else _listed(value)),
+]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -141,15 +133,15 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-Method = Literal["sum_rnn", "sum_lstm"]
-Dtype = Literal["bfloat16", "float32", "float16"]
-DraftSource = Literal["head", "ngram", "hybrid"]
-
-
 class Section(BaseModel):
-    """A group of parameters: frozen, no unknown keys, no silent conversions."""
+    """A group of parameters: frozen, no unknown keys, no silent conversions; null stands for its defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_empty(cls, values: Any) -> Any:
+        return {} if values is None else values
 
 
 class Data(Section):
@@ -160,7 +152,7 @@ class Data(Section):
     eval_files: Paths = ("data/prompts/eval.parquet",)
     prompt_key: str | None = None
     response_key: str | None = None
-    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(_strings)] = ()
+    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     skip_bad_rows: bool = False
     max_length: Annotated[int, Field(ge=4)] = 1024
     date: Annotated[datetime.date | None, BeforeValidator(_day)] = DATE
@@ -176,7 +168,7 @@ class Data(Section):
 class Speculator(Section):
     """The draft heads (docs/format.md names their files)."""
 
-    method: Annotated[Method, BeforeValidator(_method)] = "sum_rnn"
+    method: MethodField = "sum_rnn"
     n_predict: Annotated[int, Field(ge=1, le=32)] = 5
     inner_dim: DimsField = (1024,)
     emb_dim: DimsField = (1024,)
@@ -196,7 +188,7 @@ class Speculator(Section):
 class Model(Section):
     """The base model, and how it is trained beside the speculator."""
 
-    partial_pretrain: Annotated[str, BeforeValidator(lambda v: _expand(v) if isinstance(v, str) else v)] = "models/base"
+    partial_pretrain: Place = "models/base"
     revision: str | None = None
     dtype: Dtype = "bfloat16"
     trust_remote_code: bool = False
@@ -219,7 +211,7 @@ class Respond(Section):
 class Features(Section):
     """The cache of hidden states."""
 
-    store: Annotated[str | None, BeforeValidator(lambda v: _expand(v) if isinstance(v, str) else v)] = None
+    store: Place | None = None
     codec: Literal["none", "zstd", "fp8"] = "zstd"
     segment_tokens: Positive = 65536
 
@@ -240,8 +232,8 @@ class Optim(Section):
     lr: Rate = 1e-4
     base_lr: Rate = 1e-5
     loss: Literal["ce", "kl"] = "ce"
-    head_weights: Annotated[tuple[Rate, ...] | None, BeforeValidator(_numbers)] = None
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_numbers)] = (0.9, 0.95)
+    head_weights: Annotated[tuple[Rate, ...] | None, BeforeValidator(_listed)] = None
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_listed)] = (0.9, 0.95)
     weight_decay: NonNegative = 0.01
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_ratio: Fraction = 0.05
@@ -260,10 +252,7 @@ class Trainer(Section):
     save_freq: Positive = 1000
     test_freq: Positive = 500
     early_stop: Positive | None = None
-    logger: Annotated[tuple[Literal["console", "mlflow"], ...], BeforeValidator(_strings)] = (
-        "console",
-        "mlflow",
-    )
+    logger: Annotated[tuple[Literal["console", "mlflow"], ...], BeforeValidator(_listed)] = ("console", "mlflow")
     seed: Seed = 0
     experiment_name: str = "speculator"
     tracking_uri: str | None = None
@@ -333,10 +322,6 @@ class Config(Section):
         return self
 
 
-_RAW = ("model.speculator.inner_dim", "model.speculator.emb_dim", "model.speculator.proj_dim")
-"""Overrides kept as text: read as numbers, 1024.2560 would become 1024.256."""
-
-
 def load(path: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> Config:
     """Read and validate a parameter file, with ``key=value`` overrides on top.
 
@@ -355,45 +340,25 @@ def load(path: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> Con
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    return from_mapping(tree, source=str(path))
+    return from_mapping(tree, str(path), overrides)
 
 
-def from_overrides(overrides: Sequence[str]) -> Config:
-    """The guide's defaults with ``key=value`` overrides on top.
+def from_mapping(tree: dict[str, Any], source: str = "parameters", overrides: Sequence[str] = ()) -> Config:
+    """Validate nested parameters, with overrides as load has them; what is not there takes the guide's defaults.
 
     Raises:
-        ConfigError: as load.
+        ConfigError: as load; begins with the source.
     """
-    tree: dict[str, Any] = {}
     for override in overrides:
         _override(tree, override)
-    return from_mapping(tree)
-
-
-def with_values(config: Config, values: Mapping[str, Mapping[str, Any]]) -> Config:
-    """A config with values of some sections replaced, validated again.
-
-    Raises:
-        ConfigError: as load.
-    """
-    tree = _tree(config)
-    for section, entries in values.items():
-        tree[section] |= entries
-    return from_mapping(tree)
-
-
-def from_mapping(tree: Mapping[str, Any], source: str = "parameters") -> Config:
-    """Validate nested parameters; a section that is absent or null takes its defaults."""
     try:
-        return Config.model_validate(_without_nulls(tree))
+        return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}:\n" + "\n".join(map(_explain, error.errors()))) from None
+        raise ConfigError("\n  ".join([f"{source}:", *explain(error, Config)])) from None
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """Every parameter by its dotted key, as plain values; widths as format_dims writes them."""
+    """Every parameter by its dotted key, as a file has it."""
 
     def visit(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         for name, value in tree.items():
@@ -402,75 +367,51 @@ def flatten(config: Config) -> dict[str, object]:
             else:
                 yield f"{prefix}{name}", value
 
-    return dict(visit("", _tree(config)))
+    return dict(visit("", config.model_dump(mode="json")))
 
 
 def save(config: Config, path: Path) -> None:
     """Write every parameter to a YAML file that load reads back to an equal Config."""
     with path.open("w") as file:
-        YAML().dump(_tree(config), file)
-
-
-def _tree(config: Config) -> dict[str, Any]:
-    """Nested plain values, as a file has them."""
-    return config.model_dump(mode="json")
+        YAML().dump(config.model_dump(mode="json"), file)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    key = key.strip()
+    key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.lr=5e-5")
-    if key in _RAW:
-        value: object = _unquote(text)
-        value = int(value) if isinstance(value, str) and value.isdigit() else value
-    else:
-        try:
-            value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
-        except YAMLError:
-            value = text
     *sections, name = key.split(".")
-    node = tree
     for section in sections:
-        child = node.setdefault(section, {})
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
-        node = child
-    node[name] = value
+    if name in ("inner_dim", "emb_dim", "proj_dim"):
+        tree[name] = text.strip("\"'")  # read as a number, 1024.2560 would become 1024.256
+        return
+    try:
+        tree[name] = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        tree[name] = text
 
 
-def _unquote(text: str) -> str:
-    text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+def explain(error: ValidationError, section: type[Section]) -> Iterator[str]:
+    """A line on each wrong key of a section: where, what was found, what would fit."""
+    for each in error.errors():
+        location = [str(part) for part in each["loc"]]
+        message = each["msg"].removeprefix("Value error, ")
+        message = f"{message[0].lower()}{message[1:]}"
+        if each["type"] == "extra_forbidden":
+            known = _fields(section, location[:-1])
+            close = difflib.get_close_matches(location[-1], known, n=1)
+            message = "unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+        elif each["type"] not in ("value_error", "missing"):
+            message += f", found {each['input']!r}"
+        yield ": ".join([*filter(None, [".".join(location)]), message])
 
 
-def _without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections that are null count as absent; null values inside stay."""
-    sections = {name: {} if value is None and name in Config.model_fields else value for name, value in tree.items()}
-    model = sections.get("model")
-    if isinstance(model, dict) and model.get("speculator", {}) is None:
-        sections["model"] = {**model, "speculator": {}}
-    return sections
-
-
-def _explain(error: Any) -> str:
-    """One line on one wrong key: where, what was found, what would fit."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = _fields(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"  {key}: unknown key; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
-    return f"  {key}: {message[0].lower()}{message[1:]}{found}"
-
-
-def _fields(location: Sequence[str]) -> list[str]:
-    section: type[Section] = Config
+def _fields(section: type[Section], location: Sequence[str]) -> list[str]:
     for name in location:
         annotation = section.model_fields[name].annotation
         assert isinstance(annotation, type)

@@ -21,18 +21,11 @@ BYTES_A_TOKEN = 5
 
 @dataclass(frozen=True)
 class Machine:
-    """One device, or several of the same kind.
+    """One device, or several of the same kind; rates are of each, a second."""
 
-    Attributes:
-        flops: of matrix products in what the base computes in, a second and device.
-        bandwidth: bytes read from memory, a second and device.
-        weight_bytes: of one of the base's weights in what it computes in.
-        devices: how many work together.
-    """
-
-    flops: float
-    bandwidth: float
-    weight_bytes: int = 2
+    flops: float  # of matrix products in what the base computes in
+    bandwidth: float  # bytes read from memory
+    weight_bytes: int = 2  # of one of the base's weights in what it computes in
     devices: int = 1
 
 
@@ -43,7 +36,6 @@ class Job:
     Attributes:
         base_params: parameters N of the base that a token passes through.
         hidden_size: d.
-        vocab_size: V.
         tokens: of all sequences, prompts included.
         positions: stored states; about the tokens of the answers.
         answers: tokens that the base has yet to write.
@@ -57,7 +49,6 @@ class Job:
 
     base_params: float
     hidden_size: int
-    vocab_size: int
     tokens: float
     positions: float
     answers: float
@@ -72,9 +63,8 @@ def passed_params(model: Any) -> int:
     """Parameters of a causal model that a token passes through: all but the embedding, which is looked up (and counts
     where it is lm_head as well)."""
     embedding = model.get_input_embeddings().weight
-    looked_up = 0 if model.get_output_embeddings().weight is embedding else embedding.numel()
-    count: int = sum(p.numel() for p in model.parameters()) - looked_up
-    return count
+    tied = model.get_output_embeddings().weight is embedding
+    return sum(p.numel() for p in model.parameters() if tied or p is not embedding)
 
 
 def stored_bytes(job: Job, dtype: str, codec: str) -> float:
@@ -88,10 +78,9 @@ def prefill_seconds(job: Job, machine: Machine) -> float:
 
 
 def answer_seconds(job: Job, machine: Machine) -> float:
-    """Seconds in which the base writes the answers (respond).
+    """Seconds in which the base writes the answers (respond), attention left out.
 
     A step of `rows` answers reads all weights once and does 2 N operations a row; it takes the longer of the two.
-    Attention is left out.
     """
     reading = machine.weight_bytes * job.base_params / machine.bandwidth
     step = max(reading, 2 * job.base_params * job.rows / machine.flops)
@@ -117,16 +106,15 @@ def epoch_seconds(job: Job, machine: Machine) -> float:
 def loop_epoch_seconds(job: Job, machine: Machine) -> float:
     """Seconds of one epoch with the base in the loop, as trainers without a cache have it.
 
-    The first epoch over a cache costs as much, the pass that fills it included; every further epoch, head and run
-    over the same data saves prefill_seconds.
+    The first epoch over a cache costs as much; every further epoch, head and run saves prefill_seconds.
     """
     return prefill_seconds(job, machine) + epoch_seconds(job, machine)
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Machine:
-    """The device's rates, from products of square matrices and from copies of 256 MiB.
+    """The device's rates, from products of square matrices that fill it and from copies of 256 MiB.
 
-    The matrices are large enough to fill the device. They are random, because a GPU multiplies ones and zeros faster.
+    The matrices are random, because a GPU multiplies ones and zeros faster.
     """
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.generation import BaseStreamer
 
 from spec import acceptance, heads
 from spec import base as bases
@@ -24,31 +25,13 @@ from spec.drafting import DecodingError, Drafter, Source
 from spec.heads import Speculator
 from spec.kv_cache import make_cache
 
-__all__ = ["DecodingError", "Generation", "LanguageModelWithSpeculator", "Step", "Streamer", "probabilities"]
-
 Pick = Callable[[Tensor, int], Tensor]
 """Logits [S, V] behind S tokens, and the place in the answer of what follows the first of them -> tokens [S]."""
 
 
-class Streamer(Protocol):
-    """transformers' streamers, such as TextStreamer."""
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt at first, then tokens as they come, [S]."""
-
-    def end(self) -> None:
-        """The answer is complete."""
-
-
 @dataclass(frozen=True)
 class Step:
-    """One forward of the base.
-
-    Attributes:
-        tokens: what it added to the answer.
-        drafted: tokens drafted for it.
-        accepted: how many of them entered the answer.
-    """
+    """One forward of the base: what it added to the answer, and how many drafts it had and accepted."""
 
     tokens: list[int]
     drafted: int
@@ -57,35 +40,22 @@ class Step:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer and what it took. The prefill, which gives the first token, is no step.
+    """An answer and what it took. The prefill, which gives the first token, is no step."""
 
-    Attributes:
-        tokens: the answer, its stop token included.
-        drafted: tokens drafted at each step.
-        accepted: how many of them entered the answer.
-        prefill_seconds: wall clock to the first token.
-        decode_seconds: from there to the last.
-    """
-
-    tokens: list[int]
-    drafted: list[int]
-    accepted: list[int]
-    prefill_seconds: float
-    decode_seconds: float
-
-    @property
-    def steps(self) -> int:
-        """Forwards of the base behind the prefill."""
-        return len(self.accepted)
+    tokens: list[int]  # the answer, its stop token included
+    drafted: list[int]  # at each step
+    accepted: list[int]  # how many of them entered the answer
+    prefill_seconds: float  # wall clock to the first token
+    decode_seconds: float  # from there to the last
 
     @property
     def tokens_per_step(self) -> float:
-        """As spec.acceptance defines it: 1 + accepted drafts / steps."""
+        """1 + accepted drafts / steps, as spec.acceptance defines it."""
         return acceptance.tokens_per_step([self.walk])
 
     @property
     def acceptance_rates(self) -> list[float]:
-        """For i = 1, 2, .. the share of steps in which at least i drafts were accepted (as spec.acceptance)."""
+        """For i = 1, 2, .. the share of steps in which at least i drafts were accepted."""
         return acceptance.acceptance([self.walk], max(self.drafted, default=0))
 
     @property
@@ -119,9 +89,7 @@ class LanguageModelWithSpeculator:
     def __init__(self, base: Base, speculator: Speculator | None = None, decode: Decode | None = None) -> None:
         _check_croppable(base.model)
         if speculator is not None:
-            heads.check_base(
-                speculator.config, base.vocab_size, base.hidden_size, base.digest, allow_other_weights=True
-            )
+            heads.check_base(speculator.config, base.vocab_size, base.hidden_size, "", allow_other_weights=True)
         self.base = base
         self.speculator = None if speculator is None else heads.fuse(speculator).eval()
         self.decode = decode or Decode()
@@ -145,7 +113,7 @@ class LanguageModelWithSpeculator:
             base: folder or hub id of the base, where it is no longer where the checkpoint says.
             dtype: of the weights, bfloat16 by default; spec.device.arithmetic says what they compute in.
             device: CUDA where there is one, by default.
-            decode: where drafts come from.
+            decode: as above.
             trust_remote_code: run code from the base's folder.
             allow_other_weights: accept a base of the same widths but other weights, such as a fine-tune.
 
@@ -175,13 +143,12 @@ class LanguageModelWithSpeculator:
         input_ids: Tensor | Sequence[int],
         max_new_tokens: int = 256,
         *,
-        streamer: Streamer | None = None,
+        streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> Generation:
-        """Answer a prompt; see stream for the parameters, for errors, and for tokens as they come.
+        """Answer a prompt; stream says what parameters and errors there are, and gives tokens as they come.
 
-        Args:
-            streamer: shown the prompt and then the tokens of each step, as transformers' generate does it.
+        A streamer, such as transformers' TextStreamer, is shown the prompt and then the tokens of each step.
         """
         started = time.perf_counter()
         stream = self.stream(input_ids, max_new_tokens, **options)
@@ -226,10 +193,8 @@ class LanguageModelWithSpeculator:
         Args:
             input_ids: the prompt, [S] or [1, S].
             max_new_tokens: at most this many tokens.
-            do_sample: draw from the base's distribution; else take the likeliest token.
-            temperature: see probabilities.
-            top_k: see probabilities.
-            top_p: see probabilities.
+            do_sample: draw from the distribution that probabilities makes of temperature, top_k and top_p; else take
+                the likeliest token.
             seed: of sampling. The answer follows from it and the prompt, whatever is drafted; None draws a new one.
             draft: instead of decode.draft; "none" is plain decoding.
             attention_mask: as tokenizers give it beside input_ids; all ones.
@@ -268,10 +233,8 @@ class LanguageModelWithSpeculator:
             read[:] = args[:1]
 
         def forward(tokens: Tensor, last: int) -> tuple[Tensor, Tensor]:  # [S] -> [last, V], [last, d]
-            logits = model(
-                input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=last
-            ).logits  # the model's own, after any scaling or capping
-            return logits[0], read[0][0]
+            made = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=last)
+            return made.logits[0], read[0][0]  # the model's own logits, after any scaling or capping
 
         def from_heads(k: int) -> Tensor | list[int]:  # [k]
             assert speculator is not None  # Drafter has seen to it
@@ -301,7 +264,8 @@ class LanguageModelWithSpeculator:
                 accepted = acceptance.matching(read_ids[1:], wanted)
                 cache.crop(accepted - k)
                 token, state = chosen[accepted : accepted + 1], states[accepted : accepted + 1]
-                run = _until_stop(wanted[: accepted + 1][: limit - written], stops)
+                run = wanted[: min(accepted + 1, limit - written)]
+                run = run[: next((end for end, one in enumerate(run, 1) if one in stops), None)]
                 written += len(run)
                 yield Step(run, k, min(accepted, len(run)))
 
@@ -353,21 +317,13 @@ def _sampler(length: int, temperature: float, top_k: int, top_p: float, seed: in
     return pick
 
 
-def _until_stop(tokens: list[int], stops: frozenset[int]) -> list[int]:
-    """The tokens through the first stop token."""
-    end = next((i for i, token in enumerate(tokens, 1) if token in stops), len(tokens))
-    return tokens[:end]
-
-
 def _one_prompt(input_ids: Tensor | Sequence[int]) -> list[int]:
     ids = torch.as_tensor(input_ids)
-    if ids.ndim == 2 and len(ids) == 1:
-        ids = ids[0]
-    if ids.ndim != 1:
+    if ids.ndim != 1 and not (ids.ndim == 2 and len(ids) == 1):
         raise DecodingError(f"input_ids has shape {list(ids.shape)}, expected one prompt: [S] or [1, S]")
-    if not len(ids):
+    prompt: list[int] = ids.flatten().tolist()
+    if not prompt:
         raise DecodingError("the prompt is empty: the base needs a token to go on from, such as its bos token")
-    prompt: list[int] = ids.tolist()
     return prompt
 
 

@@ -45,17 +45,12 @@ class NgramIndex:
     sequence is.
 
     Args:
-        minimum: length of the shortest suffix looked up.
+        minimum: length of the shortest suffix looked up, at least 1.
         maximum: of the longest.
         ids: the first tokens of the sequence.
-
-    Raises:
-        DecodingError: not 1 <= minimum <= maximum.
     """
 
     def __init__(self, minimum: int, maximum: int, ids: Iterable[int] = ()) -> None:
-        if not 1 <= minimum <= maximum:
-            raise DecodingError(f"n-grams of {minimum} to {maximum} tokens: expected 1 <= ngram_min <= ngram_max")
         self._sizes = range(maximum, minimum - 1, -1)
         self._ids: list[int] = []
         self._behind: dict[tuple[int, ...], int] = {}  # n-gram -> where the token behind its latest occurrence is
@@ -118,13 +113,11 @@ class Drafter:
         source = source or decode.draft
         if source not in get_args(Source):
             raise DecodingError(f"draft is {source!r}, expected one of {', '.join(get_args(Source))}")
-        self._ngrams: NgramIndex | None = None
+        self._ngrams = NgramIndex(decode.ngram_min, decode.ngram_max) if source in ("ngram", "hybrid") else None
         self._head_length = 0
         self._length = decode.draft_len or sys.maxsize
         self._per_token = None if decode.draft_len else PER_TOKEN
         self._strong = STRONG if source == "hybrid" else 1
-        if source in ("ngram", "hybrid"):
-            self._ngrams = NgramIndex(decode.ngram_min, decode.ngram_max)
         if source in ("head", "hybrid"):
             if n_predict is None:
                 raise DecodingError(f"draft is {source!r}, but there is no speculator: give one, or draft by 'ngram'")
@@ -160,12 +153,7 @@ class Drafter:
         return self._ngrams is not None and self._head_length > 0
 
     def follow(self, limit: int, drafted: list[int]) -> list[int]:
-        """The heads' drafts, continued by lookup behind the first one that ends a strong match.
-
-        Args:
-            limit: as draft had it.
-            drafted: what the heads drafted.
-        """
+        """The heads' drafts, continued by lookup behind the first one that ends a strong match; limit as in draft."""
         for used in range(1, len(drafted) + 1 if self.follows else 0):
             found = self._lookup(limit, drafted[:used])
             if found:

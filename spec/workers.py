@@ -48,8 +48,7 @@ class Worker:
 
 
 def this_worker() -> Worker:
-    """This process's place, from RANK and WORLD_SIZE; alone where they are not set. Its CUDA device becomes the current
-    one."""
+    """This process's place, from RANK and WORLD_SIZE; its CUDA device becomes the current one."""
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

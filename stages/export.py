@@ -12,7 +12,7 @@ from stages import common
 
 
 @click.command()
-@click.option("--format", "form", default="arctic", show_default=True, help="Of the engine.")
+@click.option("--format", "form", type=click.Choice(["arctic"]), default="arctic", help="Of the engine.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
@@ -33,7 +33,6 @@ def export(form: str, out: Path, checkpoint: Path, dtype: str, base: str | None)
         written = exports.write(
             checkpoint,
             out,
-            exports.find(form),
             getattr(torch, dtype),
             base=base,
             base_architectures=exports.read_architectures(*where),

@@ -93,7 +93,6 @@ def make_job(
     return Job(
         base_params=base_params,
         hidden_size=hidden,
-        vocab_size=vocab,
         tokens=tokens,
         positions=positions,
         answers=answers,

@@ -103,13 +103,11 @@ def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:
     if all((gsm8k / name).is_file() for name in ("train.parquet", "test.parquet")):
         defaults += [f"data.train_files={gsm8k}/train.parquet", f"data.val_files={gsm8k}/test.parquet"]
         common.say(f"run: data defaults to {gsm8k}")
-    config = config_module.from_overrides([*defaults, *overrides])
-    absolute = {
-        name: [_absolute(path) for path in getattr(config.data, name)]
-        for name in ("train_files", "val_files", "eval_files")
-    }
-    model = {"partial_pretrain": _absolute(config.model.partial_pretrain)}
-    return config_module.with_values(config, {"data": absolute, "model": model})
+    tree = config_module.from_mapping({}, overrides=[*defaults, *overrides]).model_dump(mode="json")
+    for split in common.SPLITS:
+        tree["data"][f"{split}_files"] = [_absolute(path) for path in tree["data"][f"{split}_files"]]
+    tree["model"]["partial_pretrain"] = _absolute(tree["model"]["partial_pretrain"])
+    return config_module.from_mapping(tree)
 
 
 def _halve_val(config: Config, folder: Path) -> Config:
@@ -125,7 +123,9 @@ def _halve_val(config: Config, folder: Path) -> Config:
             pq.write_table(table.take(list(range(first, len(table), 2))), target)
             halves[split].append(str(target.relative_to(folder.parent)))
     common.say("run: no data.eval_files given, so even rows of data.val_files choose the checkpoint, odd rows report")
-    return config_module.with_values(config, {"data": {f"{split}_files": files for split, files in halves.items()}})
+    tree = config.model_dump(mode="json")
+    tree["data"] |= {f"{split}_files": files for split, files in halves.items()}
+    return config_module.from_mapping(tree)
 
 
 def _absolute(path: str) -> str:

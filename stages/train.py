@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,23 +107,16 @@ def speculator_config(params: Speculator, manifest: Manifest) -> SpeculatorConfi
     Raises:
         SpecError: values that make no network on this base.
     """
+    values = {
+        **params.model_dump(exclude={"init"}),
+        "hidden_size": manifest.hidden_size,
+        "vocab_size": manifest.vocab_size,
+        "base_model_name_or_path": manifest.base["name"],
+        "base_revision": manifest.base["revision"],
+        "base_digest": manifest.base["weights"],
+    }
     try:
-        return SpeculatorConfig(
-            method=params.method,
-            hidden_size=manifest.hidden_size,
-            vocab_size=manifest.vocab_size,
-            n_predict=params.n_predict,
-            inner_dim=params.inner_dim,
-            emb_dim=params.emb_dim,
-            proj_dim=params.proj_dim,
-            scale_input=params.scale_input,
-            tie_weights=params.tie_weights,
-            tie_lstm_embs=params.tie_lstm_embs,
-            draft_vocab_size=params.draft_vocab_size,
-            base_model_name_or_path=manifest.base["name"],
-            base_revision=manifest.base["revision"],
-            base_digest=manifest.base["weights"],
-        )
+        return SpeculatorConfig.from_json(values)
     except ValueError as error:
         raise SpecError(f"model.speculator: {error}") from None
 
@@ -272,9 +264,8 @@ def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
     if isinstance(task, JointTask):
         digest = base_model.identify(common.TRAINED_BASE)["weights"]
         name = str(common.TRAINED_BASE)
-        task.speculator.config = replace(
-            task.speculator.config, base_model_name_or_path=name, base_revision=None, base_digest=digest
-        )
+        base = {"base_model_name_or_path": name, "base_revision": None, "base_digest": digest}
+        task.speculator.config = task.speculator.config.model_copy(update=base)
     heads.save(task.speculator, common.MODEL)
 
 
@@ -309,18 +300,8 @@ def initialise(
         heads.check_base(speculator.config, shape.vocab_size, shape.hidden_size, "", allow_other_weights=True)
     except (heads.CheckpointError, OSError) as error:
         raise SpecError(f"model.speculator.init: {error}") from None
-    names = [
-        "method",
-        "n_predict",
-        "draft_vocab_size",
-        "scale_input",
-        "tie_weights",
-        "inner_dim",
-        "emb_dim",
-        "proj_dim",
-    ]
-    names += ["tie_lstm_embs"] if shape.method == "sum_lstm" else []
-    for name in names:
+    unused = {"init"} if shape.method == "sum_lstm" else {"init", "tie_lstm_embs"}
+    for name in [name for name in Speculator.model_fields if name not in unused]:
         found, asked = getattr(speculator.config, name), getattr(shape, name)
         if found != asked:
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")

@@ -91,7 +91,15 @@ def make(name: str, place: Path) -> None:
             fresh = Path(scratch, name)
             fresh.mkdir()
             part.build(found, fresh)
-            publish(fresh, built)
+            for path in fresh.iterdir():
+                path.chmod(0o644)
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            try:
+                fresh.rename(built)
+            except OSError:
+                if not built.is_dir():  # else another process was first, and its folder stays
+                    raise
     if not ours or place.readlink() != built:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
@@ -102,10 +110,10 @@ def make(name: str, place: Path) -> None:
 
 def check(name: str, part: Part) -> None:
     """Stop before any work where packages or space are missing."""
-    missing = [package for package in part.imports if importlib.util.find_spec(package) is None]
+    missing = " and ".join(package for package in part.imports if importlib.util.find_spec(package) is None)
     if missing:
         sys.exit(
-            f"the embedded {name} is built with {' and '.join(missing)}, which {sys.prefix} lacks: run "
+            f"the embedded {name} is built with {missing}, which {sys.prefix} lacks: run "
             f"pip install --constraint constraints.txt --editable '.[embedded]' in {wheels.LOCK.parent.parent}"
         )
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -115,20 +123,6 @@ def check(name: str, part: Part) -> None:
             f"{CACHE} has {free / 2**20:.0f} MiB free; to build the embedded {name} takes {part.space / 2**20:.0f} "
             "MiB: free some space, or move the cache by setting XDG_CACHE_HOME"
         )
-
-
-def publish(fresh: Path, built: Path) -> None:
-    """Flush a finished folder to the disk and move it into place; another process's stays if that was first."""
-    for path in fresh.iterdir():
-        path.chmod(0o644)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    fresh.chmod(0o755)
-    try:
-        fresh.rename(built)
-    except OSError:
-        if not built.is_dir():
-            raise
 
 
 if __name__ == "__main__":

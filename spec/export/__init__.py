@@ -4,19 +4,6 @@
 folder into a speculator, ``card`` describes an export.
 """
 
-from spec.export.format import ExportError, Format
+from spec.export.arctic import ExportError
 from spec.export.reading import KnownBase, identify_base, read
-from spec.export.writing import FORMATS, find, measured_on, read_architectures, write
-
-__all__ = [
-    "FORMATS",
-    "ExportError",
-    "Format",
-    "KnownBase",
-    "find",
-    "identify_base",
-    "measured_on",
-    "read",
-    "read_architectures",
-    "write",
-]
+from spec.export.writing import measured_on, read_architectures, write

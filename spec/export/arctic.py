@@ -8,66 +8,86 @@ to.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spec.export.format import ExportError, Format, vllm_command
+from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
 
 
-class Arctic(Format):
-    """One width for embedding, projection and output, and the whole vocabulary."""
+class ExportError(SpecError):
+    """A speculator that the format cannot hold, or a folder that is in the way: says why, and what would fit."""
 
-    name = "arctic"
 
-    def check(self, config: SpeculatorConfig) -> None:
-        dims = {key: getattr(config, key) for key in ("inner_dim", "emb_dim", "proj_dim")}
-        found = ", ".join(f"{key} {'.'.join(map(str, value))}" for key, value in dims.items())
-        if any(len(value) > 1 for value in dims.values()):
-            raise ExportError(
-                f"format {self.name} holds no stack of widths (found {found}): the engine builds another network from "
-                "such a list than the one that was trained. One integer for all three fits"
-            )
-        if len(set(dims.values())) > 1:
-            raise ExportError(
-                f"format {self.name} has one width for embedding, projection and output (found {found}): the engine "
-                "adds and normalises them as they are. Train with the three widths equal"
-            )
-        if config.draft_vocab_size is not None:
-            raise ExportError(
-                f"format {self.name} has no draft vocabulary: the engine takes the row number of a head's output for "
-                f"the token, and this speculator's {config.draft_vocab_size} rows stand for others. Train with "
-                "model.speculator.draft_vocab_size=null"
-            )
-        if config.method == "sum_lstm" and not config.tie_lstm_embs:
-            raise ExportError(
-                f"format {self.name}: ArcticInference serves a sum_lstm only where its gates share one embedding. "
-                "Train with model.speculator.tie_lstm_embs=true"
-            )
+def check(config: SpeculatorConfig) -> None:
+    """Refuse what the format cannot hold: it has one width for all, and the whole vocabulary.
 
-    def config(self, config: SpeculatorConfig, base_architectures: Sequence[str]) -> dict[str, Any]:
-        n = config.n_predict
-        return {
-            "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
-            "model_type": "mlp_speculator",
-            **({"base_model_archs": list(base_architectures)} if base_architectures else {}),
-            "method": config.method,
-            "input_hidden_dim": config.hidden_size,
-            **dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), str(config.inner_dim[0])),
-            "vocab_size": config.vocab_size,
-            "n_predict": n,
-            "n_candidates": n,
-            "top_k_tokens_per_head": [1] * n,
-            "tie_weights": config.tie_weights,
-            "tie_lstm_embs": config.tie_lstm_embs,
-            "scale_input": config.scale_input,
-            # vLLM derives a head size from the config and divides by this (vllm#34106).
-            "num_attention_heads": 1,
-        }
+    Raises:
+        ExportError: the reason, and what would fit.
+    """
+    dims = {key: getattr(config, key) for key in ("inner_dim", "emb_dim", "proj_dim")}
+    found = ", ".join(f"{key} {'.'.join(map(str, value))}" for key, value in dims.items())
+    if any(len(value) > 1 for value in dims.values()):
+        raise ExportError(
+            f"format arctic holds no stack of widths (found {found}): the engine builds another network from "
+            "such a list than the one that was trained. One integer for all three fits"
+        )
+    if len(set(dims.values())) > 1:
+        raise ExportError(
+            f"format arctic has one width for embedding, projection and output (found {found}): the engine "
+            "adds and normalises them as they are. Train with the three widths equal"
+        )
+    if config.draft_vocab_size is not None:
+        raise ExportError(
+            f"format arctic has no draft vocabulary: the engine takes the row number of a head's output for "
+            f"the token, and this speculator's {config.draft_vocab_size} rows stand for others. Train with "
+            "model.speculator.draft_vocab_size=null"
+        )
+    if config.method == "sum_lstm" and not config.tie_lstm_embs:
+        raise ExportError(
+            "format arctic: ArcticInference serves a sum_lstm only where its gates share one embedding. "
+            "Train with model.speculator.tie_lstm_embs=true"
+        )
 
-    def serve(self, config: SpeculatorConfig, folder: Path, base_architectures: Sequence[str]) -> str:
-        environment = "ARCTIC_INFERENCE_ENABLED=1 "
-        if not base_architectures:
-            environment += "ARCTIC_INFERENCE_SKIP_SPEC_MODEL_CHECK=1 "
-        return vllm_command(config, folder, "arctic", environment)
+
+def engine_config(config: SpeculatorConfig, base_architectures: Sequence[str]) -> dict[str, Any]:
+    """What the engine reads in config.json.
+
+    Args:
+        config: one that check accepts.
+        base_architectures: of the base's own config.json; empty where they are not known.
+    """
+    n = config.n_predict
+    return {
+        "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
+        "model_type": "mlp_speculator",
+        **({"base_model_archs": list(base_architectures)} if base_architectures else {}),
+        "method": config.method,
+        "input_hidden_dim": config.hidden_size,
+        **dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), str(config.inner_dim[0])),
+        "vocab_size": config.vocab_size,
+        "n_predict": n,
+        "n_candidates": n,
+        "top_k_tokens_per_head": [1] * n,
+        "tie_weights": config.tie_weights,
+        "tie_lstm_embs": config.tie_lstm_embs,
+        "scale_input": config.scale_input,
+        # vLLM derives a head size from the config and divides by this (vllm#34106).
+        "num_attention_heads": 1,
+    }
+
+
+def command(config: SpeculatorConfig, folder: Path, base_architectures: Sequence[str]) -> str:
+    """The shell command that serves the base with the export in a folder."""
+    environment = "ARCTIC_INFERENCE_ENABLED=1 "
+    if not base_architectures:
+        environment += "ARCTIC_INFERENCE_SKIP_SPEC_MODEL_CHECK=1 "
+    model = shlex.quote(config.base_model_name_or_path)
+    revision = f" --revision {shlex.quote(config.base_revision)}" if config.base_revision else ""
+    speculative = {"method": "arctic", "model": str(folder), "num_speculative_tokens": config.n_predict}
+    return (
+        f"{environment}vllm serve {model}{revision} \\\n    --speculative-config {shlex.quote(json.dumps(speculative))}"
+    )

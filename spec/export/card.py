@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from spec.export.format import Format
 from spec.heads import SpeculatorConfig
 
 MARK = "<!-- written by spec export -->"
@@ -30,33 +29,32 @@ class Measured:
 
 def text(
     config: SpeculatorConfig,
-    form: Format,
     parameters: int,
     dtype: torch.dtype,
     digest: str,
     command: str,
-    measured: Measured | None,
+    measured: Measured,
 ) -> str:
     """The card, in Markdown.
 
     Args:
         config: of the speculator.
-        form: of the export.
         parameters: their number.
         dtype: of the exported weights.
         digest: SHA-256 of the pytorch_model.bin that was exported.
         command: that serves it.
         measured: what the runs that made it left.
     """
-    measured = measured or Measured()
     base = f"`{config.base_model_name_or_path}`"
     if config.base_revision:
         base += f", revision `{config.base_revision}`"
+    heads = f"{config.n_predict} head{'s' if config.n_predict > 1 else ''}"
+    tied = "tied" if config.tie_weights else "untied"
     rows = {
         "base": base,
         "weights of the base": f"`{config.base_digest}`" if config.base_digest else "not known",
-        "method": _method(config),
-        "drafts from": _vocabulary(config),
+        "method": f"{config.method}, {heads}, width {config.head_width}, {tied} weights",
+        "drafts from": f"all {config.vocab_size:,} tokens",
         "size": f"{parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')}",
         "trained on": f"features `{measured.features}`" if measured.features else "not known",
         "exported from": f"pytorch_model.bin `{digest}`",
@@ -71,7 +69,7 @@ def text(
             "",
             f"# Speculator for {config.base_model_name_or_path}",
             "",
-            f"Draft heads for speculative decoding, in the format `{form.name}`. They draft up to {config.n_predict} "
+            f"Draft heads for speculative decoding, in the format `arctic`. They draft up to {config.n_predict} "
             "tokens from the base's last hidden state, and serve this base alone.",
             "",
             "| | |",
@@ -93,18 +91,6 @@ def text(
             "",
         ]
     )
-
-
-def _method(config: SpeculatorConfig) -> str:
-    heads = f"{config.n_predict} head{'s' if config.n_predict > 1 else ''}"
-    tied = "tied" if config.tie_weights else "untied"
-    return f"{config.method}, {heads}, width {config.inner_dim[-1]}, {tied} weights"
-
-
-def _vocabulary(config: SpeculatorConfig) -> str:
-    if config.draft_vocab_size is None:
-        return f"all {config.vocab_size:,} tokens"
-    return f"{config.draft_vocab_size:,} of {config.vocab_size:,} tokens"
 
 
 def _figures(figures: Mapping[str, Any] | None) -> list[str]:

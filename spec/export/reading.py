@@ -4,7 +4,6 @@ of ArcticTraining and ArcticInference. Whatever else lies there is refused by it
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -92,14 +91,14 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     values = _read_config(folder)
     name, fields = _format_of(values, folder)
     try:
-        config = SpeculatorConfig(**fields(values), **_base_fields(values, known))
+        config = SpeculatorConfig.from_json({**fields(values), **_base_fields(values, known)})
     except ValueError as error:  # CheckpointError is one, too
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     if config.n_predict > _MOST_HEADS:
         raise CheckpointError(f"{folder / 'config.json'}: n_predict is {config.n_predict}, at most {_MOST_HEADS} fit")
     if known is not None:
         heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
-    left = sorted(set(values) - {each.name for each in dataclasses.fields(config)} - {"input_hidden_dim"} - _NEUTRAL)
+    left = sorted(set(values) - SpeculatorConfig.model_fields.keys() - {"input_hidden_dim"} - _NEUTRAL)
     log.info(
         "%s is in %s: its weights and shape are read; %s",
         folder,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spec import files, heads
-from spec.export import card
-from spec.export.arctic import Arctic
-from spec.export.format import ExportError, Format
+from spec.export import arctic, card
+from spec.export.arctic import ExportError
 from spec.heads import Speculator, SpeculatorConfig, checkpoint
-
-FORMATS: dict[str, Format] = {each.name: each for each in (Arctic(),)}
-
-
-def find(name: str) -> Format:
-    """The format of this name.
-
-    Raises:
-        ExportError: there is none.
-    """
-    if name not in FORMATS:
-        raise ExportError(f"no format {name!r}: there is {', '.join(FORMATS)}")
-    return FORMATS[name]
-
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -38,13 +24,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Written:
-    """What write wrote.
-
-    Attributes:
-        config: of the speculator.
-        bytes: of its weights.
-        command: by which the engine serves it.
-    """
+    """The speculator's config, the bytes of its weights, and the command by which the engine serves it."""
 
     config: SpeculatorConfig
     bytes: int
@@ -54,43 +34,41 @@ class Written:
 def write(
     source: Path,
     folder: Path,
-    form: Format,
     dtype: torch.dtype,
     *,
     base: str | None = None,
     base_architectures: Sequence[str] = (),
-    measured: card.Measured | None = None,
+    measured: card.Measured = card.Measured(),  # noqa: B008 - frozen
 ) -> Written:
-    """Export the checkpoint in a folder; the new folder appears whole or not at all.
+    """Export the checkpoint in a folder for ArcticInference; the new folder appears whole or not at all.
 
     Args:
-        source: holds pytorch_model.bin and config.json.
+        source: the checkpoint.
         folder: is made; an earlier export in it is replaced.
-        form: of the engine.
         dtype: of the weights in it.
         base: where engines find the base; by default where the checkpoint says.
         base_architectures: of the base's own config.json; empty where they are not known.
         measured: for the card.
 
     Raises:
-        ExportError: the format cannot hold this speculator, a weight is too large for dtype, or the folder holds
+        ExportError: arctic cannot hold this speculator, a weight is too large for dtype, or the folder holds
             something else.
         FileNotFoundError, CheckpointError: no checkpoint in source.
     """
     config = heads.read_config(source)
-    form.check(config)
+    arctic.check(config)
     _check_free(folder)
     if base is not None:
-        config = replace(config, base_model_name_or_path=base, base_revision=None)
+        config = config.model_copy(update={"base_model_name_or_path": base, "base_revision": None})
     speculator = heads.load(source)
-    command = form.serve(config, folder, base_architectures)
+    command = arctic.command(config, folder, base_architectures)
     with files.whole(folder, folder=True) as temporary:
         # Some readers refuse a file that does not say which framework wrote it.
         save_file(tensors(speculator, dtype), temporary / WEIGHTS, {"format": "pt"})
         size = (temporary / WEIGHTS).stat().st_size
-        files.write_json(temporary / CONFIG, _config(config, form, base_architectures, dtype))
+        files.write_json(temporary / CONFIG, _config(config, base_architectures, dtype))
         digest = files.digest_file(source / checkpoint.WEIGHTS)
-        text = card.text(config, form, speculator.num_parameters(), dtype, digest, command, measured)
+        text = card.text(config, speculator.num_parameters(), dtype, digest, command, measured)
         (temporary / CARD).write_text(text)
     return Written(config, size, command)
 
@@ -102,35 +80,24 @@ def tensors(speculator: Speculator, dtype: torch.dtype) -> dict[str, Tensor]:
         ExportError: a weight that dtype cannot hold.
     """
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in speculator.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+    for name, weight in checkpoint.weights(speculator, dtype).items():
+        if any(weight is other for other in found.values()):
             continue
-        seen.add(id(tensor))
-        weight = tensor.detach().cpu()
-        if weight.is_floating_point():
-            weight = weight.to(dtype)
-            if not weight.isfinite().all():
-                raise ExportError(
-                    f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; bfloat16 and float32 can"
-                )
-        found[name] = weight.contiguous()
+        if not weight.isfinite().all():
+            raise ExportError(
+                f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; bfloat16 and float32 can"
+            )
+        found[name] = weight
     return found
 
 
-def _config(
-    config: SpeculatorConfig, form: Format, base_architectures: Sequence[str], dtype: torch.dtype
-) -> dict[str, Any]:
+def _config(config: SpeculatorConfig, base_architectures: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """The engine's keys, and those by which the base is known when the folder is imported."""
-    base = {
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "base_revision": config.base_revision,
-        "base_digest": config.base_digest or None,
-    }
+    base = {name: getattr(config, name) for name in ("base_model_name_or_path", "base_revision", "base_digest")}
     return {
-        **form.config(config, base_architectures),
+        **arctic.engine_config(config, base_architectures),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **{name: value for name, value in base.items() if value is not None},
+        **{name: value for name, value in base.items() if value},
     }
 
 
@@ -141,10 +108,8 @@ def read_architectures(base: str, revision: str | None) -> list[str]:
         from huggingface_hub import try_to_load_from_cache  # only where a hub is used
         from huggingface_hub.errors import HFValidationError
 
-        try:
+        with contextlib.suppress(HFValidationError):  # a folder that is not here
             path = try_to_load_from_cache(base, "config.json", revision=revision)
-        except HFValidationError:  # a folder that is not here
-            return []
         if not isinstance(path, str):
             return []
     found = files.read_json(Path(path)).get("architectures")
@@ -176,11 +141,9 @@ def _results(path: Path, digest: str) -> dict[str, Any] | None:
 
 def _check_free(folder: Path) -> None:
     """Refuse a folder that holds anything but an export."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.is_file():
         raise ExportError(f"{folder} is a file; name a folder")
-    found = sorted(path.name for path in folder.iterdir())
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     others = [name for name in found if name not in (WEIGHTS, CONFIG, CARD)]
     if others:
         raise ExportError(f"{folder} holds {', '.join(others[:5])}; name a folder that is empty or not there")

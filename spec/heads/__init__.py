@@ -17,30 +17,7 @@ from spec.heads.checkpoint import (
     save,
 )
 from spec.heads.config import SpeculatorConfig
-from spec.heads.fuse import fuse, fused_projection
 from spec.heads.init import init_from_base, init_random
 from spec.heads.speculator import Carry, Speculator
-from spec.heads.sum_lstm import SumLstm
+from spec.heads.sum_lstm import SumLstm, fuse
 from spec.heads.sum_rnn import SumRnn
-
-__all__ = [
-    "CONFIG",
-    "WEIGHTS",
-    "Carry",
-    "CheckpointError",
-    "Speculator",
-    "SpeculatorConfig",
-    "SumLstm",
-    "SumRnn",
-    "build",
-    "check_base",
-    "fuse",
-    "fused_projection",
-    "init_from_base",
-    "init_random",
-    "load",
-    "read_config",
-    "read_weights",
-    "restore",
-    "save",
-]

@@ -14,13 +14,5 @@ METHODS: dict[Method, type[Speculator]] = {"sum_rnn": SumRnn, "sum_lstm": SumLst
 
 
 def build(config: SpeculatorConfig, token_map: Tensor | None = None) -> Speculator:
-    """The config's network on the CPU in float32, its weights not yet those of init_random or init_from_base.
-
-    Args:
-        config: the network's shape.
-        token_map: [K] ascending full ids; needed exactly where config.draft_vocab_size is K.
-
-    Raises:
-        ValueError: a token_map that does not fit the config.
-    """
+    """The config's network in float32, its weights not yet those of init_random or init_from_base; see Speculator."""
     return METHODS[config.method](config, token_map)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_args
+from typing import Any
 
-from spec.config import MEDUSA, Dims, Method, check_recurrent, format_dims, parse_dims
+from pydantic import ValidationError, model_validator
 
-# Keys that from_json passes over: to_json writes the first three for other readers, earlier versions wrote the fourth,
-# and tools of the Hugging Face family add the rest. None of them says anything about the network.
+from spec.config import DimsField, MethodField, Positive, Section, check_recurrent, explain
+
+# Keys that from_json passes over: to_json writes the first three for other readers, and tools of the Hugging Face
+# family add the rest. None of them says anything about the network.
 IGNORED_KEYS = frozenset(
     {
         "architectures",
@@ -23,13 +24,8 @@ IGNORED_KEYS = frozenset(
     }
 )
 
-_DIMS = ("inner_dim", "emb_dim", "proj_dim")
-_COUNTS = ("hidden_size", "vocab_size", "n_predict")
-_FLAGS = ("scale_input", "tie_weights", "tie_lstm_embs")
 
-
-@dataclass(frozen=True, kw_only=True)
-class SpeculatorConfig:
+class SpeculatorConfig(Section):
     """The shape of a speculator and the base model that it belongs to.
 
     Attributes:
@@ -41,64 +37,39 @@ class SpeculatorConfig:
         inner_dim: widths of the path from the sum to the head.
         emb_dim: widths of the token embedding's stack.
         proj_dim: widths of the state projection's stack; ends in the same width as emb_dim.
+        base_model_name_or_path: where the base came from.
+        base_digest: identity of the base's weights; empty where it is not known (a head from elsewhere).
+        base_revision: the base's revision, where it has one.
         scale_input: normalise the base's states before the first head.
         tie_weights: all heads share embedding, norm and output Linear.
         tie_lstm_embs: the four gates of sum_lstm share one embedding (other methods: unused).
         draft_vocab_size: K, rows of the heads' output when they draft from a part of the vocabulary; None for all V.
-        base_model_name_or_path: where the base came from.
-        base_revision: its revision, where it has one.
-        base_digest: identity of the base's weights; empty where it is not known (a head from elsewhere).
-
-    Raises:
-        ValueError: values that make no network; the message names the fields and their values.
     """
 
-    method: Method
-    hidden_size: int
-    vocab_size: int
-    n_predict: int
-    inner_dim: Dims
-    emb_dim: Dims
-    proj_dim: Dims
+    method: MethodField
+    hidden_size: Positive
+    vocab_size: Positive
+    n_predict: Positive
+    inner_dim: DimsField
+    emb_dim: DimsField
+    proj_dim: DimsField
     base_model_name_or_path: str
     base_digest: str
     base_revision: str | None = None
     scale_input: bool = False
     tie_weights: bool = True
     tie_lstm_embs: bool = False
-    draft_vocab_size: int | None = None
+    draft_vocab_size: Positive | None = None
 
-    def __post_init__(self) -> None:
-        self._check_types()
-        if str(self.method) == "medusa":
-            raise ValueError(MEDUSA)
-        if self.method not in get_args(Method):
-            raise ValueError(f"method is {self.method!r}, expected one of {', '.join(get_args(Method))}")
-        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+    @model_validator(mode="after")
+    def _makes_a_network(self) -> SpeculatorConfig:
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size is {self.draft_vocab_size} and vocab_size {self.vocab_size}: the draft vocabulary "
                 "is a part of the vocabulary"
             )
         check_recurrent(self.method, self.emb_dim, self.proj_dim, self.tie_weights)
-
-    def _check_types(self) -> None:
-        for name in _DIMS:
-            dims = getattr(self, name)
-            if not isinstance(dims, tuple) or not dims or not all(_is_count(width) for width in dims):
-                raise ValueError(f"{name} is {dims!r}, expected a tuple of positive integers")
-        for name in _COUNTS:
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
-        if self.draft_vocab_size is not None and not _is_count(self.draft_vocab_size):
-            raise ValueError(f"draft_vocab_size is {self.draft_vocab_size!r}, expected a positive integer or None")
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
-        for name in ("method", "base_model_name_or_path", "base_digest"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a string")
-        if self.base_revision is not None and not isinstance(self.base_revision, str):
-            raise ValueError(f"base_revision is {self.base_revision!r}, expected a string or None")
+        return self
 
     @property
     def sum_width(self) -> int:
@@ -113,17 +84,16 @@ class SpeculatorConfig:
     @property
     def head_rows(self) -> int:
         """Rows of each head's Linear: K with a draft vocabulary, else V."""
-        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
+        return self.draft_vocab_size or self.vocab_size
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of config.json: every field, widths as parse_dims reads them, and what other readers expect."""
+        """The contents of config.json: every field, and what other readers expect."""
         return {
             "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
             "model_type": "mlp_speculator",
             # A reader that derives a head size from the config divides by this one (vllm#34106).
             "num_attention_heads": 1,
-            **{f.name: getattr(self, f.name) for f in fields(self)},
-            **{name: format_dims(getattr(self, name)) for name in _DIMS},
+            **self.model_dump(mode="json"),
         }
 
     @classmethod
@@ -131,24 +101,9 @@ class SpeculatorConfig:
         """Read what to_json wrote; the keys in IGNORED_KEYS may hold anything.
 
         Raises:
-            ValueError: unknown or missing keys, or values that make no network.
+            ValueError: unknown or missing keys, or values that make no network; says which.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known - IGNORED_KEYS)
-        if unknown:
-            raise ValueError(f"unknown keys {', '.join(unknown)}: expected {', '.join(sorted(known))}")
-        required = {f.name for f in fields(cls) if f.default is MISSING}
-        missing = sorted(required - set(values))
-        if missing:
-            raise ValueError(f"missing keys {', '.join(missing)}: this is not a speculator's config.json")
-        read = {name: values[name] for name in known & set(values)}
-        for name in _DIMS:
-            try:
-                read[name] = parse_dims(read[name])
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        return cls(**read)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        try:
+            return cls.model_validate({key: value for key, value in values.items() if key not in IGNORED_KEYS})
+        except ValidationError as error:
+            raise ValueError("; ".join(explain(error, cls))) from None

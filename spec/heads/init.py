@@ -16,12 +16,7 @@ from spec.heads.sum_rnn import SumRnn
 @torch.no_grad()
 def init_random(speculator: Speculator, seed: int = 0) -> None:
     """Draw every table and Linear from a normal distribution with the standard deviation 1/sqrt(min(weight.shape))
-    (ArcticTraining); norms get weight 1 and bias 0. Changes it in place.
-
-    Args:
-        speculator: sum_rnn or sum_lstm.
-        seed: the same weights on every device for the same seed.
-    """
+    (ArcticTraining), in place; norms get weight 1 and bias 0. A seed gives the same weights on every device."""
     generator = torch.Generator().manual_seed(seed)
     for module in speculator.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -34,7 +29,7 @@ def init_random(speculator: Speculator, seed: int = 0) -> None:
 
 @torch.no_grad()
 def init_from_base(speculator: Speculator, embedding: Tensor, lm_head: Tensor, seed: int = 0) -> None:
-    """Start from the base's tables, in place; deterministic. It starts from init_random, and then:
+    """Start from the base's tables: like init_random, and then:
 
     - Heads and token tables get the geometry of the base's tables at the random weights' scale, so that the first loss
       is below or near ln V. A table is centred (the mean row adds the same to every logit, which a softmax does not
@@ -48,7 +43,7 @@ def init_from_base(speculator: Speculator, embedding: Tensor, lm_head: Tensor, s
     - The other Linears (of stacks, adapters and gates) stay random.
 
     Args:
-        speculator: any method.
+        speculator: changed in place.
         embedding: [V, d] the base's token embedding.
         lm_head: [V, d] the weight of its lm_head (the same tensor where the base ties them).
         seed: of what stays random.
@@ -101,6 +96,11 @@ def principal_directions(rows: Tensor, k: int) -> Tensor:
     return directions
 
 
+def _centred(table: Tensor) -> Tensor:
+    rows = table.detach().float()
+    return rows - rows.mean(0)
+
+
 def _unit_rows(rows: Tensor) -> Tensor:
     """The rows, rescaled by one factor to mean square 1."""
     mean_square = rows.pow(2).sum(1).mean().clamp_min(torch.finfo(rows.dtype).tiny)
@@ -111,11 +111,6 @@ def _rotation(k: int, width: int, generator: torch.Generator) -> Tensor:
     """A random [k, width] matrix with orthonormal rows (k <= width)."""
     columns: Tensor = torch.linalg.qr(torch.randn(width, k, generator=generator)).Q
     return columns.T.contiguous()
-
-
-def _centred(table: Tensor) -> Tensor:
-    rows = table.detach().to(torch.float32)
-    return rows - rows.mean(0)
 
 
 def _first_linear(projection: nn.Module) -> nn.Linear:

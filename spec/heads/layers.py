@@ -54,17 +54,12 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 def embedding_stack(rows: int, dims: Dims) -> nn.Sequential:
     """Token ids [..] -> [.., dims[-1]]: a table of width dims[0]; norm -> GELU -> Linear for each further width."""
-    return nn.Sequential(nn.Embedding(rows, dims[0]), *_widths(dims))
+    return nn.Sequential(nn.Embedding(rows, dims[0]), *widths(dims))
 
 
 def projection_stack(inputs: int, dims: Dims) -> nn.Sequential:
     """[.., inputs] -> [.., dims[-1]]: Linear to dims[0]; norm -> GELU -> Linear for each further width."""
-    return nn.Sequential(linear(inputs, dims[0]), *_widths(dims))
-
-
-def hidden_stack(dims: Dims) -> nn.Sequential:
-    """[.., dims[0]] -> [.., dims[-1]]: norm -> GELU -> Linear for each width after the first; empty for one width."""
-    return nn.Sequential(*_widths(dims))
+    return nn.Sequential(linear(inputs, dims[0]), *widths(dims))
 
 
 def norm_stack(dims: Dims) -> nn.Sequential:
@@ -78,5 +73,6 @@ def adapter(inputs: int, outputs: int) -> nn.Module:
     return nn.Identity() if inputs == outputs else linear(inputs, outputs)
 
 
-def _widths(dims: Dims) -> list[nn.Module]:
+def widths(dims: Dims) -> list[nn.Module]:
+    """[.., dims[0]] -> [.., dims[-1]]: norm -> GELU -> Linear for each width after the first."""
     return [module for a, b in pairwise(dims) for module in (RMSNorm(a), nn.GELU(), linear(a, b))]

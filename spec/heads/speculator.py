@@ -39,17 +39,10 @@ class Speculator(nn.Module):
     token_map: Tensor | None
     """[K] the full id of each draft id, or None where heads draft from the whole vocabulary."""
 
-    draft_index: Tensor | None
-    """[V] the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary."""
-
     def __init__(self, config: SpeculatorConfig, token_map: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("token_map", _checked(token_map, config))
-        self.register_buffer("draft_index", None, persistent=False)
-        self._index_draft_vocabulary()
-        # The index is not in checkpoints: it has to follow the token_map that comes from one.
-        self.register_load_state_dict_post_hook(_reindex)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def start(self, states: Tensor) -> Carry:
@@ -108,9 +101,8 @@ class Speculator(nn.Module):
         Raises:
             ValueError: n is below 1 or above n_predict.
         """
-        if n is None:
-            n = self.config.n_predict
-        elif not 1 <= n <= self.config.n_predict:
+        n = self.config.n_predict if n is None else n
+        if not 1 <= n <= self.config.n_predict:
             raise ValueError(f"asked for {n} drafts, but the speculator has n_predict = {self.config.n_predict} heads")
         carry = self.start(states)
         drafts = []
@@ -122,9 +114,19 @@ class Speculator(nn.Module):
             drafts.append(tokens)
         return torch.stack(drafts, 1)
 
+    @property
+    def draft_index(self) -> Tensor | None:
+        """[V] the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary."""
+        if self.token_map is None:
+            return None
+        index = self.token_map.new_full((self.config.vocab_size,), -1)
+        index[self.token_map] = torch.arange(len(self.token_map), device=index.device)
+        return index
+
     def targets(self, tokens: Tensor) -> Tensor:
         """The logits' index of each full id [..] -> [..]: -1 for an id outside the draft vocabulary."""
-        return tokens if self.draft_index is None else self.draft_index[tokens]
+        index = self.draft_index
+        return tokens if index is None else index[tokens]
 
     def num_parameters(self) -> int:
         """Number of parameters, each shared one counted once."""
@@ -145,18 +147,6 @@ class Speculator(nn.Module):
         states = states.to(self.head(0).weight.dtype)
         return rms_normalize(states) / math.sqrt(2) if self.config.scale_input else states
 
-    def _index_draft_vocabulary(self) -> None:
-        if self.token_map is None:
-            return
-        index = self.token_map.new_full((self.config.vocab_size,), -1)
-        index[self.token_map] = torch.arange(len(self.token_map), device=index.device)
-        self.draft_index = index
-
-
-def _reindex(module: nn.Module, keys: object) -> None:
-    assert isinstance(module, Speculator)
-    module._index_draft_vocabulary()
-
 
 def mixing_weight(config: SpeculatorConfig) -> float:
     """Alpha, by which the token embedding is multiplied before it is added to the projected state.
@@ -172,17 +162,17 @@ def mixing_weight(config: SpeculatorConfig) -> float:
 
 def _checked(token_map: Tensor | None, config: SpeculatorConfig) -> Tensor | None:
     K, V = config.draft_vocab_size, config.vocab_size
-    if K is None or token_map is None:
-        if K is not None:
-            raise ValueError(f"draft_vocab_size is {K}, so a token_map of {K} ids is needed")
-        if token_map is not None:
-            raise ValueError(f"a token_map of {len(token_map)} ids was given, but draft_vocab_size is None")
+    if K is None and token_map is None:
         return None
+    if K is None or token_map is None:
+        given = "no token_map" if token_map is None else f"a token_map of {len(token_map)} ids"
+        raise ValueError(f"{given} was given, but draft_vocab_size is {K}")
     token_map = token_map.to(torch.int64).clone()
     if token_map.shape != (K,):
         raise ValueError(f"token_map has shape {list(token_map.shape)}, expected [{K}] (draft_vocab_size)")
     if not bool((token_map[1:] > token_map[:-1]).all()):
         raise ValueError("token_map is not in ascending order without repeats")
-    if int(token_map[0]) < 0 or int(token_map[-1]) >= V:
-        raise ValueError(f"token_map spans {int(token_map[0])}..{int(token_map[-1])}, expected ids in 0..{V - 1}")
+    first, last = int(token_map[0]), int(token_map[-1])
+    if first < 0 or last >= V:
+        raise ValueError(f"token_map spans {first}..{last}, expected ids in 0..{V - 1}")
     return token_map

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spec.heads.config import SpeculatorConfig
-from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, hidden_stack, linear, projection_stack
+from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, linear, projection_stack, widths
 from spec.heads.speculator import Carry, Speculator, mixing_weight
-
-Gates: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SumLstm(Speculator):
@@ -42,7 +41,7 @@ class SumLstm(Speculator):
         self.cell_ln = PerHead([RMSNorm(w)])
         self.state_ln = PerHead([RMSNorm(w)])
         self.adapter = PerHead([adapter(w, inner[0])])
-        self.inner = PerHead([hidden_stack(inner)])
+        self.inner = PerHead([nn.Sequential(*widths(inner))])
         # The public state dict has a key for every head, tied or not.
         self.head = PerHead([linear(inner[-1], config.head_rows)] * config.n_predict)
 
@@ -52,15 +51,13 @@ class SumLstm(Speculator):
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
         state, cell = carry
-        forget, input_, output, candidate = (
-            torch.add(proj(i)(state), emb, alpha=self.alpha)
-            for proj, emb in zip(self.projections(), self.embed(tokens), strict=True)
-        )
-        return self.update(cell, (forget, input_, output, candidate))
+        return self.update(cell, [proj(i)(state) for proj in self.projections()], tokens)
 
-    def update(self, cell: Tensor, gates: Gates) -> tuple[Carry, Tensor]:
-        """The cell [P, w] and the gates' sums [P, w] (forget, input, output, cell) -> next carry, hidden [P, inner]."""
-        forget, input_, output, candidate = gates
+    def update(self, cell: Tensor, projected: Sequence[Tensor], tokens: Tensor) -> tuple[Carry, Tensor]:
+        """The cell and the state as each gate projects it, all [P, w] -> next carry, hidden [P, inner]."""
+        forget, input_, output, candidate = (
+            torch.add(part, emb, alpha=self.alpha) for part, emb in zip(projected, self.embed(tokens), strict=True)
+        )
         cell = cell * torch.sigmoid(forget) + F.gelu(self.cell_ln(0)(candidate)) * torch.sigmoid(input_)
         state = F.gelu(self.state_ln(0)(cell)) * torch.sigmoid(output)
         state = self.inner(0)(self.adapter(0)(state))
@@ -70,7 +67,7 @@ class SumLstm(Speculator):
         """The gates' projections, in the order in which serving engines fuse them: forget, input, output, cell."""
         return self.forget_proj, self.input_proj, self.output_proj, self.cell_proj
 
-    def embed(self, tokens: Tensor) -> Gates:
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Each gate's embedding of the tokens, [P] -> four of [P, w], in the order of projections."""
         forget: Tensor = self.forget_emb(0)(tokens)
         if self.config.tie_lstm_embs:  # one look-up: four would make four gradients the size of the table
@@ -91,6 +88,40 @@ class SumLstm(Speculator):
         # A single head never reaches the second projection, which data-parallel training takes for an error.
         later.requires_grad_(self.config.n_predict > 1)
         return PerHead([first, later])
+
+
+class FusedSumLstm(Speculator):
+    """A SumLstm with one matrix product for all gates; see fuse."""
+
+    first: Tensor
+    later: Tensor
+
+    def __init__(self, lstm: SumLstm) -> None:
+        super().__init__(lstm.config, lstm.token_map)
+        self.lstm = lstm
+        self.head = lstm.head
+        for name, j in (("first", 0), ("later", 1)):  # [4w, d] and [4w, h]
+            weights = [cast(nn.Linear, proj(j)).weight.detach() for proj in lstm.projections()]
+            self.register_buffer(name, torch.cat(weights))
+
+    def start(self, states: Tensor) -> Carry:
+        return self.lstm.start(states)
+
+    def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
+        state, cell = carry
+        projected = F.linear(state, self.later if i else self.first).chunk(4, -1)  # four of [P, w]
+        return self.lstm.update(cell, projected, tokens)
+
+
+def fuse(speculator: Speculator) -> Speculator:
+    """The speculator as it drafts fastest: an LSTM's gates fused, everything else as it is.
+
+    The result shares all other weights with the speculator and gives the same drafts up to rounding. It is for
+    drafting only: later changes to the speculator's projections do not reach it, and it is neither trained nor saved.
+    """
+    if isinstance(speculator, SumLstm) and len(speculator.config.proj_dim) == 1:
+        return FusedSumLstm(speculator)
+    return speculator
 
 
 def _unwrapped(stack: nn.Sequential) -> nn.Module:

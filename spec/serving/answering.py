@@ -19,7 +19,6 @@ from spec.device import choose_device
 from spec.serving import bound_cpu_memory
 from spec.workers import Worker
 
-_PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -29,7 +28,8 @@ def worker_with_own_device() -> Worker:
     To be called before anything looks at CUDA: vLLM takes the first GPU that it sees, and joins the group that the
     launcher's variables describe.
     """
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACE)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | os.environ
+    rank, world, local = (int(place[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = shown.split(",") if shown else [str(local)]
     os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]

@@ -15,9 +15,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from spec import base as bases
 from spec import heads
@@ -45,9 +44,8 @@ def command(
 
     Raises:
         FileNotFoundError, CheckpointError: no usable checkpoint.
-        BaseError: the base is not found.
         DecodingError: more drafts of the heads than there are heads.
-        ServingError: vLLM is not installed here.
+        BaseError, ServingError: as plain_command.
     """
     config = heads.read_config(checkpoint)
     length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_DRAFT)
@@ -87,7 +85,7 @@ class Server:
     Args:
         arguments: as command or plain_command gives them, without a port.
         log: file that takes the server's output.
-        environment: beside this process's.
+        environment: variables beside this process's.
         patience: seconds until it must answer.
 
     Raises:
@@ -95,16 +93,17 @@ class Server:
     """
 
     def __init__(
-        self, arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None, patience: float = 600
+        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ, patience: float = 600
     ) -> None:
         self._log = log
         self._arguments = arguments
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = {**os.environ, **environment}
         self._patience = patience
-        self.url = ""
 
     def __enter__(self) -> Server:
-        port = _free_port()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         with self._log.open("wb") as file:
             self._process = subprocess.Popen(
@@ -122,7 +121,6 @@ class Server:
         return self
 
     def _wait(self) -> None:
-        """Until it answers."""
         deadline = time.monotonic() + self._patience
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -132,9 +130,7 @@ class Server:
                 raise ServingError("\n".join([f"the server did not start; from {self._log}:", *shown]))
             time.sleep(0.5)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop()
 
     def counters(self) -> dict[str, float]:
@@ -172,10 +168,3 @@ def mean_acceptance_length(before: dict[str, float], after: dict[str, float]) ->
         for name in ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total")
     )
     return 1 + accepted / drafts if drafts else 1.0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -27,7 +27,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from spec import heads
-from spec.config import Decode
+from spec.config import Decode, explain
 from spec.drafting import Drafter
 from spec.heads import Speculator
 from spec.serving import ServingError
@@ -76,17 +76,11 @@ class Verified:
 
 
 class SpeculatorProposer:
-    """Drafts for all requests of vLLM's batch: from a speculator's heads, by n-gram lookup, or from either.
-
-    All methods and options that we train are served. vLLM verifies the drafts: what is written does not depend on
-    them. Drafting is greedy, whatever the temperature.
+    """Drafts for all requests of vLLM's batch, greedily: from a speculator's heads, by n-gram lookup, or from either.
 
     additional_config["speculator"] has ``checkpoint``, the speculator's folder, and any key of params.yaml's decode
     section: ``draft`` (head, ngram or hybrid), ``ngram_min``, ``ngram_max``, ``draft_len``. num_speculative_tokens is
     the most that a step drafts.
-
-    Args:
-        vllm_config: vLLM's VllmConfig.
 
     Raises:
         ServingError: another vLLM than this was written for; missing or unknown options; a speculator of other
@@ -104,15 +98,14 @@ class SpeculatorProposer:
         except FileNotFoundError as error:
             raise ServingError(f"additional_config.{OPTIONS}.checkpoint: {error}") from None
         base = vllm_config.model_config
-        heads.check_base(
-            self._config, base.get_vocab_size(), base.get_hidden_size(), self._config.base_digest
-        )  # widths alone: the weights may be a fine-tune's, or quantised
+        # Widths alone: the weights may be a fine-tune's, or quantised.
+        heads.check_base(self._config, base.get_vocab_size(), base.get_hidden_size(), "", allow_other_weights=True)
         if self._decode.draft == "head" and self._limit > self._config.n_predict:
             raise ServingError(
                 f"num_speculative_tokens is {self._limit}, but {self._checkpoint} was trained with n_predict "
                 f"{self._config.n_predict}: ask for at most {self._config.n_predict}, or for draft=hybrid"
             )
-        self._new_drafter()  # its errors belong here
+        Drafter(self._decode, self._config.n_predict)  # its errors belong here
         self._drafters: dict[str, tuple[Drafter, int]] = {}  # by request, and how many tokens it has seen
         self._speculator: Speculator | None = None
         self.verified: Verified | None = None
@@ -144,7 +137,7 @@ class SpeculatorProposer:
             sampled_token_ids: what each request got in this step; nothing while its prompt is read in parts.
             num_tokens_no_spec: [requests] tokens of each, prompt and answer.
             token_ids_cpu: [requests, max_model_len] these tokens.
-            slot_mappings: not read.
+            slot_mappings: vLLM passes it; not read.
 
         Returns:
             Drafts of each request, of various lengths; none where it got no token or has no room for more.
@@ -170,7 +163,7 @@ class SpeculatorProposer:
             if not sampled or room < 1:
                 continue
             drafter = self._grown(request, token_ids_cpu[i], length)
-            found = drafter.draft(room, _count)
+            found = drafter.draft(room, int)  # a number of the heads' drafts, which are made for all at once below
             if isinstance(found, int):
                 waiting.append(_Waiting(i, found, room, drafter))
             else:
@@ -184,14 +177,11 @@ class SpeculatorProposer:
                 drafts[each.index] = each.drafter.follow(each.room, row[: each.count])
         return drafts
 
-    def _new_drafter(self) -> Drafter:
-        return Drafter(self._decode, self._config.n_predict)
-
     def _grown(self, request: str, tokens: NDArray[np.int32], length: int) -> Drafter:
         """The request's drafter, which has seen its first `length` tokens."""
         drafter, seen = self._drafters.get(request, (None, 0))
         if drafter is None or seen > length:
-            drafter, seen = self._new_drafter(), 0
+            drafter, seen = Drafter(self._decode, self._config.n_predict), 0
         drafter.extend(tokens[seen:length])
         self._drafters[request] = drafter, length
         return drafter
@@ -199,24 +189,12 @@ class SpeculatorProposer:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A request that wants the heads' drafts.
-
-    Attributes:
-        index: its place in the batch.
-        count: how many of them.
-        room: the most that it drafts in all.
-        drafter: goes on behind them where it can.
-    """
+    """A request, by its place in the batch, that wants `count` of the heads' drafts; its drafter goes on from there."""
 
     index: int
     count: int
     room: int
     drafter: Drafter
-
-
-def _count(length: int) -> int:
-    """Stands for the heads' drafts until those of all requests are made at once."""
-    return length
 
 
 def _options(additional: Any) -> tuple[str, Decode]:
@@ -231,7 +209,7 @@ def _options(additional: Any) -> tuple[str, Decode]:
     try:
         return checkpoint, Decode.model_validate(options)
     except ValidationError as error:
-        raise ServingError(f"additional_config.{OPTIONS}: {error}") from None
+        raise ServingError(f"additional_config.{OPTIONS}: {'; '.join(explain(error, Decode))}") from None
 
 
 def _changed() -> str:

@@ -78,9 +78,6 @@ def test_a_wheel_with_another_hash_is_refused(tiny, tmp_path):
     with pytest.raises(SystemExit, match=r"(?s)could not download tiny_one==1.0.*last lines.*sha256"):
         wheels.download(wheels.read_lock(["tiny_one"]), tmp_path / "wheels")
     assert list((tmp_path / "wheels").iterdir()) == []
-
-
-def test_a_lock_without_a_whole_line_for_a_package_is_an_error(tiny):
     tiny.write_text("tiny_one>=1.0\n")
     with pytest.raises(SystemExit, match=r"no line .* for tiny_one, tiny_two; restore it from git"):
         wheels.read_lock(["tiny_one", "tiny_two"])
@@ -206,35 +203,17 @@ def test_a_stage_gives_the_recipes_error_as_its_own(tiny, tmp_path, monkeypatch,
 # The mix
 
 
-def test_interleaving_keeps_the_shares_and_stops_where_a_source_ends(monkeypatch):
-    mix = {"a": ("a", 5), "b": ("b", 2), "c": ("c", 1)}
-    items = {name: [sources.Item("", {"question": f"{name}{number}"}) for number in range(12)] for name in mix}
-    monkeypatch.setitem(prompts.WORDINGS, "c", ["{question}", "Say: {question}"])
-    rows = prompts.interleave(mix, items, 80)
-    assert Counter(row["domain"] for row in rows)["a"] == 12
-    for length in range(1, len(rows) + 1):
-        counts = Counter(row["domain"] for row in rows[:length])
-        assert all(abs(counts[name] - length * share / 8) <= 1 for name, share in mix.values())
-    assert [row["question"] for row in rows if row["domain"] == "c"] == ["c0", "Say: c1"]
-
-
-@pytest.mark.parametrize(
-    ("text", "repeats"),
-    [
-        ("A class of 96 students has various hobbies; 8 like to play chess.", True),  # other numbers
-        ("Prince Arthur slew three dragons using his mighty sword.", True),  # other words around them
-        ("What are dragons?", False),
-        ("How many birds crossed the lake on Sunday?", False),
-        ("", False),
-    ],
-)
-def test_overlap_recognizes_restated_texts(text, repeats):
+def test_overlap_recognizes_restated_texts():
     evaluation = [
         "A class of 50 students has various hobbies. 10 like to bake, 5 like to play basketball.",
         "Prince Thaddeus slew 100 dragons with his mighty sword, while Prince Arthur slew fewer.",
         "How many of the rest take a bath?",
     ]
-    assert prompts.Overlap(evaluation).repeats(text) is repeats
+    overlap = prompts.Overlap(evaluation)
+    assert overlap.repeats("A class of 96 students has various hobbies; 8 like to play chess."), "other numbers"
+    assert overlap.repeats("Prince Arthur slew three dragons using his mighty sword."), "other words around them"
+    for text in ("What are dragons?", "How many birds crossed the lake on Sunday?", ""):
+        assert not overlap.repeats(text)
 
 
 def test_failing_generators_are_reported_with_their_error(tmp_path):
@@ -298,21 +277,20 @@ def every_eight(words: list[str]) -> list[list[str]]:
 
 
 def test_maths_is_split_by_template_and_restated_templates_are_gone(rows, real, monkeypatch):
-    template_of = {item.fields["question"]: int(item.group.rpartition("/")[2]) for _, item in sources.maths(real)}
+    group_of = {item.fields["question"]: item.group for _, item in sources.maths(real)}
 
-    def templates(split: str) -> set[int]:
+    def groups(split: str) -> set[str]:
         questions = [row["question"] for row in rows[split] if row["domain"] == "maths"]
         bare = (text.removeprefix("Solve this problem: ").removesuffix("\nThink step by step.") for text in questions)
-        return {template_of[text] for text in bare}
+        return {group_of[text] for text in bare}
 
-    assert (len(templates("train")), len(templates("val"))) == (71, 7)
-    assert not templates("train") & templates("val")
-    restated = sources.RESTATED_TEMPLATES
-    assert not restated & (templates("train") | templates("val"))
+    assert (len(groups("train")), len(groups("val"))) == (71, 7)
+    assert not groups("train") & groups("val")
+    restated = {f"gsm_symbolic/{template}" for template in sources.RESTATED_TEMPLATES}
     monkeypatch.setattr(sources, "RESTATED_TEMPLATES", set())
     overlap = prompts.Overlap(item.text for item in sources.evaluation(real)[0]["gsm8k"])
-    found = {int(item.group.rpartition("/")[2]) for _, item in sources.maths(real) if overlap.repeats(item.text)}
-    assert restated <= found  # the rule alone finds them, too
+    assert restated <= {item.group for _, item in sources.maths(real) if overlap.repeats(item.text)}  # by rule, too
+    assert not restated & (groups("train") | groups("val"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,8 +13,9 @@ from spec import base, heads
 from spec.config import Decode, Model
 from spec.decoding import LanguageModelWithSpeculator
 from spec.evaluation import SOURCES
-from spec.heads import CheckpointError, Speculator, SpeculatorConfig, build, init_from_base
+from spec.heads import CheckpointError, Speculator, build, init_from_base
 from stages import embedded
+from tests.spec.heads.reference import config
 from tests.workspace import REPOSITORY
 
 TOKENS = 32
@@ -28,18 +30,8 @@ def speculator_for(model: base.Base) -> Speculator:
         return found
     except (FileNotFoundError, CheckpointError):
         pass
-    config = SpeculatorConfig(
-        method="sum_rnn",
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        n_predict=3,
-        inner_dim=(576,),
-        emb_dim=(576,),
-        proj_dim=(576,),
-        base_model_name_or_path=embedded.BASE,
-        base_digest=model.digest,
-    )
-    made = build(config)
+    widths: dict[str, Any] = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (576,))
+    made = build(config(hidden_size=model.hidden_size, vocab_size=model.vocab_size, **widths))
     init_from_base(made, model.embedding[: model.vocab_size], model.lm_head, seed=0)
     return made
 

@@ -37,33 +37,6 @@ def test_outputs(workspace: Workspace) -> None:
     assert "tokens_per_step" in workspace.run("dvc", "metrics", "show").stdout
 
 
-def test_decoding_for_real_is_the_exact_walk(workspace: Workspace) -> None:
-    """Over the same answers, in float32, the loop takes the steps that the walk foretold."""
-    script = """
-import json
-from pathlib import Path
-from spec import base, evaluation, files, heads
-from spec.config import Model, load
-from spec.decoding import LanguageModelWithSpeculator
-from spec.store.manifest import Manifest
-from spec.store.reader import FeatureReader
-config = load()
-reader = FeatureReader(Manifest.load(Path("data/features/eval.json")), files.cache_dir() / "store")
-speculator = heads.load("models/speculator")
-measured = evaluation.offline(speculator, reader, config.decode)
-loaded = base.load(config.model, Path("base"), "", dtype="float32")
-model = LanguageModelWithSpeculator(loaded, speculator, config.decode)
-for source in evaluation.SOURCES:
-    for index in range(len(reader)):
-        ids, start = reader.sequence(index).ids, reader.manifest.prompt_length[index]
-        found = model.generate(ids[:start].tolist(), len(ids) - start, draft=source)
-        assert found.tokens == ids[start:].tolist(), (source, index)
-        assert found.accepted == measured.walks[source][index].accepted.tolist(), (source, index)
-print("same steps")
-"""
-    assert "same steps" in workspace.run("python", "-c", script).stdout
-
-
 def test_mlflow_has_the_run(workspace: Workspace) -> None:
     run = workspace.json("models/speculator/mlflow_run.json")["run_id"]
     with sqlite3.connect(workspace.root / "mlflow.db") as database:

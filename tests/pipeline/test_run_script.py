@@ -33,14 +33,8 @@ def verl_gsm8k(folder: Path, split: str, rows: int) -> None:
         {
             "data_source": "openai/gsm8k",
             "prompt": [{"role": "user", "content": f"What is {i} plus {i}? Let's think step by step."}],
-            "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": str(2 * i)},
-            "extra_info": {
-                "split": split,
-                "index": i,
-                "answer": f"It is {2 * i}. #### {2 * i}",
-                "question": f"{i}+{i}",
-            },
+            "extra_info": {"index": i, "answer": f"It is {2 * i}. #### {2 * i}", "question": f"{i}+{i}"},
         }
         for i in range(rows)
     ]

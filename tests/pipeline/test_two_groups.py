@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from spec import files
-from stages import common
 from tests.pipeline.groups import curve, two_groups
 from tests.stages.workspace import content, copy_of, ok, prepare, run_through
 
@@ -56,19 +55,3 @@ def test_two_groups_make_the_same_answers_states_and_curves(
     assert losses[-1][1] < losses[0][1]
     assert close(losses, curve(single, "train"))
     assert close(curve(tmp_path, "val"), curve(single, "val"))
-
-
-@pytest.mark.slow
-def test_two_groups_train_what_two_local_workers_train(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit, where the number of workers is the same."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made = {}
-    for name in ("local", "groups"):
-        folder = copy_of(single, tmp_path / name)
-        monkeypatch.chdir(folder)
-        launcher = "torchrun --standalone --nproc-per-node=2" if name == "local" else two_groups(folder)
-        ok("train", f"trainer.launcher={launcher}", *TRAIN)
-        made[name] = content(folder / common.MODEL), curve(folder, "train"), curve(folder, "val")
-    assert made["groups"] == made["local"]

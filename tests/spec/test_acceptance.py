@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from spec import acceptance
 from spec.acceptance import Answer, Walk, draft_answers, interval, loops, tokens_per_step, walk, walks
 from spec.corpus import TokenSequence
-from spec.heads import Speculator, SpeculatorConfig, build, init_random
+from spec.heads import Speculator, build, init_random
 from spec.store.reader import FeatureReader
+from tests.spec.heads.reference import config
 from tests.tiny import chain, sequence, store_features
 
 V, D = 24, 8
@@ -60,22 +59,6 @@ def test_the_walk_is_what_decoding_does(case: tuple[list[int], list[list[int]]])
     found = walk(answer.matches(drafts), answer.length)
     assert found.tolist() == simulate(ids, drafts)
     assert len(ids) - 1 <= found.sum() + len(found) <= len(ids)
-
-
-@given(length=st.integers(1, 60), n=st.integers(1, 6))
-def test_an_oracle_accepts_all_that_is_left(length: int, n: int) -> None:
-    found = walk([n] * length, length)
-    assert len(found) == -(-(length - 1) // (n + 1))
-    assert all(found[:-1] == n)
-    assert found.max(initial=0) <= n
-    assert found.sum() <= length - 1
-
-
-@given(length=st.integers(1, 60))
-def test_drafts_that_never_match_cost_a_step_a_token(length: int) -> None:
-    found = walk([0] * length, length)
-    assert found.tolist() == [0] * (length - 1)
-    assert tokens_per_step([Walk(found)]) == 1.0
 
 
 def made(*accepted: list[int], **values: Any) -> list[Walk]:
@@ -125,23 +108,6 @@ def test_a_gain_is_judged_on_the_same_answers() -> None:
     assert acceptance.gain([], []) == (0, 0, 0)
 
 
-def test_steps_weigh_the_same_whatever_answer_they_are_in() -> None:
-    assert tokens_per_step(made([3], [0, 0, 0])) == 1.75
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_interval_holds_the_figure_and_narrows_with_answers(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    many = made(*(generator.integers(0, 4, generator.integers(0, 20)).tolist() for _ in range(400)))
-    widths = []
-    for count in (12, 400):
-        low, high = interval(many[:count])
-        assert low < tokens_per_step(many[:count]) < high
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 3
-    assert interval(many) == interval(many)
-
-
 def test_an_interval_of_little() -> None:
     assert interval([]) == interval(made([], [])) == (1.0, 1.0)
     assert interval(made([2, 1])) == (2.5, 2.5)
@@ -156,7 +122,7 @@ def test_the_interval_covers_its_nominal_share() -> None:
     for _ in range(100):
         low, high = interval([Walk(population[i]) for i in generator.integers(2000, size=40)], samples=200)
         held += low <= true <= high
-    assert held >= 86  # four standard deviations below
+    assert 93 <= held <= 96
 
 
 BLOCK = list(range(100, 164))
@@ -167,22 +133,16 @@ BLOCK = list(range(100, 164))
     [
         ([7] * 24, True),
         ([7] * 23, False),
-        ([1, 2] * 12, True),
         ([5, 6, 8, 1, 2] + [1, 2] * 12, True),
         ([1, 2] * 12 + [0], True),  # a closing stop token
         ([1, 2] * 12 + [0, 0], False),
         ([1, 2] * 12 + [3, 4, 5], False),  # it looped, and came out of it
         (BLOCK * 3, True),
-        (BLOCK * 3 + [0], True),
         (BLOCK * 2, False),
         ([*BLOCK, 99] * 3, False),  # longer than any block that counts
-        (BLOCK[:8] * 3, True),
-        (BLOCK[:8] * 2 + BLOCK[:7], False),
         (BLOCK[:10] * 3, True),
         (BLOCK[:10] * 2 + BLOCK[:4], False),
-        (list(range(200)), False),
         ([], False),
-        ([1], False),
     ],
 )
 def test_loops(answer: list[int], looping: bool) -> None:
@@ -220,19 +180,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> FeatureReader:
 
 
 def speculator(method: Any, draft_vocab_size: int | None = None) -> Speculator:
-    config = SpeculatorConfig(
-        method=method,
-        hidden_size=D,
-        vocab_size=V,
-        n_predict=3,
-        inner_dim=(6,),
-        emb_dim=(6,),
-        proj_dim=(6,),
-        draft_vocab_size=draft_vocab_size,
-        base_model_name_or_path="",
-        base_digest="",
-    )
-    made = build(config, torch.arange(1, V, 2) if draft_vocab_size else None)
+    shape = config(method, hidden_size=D, vocab_size=V, draft_vocab_size=draft_vocab_size)
+    made = build(shape, torch.arange(1, V, 2) if draft_vocab_size else None)
     init_random(made, seed=1)
     return made.double()
 
@@ -268,43 +217,6 @@ def test_a_choice_of_sequences(reader: FeatureReader) -> None:
     assert draft_answers(heads, reader, []) == []
 
 
-class Oracle(nn.Module):
-    """Drafts what follows: the state says where in the text it stands."""
-
-    def __init__(self, n: int, right: int) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(n_predict=n)
-        self.right = right
-        self.anchor = nn.Parameter(torch.zeros(()))
-
-    def draft(self, states: Tensor, tokens: Tensor) -> Tensor:
-        drafts = []
-        for (index, t), token in zip(states[:, :2].long().tolist(), tokens.tolist(), strict=True):
-            ids = ROWS[index].ids.tolist()
-            assert token == ids[t + 1]
-            following = (ids[t + 2 :] + [0] * 9)[: self.config.n_predict]
-            drafts.append([x if i < self.right else (x + 1) % V for i, x in enumerate(following)])
-        return torch.tensor(drafts)
-
-
-@pytest.mark.parametrize("right", [0, 1, 3])
-def test_an_oracle_is_accepted_to_the_last_draft(tmp_path: Path, right: int) -> None:
-    """Off by one position anywhere between store and walk, it would not be."""
-
-    def states(row: TokenSequence) -> NDArray[np.float32]:
-        (index,) = (i for i, other in enumerate(ROWS) if other is row)
-        made = np.zeros((len(row), D), np.float32)
-        made[:, 0], made[:, 1] = index, np.arange(len(row))
-        return made
-
-    reader = FeatureReader(store_features(tmp_path, ROWS, vocab_size=V, hidden_size=D, states=states), tmp_path)
-    oracle: Any = Oracle(3, right)
-    answers = draft_answers(oracle, reader)
-    found = walks(reader, answers, acceptance.head_drafts)
-    for answer, walked in zip(answers, found, strict=True):
-        assert walked.accepted.tolist() == walk([right] * answer.length, answer.length).tolist()
-
-
 def test_walks_know_domain_loops_and_who_wrote_the_answer(tmp_path: Path) -> None:
     looping = sequence([0] + [1] * 26, [3] + [4, 5] * 13, "code")
     rows = [ROWS[0], ROWS[2], looping]
@@ -326,17 +238,6 @@ def test_tokens_per_step_by_draft_length(case: tuple[list[int], list[list[int]]]
     found = acceptance.tokens_per_step_by_length([answer], acceptance.head_drafts, range(1, longest + 1))
     cut = [simulate(ids, [draft[:length] for draft in drafts]) for length in range(1, longest + 1)]
     assert found == pytest.approx([1 + float(np.mean(steps)) if steps else 1.0 for steps in cut])
-
-
-@given(cases())
-def test_what_the_base_came_to_judge(case: tuple[list[int], list[list[int]]]) -> None:
-    ids, drafts = case
-    accepted = walk(Answer(np.asarray([9, *ids], np.int32), 1, np.asarray(drafts), 0).matches(drafts), len(ids))
-    reached = acceptance._reached(drafts, accepted, len(ids)).tolist()
-    right = sum(token == ids[at] for at, _, token in reached)
-    assert right == accepted.sum(), "all that were accepted, and of each step at most one more"
-    assert len(reached) - right <= len(accepted)
-    assert all(drafts[at - place][place - 1] == token for at, place, token in reached)
 
 
 @pytest.mark.parametrize("chunk", [V, 2**24])

@@ -15,19 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from spec import config as config_module
-from spec.config import (
-    Config,
-    ConfigError,
-    Section,
-    flatten,
-    format_dims,
-    from_mapping,
-    from_overrides,
-    load,
-    parse_dims,
-    save,
-)
+from spec.config import Config, ConfigError, Section, flatten, format_dims, from_mapping, load, parse_dims, save
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +38,10 @@ GUIDE = {
 }
 
 
+def from_overrides(overrides: list[str]) -> Config:
+    return from_mapping({}, overrides=overrides)
+
+
 def written(folder: Path, text: str) -> Path:
     path = folder / "params.yaml"
     path.write_text(text)
@@ -63,10 +55,10 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@pytest.mark.parametrize(("key", "value"), GUIDE.items())
-def test_the_guides_defaults_hold_where_a_file_lacks_a_key(key: str, value: object, tmp_path: Path) -> None:
-    assert flatten(load(written(tmp_path, "")))[key] == value
-    assert flatten(load(written(tmp_path, "model:\n  speculator:\noptim:\n")))[key] == value
+@pytest.mark.parametrize("text", ["", "model:\n  speculator:\noptim:\n"])
+def test_the_guides_defaults_hold_where_a_file_lacks_a_key(text: str, tmp_path: Path) -> None:
+    found = flatten(load(written(tmp_path, text)))
+    assert {key: found[key] for key in GUIDE} == GUIDE
 
 
 def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
@@ -79,27 +71,19 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
     [
         ("model.speculator.n_predict=3", 3),
         ("model.speculator.inner_dim=512", 512),
-        ("model.speculator.inner_dim=1024.2048", "1024.2048"),
         ("model.speculator.inner_dim=1024.2560", "1024.2560"),
         ('model.speculator.inner_dim="1024.2048"', "1024.2048"),
         ("model.speculator.inner_dim='1024.2048'", "1024.2048"),
         ("model.speculator.method=sum_lstm", "sum_lstm"),
-        ("model.speculator.scale_input=true", True),
         ("model.trust_remote_code=true", True),
         ("model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
         ("model.revision=null", None),
-        ("optim.lr=5e-5", 5e-5),
         ("optim.lr=5e-05", 5e-5),
-        ("optim.lr=1e-4", 1e-4),
         ("optim.lr=1", 1.0),
         ("optim.betas=[0.9, 0.999]", [0.9, 0.999]),
-        ("optim.base_lr=1e-6", 1e-6),
-        ("optim.loss=kl", "kl"),
         ("optim.head_weights=[1, 0.8, 0.6, 0.4, 0.2]", [1.0, 0.8, 0.6, 0.4, 0.2]),
-        ("features.codec=fp8", "fp8"),
-        ("model.freeze_base_model=false", False),
-        ("model.speculator_loss_coeff=0", 0.0),
         (" optim.schedule = wsd", "wsd"),
+        ("decode.draft_len=9", 9),  # of which the heads' are n_predict at most
         ("data.max_samples=", None),
         ("data.train_files=a.parquet", ["a.parquet"]),
         ("data.train_files=[a", ["[a"]),
@@ -123,30 +107,12 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
     assert (config.optim.lr, config.optim.clip_grad) == (3.0, 2.0)
 
 
-def test_the_guides_lstm_example() -> None:
-    dims = [f'model.speculator.{name}="1024.2048"' for name in ("inner_dim", "emb_dim", "proj_dim")]
-    others = ["model.speculator.method=sum_lstm", "model.speculator.tie_lstm_embs=true", "optim.lr=5e-5"]
-    config = from_overrides([*dims, *others])
-    speculator = config.model.speculator
-    assert speculator.inner_dim == speculator.emb_dim == speculator.proj_dim == (1024, 2048)
-    assert config.optim.lr == 5e-5
-
-
-@pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0E-4", "1e-04"])
-def test_numbers_in_a_file(text: str, tmp_path: Path) -> None:
-    assert load(written(tmp_path, f"optim:\n  lr: {text}\n")).optim.lr == 1e-4
-
-
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
         ({"optim": {"learning_rate": 1}}, ["optim.learning_rate: unknown key", "known here: lr, base_lr"]),
         ({"model": {"speculator": {"n_predct": 3}}}, ["model.speculator.n_predct", "did you mean n_predict?"]),
         ({"optimm": {"lr": 1}}, ["optimm: unknown key", "did you mean optim?"]),
-        (
-            {"model": {"speculator": {"n_predict": 0}}},
-            ["model.speculator.n_predict", "greater than or equal to 1, found 0"],
-        ),
         ({"model": {"speculator": {"n_predict": "3"}}}, ["model.speculator.n_predict", "integer", "found '3'"]),
         ({"model": {"speculator": {"n_predict": 3.5}}}, ["model.speculator.n_predict", "found 3.5"]),
         ({"model": {"speculator": {"n_predict": True}}}, ["model.speculator.n_predict", "found True"]),
@@ -155,14 +121,10 @@ def test_numbers_in_a_file(text: str, tmp_path: Path) -> None:
         ({"model": {"dtype": "int8"}}, ["model.dtype", "bfloat16", "found 'int8'"]),
         ({"optim": {"lr": "fast"}}, ["optim.lr", "number", "found 'fast'"]),
         ({"optim": {"lr": 0}}, ["optim.lr", "greater than 0", "found 0"]),
-        ({"optim": {"lr": float("nan")}}, ["optim.lr", "found nan"]),
         ({"optim": {"lr": float("inf")}}, ["optim.lr", "finite", "found inf"]),
-        ({"optim": {"base_lr": float("inf")}}, ["optim.base_lr", "finite", "found inf"]),
-        ({"optim": {"clip_grad": float("inf")}}, ["optim.clip_grad", "finite", "found inf"]),
         ({"optim": {"loss": "mse"}}, ["optim.loss", "'ce' or 'kl'", "found 'mse'"]),
         ({"optim": {"head_weights": [1.0, 0.0, 1.0, 1.0, 1.0]}}, ["optim.head_weights.1", "greater than 0"]),
         ({"optim": {"head_weights": 0.5}}, ["optim.head_weights", "found 0.5"]),
-        ({"model": {"speculator_loss_coeff": -1}}, ["model.speculator_loss_coeff", "found -1"]),
         ({"features": {"codec": "lzma"}}, ["features.codec", "'fp8'", "found 'lzma'"]),
         (
             {"features": {"store": "s3://bucket/x"}},
@@ -173,16 +135,29 @@ def test_numbers_in_a_file(text: str, tmp_path: Path) -> None:
                 "push s3://bucket/x",
             ],
         ),
-        ({"features": {"store": "file:///store"}}, ["features.store", "is not a folder"]),
         ({"optim": {"betas": [0.9]}}, ["optim.betas"]),
         ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "found 1.5"]),
-        ({"data": {"train_files": 3}}, ["data.train_files", "3 is neither a path nor a list of paths"]),
-        ({"data": {"train_files": ["a", ""]}}, ["data.train_files", "neither a path nor a list of paths"]),
-        ({"data": {"max_length": 3}}, ["data.max_length", "found 3"]),
+        ({"data": {"train_files": 3}}, ["data.train_files", "tuple, found 3"]),
+        ({"data": {"train_files": ["a", ""]}}, ["data.train_files.1", "at least 1 character, found ''"]),
         ({"trainer": {"logger": "tensorboard"}}, ["trainer.logger", "console", "found 'tensorboard'"]),
         ({"trainer": {"launcher": "srun 'a"}}, ["trainer.launcher", "o closing quotation"]),
         ({"decode": {"ngram_min": 9}}, ["decode", "ngram_min 9 is above ngram_max 8"]),
         ({"data": 5}, ["data", "found 5"]),
+        ({"model": {"speculator": {"method": "medusa"}}}, ["model.speculator.method: method medusa is gone"]),
+        ({"model": {"speculator": {"emb_dim": "1024.512"}}}, ["emb_dim ends in 512 and proj_dim in 1024", "added"]),
+        (
+            {"model": {"speculator": {"method": "sum_lstm", "tie_weights": False}}},
+            ["model.speculator: method sum_lstm", "set tie_weights to true"],
+        ),
+        ({"optim": {"head_weights": [1.0]}}, ["\n  optim.head_weights has 1 numbers and", "n_predict is 5"]),
+        (
+            {"decode": {"draft": "head", "draft_len": 6}},
+            ["decode.draft_len is 6 and model.speculator.n_predict is 5"],
+        ),
+        (
+            {"model": {"freeze_base_model": False}, "optim": {"loss": "kl"}},
+            ["optim.loss=kl distils a frozen base: set model.freeze_base_model to true"],
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named_with_what_would_fit(tree: dict[str, Any], words: list[str]) -> None:
@@ -222,30 +197,13 @@ def test_widths_are_read_as_they_are_written(dims: tuple[int, ...]) -> None:
     assert parse_dims(format_dims(dims)) == parse_dims(list(dims)) == dims
 
 
-def test_widths_that_cannot_be_added() -> None:
-    with pytest.raises(ConfigError, match=r"emb_dim ends in 512 and proj_dim in 1024.*added"):
-        from_overrides(["model.speculator.emb_dim=1024.512"])
-    assert from_overrides(["model.speculator.emb_dim=512.1024"]).model.speculator.emb_dim == (512, 1024)
-
-
 def test_a_day_is_read_as_yaml_and_people_write_it(tmp_path: Path) -> None:
     assert from_overrides(["data.date=2026-03-01"]).data.date == datetime.date(2026, 3, 1)
     assert from_mapping({"data": {"date": "2026-03-01"}}).data.date == datetime.date(2026, 3, 1)
-    save(from_overrides(["data.date=2026-03-01"]), tmp_path / "params.yaml")
-    assert load(tmp_path / "params.yaml").data.date == datetime.date(2026, 3, 1)
+    assert load(written(tmp_path, "data: {date: 2026-03-01}")).data.date == datetime.date(2026, 3, 1)
     assert from_overrides(["data.date=null"]).data.date is None
     with pytest.raises(ConfigError, match=r"data\.date: '1 March' is not a date; write it as 2026-01-31"):
         from_overrides(["data.date=1 March"])
-
-
-def test_a_method_that_is_gone_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"model\.speculator\.method: .*method medusa is gone"):
-        from_overrides(["model.speculator.method=medusa"])
-
-
-def test_sum_lstm_shares_its_weights() -> None:
-    with pytest.raises(ConfigError, match=r"sum_lstm.*set tie_weights to true"):
-        from_overrides(["model.speculator.method=sum_lstm", "model.speculator.tie_weights=false"])
 
 
 def numbers(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -280,37 +238,10 @@ def test_every_number_is_refused_just_outside_its_bounds(key: str, schema: dict[
                 from_overrides([f"{key}={value}"])
 
 
-def test_betas_that_adam_refuses() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.betas"):
-        from_mapping({"optim": {"betas": [0.9, 1.0]}})
-
-
-def test_infinity_as_yaml_writes_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"optim\.lr: input should be a finite number, found inf"):
-        load(written(tmp_path, "optim: {lr: .inf}\n"))
-    with pytest.raises(ConfigError, match=r"optim\.lr"):
-        from_overrides(["optim.lr=.inf"])
-
-
-@pytest.mark.parametrize("count", [1, 4, 6])
-def test_every_head_has_a_weight_or_none_has(count: int) -> None:
-    with pytest.raises(ConfigError, match=rf"optim\.head_weights has {count} numbers and .*n_predict is 5"):
-        from_mapping({"optim": {"head_weights": [1.0] * count}})
-    weights = [1.0] * count
-    config = from_mapping({"optim": {"head_weights": weights}, "model": {"speculator": {"n_predict": count}}})
-    assert config.optim.head_weights == tuple(weights)
-
-
-def test_joint_training_learns_the_datas_own_answers() -> None:
-    joint = {"model": {"freeze_base_model": False}}
-    with pytest.raises(
-        ConfigError, match=r"optim\.loss=kl distils a frozen base: set model\.freeze_base_model to true"
-    ):
-        from_mapping(joint | {"optim": {"loss": "kl"}})
-    assert from_mapping({"optim": {"loss": "kl"}}).base_answers
-    for source in ("base", "data"):
-        assert not from_mapping(joint | {"respond": {"source": source}}).base_answers
-    assert not from_mapping({"respond": {"source": "data"}}).base_answers
+@pytest.mark.parametrize(("frozen", "source"), [(True, "base"), (True, "data"), (False, "base"), (False, "data")])
+def test_joint_training_learns_the_datas_own_answers(frozen: bool, source: str) -> None:
+    config = from_mapping({"model": {"freeze_base_model": frozen}, "respond": {"source": source}})
+    assert config.base_answers == (frozen and source == "base")
 
 
 def test_home_and_variables_expand_where_paths_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +282,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("optim.lr", "not an override; write key=value"),
         ("=3", "not an override"),
         ("optim.lr.x=1", "lr is a value, not a section"),
+        ("model.speculator.inner_dim=", "'' is not an integer"),
         ("optimizer.lr=1", "did you mean optim"),
     ],
 )
@@ -365,69 +297,26 @@ def test_a_config_does_not_change() -> None:
         Config().optim.lr = 1.0  # type: ignore[misc]
 
 
-def test_values_of_a_section_can_be_replaced() -> None:
-    config = from_overrides(["optim.lr=0.5", "data.max_samples=9"])
-    changed = config_module.with_values(config, {"data": {"train_files": ["x"]}, "model": {"dtype": "float32"}})
-    expected = flatten(config) | {"data.train_files": ["x"], "model.dtype": "float32"}
-    assert flatten(changed) == expected
-    with pytest.raises(ConfigError, match=r"model\.dtype"):
-        config_module.with_values(config, {"model": {"dtype": "float8"}})
-
-
 nasty = st.sampled_from(
     ["null", "yes", "1e5", "5e-05", "0o7", "1_000", "a: b", "# x", "- a", "'", '"', "{a}", "%a", "!"]
 )
 printable = st.characters(exclude_categories=["C", "Zl", "Zp"], exclude_characters="$~")
 words = nasty | st.text(printable, min_size=1, max_size=8)
-count = st.integers(1, 10**7)
-rate = st.floats(1e-9, 1e3)
-fraction = st.floats(0, 0.999)
 dims = st.lists(st.integers(1, 4096), min_size=1, max_size=3).map(lambda dims: ".".join(map(str, dims)))
-paths = words | st.lists(words, max_size=3) | st.none()
-
-
-@st.composite
-def speculators(draw: st.DrawFn) -> dict[str, Any]:
-    method = draw(st.sampled_from(["sum_rnn", "sum_lstm"]))
-    emb = draw(dims)
-    last = emb.rpartition(".")[2]
-    return {
-        "method": method,
-        "n_predict": draw(st.integers(1, 32)),
-        "inner_dim": draw(dims),
-        "emb_dim": emb,
-        "proj_dim": draw(st.just(last) | dims.map(lambda first: f"{first}.{last}")),
-        "tie_weights": method == "sum_lstm" or draw(st.booleans()),
-        "init": draw(words),
-        "draft_vocab_size": draw(st.none() | count),
-    }
-
-
-trees = st.fixed_dictionaries(
+group = st.fixed_dictionaries
+trees = group(
     {
-        "data": st.fixed_dictionaries(
-            {"train_files": paths, "prompt_key": st.none() | words, "max_samples": st.none() | count}
+        "data": group(
+            {"train_files": words | st.lists(words, max_size=3) | st.none(), "prompt_key": st.none() | words}
         ),
-        "model": st.fixed_dictionaries({"partial_pretrain": words, "speculator": speculators()}),
-        "optim": st.fixed_dictionaries(
-            {
-                "lr": rate,
-                "base_lr": rate,
-                "loss": st.sampled_from(["ce", "kl"]),
-                "clip_grad": rate,
-                "betas": st.lists(fraction, min_size=2, max_size=2),
-            }
-        ),
-        "features": st.fixed_dictionaries(
-            {"store": st.none() | words, "codec": st.sampled_from(["none", "zstd", "fp8"])}
-        ),
-        "trainer": st.fixed_dictionaries(
+        "model": group({"partial_pretrain": words, "speculator": group({"inner_dim": dims, "init": words})}),
+        "optim": group({"lr": st.floats(1e-9, 1e3), "betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2)}),
+        "trainer": group(
             {
                 "launcher": st.lists(words | st.just(""), max_size=3).map(shlex.join),
                 "logger": st.lists(st.sampled_from(["console", "mlflow"]), max_size=2),
-                "early_stop": st.none() | count,
+                "early_stop": st.none() | st.integers(1, 10**7),
                 "seed": st.integers(0, 2**63 - 1),
-                "experiment_name": words,
             }
         ),
     }
@@ -457,10 +346,3 @@ def test_dvc_yaml_names_parameters_that_exist() -> None:
     assert named
     missing = [p for p in named if p not in known and not any(key.startswith(f"{p}.") for key in known)]
     assert missing == []
-
-
-def test_heads_alone_draft_no_more_than_there_are() -> None:
-    shape = {"model": {"speculator": {"n_predict": 3}}}
-    with pytest.raises(ConfigError, match=r"decode\.draft_len is 4 and model\.speculator\.n_predict is 3"):
-        from_mapping({"decode": {"draft": "head", "draft_len": 4}, **shape})
-    assert from_mapping({"decode": {"draft": "hybrid", "draft_len": 4}, **shape}).decode.draft_len == 4

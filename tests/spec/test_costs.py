@@ -14,7 +14,6 @@ from spec.costs import Job, Machine
 JOB = Job(
     base_params=8e9,
     hidden_size=4096,
-    vocab_size=128256,
     tokens=1e9,
     positions=6e8,
     answers=6e8,

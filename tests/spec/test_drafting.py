@@ -56,35 +56,6 @@ def test_a_draft_behind_tokens_that_are_drafted_themselves(
     assert found == []
 
 
-@given(ids, st.integers(1, 4), st.integers(0, 4), st.data())
-def test_an_index_that_grows_equals_one_made_at_once(
-    tokens: list[int], minimum: int, more: int, data: st.DataObject
-) -> None:
-    index = NgramIndex(minimum, minimum + more)
-    done = 0
-    while done < len(tokens):
-        step = data.draw(st.integers(1, 7))
-        index.extend(tokens[done : done + step])
-        done = min(done + step, len(tokens))
-        assert index.draft(5) == ngram_draft(tokens[:done], minimum, minimum + more, 5)
-
-
-def test_ngram_draft_examples() -> None:
-    assert ngram_draft([1, 2, 3, 4, 2, 3], 2, 4, 3) == [4, 2, 3]
-    assert ngram_draft([1, 2, 3, 4, 2, 3], 3, 4, 3) == []
-    assert ngram_draft([1, 2, 5, 9, 1, 2, 6, 9, 1, 2], 2, 3, 2) == [6, 9], "the most recent of two"
-    assert ngram_draft([7, 1, 2, 5, 8, 1, 2, 6, 7, 1, 2], 2, 3, 1) == [5], "the longest before the most recent"
-    assert ngram_draft([4, 7, 8, 7, 8, 7], 2, 3, 6) == [8, 7, 8, 7, 8, 7], "a loop goes on"
-    assert ngram_draft([5, 5, 5], 2, 4, 4) == [5, 5, 5, 5], "occurrences may overlap"
-    assert ngram_draft([], 1, 2, 4) == ngram_draft([3], 1, 2, 4) == []
-
-
-@pytest.mark.parametrize(("minimum", "maximum"), [(0, 2), (3, 2)])
-def test_impossible_sizes_are_refused(minimum: int, maximum: int) -> None:
-    with pytest.raises(DecodingError, match=f"{minimum} to {maximum}"):
-        NgramIndex(minimum, maximum)
-
-
 def heads(length: int) -> list[int]:
     return [100 + i for i in range(length)]
 

@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
-from spec import files, heads
+from spec import files
 from stages import cli
-from stages.train import initialise
 from tests.spec.export import engines
 from tests.spec.heads.reference import config
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE
@@ -37,24 +35,9 @@ def test_there_and_back(here: Path, base_folder: Path) -> None:
     assert f"vllm serve {base_folder}" in result.output
     assert '"model": "arctic"' in result.output
     assert engines.config_of(here / "arctic")["base_model_archs"] == ["GPT2LMHeadModel"]
-    result = run("import", "arctic", "back")
-    assert result.exit_code == 0, result.output
-    assert "import: sum_rnn with 3 heads" in result.output
+    assert "import: sum_rnn with 3 heads" in run("import", "arctic", "back").output
     for name in ("pytorch_model.bin", "config.json"):
         assert (here / "back" / name).read_bytes() == (here / "models/speculator" / name).read_bytes()
-
-
-def test_an_import_is_a_warm_start(here: Path, base_folder: Path) -> None:
-    assert run("export", "--format", "arctic", "--out", "e", "--checkpoint", "models/speculator").exit_code == 0
-    assert run("import", "e", "warm").exit_code == 0
-    from spec import config as config_module
-
-    widths = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), 8)
-    asked = {"model": {"speculator": {"n_predict": 3, "init": "warm", **widths}}}
-    shape = heads.read_config("models/speculator")
-    warm = initialise(config_module.from_mapping(asked), shape, torch.zeros(VOCAB_SIZE).long().numpy(), {})
-    expected = heads.load("models/speculator").state_dict()
-    assert all(torch.equal(weight, expected[name].bfloat16().float()) for name, weight in warm.state_dict().items())
 
 
 def test_a_base_of_other_weights_is_refused(here: Path, base_folder: Path) -> None:
@@ -68,7 +51,6 @@ def test_a_base_of_other_weights_is_refused(here: Path, base_folder: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["export", "--format", "ibm-fms", "--out", "e"], "no format 'ibm-fms': there is arctic"),
         (["export", "--format", "arctic", "--out", "models"], "Error: models holds speculator"),
         (["export", "--format", "arctic", "--out", "e", "--checkpoint", "x"], "x/config.json is missing"),
         (["import", "models/speculator", "back"], "of this project already"),
@@ -81,8 +63,3 @@ def test_refusals_are_one_message(here: Path, arguments: list[str], words: str) 
     assert isinstance(result.exception, SystemExit)
     assert words in result.output
     assert sorted(path.name for path in here.iterdir()) == ["models"]
-
-
-def test_the_commands_are_listed() -> None:
-    for name in ("export", "import"):
-        assert name in run("--help").output

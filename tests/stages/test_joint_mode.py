@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -155,9 +156,8 @@ def test_dropout_follows_from_the_seed_alone(trained: Path, folder: Path) -> Non
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_the_trained_base_has_the_dtype_of_the_run(folder: Path, dtype: str) -> None:
-    overrides = (f"model.dtype={dtype}", "trainer.total_epochs=1")
+def test_the_trained_base_has_the_dtype_of_the_run(folder: Path) -> None:
+    overrides = ("model.dtype=bfloat16", "trainer.total_epochs=1")
     assert "its dtype is 'float32', and 'bfloat16' is expected" in refused("train", *overrides)
     ok("cache", *overrides)
     ok("train", *overrides)
@@ -203,29 +203,13 @@ def test_other_sequences_than_those_that_cache_saw(folder: Path, stage: str) -> 
     assert f"{path} is missing or not the file" in refused(stage)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["optim.loss=kl"], "optim.loss=kl distils a frozen base"),
-        (["optim.head_weights=[1, 1]"], "optim.head_weights has 2 numbers and model.speculator.n_predict is 3"),
-        (["optim.base_lr=.inf"], "optim.base_lr"),
-        (["model.freeze_base_model=true"], "its layer is None, and 'last' is expected"),
-    ],
-)
-def test_what_joint_training_cannot_do(folder: Path, overrides: list[str], words: str) -> None:
-    assert words in refused("train", *overrides)
-    assert not Path("models").exists()
-
-
-@pytest.mark.parametrize("field", ["base", "tokenizer"])
-def test_a_manifest_of_another_base(folder: Path, field: str) -> None:
+@pytest.mark.parametrize("part", ["weights", "tokenizer"])
+def test_a_manifest_of_another_base(folder: Path, part: str) -> None:
     sources = common.read_sources()
-    sources["base"]["weights" if field == "base" else field] = "another"
+    sources["base"][part] = "another"
     files.write_json(common.SOURCES, sources)
     for stage, split in (("train", "train"), ("evaluate", "eval")):
-        message = refused(stage)
-        assert f"data/features/{split}.json: its {field} is " in message
-        assert "and 'another' is expected" in message
+        assert re.search(rf"data/features/{split}\.json: its .*, and 'another' is expected", refused(stage))
 
 
 def test_a_base_whose_logits_are_more_than_lm_head_times_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

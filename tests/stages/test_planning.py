@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spec.config import from_overrides
+from spec.config import from_mapping
 from stages.plan import make_job
 from tests.stages.workspace import ok, prepare, run_through
 
@@ -21,7 +21,7 @@ from tests.stages.workspace import ok, prepare, run_through
     ],
 )
 def test_heads_that_share_their_matrix_share_a_teacher(overrides: list[str], teachers: int) -> None:
-    config = from_overrides(["model.speculator.n_predict=4", *overrides])
+    config = from_mapping({}, overrides=["model.speculator.n_predict=4", *overrides])
     assert make_job(config, 1e8, 576, 49152, 1e6, 1e6, 0).teachers == teachers
 
 

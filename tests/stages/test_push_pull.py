@@ -19,7 +19,7 @@ from spec.store.manifest import Manifest
 from spec.store.transfer import Place, Transfer
 from stages import cli, common
 from tests import s3
-from tests.stages.workspace import copy_of, inline_workers, ok, prepare, run_through
+from tests.stages.workspace import copy_of, inline_workers, ok
 from tests.tiny import chain, store_features
 
 URL = "s3://bucket/project"
@@ -33,20 +33,12 @@ def _server() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A machine on which the cache stage has run."""
-    root = prepare(tmp_path_factory.mktemp("first"))
-    run_through(root, "cache")
-    return root
-
-
 def store(*arguments: str) -> Result:
     return CliRunner().invoke(cli.main, ["store", *arguments])
 
 
-def test_a_second_machine_computes_nothing(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(first)
+def test_a_second_machine_computes_nothing(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ready)
     said = store("push", URL, "--dry-run").output
     assert "would be copied to s3://bucket/project, 0 are there" in said
     assert Place(URL).collections() == []
@@ -55,7 +47,7 @@ def test_a_second_machine_computes_nothing(first: Path, tmp_path: Path, monkeypa
     assert pushed.output.rstrip().endswith("segments are copied -> s3://bucket/project")
     assert "push: 0 segments (0 B) are to be copied" in store("push", URL).output
 
-    monkeypatch.chdir(copy_of(first, tmp_path / "second"))
+    monkeypatch.chdir(copy_of(ready, tmp_path / "second"))
     other = f"features.store={tmp_path / 'store'}"
     manifests = [part for split in ("train", "val") for part in ("--manifest", str(common.features_path(split)))]
     assert store("pull", URL, *manifests, "-S", other).exit_code == 0
@@ -68,9 +60,9 @@ def test_a_second_machine_computes_nothing(first: Path, tmp_path: Path, monkeypa
     assert "cache: 0 of" in ok("cache", other)
 
 
-def test_what_a_manifest_needs(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_manifest_needs(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its states, the tables, and the answers that it came from."""
-    monkeypatch.chdir(first)
+    monkeypatch.chdir(ready)
     assert store("push", str(tmp_path / "copy"), "--manifest", "data/features/val.json").exit_code == 0
     manifest = Manifest.load(common.features_path("val"))
     place = Place(tmp_path / "copy")
@@ -79,8 +71,8 @@ def test_what_a_manifest_needs(first: Path, tmp_path: Path, monkeypatch: pytest.
     assert place.segments(answers)
 
 
-def test_errors(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(first)
+def test_errors(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ready)
     assert "holds no store" in store("pull", "s3://bucket/nothing").output
     assert "leave out --manifest" in store("push", URL, "--follow", "--manifest", "data/features/val.json").output
     shutil.copytree("store", tmp_path / "store")
@@ -94,12 +86,12 @@ def test_errors(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_follow_ends_when_it_is_told_to(first: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_follow_ends_when_it_is_told_to(ready: Path, tmp_path: Path, number: signal.Signals) -> None:
     """It has copied what was there when the signal came."""
     url, root = f"s3://bucket/{number.name}", tmp_path / "store"
     command = [sys.executable, "-m", "stages.cli", "store", "push", url, "--follow", "-S", f"features.store={root}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=first, env=common.child_environment(), text=True, **pipes) as process:
+    with subprocess.Popen(command, cwd=ready, env=common.child_environment(), text=True, **pipes) as process:
         assert process.stdout is not None
         assert "0 segments (0 B) are to be copied" in process.stdout.readline()
         while not (root / ".in-use").exists():

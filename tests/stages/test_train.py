@@ -7,10 +7,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +16,15 @@ import torch
 
 from spec import config as config_module
 from spec import files, heads, tracking
-from spec.heads import SpeculatorConfig
 from spec.store import features, upkeep
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop
 from stages import common, train
-from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused, run_through
+from tests.spec.heads.reference import config as shape
+from tests.stages.workspace import content, ok, refused
 
 MODEL, LAST = Path("models/speculator"), Path("models/speculator/last")
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which everything up to cache has run."""
-    root = prepare(tmp_path_factory.mktemp("ready"))
-    before = content(root / "base")
-    run_through(root, "cache")
-    yield root
-    assert content(root / "base") == before
-
-
-@pytest.fixture
-def folder(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(copy_of(ready, tmp_path))
-    inline_workers(monkeypatch)
-    return tmp_path
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -207,30 +186,6 @@ def test_another_runs_checkpoint_is_not_taken_up(folder: Path, monkeypatch: pyte
     assert content(MODEL) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [sys.executable, "torchrun --standalone --nproc-per-node=2"])
-def test_a_signal_reaches_the_workers_of_the_command(ready: Path, tmp_path: Path, launcher: str) -> None:
-    """The command as users call it, in processes of its own."""
-    whole, parts = (copy_of(ready, tmp_path / name) for name in ("whole", "parts"))
-    command = [sys.executable, "-m", "stages.cli", "train", "-S", f"trainer.launcher={launcher}"]
-    command += ["-S", "trainer.total_epochs=20", "-S", "trainer.save_freq=5", "-S", "trainer.test_freq=20"]
-    environment = common.child_environment() | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=whole, env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(
-        command, cwd=parts, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    deadline = time.monotonic() + 300
-    while not list(parts.glob("checkpoints/*/global_step_*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.terminate()
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "run the same command again to go on" in said
-    assert not (parts / MODEL).exists()
-    subprocess.run(command, cwd=parts, env=environment, check=True, capture_output=True)
-    assert content(parts / "models") == content(whole / "models")
-
-
 def test_the_draft_vocabulary_is_what_answers_hold_most(folder: Path) -> None:
     ok("train", "model.speculator.draft_vocab_size=9", "trainer.total_epochs=1")
     manifest = Manifest.load(common.features_path("train"))
@@ -257,24 +212,18 @@ def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
         assert words in refused("train", "model.speculator.init=earlier", override)
 
 
-def shape(**changed: Any) -> SpeculatorConfig:
-    values: dict[str, Any] = {"hidden_size": 8, "vocab_size": 12, "n_predict": 2, "inner_dim": (8,), "emb_dim": (8,)}
-    values |= {"proj_dim": (8,), "base_model_name_or_path": "", "base_digest": "", "method": "sum_rnn"}
-    return SpeculatorConfig(**(values | changed))
-
-
 def test_ties_of_the_draft_vocabulary_go_to_the_lower_id() -> None:
     counts = np.array([0, 5, 2, 5, 0, 2, 2, 0, 9, 0, 0, 1])
-    made = train.initialise(config_module.Config(), shape(draft_vocab_size=5), counts, {})
+    made = train.initialise(config_module.Config(), shape(vocab_size=12, draft_vocab_size=5), counts, {})
     assert made.token_map is not None
     assert made.token_map.tolist() == [1, 2, 3, 5, 8]
 
 
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
 def test_heads_start_from_the_bases_tables_where_they_are_asked_to(method: Any) -> None:
-    tables = {name: torch.randn(12, 8) for name in ("embedding", "lm_head")}
+    tables = {name: torch.randn(23, 12) for name in ("embedding", "lm_head")}
     config = config_module.from_mapping({"model": {"speculator": {"init": "base"}}, "trainer": {"seed": 3}})
-    made = train.initialise(config, shape(method=method), np.zeros(12, np.int64), tables)
-    expected = heads.build(shape(method=method))
+    made = train.initialise(config, shape(method), np.zeros(23, np.int64), tables)
+    expected = heads.build(shape(method))
     heads.init_from_base(expected, tables["embedding"], tables["lm_head"], 3)
     assert same(made.state_dict(), expected.state_dict())

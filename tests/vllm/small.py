@@ -1,4 +1,4 @@
-"""The default pipeline in small: two speculators of the real base, trained for a minute, and what they are asked."""
+"""The default pipeline in small: a speculator of the real base, trained for a minute, and what it is asked."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ OVERRIDES = (
     "optim.loss=ce",
     "features.store=store",
 )
-METHODS = {
-    "sum_rnn": (),
-}
 SERVER = ("--enforce-eager", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")  # most prompts come in parts
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -41,12 +38,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What the stages made in a folder.
-
-    Attributes:
-        root: the folder; the base is models/base in it.
-        reader: the eval split.
-    """
+    """The folder in which the stages have run, and its eval split."""
 
     root: Path
     reader: FeatureReader
@@ -57,20 +49,17 @@ class Trained:
         lengths = self.reader.manifest.prompt_length
         return [sequence.ids[: lengths[index]].tolist() for index, sequence in self.reader.sequences(range(PROMPTS))]
 
-    def checkpoint(self, method: str) -> Path:
-        """The speculator of a method."""
-        return self.root / "trained" / method
+    @property
+    def checkpoint(self) -> Path:
+        """The speculator."""
+        return self.root / "models/speculator"
 
 
 def train_small(root: Path) -> Trained:
     """Run the stages in an empty folder; a minute or two on two free cores."""
     shutil.copy(REPOSITORY / "params.yaml", root)
-    for stage in ("fetch", "tokenize", "respond", "cache"):
+    for stage in ("fetch", "tokenize", "respond", "cache", "train"):
         run(root, stage, *OVERRIDES)
-    for method, overrides in METHODS.items():
-        run(root, "train", *OVERRIDES, *overrides)
-        (root / "trained").mkdir(exist_ok=True)
-        shutil.move(root / "models/speculator", root / "trained" / method)
     return Trained(root, FeatureReader(Manifest.load(root / "data/features/eval.json"), root / "store"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,67 +29,37 @@ CANCELLED = 1
 
 @dataclass(frozen=True)
 class Written:
-    """What the base alone writes.
+    """What the base alone writes."""
 
-    Attributes:
-        answers: to each prompt.
-        singles: to the first prompts, each asked on its own, of LENGTHS tokens.
-        chat: to MESSAGES.
-        longest: to the longest prompt, up to the model's maximal length.
-    """
-
-    answers: list[list[int]]
-    singles: list[list[int]]
-    chat: str
-    longest: list[int]
+    answers: list[list[int]]  # to each prompt
+    singles: list[list[int]]  # to the first prompts, each asked on its own, of LENGTHS tokens
+    chat: str  # to MESSAGES
+    longest: list[int]  # to the longest prompt, up to the model's maximal length
 
 
-@dataclass(frozen=True)
-class Case:
-    """A way to draft: how the server is told, and what the offline walk takes for it."""
-
-    arguments: Callable[[Trained], list[str]]
-    method: str
-    source: Source
-    most: int
+MOST: dict[Source, int] = {"head": 3, "hybrid": servers.NGRAM_DRAFT}
+"""Tokens that a step drafts."""
 
 
-def by_proposer(source: Source) -> Callable[[Trained], list[str]]:
-    def arguments(trained: Trained) -> list[str]:
-        decode = Decode(draft=source)
-        return servers.command(
-            trained.checkpoint("sum_rnn"), decode, base=str(trained.root / NAME), dtype="float32", more=named()
-        )
-
-    return arguments
-
-
-def alone(trained: Trained) -> list[str]:
-    return [*servers.plain_command(str(trained.root / NAME), dtype="float32"), *named()]
-
-
-def named() -> list[str]:
-    return ["--served-model-name", NAME]
-
-
-CASES = {
-    "sum_rnn": Case(by_proposer("head"), "sum_rnn", "head", 3),
-    "hybrid": Case(by_proposer("hybrid"), "sum_rnn", "hybrid", servers.NGRAM_DRAFT),
-}
+def with_speculator(trained: Trained, source: Source) -> list[str]:
+    base = str(trained.root / NAME)
+    return servers.command(trained.checkpoint, Decode(draft=source), base=base, dtype="float32", more=options(trained))
 
 
 def longest_prompt(trained: Trained) -> list[int]:
     return max(trained.prompts, key=len)
 
 
-def room(trained: Trained) -> list[str]:
-    """A maximal length that the longest prompt's answer reaches."""
-    return ["--max-model-len", str(len(longest_prompt(trained)) + NEW_TOKENS + 8)]
+def options(trained: Trained) -> list[str]:
+    """A name, and a maximal length that the longest prompt's answer reaches."""
+    room = str(len(longest_prompt(trained)) + NEW_TOKENS + 8)
+    return ["--served-model-name", NAME, "--max-model-len", room]
 
 
 @pytest.fixture(scope="module")
 def written(trained: Trained) -> Written:
-    with serving([*alone(trained), *room(trained)], trained.root, "alone") as server:
+    alone = [*servers.plain_command(str(trained.root / NAME), dtype="float32"), *options(trained)]
+    with serving(alone, trained.root, "alone") as server:
         return Written(
             answer(server, trained.prompts),
             [
@@ -101,15 +71,16 @@ def written(trained: Trained) -> Written:
         )
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+@pytest.fixture(scope="module", params=MOST)
+def source(request: pytest.FixtureRequest) -> Source:
+    found: Source = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
-def server(case: Case, trained: Trained, written: Written) -> Iterator[Server]:
+def server(source: Source, trained: Trained, written: Written) -> Iterator[Server]:
     """With a speculator, once the server without one is gone."""
-    with serving([*case.arguments(trained), *room(trained)], trained.root, f"{case.method}-{case.source}") as running:
+    with serving(with_speculator(trained, source), trained.root, source) as running:
         yield running
 
 
@@ -141,21 +112,20 @@ def test_answers_are_those_of_the_base_alone(trained: Trained, written: Written,
     assert server.counters()[accepted] > before.get(accepted, 0)
 
 
-def test_mean_acceptance_length_is_the_walks(trained: Trained, case: Case, server: Server) -> None:
+def test_mean_acceptance_length_is_the_walks(trained: Trained, source: Source, server: Server) -> None:
     before = server.counters()
     answer(server, trained.prompts)
     served = servers.mean_acceptance_length(before, server.counters())
-    speculator = heads.load(trained.checkpoint(case.method))
-    answers = acceptance.draft_answers(speculator, trained.reader, range(PROMPTS))
+    answers = acceptance.draft_answers(heads.load(trained.checkpoint), trained.reader, range(PROMPTS))
 
     def drafts(answer: Answer) -> list[list[int]]:
-        along = drafts_along(answer.ids, answer.start, Decode(), answer.drafts, case.source)
-        return [list(draft[: case.most]) for draft in along]
+        along = drafts_along(answer.ids, answer.start, Decode(), answer.drafts, source)
+        return [list(draft[: MOST[source]]) for draft in along]
 
     walks = acceptance.walks(trained.reader, answers, drafts)
     low, high = acceptance.interval(walks)
     figure = acceptance.tokens_per_step(walks)
-    print(f"{case.method}, {case.source}: vLLM {served:.3f}, offline {figure:.3f}, interval {low:.3f} to {high:.3f}")
+    print(f"{source}: vLLM {served:.3f}, offline {figure:.3f}, interval {low:.3f} to {high:.3f}")
     assert figure > 1.15
     assert low <= served <= high
 
@@ -203,13 +173,8 @@ def test_an_answer_ends_at_the_maximal_length(trained: Trained, written: Written
 
 
 def test_a_server_that_cannot_start_says_why(trained: Trained, tmp_path: Path) -> None:
-    command = servers.command(
-        trained.checkpoint("sum_rnn"), Decode(draft="head"), base=str(trained.root / NAME), dtype="float32"
-    )
-    options = json.dumps({"speculator": {"checkpoint": str(tmp_path / "nowhere"), "draft": "head"}})
-    command[command.index("--additional-config") + 1] = options
-    with (
-        pytest.raises(servers.ServingError, match="nowhere"),
-        serving([*command, *room(trained)], tmp_path, "refused"),
-    ):
+    command = with_speculator(trained, "head")
+    missing = json.dumps({"speculator": {"checkpoint": str(tmp_path / "nowhere"), "draft": "head"}})
+    command[command.index("--additional-config") + 1] = missing
+    with pytest.raises(servers.ServingError, match="nowhere"), serving(command, tmp_path, "refused"):
         pass

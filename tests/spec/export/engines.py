@@ -1,6 +1,6 @@
-"""Readers of exports, written from the rules of each engine's own loader; no code of spec but the heads' config.
+"""A reader of exports, written from the rules of the engine's own loader.
 
-Each checks what its engine checks (types and values of config.json, names and shapes of tensors), and drafts as the
+It checks what the engine checks (types and values of config.json, names and shapes of tensors), and drafts as the
 engine does, in float32.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from spec import heads
 from spec.heads import Speculator, SpeculatorConfig
-from spec.heads.layers import RMSNorm
+from tests.spec.heads.reference import randomized
 
 Draft = Callable[[Tensor, Tensor], Tensor]
 """States [P, d] and tokens [P] -> drafts [P, n]."""
@@ -28,11 +28,7 @@ Draft = Callable[[Tensor, Tensor], Tensor]
 def checkpoint(folder: Path, c: SpeculatorConfig) -> Speculator:
     """A checkpoint of random weights in a folder; no parameter has a special value."""
     drafted = None if c.draft_vocab_size is None else torch.randperm(c.vocab_size)[: c.draft_vocab_size].sort().values
-    speculator = heads.build(c, drafted)
-    with torch.no_grad():
-        for module in speculator.modules():
-            for parameter in module.parameters(recurse=False):
-                parameter.normal_(1.0 if isinstance(module, RMSNorm) and parameter is module.weight else 0.0, 0.5)
+    speculator = randomized(c, drafted)
     heads.save(speculator, folder)
     return speculator
 

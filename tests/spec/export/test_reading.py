@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spec import files, heads
 from spec.base import BaseError
-from spec.export import FORMATS, KnownBase, identify_base, read, write
+from spec.export import KnownBase, identify_base, read, write
 from spec.heads import CheckpointError
 from tests.spec.export import engines
 from tests.spec.heads.reference import config
@@ -24,7 +24,7 @@ KNOWN = KnownBase(name="here/it-is", revision="r1", digest="d1", vocab_size=23, 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
     engines.checkpoint(tmp_path / "c", config())
-    write(tmp_path / "c", tmp_path / "e", FORMATS["arctic"], torch.float32)
+    write(tmp_path / "c", tmp_path / "e", torch.float32)
     return tmp_path / "e"
 
 

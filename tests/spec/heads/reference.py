@@ -1,4 +1,4 @@
-"""The three networks straight from their formulas, over a state dict; no code of spec.heads but the config."""
+"""The networks straight from their formulas, over a state dict, and what their tests begin with."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spec.heads import SpeculatorConfig
+from spec.heads import Speculator, SpeculatorConfig, build
+from spec.heads.layers import RMSNorm
 
 State = dict[str, Tensor]
 
@@ -24,6 +25,16 @@ def config(method: str = "sum_rnn", **changes: object) -> SpeculatorConfig:
         "base_digest": "d1",
     }
     return SpeculatorConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def randomized(c: SpeculatorConfig, token_map: Tensor | None = None) -> Speculator:
+    """Every parameter away from its special value: norms too."""
+    speculator = build(c, token_map)
+    with torch.no_grad():
+        for module in speculator.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.normal_(1.0 if isinstance(module, RMSNorm) and parameter is module.weight else 0.0, 0.5)
+    return speculator
 
 
 def inputs(c: SpeculatorConfig, positions: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
