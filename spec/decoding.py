@@ -125,12 +125,12 @@ class LanguageModelWithSpeculator:
         config = heads.read_config(checkpoint)
         revision = None if base is not None else config.base_revision
         try:
-            folder = bases.resolve(str(base or config.base_model_name_or_path), revision)
+            folder = bases.resolve(str(base or config.base_model_name_or_path), revision, trust_remote_code)
         except bases.BaseError as error:
             raise bases.BaseError(
                 f"the base of {checkpoint} is not found, say with --base (base= in Python) where it is: {error}"
             ) from None
-        digest = bases.identify(folder)["weights"]
+        digest = bases.identify(folder, trust_remote_code)["weights"]
         name = str(dtype or torch.bfloat16).removeprefix("torch.")
         params = Model.model_validate({"dtype": name, "trust_remote_code": trust_remote_code})
         loaded = bases.load(params, folder, digest, None if device is None else torch.device(device))

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from spec import base, corpus, files
 from spec.config import Config
 from spec.corpus import TokenSequence
@@ -114,8 +112,9 @@ def plan_features(config: Config, rows: list[FeatureRow], known: Any) -> list[li
 
 def text_config(config: Config, sources: dict[str, Any]) -> Any:
     """The configuration of the base's language model: hidden_size, vocab_size."""
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-    return AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    trusted = config.model.trust_remote_code
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], trusted)
+    return base.read_config(folder, trusted).get_text_config()
 
 
 def _read(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequence]:
@@ -127,7 +126,7 @@ def _read(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequ
 def _work(config: Config, sequences: _Sequences, groups: list[list[int]], sources: dict[str, Any]) -> None:
     """This worker's part."""
     me = this_worker()
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], config.model.trust_remote_code)
     model = base.load(config.model, folder, sources["base"]["weights"])
     rows = sequences.rows()
     if me.first:

@@ -11,6 +11,7 @@ import click
 
 _COMMANDS = (
     "fetch",
+    "check",
     "tokenize",
     "respond",
     "cache",

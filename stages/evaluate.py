@@ -102,7 +102,8 @@ def _measure(
 
 def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     """The base that joint training made, and the eval split with its states, which are cached here."""
-    source = {"name": str(common.TRAINED_BASE), "revision": None, **base.identify(common.TRAINED_BASE)}
+    trusted = config.model.trust_remote_code
+    source = {"name": str(common.TRAINED_BASE), "revision": None, **base.identify(common.TRAINED_BASE, trusted)}
     source["tokenizer"] = common.read_sources()["base"]["tokenizer"]  # it made the ids, and `forget` looks for it
     rows = corpus.read(common.responses_path("eval"))
     identity = features.identity(source, config.model.dtype, config.features.codec)
@@ -120,7 +121,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
 
 
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:
-    folder = base.resolve(source["name"], source["revision"])
+    folder = base.resolve(source["name"], source["revision"], config.model.trust_remote_code)
     model = base.load(config.model, folder, source["weights"], dtype=dtype)
     speculator = heads.load(common.MODEL, model.device, model.model.dtype)
     return LanguageModelWithSpeculator(model, speculator, config.decode)

@@ -1,4 +1,4 @@
-"""fetch: resolve the base and the files of every split, download what is missing, write down what they are."""
+"""fetch: find the base and the files of every split, download what is missing, write down what they are."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from typing import Any
 from spec import base, corpus, files
 from spec.config import Config
 from stages import common, embedded
+from stages.check import examine_once, find_base
 
 
 @common.stage
 def fetch(config: Config) -> None:
-    """Resolve the base and the data, download what is missing, and write data/sources.json."""
+    """Find the base and the data, download what is missing, check the base, and write data/sources.json."""
     model = config.model
-    embedded.ensure(model.partial_pretrain, *(path for split in common.SPLITS for path in config.data.files(split)))
-    try:
-        folder = base.resolve(model.partial_pretrain, model.revision)
-    except base.BaseError as error:
-        raise base.BaseError(f"model.partial_pretrain: {error}") from None
+    embedded.ensure(*(path for split in common.SPLITS for path in config.data.files(split)))
+    folder = find_base(config)
     splits: dict[str, dict[str, str]] = {}
     for split in common.SPLITS:
         found = corpus.list_files(config.data.files(split), split=split)
         splits[split] = files.digest_files(found)
     corpus.check_apart(splits)
+    identity = base.identify(folder, model.trust_remote_code)
+    findings = examine_once(config, folder, identity)
+    for note in findings.notes:
+        common.say(f"fetch: {note}")
+    if findings.turn_end is not None:  # answers end at a token that generation_config.json does not name
+        identity["generation"] = files.digest_json([identity["generation"], findings.turn_end])
+    revision = base.downloaded_revision(folder, model)
     sources: dict[str, Any] = {
-        "base": {
-            "name": model.partial_pretrain,
-            "revision": base.downloaded_revision(folder, model),
-            **base.identify(folder),
-        },
+        "base": {"name": model.partial_pretrain, "revision": revision, **identity},
         "files": splits,
     }
     files.write_json(common.SOURCES, sources)

@@ -25,6 +25,7 @@ SHOWN = 8
 @click.option("--seed", type=int, default=None, help="Of sampling.")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
 @click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 def generate(
     checkpoint: Path,
@@ -35,6 +36,7 @@ def generate(
     seed: int | None,
     dtype: str,
     base: str | None,
+    trust_remote_code: bool,
     raw: bool,
 ) -> None:
     """Answer a prompt with a base and its speculator, streaming, and say how fast it was."""
@@ -42,7 +44,9 @@ def generate(
     from spec.decoding import LanguageModelWithSpeculator
 
     with common.clear_errors():
-        model = LanguageModelWithSpeculator.from_pretrained(checkpoint, base=base, dtype=dtype)
+        model = LanguageModelWithSpeculator.from_pretrained(
+            checkpoint, base=base, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         tokenizer = model.base.tokenizer
         if raw:
             ids = tokenizer(prompt)["input_ids"]

@@ -16,7 +16,8 @@ from stages import common
 @click.argument("source", metavar="SRC")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", default=None, help="Its base: a folder or hub id. It is then checked, and its digest kept.")
-def import_(source: str, out: Path, base: str | None) -> None:
+@click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
+def import_(source: str, out: Path, base: str | None, trust_remote_code: bool) -> None:
     """Read the speculator in SRC, a folder or hub id, into the new folder OUT.
 
     SRC is in IBM's layout (MLPSpeculatorPreTrainedModel), or in ArcticTraining's or ArcticInference's. OUT serves as
@@ -28,7 +29,7 @@ def import_(source: str, out: Path, base: str | None) -> None:
     with common.clear_errors():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise SpecError(f"{out} is not empty; name a folder that is empty or not there")
-        known = None if base is None else export.identify_base(base)
+        known = None if base is None else export.identify_base(base, trust_remote_code)
         speculator = export.read(source, known)
         heads.save(speculator, out)
     config = speculator.config

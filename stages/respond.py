@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ def respond(config: Config, worker: Path | None) -> None:
     tokens = {split: _read(split, sources) for split in common.SPLITS}
     if not config.base_answers:
         for split, rows in tokens.items():
-            _write(split, rows, 0, common.responses_origin(config, sources))
+            _write(split, rows, "", common.responses_origin(config, sources))
         return
     if config.respond.engine == "vllm":
         require_vllm()
@@ -48,12 +49,19 @@ def respond(config: Config, worker: Path | None) -> None:
     identity = answers.identity(sources["base"], config.model.dtype, config.respond)
     collection = Collection(common.store_root(config), "answers", identity)
     prompts = _Prompts(collection, list(map(item_key, asked)), asked)
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], config.model.trust_remote_code)
     if worker is not None:
-        _work(config, prompts, files.read_json(worker), sources)
+        _work(config, prompts, files.read_json(worker), folder, sources)
         return
+    bucket: Callable[[int], int] = base.prompt_bucket
+    if config.respond.engine == "transformers":
+        bucket = base.prompt_buckets(folder, config.respond.max_new_tokens, config.model.trust_remote_code)
+    stops = base.stop_ids(folder, config.model.trust_remote_code)
     with locks.in_use(collection.root):
         index.write(collection.root, itertools.chain.from_iterable(tokens.values()))
-        groups = common.plan_missing(collection, "respond", lambda known: plan_answers(config, prompts.ids, known))
+        groups = common.plan_missing(
+            collection, "respond", lambda known: plan_answers(config, prompts.ids, known, bucket)
+        )
         missing = sum(map(len, groups))
         common.say(f"respond: {missing} of {len(set(prompts.keys))} answers are to be written by the base")
         if groups:
@@ -62,16 +70,18 @@ def respond(config: Config, worker: Path | None) -> None:
         written = dict(zip(prompts.keys, answers.read(collection, prompts.keys), strict=True))
         places = collection.find()
         for split, rows in tokens.items():
-            _complete(config, split, rows, written, common.responses_origin(config, sources))
+            _complete(config, split, rows, written, stops, common.responses_origin(config, sources))
             used = {places[item_key(row.ids[: row.prompt_length])][0] for row in rows if row.prompt_length}
             upkeep.add_root(collection.root, common.responses_path(split), {collection.folder.name: sorted(used)})
 
 
-def plan_answers(config: Config, prompts: list[Ids], known: Any) -> list[list[int]]:
-    """Groups of the prompts that have no answer yet."""
+def plan_answers(
+    config: Config, prompts: list[Ids], known: Any, bucket: Callable[[int], int] = base.prompt_bucket
+) -> list[list[int]]:
+    """Groups of the prompts that have no answer yet, each of one padded length."""
     lengths = list(map(len, prompts))
     keys = list(map(item_key, prompts))
-    return plan(keys, lengths, known, base.prompt_bucket, config.respond.batch_size, cost=lambda length: 1)
+    return plan(keys, lengths, known, bucket, config.respond.batch_size, cost=lambda length: 1)
 
 
 def _read(split: str, sources: dict[str, Any]) -> list[TokenSequence]:
@@ -81,7 +91,12 @@ def _read(split: str, sources: dict[str, Any]) -> list[TokenSequence]:
 
 
 def _complete(
-    config: Config, split: str, rows: list[TokenSequence], written: dict[str, Ids], origin: dict[str, Any]
+    config: Config,
+    split: str,
+    rows: list[TokenSequence],
+    written: dict[str, Ids],
+    stops: Set[int],
+    origin: dict[str, Any],
 ) -> None:
     """Put the answers to their prompts, and write the split."""
     answered = [
@@ -93,7 +108,11 @@ def _complete(
             f"respond {split}: every row is longer than data.max_length={config.data.max_length} with its answer; "
             "raise it or lower respond.max_new_tokens"
         )
-    _write(split, kept, len(rows) - len(kept), origin)
+    cut = sum(int(row.ids[-1]) not in stops for row in kept if row.prompt_length)
+    dropped = len(rows) - len(kept)
+    notes = f", {dropped} dropped as too long" if dropped else ""
+    notes += f", {cut} answers cut at respond.max_new_tokens" if cut else ""
+    _write(split, kept, notes, origin)
 
 
 def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
@@ -103,9 +122,8 @@ def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
     return replace(row, ids=np.concatenate([row.ids[:prompt], answer]), mask=mask)
 
 
-def _work(config: Config, prompts: _Prompts, groups: list[list[int]], sources: dict[str, Any]) -> None:
+def _work(config: Config, prompts: _Prompts, groups: list[list[int]], folder: Path, sources: dict[str, Any]) -> None:
     """This worker's part."""
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     answer: answers.Answer
     if config.respond.engine == "vllm":
         from spec.serving import answering  # vLLM is an extra
@@ -134,13 +152,12 @@ def _work(config: Config, prompts: _Prompts, groups: list[list[int]], sources: d
         )
 
 
-def _write(split: str, rows: list[TokenSequence], dropped: int, origin: dict[str, Any]) -> None:
+def _write(split: str, rows: list[TokenSequence], notes: str, origin: dict[str, Any]) -> None:
     target = common.responses_path(split)
     corpus.write(target, rows, origin)
     supervised = sum(int(row.mask.sum()) for row in rows)
-    left = f", {dropped} dropped as too long" if dropped else ""
     size = common.size(target.stat().st_size)
-    common.say(f"respond {split}: {len(rows)} sequences, {supervised:,} supervised tokens{left} -> {target} ({size})")
+    common.say(f"respond {split}: {len(rows)} sequences, {supervised:,} supervised tokens{notes} -> {target} ({size})")
 
 
 if __name__ == "__main__":

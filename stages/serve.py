@@ -18,6 +18,7 @@ from stages import common
 @click.option("--draft-len", type=click.IntRange(min=1), default=None, help="Drafts a step. [n_predict; n-gram: 8]")
 @click.option("--dtype", type=click.Choice(["auto", *get_args(Dtype)]), default="auto", show_default=True)
 @click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTIONS]")
 def serve(
     checkpoint: Path,
@@ -25,6 +26,7 @@ def serve(
     draft_len: int | None,
     dtype: str,
     base: str | None,
+    trust_remote_code: bool,
     more: tuple[str, ...],
 ) -> None:
     """Become vLLM's server, with a base and its speculator, in an environment that has vLLM."""
@@ -32,7 +34,9 @@ def serve(
 
     with common.clear_errors():
         decode = Decode(draft=draft, draft_len=draft_len)
-        command = server.command(checkpoint, decode, base=base, dtype=dtype, more=more)
+        command = server.command(
+            checkpoint, decode, base=base, dtype=dtype, trust_remote_code=trust_remote_code, more=more
+        )
     bound_cpu_memory()
     os.execv(command[0], command)
 

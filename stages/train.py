@@ -262,7 +262,7 @@ def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
             task.base.model.to(getattr(torch, task.config.model.dtype)).save_pretrained(folder)
             task.base.tokenizer.save_pretrained(folder)
     if isinstance(task, JointTask):
-        digest = base_model.identify(common.TRAINED_BASE)["weights"]
+        digest = base_model.identify(common.TRAINED_BASE, task.config.model.trust_remote_code)["weights"]
         name = str(common.TRAINED_BASE)
         base = {"base_model_name_or_path": name, "base_revision": None, "base_digest": digest}
         task.speculator.config = task.speculator.config.model_copy(update=base)

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from spec import base, files, heads
 from spec.config import MEDUSA, Model, parse_dims
@@ -51,22 +50,22 @@ class KnownBase:
     hidden_size: int
 
 
-def identify_base(name: str) -> KnownBase:
+def identify_base(name: str, trust_remote_code: bool = False) -> KnownBase:
     """Find a base and what identifies it; a hub model is downloaded when it is not here yet.
 
     Raises:
         BaseError: there is no such base.
     """
-    folder = base.resolve(name, None)
+    folder = base.resolve(name, None, trust_remote_code)
+    config = base.read_config(folder, trust_remote_code).get_text_config()
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
         vocab_size, hidden_size = config.vocab_size, config.hidden_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except AttributeError as error:
         raise base.BaseError(f"{folder}: its config.json could not be read ({error})") from None
     return KnownBase(
         name=name,
         revision=base.downloaded_revision(folder, Model(partial_pretrain=name)),
-        digest=base.identify(folder)["weights"],
+        digest=base.identify(folder, trust_remote_code)["weights"],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
     )

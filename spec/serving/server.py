@@ -31,7 +31,13 @@ PROPOSER = "spec.serving.vllm.SpeculatorProposer"
 
 
 def command(
-    checkpoint: Path, decode: Decode, *, base: str | None = None, dtype: str = "auto", more: Sequence[str] = ()
+    checkpoint: Path,
+    decode: Decode,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    more: Sequence[str] = (),
 ) -> list[str]:
     """The command that serves a base with a speculator.
 
@@ -40,6 +46,7 @@ def command(
         decode: where drafts come from; draft_len bounds them (default: n_predict; with n-grams at least NGRAM_DRAFT).
         base: folder or hub id of the base, where it is no longer where the checkpoint says.
         dtype: of base and speculator; auto is that of the base's checkpoint.
+        trust_remote_code: run code from the base's folder.
         more: vLLM's own options.
 
     Raises:
@@ -55,14 +62,16 @@ def command(
     options = {"speculator": {"checkpoint": str(checkpoint.resolve()), **chosen}}
     name = base or config.base_model_name_or_path
     return [
-        *plain_command(name, None if base else config.base_revision, dtype),
+        *plain_command(name, None if base else config.base_revision, dtype, trust_remote_code),
         *("--speculative-config", json.dumps(method)),
         *("--additional-config", json.dumps(options)),
         *more,
     ]
 
 
-def plain_command(base: str, revision: str | None = None, dtype: str = "auto") -> list[str]:
+def plain_command(
+    base: str, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> list[str]:
     """The command that serves a base alone, by its name as the model's, to this machine alone.
 
     Raises:
@@ -71,11 +80,12 @@ def plain_command(base: str, revision: str | None = None, dtype: str = "auto") -
     """
     require_vllm()
     try:
-        folder = bases.resolve(base, revision)
+        folder = bases.resolve(base, revision, trust_remote_code)
     except bases.BaseError as error:
         raise bases.BaseError(f"the base is not found, say with --base where it is: {error}") from None
     # What `vllm serve` runs; that command fails in the CPU build, whose package has another name than it asks for.
     run = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    run += ["--trust-remote-code"] if trust_remote_code else []
     return [*run, "--served-model-name", base, "--dtype", dtype, "--host", "127.0.0.1"]
 
 

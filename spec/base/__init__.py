@@ -1,0 +1,44 @@
+"""The base model: where it is, what identifies it, what it can do, its hidden states, its own answers."""
+
+from __future__ import annotations
+
+from spec.base.answering import COMPACT, LEAST_ROWS, answer, prompt_buckets
+from spec.base.check import check, read_config
+from spec.base.folder import BaseError, downloaded_revision, find_folder, identify, resolve
+from spec.base.limits import Limits, can_take_back, is_recurrent, limits
+from spec.base.loading import Base, load, load_tokenizer, producer, stop_ids, unstopped_turn
+from spec.base.logits import LOOKED_AT, PLAIN, Logits, find_logits, has_linear_logits
+from spec.base.states import BUCKET, bucket, hidden_states, prompt_bucket
+
+__all__ = [
+    "BUCKET",
+    "COMPACT",
+    "LEAST_ROWS",
+    "LOOKED_AT",
+    "PLAIN",
+    "Base",
+    "BaseError",
+    "Limits",
+    "Logits",
+    "answer",
+    "bucket",
+    "can_take_back",
+    "check",
+    "downloaded_revision",
+    "find_folder",
+    "find_logits",
+    "has_linear_logits",
+    "hidden_states",
+    "identify",
+    "is_recurrent",
+    "limits",
+    "load",
+    "load_tokenizer",
+    "producer",
+    "prompt_bucket",
+    "prompt_buckets",
+    "read_config",
+    "resolve",
+    "stop_ids",
+    "unstopped_turn",
+]

@@ -1,0 +1,212 @@
+"""The base's own answers."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache as remembered
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spec.base.check import read_config, skeleton
+from spec.base.folder import BaseError
+from spec.base.limits import Limits, has_state, limits_of
+from spec.base.loading import Base
+from spec.base.states import prompt_bucket
+from spec.kv_cache import make_cache
+
+log = logging.getLogger(__name__)
+
+LEAST_ROWS = 8
+"""A batch that writes has at least so many rows, idle ones if need be: on a CPU bf16 results are the same, bit for
+bit, for all batch sizes from a few rows on, but a single row is multiplied by other code."""
+
+COMPACT = 0.75
+"""Ended rows are taken out of a batch when at most this share of it still writes."""
+
+
+def prompt_buckets(folder: Path, max_new_tokens: int, trust_remote_code: bool = False) -> Callable[[int], int]:
+    """By the length of a prompt, the padded length at which the base in a folder answers it."""
+    model = skeleton(folder, read_config(folder, trust_remote_code), trust_remote_code)
+    recurrent, limits = has_state(model), limits_of(model)
+    return lambda length: _width(length, max_new_tokens, recurrent, limits)
+
+
+def _width(length: int, max_new_tokens: int, recurrent: bool, limits: Limits) -> int:
+    """A prompt's padded length: its own where padding on the left would change a state, or where it and the answer
+    would pass the last position."""
+    padded = prompt_bucket(length)
+    if recurrent or (limits.most is not None and padded + max_new_tokens > limits.most):
+        return length
+    return padded
+
+
+@torch.inference_mode()
+def answer(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    on_token: Callable[[int], object] = lambda count: None,
+) -> list[list[int]]:
+    """Let the base continue each prompt until a stop token (kept), max_new_tokens, or its last position.
+
+    Prompts are padded on the left to a common bucketed length; give prompts of one bucket together, so that an
+    answer does not depend on its company. Finished rows leave the batch.
+
+    Args:
+        base: the model.
+        prompts: token ids, none empty.
+        max_new_tokens: at most this many tokens each.
+        temperature: 0 is greedy; else softmax sampling.
+        seeds: of the sampling, one a prompt, so that an answer follows from its prompt and seed alone.
+        on_token: called with the number of tokens written at each step.
+
+    Raises:
+        BaseError: a prompt that leaves no position for an answer, or with an id for which the base has no row.
+    """
+    _check_prompts(base, prompts, max_new_tokens)
+    exact: dict[int, list[int]] = {}
+    padded: list[int] = []
+    for row, prompt in enumerate(prompts):
+        width = _width(len(prompt), max_new_tokens, base.recurrent, base.limits)
+        (exact.setdefault(width, []) if width == len(prompt) else padded).append(row)
+    batches = [(max(prompt_bucket(len(prompts[row])) for row in padded), padded)] if padded else []
+    answers: list[list[int]] = [[] for _ in prompts]
+    for width, rows in [*batches, *exact.items()]:
+        limit = max_new_tokens if base.limits.most is None else min(max_new_tokens, base.limits.most - width)
+        drawn = _uniform([seeds[row] for row in rows] if seeds else [], len(rows), limit if temperature else 0)
+        written = _answer_batch(base, [prompts[row] for row in rows], width, limit, temperature, drawn, on_token)
+        for row, tokens in zip(rows, written, strict=True):
+            answers[row] = tokens
+    return answers
+
+
+def _check_prompts(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    rows, positions = int(base.embedding.shape[0]), base.limits.positions
+    highest = max(map(max, prompts))
+    if highest >= rows:
+        raise BaseError(
+            f"a prompt has the id {highest}, for which the base has no row (its table has {rows}): its ids are of "
+            "another tokenizer, or of one that has more tokens than the base"
+        )
+    longest = max(map(len, prompts))
+    if positions is None or longest + max_new_tokens <= positions:
+        return
+    if not base.limits.hard:
+        _warn(positions)
+    elif longest >= positions:
+        raise BaseError(
+            f"a prompt has {longest} tokens and the base {positions} positions, which leaves none for an answer: lower "
+            "data.max_length, so that such prompts are dropped"
+        )
+
+
+@remembered
+def _warn(positions: int) -> None:
+    log.warning(
+        "prompts and answers are longer than the %d positions that the base was trained for: its answers may be worse "
+        "there; lower data.max_length or respond.max_new_tokens",
+        positions,
+    )
+
+
+def _answer_batch(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    width: int,
+    max_new_tokens: int,
+    temperature: float,
+    drawn: torch.Tensor,
+    on_token: Callable[[int], object],
+) -> list[list[int]]:
+    """Answers to prompts that are padded to `width`; `drawn` are their uniform numbers [B, max_new_tokens]."""
+    device, rows = base.device, len(prompts)
+    prompts = [*prompts, *[prompts[0]] * (LEAST_ROWS - rows)]
+    pad = base.tokenizer.pad_token_id or 0
+    padded = np.full((len(prompts), width), pad if pad < base.vocab_size else 0)
+    real = np.zeros_like(padded)
+    for row, prompt in enumerate(prompts):
+        padded[row, width - len(prompt) :] = prompt
+        real[row, width - len(prompt) :] = 1
+    ids, mask = (torch.from_numpy(array).to(device) for array in (padded, real))
+    drawn = torch.cat([drawn, drawn.new_ones(len(prompts) - rows, drawn.shape[1])]).to(device)
+    forward = _Forward(base)
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    stops = base.stop_ids
+    # The row that each place of the batch writes; -1 once it has ended.
+    active = [*range(rows), *[-1] * (len(prompts) - rows)]
+    positions = (mask.cumsum(1) - 1).clamp_(min=0)
+    for step in range(max_new_tokens):
+        logits = forward(ids, mask, positions)
+        if temperature:
+            cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+            tokens = torch.searchsorted(cumulative, drawn[:, step, None] * cumulative[:, -1:])[:, 0]
+        else:
+            tokens = logits.max(-1).indices  # four times as fast as argmax in bf16 on a CPU
+        on_token(sum(row >= 0 for row in active))
+        for place, token in enumerate(tokens.tolist()):
+            if active[place] >= 0:
+                answers[active[place]].append(token)
+                if token in stops:
+                    active[place] = -1
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        going = [place for place, row in enumerate(active) if row >= 0]
+        if not going:
+            break
+        # A smaller batch is faster, but to make it copies the cache.
+        if LEAST_ROWS <= len(going) <= COMPACT * len(active) and forward.can_drop_rows:
+            keep = torch.tensor(going, device=device)
+            active = [active[place] for place in going]
+            ids, positions, mask, drawn = ids[keep], positions[keep], mask[keep], drawn[keep]
+            forward.keep_rows(keep)
+    return answers
+
+
+class _Forward:
+    """The base with its memory of one batch; a base with a recurrent state makes its own, and is given no mask."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._parameters = inspect.signature(base.model.forward).parameters
+        self._memory: dict[str, Any] = {} if base.recurrent else {"past_key_values": make_cache(base.model.config)}
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] behind the last of ids [B, S]; mask [B, all so far], positions [B, S]."""
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        given = {name: value for name, value in options.items() if name in self._parameters}
+        if not self._base.recurrent:
+            given["attention_mask"] = mask
+        made = self._base.model(input_ids=ids, use_cache=True, **self._memory, **given)
+        if self._base.recurrent:
+            names = ("past_key_values", "cache_params", "state")
+            self._memory = {name: getattr(made, name) for name in names if getattr(made, name, None) is not None}
+        logits: torch.Tensor = made.logits[:, -1]
+        return logits
+
+    @property
+    def can_drop_rows(self) -> bool:
+        """Whether keep_rows knows the memory."""
+        return all(hasattr(memory, "layers") for memory in self._memory.values())
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Drop the other rows of the batch."""
+        for memory in self._memory.values():
+            if self._base.recurrent and not hasattr(memory, "linear_cache"):
+                memory.reorder_cache(rows)  # selects in states too, which batch_select_indices leaves as they are
+            else:
+                memory.batch_select_indices(rows)
+
+
+def _uniform(seeds: Sequence[int], rows: int, length: int) -> torch.Tensor:
+    """Uniform numbers in (0, 1], [rows, length]: a row's follow from its seed alone; rows without a seed are idle."""
+    drawn = np.ones((rows, length), np.float32)
+    for row, seed in enumerate(seeds):
+        drawn[row] = 1 - np.random.default_rng(seed).random(length)  # a token of probability 0 is never met
+    return torch.from_numpy(drawn)

@@ -1,0 +1,224 @@
+"""A base's folder: finding it, downloading what is loaded from it, and what identifies it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from spec import files
+from spec.config import Model
+from spec.errors import SpecError
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece|tekken).*"
+    r"|.*\.(model|tiktoken|jinja|bpe|spm)"
+)
+"""Names of the files that a tokenizer reads; what lies in the folder chat_templates belongs to them."""
+
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe")
+_SUBFOLDERS = "*/*"
+_NOT_READ = (
+    *("*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.npz"),
+    *("*.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.zip", "*.tar", "*.gz", ".*"),
+)
+"""Weights, documents and pictures: of what else lies next to a model's code, a tokenizer may read any file."""
+
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+"""Weights in one file, in the order in which transformers looks for them; each may have an index in its place."""
+
+
+class BaseError(SpecError):
+    """A base model that cannot be used: says which, what was found and what would fit."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of another library's error, on one line and without colours."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def find_folder(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder that a local path or a hub id names; the files of a hub id are downloaded when they are not here yet.
+
+    Args:
+        name: a path or `owner/name`.
+        patterns: names of the files to download.
+        revision: of a hub id.
+
+    Raises:
+        BaseError: a name that is neither a folder nor on the hub.
+    """
+    folder = Path(name)
+    return folder if folder.is_dir() else _download(name, revision, patterns)
+
+
+def resolve(name: str, revision: str | None, trust_remote_code: bool = False) -> Path:
+    """The folder of a model named by a local path or a hub id; of a hub model, what is loaded is downloaded.
+
+    Args:
+        name: a path or `owner/name`.
+        revision: of a hub id.
+        trust_remote_code: download the model's code, and the files that its tokenizer may read, as well.
+
+    Raises:
+        BaseError: a folder without config or weights; a name that is neither a folder nor on the hub.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _downloaded(name, revision) or _download_model(name, revision)
+        if trust_remote_code:
+            add_code(folder)
+    _refuse_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise BaseError(f"{folder}: no config.json; this is not a model folder")
+    if not weight_files(folder):
+        raise BaseError(
+            f"{folder}: no weights (model.safetensors or pytorch_model.bin, or the parts that their index names); copy "
+            "them next to config.json"
+        )
+    return folder
+
+
+def _downloaded(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub model's commit that is whole here already; the hub is not asked."""
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return folder if weight_files(folder) else None
+    except Exception:  # whatever keeps it from being used as it is, downloading says what is wrong
+        return None
+
+
+def _download_model(name: str, revision: str | None) -> Path:
+    """Download what transformers loads of a hub model, of one commit."""
+    folder = _download(name, revision, _SMALL, _SUBFOLDERS)
+    for whole in _WHOLE:
+        _download(name, folder.name, (whole, "chat_templates/*"))
+        index = folder / f"{whole}.index.json"
+        if not (folder / whole).is_file() and index.is_file():
+            _download(name, folder.name, [path.name for path in _shards(index)])
+        if weight_files(folder):
+            break
+    return folder
+
+
+def add_code(folder: Path) -> None:
+    """Download the code of a hub model that was resolved without it; other folders stay as they are."""
+    repository, name = folder.parent.parent, folder.parent.parent.name
+    if folder.parent.name == "snapshots" and name.startswith("models--") and not any(folder.glob("*.py")):
+        hub_id = name.removeprefix("models--").replace("--", "/", 1)
+        _download(hub_id, folder.name, ("*",), _SUBFOLDERS, *_NOT_READ, cache=repository.parent)
+
+
+def _download(name: str, revision: str | None, wanted: Sequence[str], *ignored: str, cache: Path | None = None) -> Path:
+    """Download a hub model's files of some names into the hub's cache, or the folder given by `cache`."""
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise BaseError(f"no folder {name!r}; give a folder or a hub id such as owner/name")
+    if Path(name).parent.is_dir():
+        log.warning("there is no folder %s here; looking for a model of that name on the hub", name)
+    from huggingface_hub import snapshot_download  # only where a hub is used
+
+    options: dict[str, Any] = {"ignore_patterns": list(ignored)} if ignored else {}
+    if cache is not None:
+        options["cache_dir"] = cache
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), **options))
+    except Exception as error:
+        raise BaseError(
+            f"{name!r} is no local folder and could not be downloaded: there is no {Path(name).absolute()}, and from "
+            f"the hub came {one_line(error)}; give the path of a folder, or the id of a model that can be reached"
+        ) from None
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """An adapter is no model: what it was trained with is elsewhere."""
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        return
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = "a base that it does not name"
+    raise BaseError(
+        f"{folder} holds an adapter for {base}, not a whole model: merge the two with peft "
+        f"(AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(...)), save "
+        "the tokenizer next to it, and give that folder"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names.
+
+    Raises:
+        BaseError: it is none.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [index.parent / Path(name).name for name in names]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BaseError(f"{index} is no index of weights ({one_line(error)}); copy it again") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads: the first of _WHOLE that is there, or else what its index names.
+
+    Raises:
+        BaseError: an index that cannot be read, or names files that are not there.
+    """
+    for whole in _WHOLE:
+        if (folder / whole).is_file():
+            return [folder / whole]
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            shards = _shards(index)
+            missing = [path.name for path in shards if not path.is_file()]
+            if missing:
+                raise BaseError(
+                    f"{folder}: {len(missing)} of {len(shards)} files that {index.name} names are missing, the first "
+                    f"is {missing[0]}; copy every weight file of the model"
+                )
+            return shards
+    return []
+
+
+def downloaded_revision(folder: Path, params: Model) -> str | None:
+    """The commit that a hub model's folder holds (hub caches name folders by it); None for a local folder."""
+    return None if Path(params.partial_pretrain).is_dir() else folder.name
+
+
+def identify(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Digests of what a base's output depends on.
+
+    - weights: the weight files that are loaded, config.json, and where it is trusted the folder's own code.
+    - tokenizer: the tokenizer's files and its chat template; where code is trusted, all files that it may read.
+    - generation: generation_config.json, whose stop tokens end answers; states do not depend on it.
+    """
+    entries = sorted(p for p in folder.iterdir() if p.is_file())
+    code = [p for p in entries if p.suffix == ".py" and trust_remote_code]
+    parts = {
+        "weights": [folder / "config.json", *weight_files(folder), *code],
+        "generation": [p for p in entries if p.name == "generation_config.json"],
+    }
+    known = {*parts["weights"], *parts["generation"]}
+    parts["tokenizer"] = [
+        *(p for p in entries if p not in known and (_TOKENIZER.fullmatch(p.name) or (code and _may_be_read(p)))),
+        *sorted(p for p in folder.glob("chat_templates/**/*") if p.is_file()),
+    ]
+    digests = files.digest_files([path for paths in parts.values() for path in paths])
+    return {
+        part: files.digest_json({p.relative_to(folder).as_posix(): digests[str(p)] for p in parts[part]})
+        for part in ("weights", "tokenizer", "generation")
+    }
+
+
+def _may_be_read(path: Path) -> bool:
+    return not any(fnmatch(path.name, pattern) for pattern in (*_NOT_READ, "*.index.json", "*.py"))

@@ -1,0 +1,275 @@
+"""Loading a base's tokenizer and weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from spec.base.check import check_report, check_weights, read_config, refusals, skeleton
+from spec.base.folder import BaseError, add_code
+from spec.base.limits import Limits, has_state, limits_of, takes_back
+from spec.base.states import hidden_states
+from spec.config import Model
+from spec.corpus.chat import ChatTemplate
+from spec.device import arithmetic, choose_device
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A causal language model ready to run.
+
+    Attributes:
+        model: in the dtype that it computes in, which may be wider than `dtype` (see arithmetic).
+        tokenizer: of its folder.
+        digest: identify's weights digest.
+        device: where it is.
+        dtype: of its weights as they were asked for, and of its states and tables where they are stored.
+    """
+
+    model: Any
+    tokenizer: Any
+    digest: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def producer(self) -> dict[str, str]:
+        """What computes here, as segments write it down."""
+        return producer(self.device, self.model.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the vectors that lm_head reads."""
+        return int(self.lm_head.shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows V of lm_head (the padded vocabulary, not len(tokenizer))."""
+        return int(self.lm_head.shape[0])
+
+    @property
+    def lm_head(self) -> torch.Tensor:
+        """The output matrix [V, d]."""
+        weight: torch.Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """The input table [>= V, d]."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        named = _named_stops(self.model.generation_config, self.tokenizer)
+        return named if self._turn_end is None else named | {self._turn_end}
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Its positions and its vocabulary."""
+        return limits_of(self.model)
+
+    @cached_property
+    def recurrent(self) -> bool:
+        """Whether it keeps a state that padding on the left would change."""
+        return has_state(self.model)
+
+    @cached_property
+    def takes_back(self) -> bool:
+        """Whether rejected drafts can be removed from its memory."""
+        return takes_back(self.model)
+
+    @cached_property
+    def _turn_end(self) -> int | None:
+        return _end_of_turn(self.tokenizer)
+
+
+def load(
+    params: Model, folder: Path, digest: str, device: torch.device | None = None, dtype: str | None = None
+) -> Base:
+    """Load a base for inference.
+
+    Args:
+        params: dtype and trust_remote_code are read.
+        folder: as resolve gives it.
+        digest: as identify gives it under "weights".
+        device: default choose_device().
+        dtype: instead of params.dtype.
+
+    Raises:
+        BaseError: a model that does not load; says why, and what to do.
+    """
+    device = device or choose_device()
+    dtype = dtype or params.dtype
+    if params.trust_remote_code:
+        add_code(folder)
+    with refusals(folder, "it could not be loaded"):
+        config = read_config(folder, params.trust_remote_code)
+        tokenizer = load_tokenizer(folder, params.trust_remote_code)
+        model = _load_model(params, folder, config, device, dtype)
+        check_tokenizer(folder, tokenizer, model.get_input_embeddings().weight.shape[0])
+        base = Base(model, tokenizer, digest, device, getattr(torch, dtype))
+        _check_states(base)
+    return base
+
+
+def _load_model(params: Model, folder: Path, config: Any, device: torch.device, dtype: str) -> Any:
+    check_weights(folder, skeleton(folder, config, params.trust_remote_code))
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=params.trust_remote_code,
+        output_loading_info=True,
+        **({"device_map": {"": device}} if hasattr(config, "quantization_config") else {}),
+    )
+    check_report(folder, report["missing_keys"], report["mismatched_keys"])
+    model = model.eval().requires_grad_(False)
+    if hasattr(model.config, "quantization_config"):  # it is where it shall be, in formats of its own
+        return model
+    if hasattr(config, "quantization_config"):  # transformers widened the weights, perhaps to another dtype
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    computed = arithmetic(dtype, device)
+    if computed != getattr(torch, dtype):
+        log.warning("this CPU has no instructions for %s: the base computes in float32", dtype)
+        model = model.to(computed)
+    return model.to(device)
+
+
+@torch.inference_mode()
+def _check_states(base: Base) -> None:
+    """lm_head must read exactly what hidden_states returns, else every head would learn from the wrong vector."""
+    read: list[torch.Tensor] = []
+    hook = base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ids = torch.arange(4, device=base.device)[None] % base.vocab_size
+    try:
+        base.model(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    if not read or not torch.equal(read[0], hidden_states(base.model, ids)):
+        raise BaseError(
+            f"{type(base.model).__name__}: lm_head does not read the model's last hidden state, "
+            "so these heads cannot be trained for it"
+        )
+
+
+def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
+    """What computed something, as segments write it down: versions, the kind of device and its arithmetic."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "arithmetic": str(computed).removeprefix("torch."),
+    }
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        BaseError: there is none, or it does not load.
+    """
+    if trust_remote_code:
+        add_code(folder)
+    models = [*folder.glob("*.model"), *folder.glob("*.spm")]
+    if not trust_remote_code and not models and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        raise BaseError(f"{folder}: no tokenizer (tokenizer.json or its like); copy it next to config.json")
+    if models and not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        raise BaseError(f"{folder}: {models[0].name} is read by a package that is not here: pip install sentencepiece")
+    what = "no tokenizer could be loaded"
+    if models and not (folder / "tokenizer.json").is_file():
+        what += f" from {models[0].name}, which may be damaged, a pointer of Git LFS or of another kind"
+    with refusals(folder, what):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        words = tokenizer.get_vocab().keys() - {token.content for token in tokenizer.added_tokens_decoder.values()}
+        if not words:
+            raise BaseError(
+                f"{folder}: its tokenizer has no vocabulary; copy tokenizer.json, or the files it is made from"
+            )
+    return tokenizer
+
+
+def check_tokenizer(folder: Path, tokenizer: Any, rows: int) -> None:
+    """Refuse a tokenizer that writes ids for which the base has no row.
+
+    Special tokens that were added beyond the table do no harm for as long as no text has them: they are let pass
+    unless the chat template itself writes them.
+
+    Raises:
+        BaseError: names the ids and the tokens.
+    """
+    beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= rows}
+    added = set(tokenizer.added_tokens_decoder)
+    used = {id_ for id_ in beyond if id_ not in added} | (beyond.keys() & _template_ids(tokenizer))
+    if used:
+        named = ", ".join(f"{id_} ({beyond[id_]!r})" for id_ in sorted(used)[:3])
+        raise BaseError(
+            f"{folder}: the tokenizer has ids for which the model has no row: {named}; the table has {rows} rows. Take "
+            "the tokenizer that was saved with the weights, or give the model the rows "
+            "(resize_token_embeddings(len(tokenizer)), and train them)"
+        )
+
+
+def _template_ids(tokenizer: Any) -> set[int]:
+    """The ids of a short conversation; none where the template is not there or refuses it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    question = [{"role": "user", "content": "a"}]
+    try:
+        return set(tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False))
+    except Exception:  # a template is a program; what it refuses is said where data are read
+        return set()
+
+
+def stop_ids(folder: Path, trust_remote_code: bool = False) -> frozenset[int]:
+    """Base.stop_ids of the model in a folder, without its weights."""
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    named = _named_stops(_generation(folder, trust_remote_code), tokenizer)
+    end = _end_of_turn(tokenizer)
+    return named if end is None else named | {end}
+
+
+def unstopped_turn(folder: Path, trust_remote_code: bool = False) -> int | None:
+    """The token that closes a turn of the chat template where the base does not name it as one that ends an answer."""
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    end = _end_of_turn(tokenizer)
+    return None if end in _named_stops(_generation(folder, trust_remote_code), tokenizer) else end
+
+
+def _generation(folder: Path, trust_remote_code: bool) -> Any:
+    with refusals(folder, "its generation_config.json cannot be read"):
+        try:
+            return GenerationConfig.from_pretrained(folder)
+        except OSError:  # there is none; a model takes its own from config.json then
+            return GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+
+
+def _named_stops(generation: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for value in (generation.eos_token_id, tokenizer.eos_token_id):
+        found.update(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
+    return frozenset(found)
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The id of the token that closes an assistant's turn; None where there is no template or none that says so."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        token = ChatTemplate(tokenizer).end_of_turn
+    except Exception:  # a template is a program; what it refuses is said where data are read
+        return None
+    found = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return None if found is None or found == tokenizer.unk_token_id else int(found)

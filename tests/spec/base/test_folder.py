@@ -1,0 +1,198 @@
+"""Finding a base's folder, downloading what is loaded, and what identifies it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+
+from spec import base as base_model
+from spec.base import BaseError, identify, load, resolve
+from spec.config import Model
+from tests.tiny import CHATML
+
+COMMIT = "0" * 40
+CODE = (
+    "import transformers as t\n"
+    "class Config(t.GPT2Config):\n    model_type = 'own'\n"
+    "class Model(t.GPT2LMHeadModel):\n    config_class = Config\n"
+)
+
+
+def test_resolve_takes_a_folder(base_folder: Path) -> None:
+    assert resolve(str(base_folder), None) == base_folder
+    assert base_model.downloaded_revision(base_folder, Model(partial_pretrain=str(base_folder))) is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("config.json", "no config.json"), ("model.safetensors", "no weights.*safetensors")]
+)
+def test_resolve_names_what_a_folder_lacks(folder: Path, missing: str, words: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(BaseError, match=words):
+        resolve(str(folder), None)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./owner/name", "/no/where", "a/b/c"])
+def test_resolve_refuses_what_is_neither_folder_nor_hub_id(name: str) -> None:
+    with pytest.raises(BaseError, match=r"no folder .*owner/name"):
+        resolve(name, None)
+
+
+def test_resolve_tells_of_a_hub_that_does_not_answer() -> None:
+    with pytest.raises(BaseError, match=r"'owner/no-such-model' is no local folder and could not be downloaded"):
+        resolve("owner/no-such-model", None)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def replace_text(old: str, new: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "changed"),
+    [
+        ("model.safetensors", flip, {"weights"}),
+        (
+            "config.json",
+            replace_text('"activation_function": "gelu_new"', '"activation_function": "gelu"'),
+            {"weights"},
+        ),
+        ("tokenizer.json", replace_text("<|endoftext|>", "<|endoftexx|>"), {"tokenizer"}),
+        ("chat_template.jinja", replace_text(CHATML[:20], CHATML[:20] + " "), {"tokenizer"}),
+        ("README.md", lambda path: path.write_text("a model"), set()),
+        ("generation_config.json", replace_text('"eos_token_id": 2', '"eos_token_id": 5'), {"generation"}),
+    ],
+)
+def test_identity_follows_what_states_and_answers_depend_on(
+    folder: Path, name: str, change: Callable[[Path], None], changed: set[str]
+) -> None:
+    before = identify(folder)
+    assert identify(folder) == before
+    change(folder / name)
+    after = identify(folder)
+    assert {key for key in before if before[key] != after[key]} == changed
+
+
+def test_identity_does_not_depend_on_where_the_folder_is(folder: Path, base_folder: Path) -> None:
+    assert identify(folder) == identify(base_folder)
+
+
+def test_safetensors_go_before_bin(folder: Path) -> None:
+    before = identify(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"another format")
+    assert identify(folder) == before
+    (folder / "model.safetensors").unlink()
+    assert identify(folder)["weights"] != before["weights"]
+    assert resolve(str(folder), None) == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tekken.json", "cl100k.tiktoken", "sentencepiece.bpe.model", "tokenizer.model", "chat_templates/tools.jinja"],
+)
+def test_every_file_that_a_tokenizer_reads_is_part_of_its_digest(base_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    before = identify(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("one")
+    one = identify(folder)
+    (folder / name).write_text("another")
+    assert len({before["tokenizer"], one["tokenizer"], identify(folder)["tokenizer"]}) == 3
+    assert identify(folder)["weights"] == before["weights"]
+
+
+@pytest.fixture
+def hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
+    """A hub that has the tiny base as owner/name, and copies of its weights under further names."""
+    here = tmp_path / "models--owner--name" / "snapshots" / COMMIT
+    there = Path(shutil.copytree(base_folder, tmp_path / "there"))
+
+    def download(name: str, *, revision: str | None, local_files_only: bool = False, **patterns: Any) -> str:
+        assert (name, revision) in {("owner/name", None), ("owner/name", COMMIT)}
+        chosen = {key: patterns.get(key) for key in ("allow_patterns", "ignore_patterns")}
+        names = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
+        for each in [] if local_files_only else filter_repo_objects(names, **chosen):
+            (here / each).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / each, here / each)
+        return str(here)
+
+    def add(files: dict[str, str]) -> Path:
+        for name, content in files.items():
+            (there / name).parent.mkdir(parents=True, exist_ok=True)
+            if content == "weights":
+                shutil.copy(base_folder / "model.safetensors", there / name)
+            else:
+                (there / name).write_text(content)
+        return there
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return add
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+SMALL = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+def test_of_a_hub_model_only_what_is_loaded_is_downloaded(hub: Callable[[dict[str, str]], Path]) -> None:
+    copies = ("consolidated.safetensors", "original/model.safetensors", "onnx/model.onnx", "pytorch_model.bin")
+    named = {"chat_templates/tools.jinja": "{{ 1 }}", "onnx/config.json": "{}"}
+    hub({**dict.fromkeys(copies, "weights"), **named, "own.py": CODE})
+    folder = resolve("owner/name", None)
+    assert names_in(folder) == SMALL | {"model.safetensors", "chat_templates/tools.jinja"}
+    assert resolve("owner/name", COMMIT) == folder
+
+
+def test_of_weights_in_parts_those_that_the_index_names_are_downloaded(hub: Callable[[dict[str, str]], Path]) -> None:
+    parts = {f"model-{i}.safetensors": "weights" for i in (1, 2, 3)}
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    there = hub({**parts, "model.safetensors.index.json": json.dumps(index)})
+    (there / "model.safetensors").unlink()
+    folder = resolve("owner/name", None)
+    assert {name for name in names_in(folder) if name.endswith("safetensors")} == set(index["weight_map"].values())
+    before = identify(folder)
+    shutil.copy(there / "model-3.safetensors", folder)
+    assert identify(folder) == before
+
+
+def test_code_and_the_files_that_it_reads_come_where_they_are_trusted(hub: Callable[[dict[str, str]], Path]) -> None:
+    there = hub({"own.py": CODE, "words.own": "a b", "README.md": "a model", "picture.png": ""})
+    config = json.loads((there / "config.json").read_text())
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (there / "config.json").write_text(json.dumps(config | code))
+    folder = resolve("owner/name", None)
+    assert "own.py" not in names_in(folder)
+    with pytest.raises(BaseError, match="trust_remote_code"):
+        load(Model(), folder, "")
+    assert load(Model(trust_remote_code=True), folder, "", torch.device("cpu")).vocab_size
+    shutil.rmtree(folder)
+    folder = resolve("owner/name", None, trust_remote_code=True)
+    assert names_in(folder) == SMALL | {"model.safetensors", "own.py", "words.own"}
+    before = identify(folder, trust_remote_code=True)
+    (folder / "words.own").write_text("b a")
+    assert identify(folder, trust_remote_code=True)["tokenizer"] != before["tokenizer"]
+
+
+def test_a_name_that_looks_like_a_folder_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseError, match=f"there is no {tmp_path}/models/mine, and from the hub came"):
+        resolve("models/mine", None)

@@ -1,0 +1,121 @@
+"""A base as it is loaded: its states, its logits, its arithmetic and its stop tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from spec import base as base_model
+from spec.base import Base, BaseError, hidden_states, load, stop_ids, unstopped_turn
+from spec.config import Model
+from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, with_instructions
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_lm_head_reads_the_hidden_states(bases: dict[str, Base], family: str) -> None:
+    base = bases[family]
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 290, (1, 70)))
+    with torch.no_grad():
+        states = hidden_states(base.model, ids)
+        padded = hidden_states(base.model, torch.nn.functional.pad(ids, (0, 7), value=5))
+        torch.testing.assert_close(states @ base.lm_head.T, base.model(ids).logits)
+    assert states.shape == (*ids.shape, HIDDEN_SIZE)
+    torch.testing.assert_close(padded[:, : ids.shape[1]], states)  # padding on the right changes nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda out: 50 * (out / 50).tanh(), id="a weak cap"),
+        pytest.param(lambda out: 1.02 * out, id="a scale"),
+        pytest.param(lambda out: out + 0.2 * torch.linspace(-1, 1, out.shape[-1]).to(out), id="a bias"),
+    ],
+)
+def test_logits_that_are_more_than_lm_head_times_the_state_are_told(
+    bases: dict[str, Base], change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> None:
+    rows = [np.random.default_rng(seed).integers(3, 290, 40).astype(np.int32) for seed in range(4)]
+    for base in bases.values():
+        plain = replace(base, model=copy.deepcopy(base.model).to(dtype))
+        assert base_model.has_linear_logits(plain, rows)
+        plain.model.get_output_embeddings().register_forward_hook(lambda module, args, out: change(out))
+        assert not base_model.has_linear_logits(plain, rows)
+
+
+def test_what_computed_something_is_told() -> None:
+    assert base_model.producer(CPU, torch.float32) == {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": "cpu",
+        "arithmetic": "float32",
+    }
+
+
+def test_shapes_are_those_of_lm_head_not_of_the_tokenizer(base: Base) -> None:
+    assert (base.vocab_size, base.hidden_size) == (VOCAB_SIZE, HIDDEN_SIZE)
+    assert len(base.tokenizer) < base.vocab_size
+    assert base.lm_head.shape == base.embedding.shape == (VOCAB_SIZE, HIDDEN_SIZE)
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize(("model", "tokenizer", "stops"), [(5, 2, {2, 5}), ([5, 6], None, {5, 6}), (None, 2, {2})])
+def test_stop_tokens_of_model_and_tokenizer(base: Base, model: Any, tokenizer: Any, stops: set[int]) -> None:
+    class Stub:
+        generation_config = type("G", (), {"eos_token_id": model})
+        eos_token_id = tokenizer
+
+    assert replace(base, model=Stub(), tokenizer=Stub()).stop_ids == stops
+
+
+def test_weights_are_the_same_whatever_they_are_computed_in(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_instructions(monkeypatch, "avx512_bf16")
+    narrow = load(Model(), base_folder, "digest", CPU)
+    assert not caplog.messages
+    with_instructions(monkeypatch)
+    wide = load(Model(), base_folder, "digest", CPU)
+    assert (narrow.model.dtype, wide.model.dtype) == (torch.bfloat16, torch.float32)
+    assert narrow.dtype == wide.dtype == torch.bfloat16
+    for mine, theirs in zip(narrow.model.parameters(), wide.model.parameters(), strict=True):
+        assert torch.equal(mine.float(), theirs)
+    assert caplog.messages == ["this CPU has no instructions for bfloat16: the base computes in float32"]
+    assert wide.producer == {**narrow.producer, "arithmetic": "float32"}
+
+
+def test_dtype_is_the_parameters_unless_told_otherwise(base_folder: Path) -> None:
+    loaded = load(Model(), base_folder, "digest", CPU)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.digest == "digest"
+    assert load(Model(), base_folder, "digest", CPU, dtype="float32").model.dtype == torch.float32
+
+
+def test_a_model_whose_lm_head_reads_something_else_is_refused(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = base_model.hidden_states
+    monkeypatch.setattr("spec.base.loading.hidden_states", lambda model, ids: real(model, ids) * 2)
+    with pytest.raises(BaseError, match="lm_head does not read the model's last hidden state"):
+        load(Model(), base_folder, "digest", CPU)
+
+
+def test_the_token_that_closes_a_turn_ends_answers(folder: Path) -> None:
+    """Where neither generation_config.json nor the tokenizer names it."""
+    assert unstopped_turn(folder) is None
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"'))
+    assert unstopped_turn(folder) == 2
+    assert stop_ids(folder) == load(Model(), folder, "digest", CPU).stop_ids == {0, 2}
