@@ -5,6 +5,7 @@ The loop is LanguageModelWithSpeculator.stream; everything else is around it.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from spec.base import Base
 from spec.config import Decode, Model
 from spec.drafting import DecodingError, Drafter, Source
 from spec.heads import Speculator
-from spec.kv_cache import make_cache
+from spec.kv_cache import Memory
 
 Pick = Callable[[Tensor, int], Tensor]
 """Logits [S, V] behind S tokens, and the place in the answer of what follows the first of them -> tokens [S]."""
@@ -82,12 +83,10 @@ class LanguageModelWithSpeculator:
         decode: where drafts come from.
 
     Raises:
-        DecodingError: the base's cache cannot drop rejected drafts.
         CheckpointError: the speculator is of other widths than the base.
     """
 
     def __init__(self, base: Base, speculator: Speculator | None = None, decode: Decode | None = None) -> None:
-        _check_croppable(base.model)
         if speculator is not None:
             heads.check_base(speculator.config, base.vocab_size, base.hidden_size, "", allow_other_weights=True)
         self.base = base
@@ -120,7 +119,6 @@ class LanguageModelWithSpeculator:
         Raises:
             FileNotFoundError, CheckpointError: no usable checkpoint, or one of another base.
             BaseError: the base is not found or does not load.
-            DecodingError: the base's cache cannot drop rejected drafts.
         """
         config = heads.read_config(checkpoint)
         revision = None if base is not None else config.base_revision
@@ -202,7 +200,8 @@ class LanguageModelWithSpeculator:
 
         Raises:
             DecodingError: an empty prompt, more than one, a padded one, or one longer than the base has positions;
-                parameters out of range; heads asked for that are not there.
+                parameters out of range; heads asked for that are not there; drafts for a base with a recurrent state,
+                from which those that it rejects cannot be removed.
         """
         prompt = _one_prompt(input_ids)
         if attention_mask is not None and not bool((torch.as_tensor(attention_mask) == 1).all()):
@@ -213,7 +212,12 @@ class LanguageModelWithSpeculator:
         if max_new_tokens < 1:
             raise DecodingError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         drafter = Drafter(self.decode, None if self.speculator is None else self.speculator.config.n_predict, draft)
-        positions = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+        if not self.base.takes_back and (draft or self.decode.draft) != "none":
+            raise DecodingError(
+                f"{type(self.base.model).__name__} keeps a recurrent state, from which rejected drafts cannot be "
+                "removed: decode without drafts (draft='none')"
+            )
+        positions = self.base.limits.most or sys.maxsize
         if len(prompt) > positions:
             raise DecodingError(f"the prompt has {len(prompt)} tokens, but the base has {positions} positions")
         limit = min(max_new_tokens, positions - len(prompt) + 1)  # the last token of an answer is not read
@@ -226,15 +230,20 @@ class LanguageModelWithSpeculator:
     ) -> Iterator[Step]:
         """The loop. At most `limit` tokens are written, and `room` read behind the prompt."""
         model, speculator = self.base.model, self.speculator
-        cache = make_cache(model.config)
+        memory = Memory(model)
+        known = inspect.signature(model.forward).parameters
         read: list[Tensor] = []
 
         def keep(module: object, args: tuple[Tensor, ...]) -> None:
             read[:] = args[:1]
 
-        def forward(tokens: Tensor, last: int) -> tuple[Tensor, Tensor]:  # [S] -> [last, V], [last, d]
-            made = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=last)
-            return made.logits[0], read[0][0]  # the model's own logits, after any scaling or capping
+        def forward(tokens: Tensor, start: int, last: int) -> tuple[Tensor, Tensor]:  # [S] -> [last, V], [last, d]
+            positions = torch.arange(start, start + len(tokens), device=tokens.device)[None]
+            options = {"logits_to_keep": last, "position_ids": positions}
+            given = {name: value for name, value in options.items() if name in known}
+            made = model(input_ids=tokens[None], use_cache=True, **memory.given, **given)
+            memory.take(made)
+            return made.logits[0, -last:], read[0][0, -last:]  # the model's own logits, after any scaling or capping
 
         def from_heads(k: int) -> Tensor | list[int]:  # [k]
             assert speculator is not None  # Drafter has seen to it
@@ -242,12 +251,13 @@ class LanguageModelWithSpeculator:
             return drafter.follow(most, drafted.tolist()) if drafter.follows else drafted
 
         with model.get_output_embeddings().register_forward_pre_hook(keep):  # the states, from the same forward
-            logits, state = forward(torch.tensor(prompt, device=self.base.device), 1)
+            logits, state = forward(torch.tensor(prompt, device=self.base.device), 0, 1)
             token = pick(logits, 0)  # [1], written behind state [1, d]
             run = token.tolist()
             yield Step(run, 0, 0)
             drafter.extend(prompt)
-            cache.activate_past_recording()  # sliding windows: keep what a crop may bring back
+            if self.base.takes_back:
+                memory.record()
             written = 1
             while written < limit and run[-1] not in stops:
                 drafter.extend(run)
@@ -257,12 +267,13 @@ class LanguageModelWithSpeculator:
                 k = len(draft)
                 inputs = torch.cat([token, torch.as_tensor(draft, dtype=token.dtype, device=token.device)])  # [1 + k]
                 # Verify: what the base writes behind the newest token and behind each draft.
-                logits, states = forward(inputs, 1 + k)
+                logits, states = forward(inputs, len(prompt) + written - 1, 1 + k)
                 chosen = pick(logits, written)  # [1 + k]
                 read_ids, wanted = torch.stack([inputs, chosen]).tolist()
                 # Accept drafts up to the first that the base would not have written; its own token comes behind them.
                 accepted = acceptance.matching(read_ids[1:], wanted)
-                cache.crop(accepted - k)
+                if self.base.takes_back:
+                    memory.crop(accepted - k)
                 token, state = chosen[accepted : accepted + 1], states[accepted : accepted + 1]
                 run = wanted[: min(accepted + 1, limit - written)]
                 run = run[: next((end for end, one in enumerate(run, 1) if one in stops), None)]
@@ -325,13 +336,3 @@ def _one_prompt(input_ids: Tensor | Sequence[int]) -> list[int]:
     if not prompt:
         raise DecodingError("the prompt is empty: the base needs a token to go on from, such as its bos token")
     return prompt
-
-
-def _check_croppable(model: Any) -> None:
-    """Refuse models whose memory of the past cannot forget its last tokens, as recurrent states cannot."""
-    fixed = {type(layer).__name__ for layer in make_cache(model.config).layers if not layer.is_croppable}
-    if fixed or model._is_stateful:
-        raise DecodingError(
-            f"{type(model).__name__} keeps {', '.join(sorted(fixed)) or 'a recurrent state'}, from which rejected "
-            "drafts cannot be removed: speculative decoding needs a model with attention in every layer"
-        )

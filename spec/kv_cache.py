@@ -1,6 +1,9 @@
-"""A key-value cache that appends in place and crops for free."""
+"""What a base remembers: a key-value cache that appends in place and crops for free, or the base's own states."""
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
@@ -51,6 +54,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
             self._show(self._length)
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take these rows of the batch."""
+        self.batch_select_indices(beam_idx)
+
     def _show(self, length: int) -> None:
         self._length = length
         self.keys = self._buffers[0][:, :, :length]
@@ -73,3 +80,51 @@ def make_cache(config: PretrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class Memory:
+    """What a model remembers of the tokens that it has read, from one forward to the next.
+
+    Args:
+        model: in most families it is given a cache; a few make their own, and some keep a part in their layers.
+
+    Attributes:
+        given: what to give to the next forward.
+    """
+
+    def __init__(self, model: Any) -> None:
+        names = inspect.signature(model.forward).parameters
+        self._taken = [name for name in ("past_key_values", "cache_params", "state") if name in names]
+        name = "cache_params" if "cache_params" in names else "past_key_values"
+        self._makes_its_own = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        self.given: dict[str, Any] = {} if self._makes_its_own else {name: make_cache(model.config)}
+        self._stateful = bool(model._is_stateful)
+
+    def take(self, made: Any) -> None:
+        """Keep what a forward has made of it."""
+        if self._makes_its_own:
+            self.given = {name: getattr(made, name) for name in self._taken if getattr(made, name, None) is not None}
+
+    def record(self) -> None:
+        """Keep from now on what a crop may bring back: the past of sliding windows and of convolutions."""
+        for memory in self.given.values():
+            memory.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens."""
+        for memory in self.given.values():
+            memory.crop(tokens_to_remove)
+
+    @property
+    def can_drop_rows(self) -> bool:
+        """Whether keep_rows reaches all of it."""
+        layers = [layer for memory in self.given.values() for layer in getattr(memory, "layers", ())]
+        return not self._stateful or any(hasattr(layer, "recurrent_states") for layer in layers)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Drop the other rows of the batch."""
+        for memory in self.given.values():
+            if type(memory) is DynamicCache:
+                memory.reorder_cache(rows)  # unlike batch_select_indices it selects in recurrent states, too
+            else:
+                memory.batch_select_indices(rows)

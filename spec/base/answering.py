@@ -17,7 +17,7 @@ from spec.base.folder import BaseError
 from spec.base.limits import Limits, has_state, limits_of
 from spec.base.loading import Base
 from spec.base.states import prompt_bucket
-from spec.kv_cache import make_cache
+from spec.kv_cache import Memory
 
 log = logging.getLogger(__name__)
 
@@ -161,21 +161,21 @@ def _answer_batch(
         if not going:
             break
         # A smaller batch is faster, but to make it copies the cache.
-        if LEAST_ROWS <= len(going) <= COMPACT * len(active) and forward.can_drop_rows:
+        if LEAST_ROWS <= len(going) <= COMPACT * len(active) and forward.memory.can_drop_rows:
             keep = torch.tensor(going, device=device)
             active = [active[place] for place in going]
             ids, positions, mask, drawn = ids[keep], positions[keep], mask[keep], drawn[keep]
-            forward.keep_rows(keep)
+            forward.memory.keep_rows(keep)
     return answers
 
 
 class _Forward:
-    """The base with its memory of one batch; a base with a recurrent state makes its own, and is given no mask."""
+    """The base with its memory of one batch; a base with a recurrent state is given no mask."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
         self._parameters = inspect.signature(base.model.forward).parameters
-        self._memory: dict[str, Any] = {} if base.recurrent else {"past_key_values": make_cache(base.model.config)}
+        self.memory = Memory(base.model)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] behind the last of ids [B, S]; mask [B, all so far], positions [B, S]."""
@@ -183,25 +183,10 @@ class _Forward:
         given = {name: value for name, value in options.items() if name in self._parameters}
         if not self._base.recurrent:
             given["attention_mask"] = mask
-        made = self._base.model(input_ids=ids, use_cache=True, **self._memory, **given)
-        if self._base.recurrent:
-            names = ("past_key_values", "cache_params", "state")
-            self._memory = {name: getattr(made, name) for name in names if getattr(made, name, None) is not None}
+        made = self._base.model(input_ids=ids, use_cache=True, **self.memory.given, **given)
+        self.memory.take(made)
         logits: torch.Tensor = made.logits[:, -1]
         return logits
-
-    @property
-    def can_drop_rows(self) -> bool:
-        """Whether keep_rows knows the memory."""
-        return all(hasattr(memory, "layers") for memory in self._memory.values())
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Drop the other rows of the batch."""
-        for memory in self._memory.values():
-            if self._base.recurrent and not hasattr(memory, "linear_cache"):
-                memory.reorder_cache(rows)  # selects in states too, which batch_select_indices leaves as they are
-            else:
-                memory.batch_select_indices(rows)
 
 
 def _uniform(seeds: Sequence[int], rows: int, length: int) -> torch.Tensor:

@@ -58,11 +58,10 @@ def _has_table(model: Any, positions: int) -> bool:
 
     A few tables have rows to spare (OPT's first two), which no position reaches.
     """
-    words = {id(each) for each in (model.get_input_embeddings(), model.get_output_embeddings())}
     tables = [
         module.weight.shape[0]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and id(module) not in words and _is_of_positions(name)
+        if isinstance(module, nn.Embedding) and _is_of_positions(name)
     ]
     tables += [buffer.shape[0] for name, buffer in model.named_buffers() if buffer.ndim == 2 and _is_of_positions(name)]
     return any(positions <= rows <= positions + 8 for rows in tables)

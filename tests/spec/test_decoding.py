@@ -453,12 +453,13 @@ def test_bad_requests_are_refused() -> None:
         LanguageModelWithSpeculator(base, build(speculator_config(vocab_size=V + 1)))
 
 
-def test_a_model_that_cannot_forget_is_refused() -> None:
-    model = AutoModelForCausalLM.from_config(
-        MambaConfig(vocab_size=V, hidden_size=D, state_size=4, num_hidden_layers=1)
-    )
+def test_a_model_that_cannot_forget_decodes_without_drafts() -> None:
+    config = MambaConfig(vocab_size=V, hidden_size=D, state_size=4, num_hidden_layers=1)
+    base = with_stops(Base(AutoModelForCausalLM.from_config(config), None, "digest", CPU, torch.float32))
+    lm = LanguageModelWithSpeculator(base)
     with pytest.raises(DecodingError, match=r"MambaForCausalLM.*rejected drafts"):
-        LanguageModelWithSpeculator(with_stops(Base(model, None, "digest", CPU, torch.float32)))
+        lm.generate([1, 2], 8, draft="ngram")
+    assert lm.generate([1, 2], 8, draft="none").tokens == transformers_greedy(base, [1, 2], 8)
 
 
 def test_from_pretrained_loads_the_base_that_the_checkpoint_names(tmp_path: Path) -> None:

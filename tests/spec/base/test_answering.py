@@ -14,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.bases import make
+from bench.bases import prompts as short_prompts
 from spec import base as base_model
 from spec.base import Base, BaseError, answer, bucket, hidden_states, prompt_bucket
 
@@ -202,3 +204,27 @@ def test_beyond_what_it_was_trained_for_a_base_with_rotations_goes_on_with_a_wor
 def test_an_id_without_a_row_is_refused(base: Base) -> None:
     with pytest.raises(BaseError, match=f"the id {base.vocab_size}, for which the base has no row"):
         answer(base, [[5, base.vocab_size]], 3)
+
+
+RECURRENT = ["qwen3_next", "lfm2", "granitemoehybrid", "mamba2", "recurrent_gemma", "minimax"]
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_recurrent_state_sees_no_padding_and_no_company(family: str) -> None:
+    base = make(family)
+    base.model.generation_config.eos_token_id = [*range(2, 96, 8)]
+    asked = [prompt for prompt in short_prompts(5) for _ in range(6)] + short_prompts()
+    asked = [[*prompt[:-1], 3 + i] for i, prompt in enumerate(asked)]
+    together = answer(base, asked, NEW)
+    assert together == [generate(base, prompt, NEW) for prompt in asked]
+    assert len(set(map(len, together))) > 1  # rows have left their batch
+    assert [answer(base, [prompt], NEW)[0] for prompt in asked[:4]] == together[:4]
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_padding_on_the_right_changes_no_state_of_a_recurrent_base(family: str) -> None:
+    base, ids = make(family), torch.tensor(short_prompts(1))
+    with torch.inference_mode():
+        states = hidden_states(base.model, ids)
+        padded = hidden_states(base.model, torch.nn.functional.pad(ids, (0, 64 - ids.shape[1])))
+    torch.testing.assert_close(padded[:, : ids.shape[1]], states, rtol=1e-4, atol=1e-4)
