@@ -119,12 +119,10 @@ class Memory:
     def can_drop_rows(self) -> bool:
         """Whether keep_rows reaches all of it."""
         layers = [layer for memory in self.given.values() for layer in getattr(memory, "layers", ())]
-        return not self._stateful or any(hasattr(layer, "recurrent_states") for layer in layers)
+        reached = not self._stateful or any(hasattr(layer, "recurrent_states") for layer in layers)
+        return reached and not self._makes_its_own
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Drop the other rows of the batch."""
         for memory in self.given.values():
-            if type(memory) is DynamicCache:
-                memory.reorder_cache(rows)  # unlike batch_select_indices it selects in recurrent states, too
-            else:
-                memory.batch_select_indices(rows)
+            memory.reorder_cache(rows)  # unlike batch_select_indices it selects in recurrent states, too
