@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spec.base.logits import PLAIN, Logits
 from spec.heads import Speculator
 from spec.store.reader import CachedSequence, SequenceReader
 
@@ -266,6 +267,9 @@ def expected_acceptance(
     walks: Mapping[K, Sequence[Walk]],
     temperatures: Sequence[float],
     on_positions: Callable[[int], object] = lambda count: None,
+    *,
+    kind: Logits = PLAIN,
+    bias: Tensor | None = None,
 ) -> dict[K, dict[float, list[float]]]:
     """What sampling at a temperature would accept, from the distributions that the cached states stand for.
 
@@ -275,11 +279,13 @@ def expected_acceptance(
 
     Args:
         reader: has the states.
-        lm_head: [V, d] of the base, whose logits are lm_head times the state (features.linear_logits).
+        lm_head: [V, d] of the base.
         answers: of draft_answers.
         walks: over these answers, by source.
         temperatures: each above 0.
         on_positions: called with the number of states just done.
+        kind: what turns lm_head times the state into the base's logits.
+        bias: [V] of lm_head.
 
     Returns:
         By source and temperature.
@@ -294,7 +300,7 @@ def expected_acceptance(
         states = _last_answer(sequence, reader.manifest.prompt_length[index]).states
         for start in range(0, len(states), rows):
             part = states[start : start + rows].to(lm_head.device, lm_head.dtype)
-            logits = (part @ lm_head.T).float()  # [rows, V]
+            logits = kind.apply_((part @ lm_head.T).float(), bias)  # [rows, V]
             totals = [(logits / temperature).logsumexp(1) for temperature in temperatures]
             for source, found in walks.items():
                 reached = found[place[index]].reached

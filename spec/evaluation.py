@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spec import acceptance
 from spec.acceptance import Answer, Drafts, Walk
+from spec.base import PLAIN, Logits
 from spec.config import Decode
 from spec.decoding import Generation, LanguageModelWithSpeculator
 from spec.drafting import Source, drafts_along
@@ -57,6 +58,9 @@ def offline(
     decode: Decode,
     lm_head: Tensor | None = None,
     on_positions: Callable[[int], object] = lambda count: None,
+    *,
+    kind: Logits = PLAIN,
+    bias: Tensor | None = None,
 ) -> Offline:
     """Walk over the answers with each source of drafts; needs no base model.
 
@@ -64,8 +68,10 @@ def offline(
         speculator: whose heads draft.
         reader: of the split.
         decode: where drafts come from.
-        lm_head: [V, d] of the base; None where its logits are more than lm_head times the state.
+        lm_head: [V, d] of the base; None where it is not known how its logits follow from it.
         on_positions: called with the number of positions just drafted from, and again when they are judged.
+        kind: what turns lm_head times the state into the base's logits.
+        bias: [V] of lm_head.
     """
     answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions)
     walks = {source: acceptance.walks(reader, answers, drafts_of(source, decode)) for source in SOURCES}
@@ -79,8 +85,15 @@ def offline(
     }
     expected = {}
     if lm_head is not None:
-        expected = acceptance.expected_acceptance(reader, lm_head, answers, walks, TEMPERATURES, on_positions)
+        expected = acceptance.expected_acceptance(
+            reader, lm_head, answers, walks, TEMPERATURES, on_positions, kind=kind, bias=bias
+        )
     return Offline(answers, walks, [metrics[f"accuracy.{i + 1}"] for i in range(n)], by_length, expected)
+
+
+def cut(answers: Sequence[Answer], reader: SequenceReader, stops: Set[int]) -> float:
+    """The share of answers that end with no stop token: they were cut at their longest."""
+    return _share(int(answer.ids[-1]) not in stops for answer in answers if reader.manifest.prompt_length[answer.index])
 
 
 def drafts_of(source: Source, decode: Decode) -> Drafts:
@@ -135,7 +148,8 @@ def decoding(
     max_new_tokens: int,
     on_prompt: Callable[[int], object] = lambda count: None,
 ) -> dict[str, dict[Source, Timed]]:
-    """Decode prompts for real with every source and with none, in the same process and dtype.
+    """Decode prompts for real with every source and with none, in the same process and dtype; only with none where
+    the base cannot take drafts back.
 
     The order of the sources turns by one with each prompt, so that none always runs on a warmer or quieter machine.
 
@@ -143,7 +157,7 @@ def decoding(
         By domain, what each source took.
     """
     manifest = reader.manifest
-    everything: list[Source] = ["none", *SOURCES]
+    everything: list[Source] = ["none", *SOURCES] if model.base.takes_back else ["none"]
     results: dict[str, dict[Source, Timed]] = {}
     for turn, index in enumerate(indices):
         prompt = _prompt(reader, index)
@@ -182,7 +196,8 @@ def summary(
     same: bool | None,
     draft: Source,
 ) -> dict[str, Any]:
-    """Every figure of results/evaluate/metrics.json; docs/metrics.md defines them."""
+    """Every figure of results/evaluate/metrics.json; docs/metrics.md defines them. Those of decoding with drafts are
+    absent where nothing was decoded so."""
     head, ngram, hybrid = (measured.walks[source] for source in ("head", "ngram", "hybrid"))
     figures = {
         source: _figures(walks, measured.expected.get(source, {}), len(measured.accuracy) if source == "head" else 1)
@@ -202,9 +217,7 @@ def summary(
         "repetition": _share(walk.looping for walk in head),
         "decode": {
             "draft": draft,
-            "tokens_per_step": real[draft]["decode_tokens_per_step"],
-            "walk_tokens_per_step": real[draft]["walk_tokens_per_step"],
-            "speedup": real[draft]["speedup"],
+            **_headline(real.get(draft, {})),
             "lossless": same,
             "tokens_per_second": {source: timed.tokens_per_second for source, timed in total.items()},
             "prompts": len(total["none"].walks),
@@ -248,7 +261,7 @@ def by_domain(
         decoded = [timed[name] for name in names if name in timed]
         if decoded:
             cut = {source: _of(walks, names) for source, walks in paper.items()}
-            rows[label] |= _real(_all_sources(decoded), cut)[draft]
+            rows[label] |= _real(_all_sources(decoded), cut).get(draft, {})
     return rows
 
 
@@ -296,7 +309,13 @@ def _real(timed: dict[Source, Timed], paper: dict[Source, list[Walk]]) -> dict[S
             "speedup": timed[source].tokens_per_second / plain if plain else None,
         }
         for source in SOURCES
+        if source in timed
     }
+
+
+def _headline(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one source under the names that they have in decode.*."""
+    return {name.removeprefix("decode_"): value for name, value in row.items()}
 
 
 def _gain(walks: Sequence[Walk], baseline: Sequence[Walk]) -> dict[str, float]:
@@ -308,8 +327,10 @@ def _of(walks: Sequence[Walk], domains: set[str]) -> list[Walk]:
 
 
 def _all_sources(parts: Sequence[Mapping[Source, Timed]]) -> dict[Source, Timed]:
+    """What each source took in all; those that no part has are left out, but where there is no part at all."""
     everything: list[Source] = ["none", *SOURCES]
-    return {source: _together([part[source] for part in parts]) for source in everything}
+    used = [source for source in everything if not parts or source in parts[0]]
+    return {source: _together([part[source] for part in parts]) for source in used}
 
 
 def _together(parts: Sequence[Timed]) -> Timed:

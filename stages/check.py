@@ -22,11 +22,11 @@ class Findings:
 
     Attributes:
         notes: what the user should know, a sentence each.
-        turn_end: the token that ends a turn of its chat template, where the base itself does not stop there.
+        answering: what its answers follow from beyond the files that identify it.
     """
 
     notes: list[str]
-    turn_end: int | None
+    answering: list[str]
 
 
 @common.stage
@@ -60,7 +60,7 @@ def examine(config: Config, folder: Path) -> Findings:
     """
     trusted = config.model.trust_remote_code
     base.check(folder, trusted)
-    notes = []
+    notes, answering = [], []
     limits, length = base.limits(folder, trusted), config.data.max_length
     if limits.positions is not None and length > limits.positions:
         effect = "longer rows cannot be read" if limits.hard else "longer rows are beyond what it was trained for"
@@ -68,16 +68,19 @@ def examine(config: Config, folder: Path) -> Findings:
     end = base.unstopped_turn(folder, trusted)
     if end is not None:
         token = base.load_tokenizer(folder, trusted).convert_ids_to_tokens(end)
+        answering.append(f"ends at {end}")
         notes.append(
             f"the chat template closes a turn with {token!r} (id {end}), at which the base itself does not stop: "
             "answers end there all the same. Other engines need it in eos_token_id of generation_config.json"
         )
+    if base.is_recurrent(folder, trusted):
+        answering.append("prompts of one length together")
     if not base.can_take_back(folder, trusted):
         notes.append(
             "the base keeps a recurrent state, from which rejected drafts cannot be removed: evaluate reports the "
             "exact walk and plain decoding, but no decoding with drafts"
         )
-    return Findings(notes, end)
+    return Findings(notes, answering)
 
 
 def examine_once(config: Config, folder: Path, identity: dict[str, Any]) -> Findings:

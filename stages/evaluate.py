@@ -71,28 +71,38 @@ def _measure(
     """
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
-    linear = features.linear_logits(reader.collection)
-    lm_head = features.load_tables(reader.collection)["lm_head"].to(device, dtype) if linear else None
-    with common.progress((1 + linear) * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
+    kind = features.logits(reader.collection)
+    tables = {} if kind is None else features.load_tables(reader.collection)
+    lm_head, bias = (tables[name].to(device, dtype) if name in tables else None for name in ("lm_head", "bias"))
+    with common.progress(
+        (1 + (kind is not None)) * reader.manifest.positions, "positions", "evaluate: exact walk"
+    ) as bar:
         speculator = heads.load(common.MODEL, device, dtype)
-        measured = evaluation.offline(speculator, reader, config.decode, lm_head, bar.update)
+        measured = evaluation.offline(
+            speculator, reader, config.decode, lm_head, bar.update, kind=kind or base.PLAIN, bias=bias
+        )
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
     timed: dict[str, dict[Any, evaluation.Timed]] = {}
+    same = None
     paper = evaluation.on_paper(measured, reader, config.decode, indices, config.evaluate.max_new_tokens)
     if indices:
         model = _model(config, source, config.model.dtype)
         with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
             timed = evaluation.decoding(model, reader, indices, config.evaluate.max_new_tokens, bar.update)
-        if model.base.model.dtype != torch.float32:
-            del model
-            gc.collect()
-            model = _model(config, source, "float32")
-        common.say("evaluate: comparing with plain decoding token for token, in float32")
-        length = min(LOSSLESS_TOKENS, config.evaluate.max_new_tokens)
-        same = evaluation.lossless(model, reader, indices[:LOSSLESS_PROMPTS], length)
-    else:
-        same = None
+        if not model.base.takes_back:
+            common.say("evaluate: the base cannot take drafts back; only plain decoding was measured")
+        else:
+            if model.base.model.dtype != torch.float32:
+                del model
+                gc.collect()
+                model = _model(config, source, "float32")
+            common.say("evaluate: comparing with plain decoding token for token, in float32")
+            length = min(LOSSLESS_TOKENS, config.evaluate.max_new_tokens)
+            same = evaluation.lossless(model, reader, indices[:LOSSLESS_PROMPTS], length)
     metrics = evaluation.summary(measured, timed, paper, same, config.decode.draft)
+    trusted = config.model.trust_remote_code
+    stops = base.stop_ids(base.resolve(source["name"], source["revision"], trusted), trusted)
+    metrics["cut"] = evaluation.cut(measured.answers, reader, stops)
     metrics["speculator"] = files.digest_file(common.MODEL / "pytorch_model.bin")  # whose figures these are
     files.write_json(RESULTS / "metrics.json", metrics)
     shown = evaluation.by_domain(measured, timed, paper, config.decode.draft, evaluation.largest(measured))
@@ -185,7 +195,7 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
         "ngram_tokens_per_step": metrics["ngram"]["tokens_per_step"],
         "hybrid_tokens_per_step": metrics["hybrid"]["tokens_per_step"],
         "repetition": metrics["repetition"],
-        **decode["sources"][decode["draft"]],
+        **decode["sources"].get(decode["draft"], {}),
     }
     _table({**shown, "all": total}, f"{decode['prompts']} prompts, {decode['draft']}")
     low, high = offline["tokens_per_step_low"], offline["tokens_per_step_high"]
@@ -196,6 +206,10 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
     if offline["written_by_base"] < 1:
         share = 1 - offline["written_by_base"]
         common.say(f"note: {share:.0%} of the answers were not written greedily by the base; decoding will differ")
+    if metrics["cut"]:
+        common.say(
+            f"note: {metrics['cut']:.0%} of the answers end without a stop token: they were cut at their longest"
+        )
     if offline["tokens_per_step"] <= metrics["ngram"]["tokens_per_step"]:
         common.say("note: n-gram lookup alone, which needs no training, does as well as this head or better")
     gains = {**shown, "all": metrics["hybrid"]}

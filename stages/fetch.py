@@ -25,8 +25,8 @@ def fetch(config: Config) -> None:
     findings = examine_once(config, folder, identity)
     for note in findings.notes:
         common.say(f"fetch: {note}")
-    if findings.turn_end is not None:  # answers end at a token that generation_config.json does not name
-        identity["generation"] = files.digest_json([identity["generation"], findings.turn_end])
+    if findings.answering:
+        identity["generation"] = files.digest_json([identity["generation"], findings.answering])
     revision = base.downloaded_revision(folder, model)
     sources: dict[str, Any] = {
         "base": {"name": model.partial_pretrain, "revision": revision, **identity},

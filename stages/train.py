@@ -217,15 +217,16 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
     with_tables = config.model.speculator.init == "base" or config.optim.loss == "kl"
     tables = features.load_tables(train_reader.collection) if with_tables else {}
     speculator = initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
-    lm_head = None
+    lm_head, bias, kind = None, None, base_model.PLAIN
     if config.optim.loss == "kl":
-        if not features.linear_logits(train_reader.collection):
+        found = features.logits(train_reader.collection)
+        if found is None:
             raise SpecError(
                 f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
-                "state (a bias, a scale, a cap), which the cache does not hold; use optim.loss=ce"
+                "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce"
             )
-        lm_head = tables["lm_head"].to(me.device)
-    return FrozenTask(config, speculator, train_reader, readers["val"], me, lm_head)
+        lm_head, bias, kind = tables["lm_head"].to(me.device), tables.get("bias"), found
+    return FrozenTask(config, speculator, train_reader, readers["val"], me, lm_head, logits=kind, bias=bias)
 
 
 def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTask:

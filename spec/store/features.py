@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec import base as base_model
-from spec.base import Base
+from spec.base import Base, Logits
 from spec.corpus import TokenSequence
 from spec.device import fetch, send
 from spec.store import codecs
@@ -166,21 +166,27 @@ def _forward(base: Base, rows: Sequence[FeatureRow], width: int, encoding: str, 
 
 
 def save_tables(base: Base, collection: Collection, rows: Sequence[FeatureRow]) -> None:
-    """Keep the base's embedding and lm_head [V, d] with its states, so that training never loads the base.
+    """Keep the base's embedding and lm_head [V, d] with its states, and lm_head's bias [V] where it has one, so that
+    training never loads the base.
 
-    Whether lm_head makes the base's logits is checked on the first of `rows`.
+    How lm_head makes the base's logits is found out on the first of `rows`.
     """
     claim = collection.claim(TABLES)
     if claim is None:
         return
     tables = {"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head}
+    kind = base_model.find_logits(base, [row.ids for row in rows])
+    bias = base_model.bias_of(base.model)
+    if bias is not None:
+        tables["bias"] = bias
     row = {name: codecs.to_numpy(table.detach().cpu().to(base.dtype).contiguous()) for name, table in tables.items()}
     attributes = {
         "dtype": str(base.dtype).removeprefix("torch."),
         "offsets": {name: f"{name}_offsets" for name in row},
         "vocab_size": base.vocab_size,
         "hidden_size": base.hidden_size,
-        "linear_logits": base_model.has_linear_logits(base, [row.ids for row in rows]),
+        "linear_logits": kind == base_model.PLAIN,
+        "logits": None if kind is None else asdict(kind),
         "producer": base.producer,
     }
     claim.commit([row], attributes, "zstd")
@@ -197,10 +203,12 @@ def tables_shape(collection: Collection) -> dict[str, int]:
     return {name: attributes[name] for name in ("hidden_size", "vocab_size")}
 
 
-def linear_logits(collection: Collection) -> bool:
-    """Whether the base's logits are lm_head times the state, so that soft targets follow from the cache alone."""
+def logits(collection: Collection) -> Logits | None:
+    """How the base's logits follow from its tables and states, so that soft targets follow from the cache alone."""
     _, attributes = collection.read(collection.name_of(TABLES), only=())
-    return bool(attributes["linear_logits"])
+    if "logits" not in attributes:  # tables from before scales, caps and biases were known
+        return base_model.PLAIN if attributes["linear_logits"] else None
+    return None if attributes["logits"] is None else Logits(**attributes["logits"])
 
 
 def positions_of(collection: Collection, name: str) -> int:
@@ -210,7 +218,8 @@ def positions_of(collection: Collection, name: str) -> int:
 
 
 def load_tables(collection: Collection) -> dict[str, Tensor]:
-    """The base's "embedding" and "lm_head", each [V, d]; a DamagedError says that they are missing or damaged."""
+    """The base's "embedding" and "lm_head", each [V, d], and where lm_head has one its "bias" [V]; a DamagedError says
+    that they are missing or damaged."""
     arrays, attributes = collection.read(collection.name_of(TABLES))
     dtype = getattr(torch, attributes["dtype"])
     return {name: codecs.from_numpy(arrays[name], dtype) for name in attributes["offsets"]}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spec import acceptance
+from spec.base.logits import PLAIN, Logits
 from spec.config import Config
 from spec.heads import Speculator
 from spec.store.reader import FeatureReader, SequenceReader
@@ -28,6 +29,8 @@ class FrozenTask:
         val_reader: what chooses the checkpoint.
         worker: this process.
         lm_head: [V, d] of the base; needed for optim.loss=kl.
+        logits: what turns lm_head times the state into the base's logits.
+        bias: [V] of lm_head.
     """
 
     def __init__(
@@ -38,6 +41,9 @@ class FrozenTask:
         val_reader: FeatureReader,
         worker: Worker,
         lm_head: Tensor | None = None,
+        *,
+        logits: Logits = PLAIN,
+        bias: Tensor | None = None,
     ) -> None:
         self.config, self.worker, self.speculator = config, worker, speculator
         self.train_reader, self.val_reader = train_reader, val_reader
@@ -46,7 +52,7 @@ class FrozenTask:
         self._trained, self._tables = twin(speculator, tokens)
         self._mixed = worker.mixed(config.model.dtype)
         teacher = lm_head if config.optim.loss == "kl" else None
-        loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher)
+        loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher, logits=logits, bias=bias)
         if loss.lm_head is not None:
             loss.lm_head = loss.lm_head.to(torch.bfloat16 if self._mixed else torch.float32)
         self._loss = loss.to(worker.device)
@@ -89,8 +95,8 @@ class FrozenTask:
     def validate(self) -> dict[str, float]:
         """Loss and accuracy by head on val, and the exact walk."""
         self._flush()
-        loss = SpeculatorLoss(self.speculator)
-        loss.lm_head = self._loss.lm_head  # already reduced to the draft vocabulary
+        loss = SpeculatorLoss(self.speculator, logits=self._loss.logits)
+        loss.lm_head, loss.bias = self._loss.lm_head, self._loss.bias  # already reduced to the draft vocabulary
         return validate(loss.to(self.worker.device), self.val_reader, self.worker, self._mixed)
 
     def score(self, metrics: dict[str, float]) -> float:

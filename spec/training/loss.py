@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spec.base.logits import PLAIN, Logits
 from spec.heads import Speculator
 from spec.store.reader import Positions
 
@@ -34,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         scale: Tensor,
         teacher: tuple[Tensor, Tensor] | None,
+        finish: Callable[[Tensor], Tensor] | None,
         needed: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups = len(hidden) // len(teacher[0]) if teacher is not None and len(teacher[0]) else 1
@@ -51,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + room.rows)
                 inputs = hidden[:, rows].to(room.weight.dtype).flatten(0, 1)  # [G * C, h]
                 target, factor = (tensor[:, rows].reshape(-1, 1) for tensor in (targets, scale))
-                soft = None if teacher is None else room.distribution(teacher[0][rows])
+                soft = None if teacher is None else room.distribution(teacher[0][rows], finish)
                 logits, likeliest = room.shifted_logits(inputs)  # [G * C, V]
                 loss, total = _loss(logits, target, soft)
                 losses[:, rows] = loss.view(groups, -1)
@@ -69,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,14 @@ class _Room:
         largest, likeliest = logits.max(1)  # the first of equal ones
         return logits.sub_(largest[:, None]), likeliest  # sums round less for the shift
 
-    def distribution(self, states: Tensor) -> _Soft:
+    def distribution(self, states: Tensor, finish: Callable[[Tensor], Tensor] | None) -> _Soft:
         """The base's own distribution after these states [C, d]; overwrites the logits."""
         assert self.table is not None
         assert self.soft is not None
         low, logits, probabilities = (room[: len(states)] for room in (self.low, self.logits, self.soft))
         logits.copy_(torch.mm(states.to(low.dtype), self.table.T, out=low))
+        if finish is not None:
+            finish(logits)
         logits.sub_(logits.amax(1, keepdim=True))
         torch.exp(logits, out=probabilities)
         total = probabilities.sum(1)
@@ -175,6 +180,7 @@ def linear_cross_entropy(
     targets: Tensor,
     scale: Tensor,
     teacher: tuple[Tensor, Tensor] | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of a linear head, or its divergence from a teacher.
 
@@ -186,13 +192,14 @@ def linear_cross_entropy(
         teacher: the base's states [R, d] from which it wrote the targets, and the rows [V, d] of its lm_head. The
             loss is then KL(base || head) over those rows. M is a multiple of R: every R rows of `hidden` have the
             same R teachers, whose distributions are computed once for all of them.
+        finish: turns the teacher's lm_head times its states, in place, into its logits, where they are more than that.
 
     Returns:
         The scalar sum of scale * loss, which has gradients; each row's loss [M]; and whether its target is the token
         that would be drafted [M]: that of the highest logit, the first of equal ones.
     """
     needed = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, teacher, needed)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, teacher, finish, needed)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -251,13 +258,22 @@ class SpeculatorLoss(nn.Module):
         head_weights: of each head's loss, scaled to a mean of 1.
         lm_head: [V, d] of the base: the loss is the divergence from the base's own distribution, over the draft
             vocabulary where there is one; None: cross-entropy on the written tokens.
+        logits: what turns lm_head times the state into the base's logits.
+        bias: [V] of lm_head.
     """
 
     head_weights: Tensor
     lm_head: Tensor | None
+    bias: Tensor | None
 
     def __init__(
-        self, speculator: Speculator, head_weights: Sequence[float] | None = None, lm_head: Tensor | None = None
+        self,
+        speculator: Speculator,
+        head_weights: Sequence[float] | None = None,
+        lm_head: Tensor | None = None,
+        *,
+        logits: Logits = PLAIN,
+        bias: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.speculator = speculator
@@ -266,7 +282,10 @@ class SpeculatorLoss(nn.Module):
         self.register_buffer("head_weights", weights / weights.mean(), persistent=False)
         if lm_head is not None and speculator.token_map is not None:
             lm_head = lm_head[speculator.token_map.to(lm_head.device)]
+            bias = None if bias is None else bias[speculator.token_map.to(bias.device)]
         self.register_buffer("lm_head", lm_head, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
+        self.logits = logits
         index = speculator.draft_index
         self._draft_index = None if index is None else index.cpu()  # supervise works on the CPU
 
@@ -322,11 +341,12 @@ class SpeculatorLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One call for all heads that share their weight, else one a head."""
         weights = [self.speculator.head(i).weight for i in range(len(hidden))]
+        finish = None if self.logits == PLAIN else partial(self.logits.apply_, bias=self.bias)
         if all(weight is weights[0] for weight in weights):
-            return linear_cross_entropy(torch.cat(list(hidden)), weights[0], targets, scale, teacher)
+            return linear_cross_entropy(torch.cat(list(hidden)), weights[0], targets, scale, teacher, finish)
         sizes = list(map(len, hidden))
         parts = [
-            linear_cross_entropy(*part, teacher)
+            linear_cross_entropy(*part, teacher, finish)
             for part in zip(hidden, weights, torch.split(targets, sizes), torch.split(scale, sizes), strict=True)
         ]
         total = torch.stack([part[0] for part in parts]).sum()

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, Mamba2Config
 
 from spec import files
 from stages import evaluate
 from tests.stages.workspace import prepare, run_through
+from tests.tiny import VOCAB_SIZE
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,18 @@ def test_the_report_has_a_row_a_domain(evaluated: tuple[Path, str]) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("domain "))
     assert [line.split()[0] for line in lines[start + 1 : start + 5]] == ["chat", "code", "maths", "all"]
     assert all(len(line.split()) == 8 for line in lines[start + 1 : start + 5])
+
+
+def test_a_base_that_cannot_take_drafts_back_is_walked_and_decoded_without_them(tmp_path: Path) -> None:
+    root = prepare(tmp_path)
+    shape = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16, "num_hidden_layers": 2}
+    config = Mamba2Config(vocab_size=VOCAB_SIZE, hidden_size=32, eos_token_id=2, initializer_range=0.4, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
+    said = run_through(root, "evaluate", "optim.loss=kl", "respond.max_new_tokens=12")
+    assert "only plain decoding was measured" in said
+    metrics = files.read_json(root / "results/evaluate/metrics.json")
+    assert metrics["decode"]["tokens_per_second"].keys() == {"none"}
+    assert metrics["decode"]["lossless"] is None
+    assert not {"speedup", "tokens_per_step"} & metrics["decode"].keys()
+    assert metrics["offline"]["tokens_per_step"] >= 1
+    assert 0 <= metrics["cut"] <= 1

@@ -87,8 +87,8 @@ def test_heads_can_learn_the_bases_own_distribution(folder: Path, overrides: tup
 def test_a_base_whose_logits_are_more_than_lm_head_times_state_has_no_distribution_here(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "linear_logits", lambda collection: False)
-    assert "a bias, a scale, a cap" in refused("train", "optim.loss=kl")
+    monkeypatch.setattr(features, "logits", lambda collection: None)
+    assert "in a way that is not known here" in refused("train", "optim.loss=kl")
     ok("train")
 
 

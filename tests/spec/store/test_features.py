@@ -334,7 +334,7 @@ def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path
     assert torch.equal(tables["lm_head"], model.lm_head.to(model.dtype))  # weights are widened, so no bit is lost
     assert torch.equal(tables["embedding"].to(model.model.dtype), model.embedding[:VOCAB_SIZE])
     assert features.tables_shape(collection) == {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
-    assert features.linear_logits(collection)
+    assert features.logits(collection) == base_model.PLAIN
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     features.save_tables(model, collection, list(map(FeatureRow.of, make_rows(3))))
     times.pop(collection.folder)  # locks come and go in it
