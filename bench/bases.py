@@ -105,6 +105,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"num_key_value_heads": 4, "first_k_dense_replace": 1},
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    **{
+        name: {}
+        for name in ("apertus", "arcee", "biogpt", "bitnet", "ernie4_5_moe", "gemma4_text", "glm4_moe", "helium")
+    },
+    **{name: {} for name in ("hunyuan_v1_dense", "jetmoe", "minimax_m2", "ministral3", "nanochat", "olmo3")},
+    **{name: {} for name in ("phimoe", "seed_oss", "vaultgemma", "xglm")},
     "qwen3_5_text": _LINEAR,
     "qwen3_next": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -128,6 +134,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8},
         **{"ssm_state_size": 8, "n_groups": 1, "chunk_size": 16},
     },
+    **{name: {} for name in ("deepseek_v4", "olmo_hybrid", "zaya")},
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "block_size": 16},
 }
 

@@ -94,7 +94,7 @@ class Memory:
 
     def __init__(self, model: Any) -> None:
         names = inspect.signature(model.forward).parameters
-        self._taken = [name for name in ("past_key_values", "cache_params", "state") if name in names]
+        self._taken = [name for name in ("past_key_values", "cache_params") if name in names]
         name = "cache_params" if "cache_params" in names else "past_key_values"
         self._makes_its_own = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
         self.given: dict[str, Any] = {} if self._makes_its_own else {name: make_cache(model.config)}

@@ -6,9 +6,10 @@ from spec.base.answering import COMPACT, LEAST_ROWS, answer, prompt_buckets
 from spec.base.check import check, read_config
 from spec.base.folder import BaseError, downloaded_revision, find_folder, identify, resolve
 from spec.base.limits import Limits, can_take_back, is_recurrent, limits
-from spec.base.loading import Base, load, load_tokenizer, producer, stop_ids, unstopped_turn
+from spec.base.loading import Base, load, producer, stop_ids, unstopped_turn
 from spec.base.logits import LOOKED_AT, PLAIN, Logits, bias_of, find_logits, has_linear_logits
 from spec.base.states import BUCKET, bucket, hidden_states, prompt_bucket
+from spec.base.tokenizer import load_tokenizer
 
 __all__ = [
     "BUCKET",

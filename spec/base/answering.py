@@ -98,21 +98,22 @@ def _check_prompts(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens:
     longest = max(map(len, prompts))
     if positions is None or longest + max_new_tokens <= positions:
         return
-    if not base.limits.hard:
-        _warn(positions)
-    elif longest >= positions:
+    if base.limits.hard and longest >= positions:
         raise BaseError(
             f"a prompt has {longest} tokens and the base {positions} positions, which leaves none for an answer: lower "
             "data.max_length, so that such prompts are dropped"
         )
+    _warn(positions, base.limits.hard)
 
 
 @remembered
-def _warn(positions: int) -> None:
+def _warn(positions: int, hard: bool) -> None:
+    effect = "answers end at the last one" if hard else "answers may be worse beyond what the base was trained for"
     log.warning(
-        "prompts and answers are longer than the %d positions that the base was trained for: its answers may be worse "
-        "there; lower data.max_length or respond.max_new_tokens",
+        "some prompts with their answers are longer than the base's %d positions: %s; lower data.max_length or "
+        "respond.max_new_tokens",
         positions,
+        effect,
     )
 
 

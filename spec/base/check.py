@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import inspect
 import json
 import logging
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import get_hf_quantizer
 
-from spec.base.folder import BaseError, one_line, weight_files
+from spec.base.folder import BaseError, one_line, refusals, weight_files
+from spec.base.tokenizer import check_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -39,24 +39,15 @@ _LIBRARIES = {
 """What reads weights of a quantisation, where transformers' own message does not say it in full."""
 
 
-@contextlib.contextmanager
-def refusals(folder: Path, what: str) -> Iterator[None]:
-    """Turn whatever a block raises into a BaseError of one line that names the folder."""
-    try:
-        yield
-    except (BaseError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise BaseError(f"{folder}: {what} ({type(error).__name__}: {one_line(error)})") from error
-
-
 def check(folder: Path, trust_remote_code: bool = False) -> None:
     """Refuse a folder whose model cannot be loaded.
 
     Raises:
         BaseError: says what is wrong and what to do.
     """
-    check_weights(folder, skeleton(folder, read_config(folder, trust_remote_code), trust_remote_code))
+    model = skeleton(folder, read_config(folder, trust_remote_code), trust_remote_code)
+    check_weights(folder, model)
+    check_tokenizer(folder, load_tokenizer(folder, trust_remote_code), model.get_input_embeddings().weight.shape[0])
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -101,7 +92,9 @@ def skeleton(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
     """
     asked = config._attn_implementation_internal
     try:
-        return _build(config, trust_remote_code)
+        return _checked(folder, _build(config, trust_remote_code))
+    except BaseError:
+        raise
     except (ImportError, ValueError) as error:
         if not asked or "flash" not in str(asked):
             raise BaseError(f"{folder}: its model cannot be built ({one_line(error)})") from error
@@ -112,7 +105,21 @@ def skeleton(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
     _say_replaced(folder, str(asked))
     with refusals(folder, "its model cannot be built"):
         config._attn_implementation = "sdpa"
-        return _build(config, trust_remote_code)
+        return _checked(folder, _build(config, trust_remote_code))
+
+
+def _checked(folder: Path, model: Any) -> Any:
+    """A model that writes with a memory of its past, by an output matrix."""
+    names = inspect.signature(model.forward).parameters.keys()
+    own = type(model).__module__.startswith("transformers.")  # code from elsewhere may take its cache as it likes
+    if own and not {"past_key_values", "cache_params"} & names:
+        raise BaseError(
+            f"{folder}: {type(model).__name__} keeps no memory of what it has read, or in a form that is not known "
+            "here; use another base"
+        )
+    if not isinstance(getattr(model.get_output_embeddings(), "weight", None), torch.Tensor):
+        raise BaseError(f"{folder}: {type(model).__name__} has no output matrix (lm_head); use another base")
+    return model
 
 
 @cache
@@ -181,7 +188,7 @@ def check_weights(folder: Path, model: Any) -> None:
 def check_report(folder: Path, missing: Any, mismatched: Any) -> None:
     """Refuse weights of which transformers reports that some are missing or have another shape."""
     if mismatched:
-        name, found, expected = sorted(mismatched, key=lambda each: each[0])[0]
+        name, found, expected = min(mismatched, key=lambda each: ("embed" not in each[0], each[0]))
         raise BaseError(
             f"{folder}: {name} is {list(found)} in the weights where config.json gives {list(expected)} "
             f"({len(mismatched)} such in all): config.json and the weights are not of the same model, or one of them "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from spec import files
 from spec.config import Model
@@ -42,6 +45,17 @@ def one_line(error: BaseException | str) -> str:
     """The message of another library's error, on one line and without colours."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+@contextlib.contextmanager
+def refusals(folder: Path, what: str) -> Iterator[None]:
+    """Turn whatever a block raises into a BaseError of one line that names the folder."""
+    try:
+        yield
+    except (BaseError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BaseError(f"{folder}: {what} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def find_folder(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:

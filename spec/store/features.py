@@ -116,6 +116,11 @@ def produce(
         for index, claim in share_out(collection, [[rows[r].key for r in group] for group in groups], rank, world):
             group = [rows[r] for r in groups[index]]
             lengths = [len(row.ids) for row in group]
+            most = base.limits.most
+            if most is not None and max(lengths) > most:
+                raise StoreError(
+                    f"a sequence has {max(lengths)} tokens and the base {most} positions; lower data.max_length"
+                )
             width = base_model.bucket(max(lengths))
             batches = []
             for part, batch in parts.run(partial(_forward, base, group, width, encoding), lengths, width):

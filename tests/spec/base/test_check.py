@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, OpenAIGPTConfig
 
 from spec.base import BaseError, check, limits, load, resolve
 from spec.config import Model
@@ -130,6 +131,32 @@ def test_what_is_no_base_is_refused(folder: Path, case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("case", ["more tokens than rows", "no tokenizer", "another width", "half a file"])
+def test_check_refuses_it_without_the_weights(folder: Path, case: str) -> None:
+    spoil, words = CASES[case]
+    spoil(folder)
+    with pytest.raises(BaseError, match=words):
+        check(folder)
+
+
+def test_special_tokens_beyond_the_table_are_refused_where_the_template_writes_them(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{i}|>" for i in range(20)]})
+    tokenizer.save_pretrained(folder)
+    check(folder)
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant", "assistant<|19|>"))
+    with pytest.raises(BaseError, match=r"no row: 30\d \('<\|19\|>'\)"):
+        check(folder)
+
+
+def test_a_model_without_a_memory_is_refused(folder: Path) -> None:
+    sizes = {"vocab_size": 304, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    AutoModelForCausalLM.from_config(OpenAIGPTConfig(**sizes)).save_pretrained(folder)
+    with pytest.raises(BaseError, match="OpenAIGPTLMHeadModel keeps no memory"):
+        check(folder)
+
+
 def test_a_missing_sentencepiece_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     sentencepiece(folder)
@@ -139,8 +166,6 @@ def test_a_missing_sentencepiece_is_named(folder: Path, monkeypatch: pytest.Monk
 
 def test_a_matrix_of_many_experts_is_missed(tmp_path: Path) -> None:
     """Their names in the weights are not those in the model."""
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
     sizes = {"vocab_size": 304, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
     folder = make_base(tmp_path / "moe")
