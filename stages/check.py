@@ -63,8 +63,8 @@ def examine(config: Config, folder: Path) -> Findings:
     notes, answering = [], []
     limits, length = base.limits(folder, trusted), config.data.max_length
     if limits.positions is not None and length > limits.positions:
-        effect = "longer rows cannot be read" if limits.hard else "longer rows are beyond what it was trained for"
-        notes.append(f"data.max_length is {length} and the base has {limits.positions} positions: {effect}; lower it")
+        effect = "longer rows are dropped" if limits.hard else "longer rows are beyond what it was trained for"
+        notes.append(f"data.max_length is {length} and the base has {limits.positions} positions: {effect}")
     end = base.unstopped_turn(folder, trusted)
     if end is not None:
         token = base.load_tokenizer(folder, trusted).convert_ids_to_tokens(end)

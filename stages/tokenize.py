@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from spec import base, corpus
 from spec.config import Config
 from stages import common
@@ -49,14 +47,8 @@ def tokenize(config: Config) -> None:
 
 def limits(folder: Path, config: Config) -> dict[str, Any]:
     """Tokens and positions that the base has; rotated positions set no limit."""
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code).get_text_config()
-    names = ("max_position_embeddings", "n_positions", "n_ctx")
-    positions = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
-    tables = ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "xglm")
-    return {
-        "max_positions": positions if text.model_type in tables else None,
-        "vocab_size": getattr(text, "vocab_size", None),
-    }
+    found = base.limits(folder, config.model.trust_remote_code)
+    return {"max_positions": found.most, "vocab_size": found.vocab_size}
 
 
 if __name__ == "__main__":
