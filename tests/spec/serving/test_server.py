@@ -54,6 +54,8 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise(
     monkeypatch.setattr(server, "require_vllm", lambda: None)
     command = server.plain_command(str(base_folder))
     assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert "--trust-remote-code" not in command
+    assert "--trust-remote-code" in server.plain_command(str(base_folder), trust_remote_code=True)
 
 
 def test_the_mean_acceptance_length_is_vllms() -> None:
