@@ -86,7 +86,7 @@ def resolve(name: str, revision: str | None, trust_remote_code: bool = False) ->
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _downloaded(name, revision) or _download_model(name, revision)
+        folder = _download_model(name, revision)
         if trust_remote_code:
             add_code(folder)
     _refuse_adapter(folder)
@@ -100,24 +100,11 @@ def resolve(name: str, revision: str | None, trust_remote_code: bool = False) ->
     return folder
 
 
-def _downloaded(name: str, revision: str | None) -> Path | None:
-    """The folder of a hub model's commit that is whole here already; the hub is not asked."""
-    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
-        return None
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        return folder if weight_files(folder) else None
-    except Exception:  # whatever keeps it from being used as it is, downloading says what is wrong
-        return None
-
-
 def _download_model(name: str, revision: str | None) -> Path:
     """Download what transformers loads of a hub model, of one commit."""
     folder = _download(name, revision, _SMALL, _SUBFOLDERS)
     for whole in _WHOLE:
-        _download(name, folder.name, (whole, "chat_templates/*"))
+        _download(name, folder.name, ("config.json", whole, "chat_templates/*"))
         index = folder / f"{whole}.index.json"
         if not (folder / whole).is_file() and index.is_file():
             _download(name, folder.name, [path.name for path in _shards(index)])

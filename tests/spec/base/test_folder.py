@@ -124,11 +124,11 @@ def hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     here = tmp_path / "models--owner--name" / "snapshots" / COMMIT
     there = Path(shutil.copytree(base_folder, tmp_path / "there"))
 
-    def download(name: str, *, revision: str | None, local_files_only: bool = False, **patterns: Any) -> str:
+    def download(name: str, *, revision: str | None, **patterns: Any) -> str:
         assert (name, revision) in {("owner/name", None), ("owner/name", COMMIT)}
         chosen = {key: patterns.get(key) for key in ("allow_patterns", "ignore_patterns")}
         names = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
-        for each in [] if local_files_only else filter_repo_objects(names, **chosen):
+        for each in filter_repo_objects(names, **chosen):
             (here / each).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(there / each, here / each)
         return str(here)
