@@ -69,8 +69,7 @@ def find_folder(name: str, patterns: Sequence[str], revision: str | None = None)
     Raises:
         BaseError: a name that is neither a folder nor on the hub.
     """
-    folder = Path(name)
-    return folder if folder.is_dir() else _download(name, revision, patterns)
+    return _local(name) or _download(name, revision, patterns)
 
 
 def resolve(name: str, revision: str | None, trust_remote_code: bool = False) -> Path:
@@ -84,8 +83,8 @@ def resolve(name: str, revision: str | None, trust_remote_code: bool = False) ->
     Raises:
         BaseError: a folder without config or weights; a name that is neither a folder nor on the hub.
     """
-    folder = Path(name)
-    if not folder.is_dir():
+    folder = _local(name)
+    if folder is None:
         folder = _download_model(name, revision)
         if trust_remote_code:
             add_code(folder)
@@ -98,6 +97,14 @@ def resolve(name: str, revision: str | None, trust_remote_code: bool = False) ->
             "them next to config.json"
         )
     return folder
+
+
+def _local(name: str) -> Path | None:
+    """The folder of this name here."""
+    try:
+        return Path(name) if Path(name).is_dir() else None
+    except (OSError, ValueError) as error:  # too long a name, or one that no file can have
+        raise BaseError(f"{name[:100]!r} is no name of a folder or of a model on the hub ({one_line(error)})") from None
 
 
 def _download_model(name: str, revision: str | None) -> Path:

@@ -192,6 +192,12 @@ def test_code_and_the_files_that_it_reads_come_where_they_are_trusted(hub: Calla
     assert identify(folder, trust_remote_code=True)["tokenizer"] != before["tokenizer"]
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
+    with pytest.raises(BaseError, match=r"is no name of a folder|no folder"):
+        resolve(name, None)
+
+
 def test_a_name_that_looks_like_a_folder_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BaseError, match=f"there is no {tmp_path}/models/mine, and from the hub came"):
