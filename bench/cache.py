@@ -28,7 +28,7 @@ from spec.device import synchronize
 from spec.store import codecs, features, segment
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.plan import plan
+from spec.store.plan import plan_groups
 from stages import common
 
 ROUNDS = 5
@@ -52,7 +52,7 @@ def beside_the_forward(config: Config, root: Path) -> None:
         if total < TOKENS:
             rows.append(FeatureRow.of(row))
             total += len(row)
-    groups = plan([row.key for row in rows], [len(row.ids) for row in rows], (), base.bucket, 4096)
+    groups = plan_groups([row.key for row in rows], [len(row.ids) for row in rows], (), base.bucket, 4096)
     cache_rates, bare_rates = cached_and_bare(load_base(config), rows, groups, root, ROUNDS)
     ratios = [cached / bare for cached, bare in zip(cache_rates, bare_rates, strict=True)]
     cache_rate, bare_rate = statistics.median(cache_rates), statistics.median(bare_rates)
@@ -133,7 +133,9 @@ def synthetic(config: Config, root: Path) -> None:
     generator = np.random.default_rng(0)
     mask = np.ones(length, np.uint8)
     rows = [FeatureRow(str(i), generator.integers(0, 49152, length, np.int32), mask) for i in range(count)]
-    groups = plan([row.key for row in rows], [length] * count, (), lambda _: width, config.features.segment_tokens)
+    groups = plan_groups(
+        [row.key for row in rows], [length] * count, (), lambda _: width, config.features.segment_tokens
+    )
     size = count * (length - 1) * model.model.states.shape[1] * 2
     result = []
     torch.set_num_threads(1)  # the host of a device computes nothing

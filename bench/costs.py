@@ -21,7 +21,7 @@ from spec import costs, files
 from spec.costs import Machine
 from spec.device import synchronize
 from spec.store import features
-from stages import common, plan
+from stages import common
 
 ROUNDS = 3
 ROWS, STEPS = 128, 8
@@ -34,7 +34,7 @@ def main() -> None:
     base = load_base(config)
     manifest = reader(config, "train").manifest
     count = costs.passed_params(base.model)
-    job = plan.make_job(config, count, base.hidden_size, base.vocab_size, manifest.tokens, manifest.positions, 0)
+    job = costs.make_job(config, count, base.hidden_size, base.vocab_size, manifest.tokens, manifest.positions, 0)
     job = replace(job, rows=ROWS)
     dtype = base.model.dtype
 

@@ -28,8 +28,8 @@ from spec.store.reader import FeatureReader
 from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.resume import Checkpoints
+from spec.training.start import initialise, shape_on
 from spec.workers import this_worker
-from stages.train import initialise, speculator_config
 
 PUBLIC = (
     "optim.loss=ce",
@@ -98,7 +98,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     worker = this_worker()
     found = {split: reader(config, split) for split in ("train", "val", "eval")}
     found["train"] = first(found["train"], count or config.data.max_samples or len(found["train"]))
-    shape = speculator_config(config.model.speculator, found["train"].manifest)
+    shape = shape_on(config.model.speculator, found["train"].manifest)
     tables = features.load_tables(found["train"].collection)
     speculator = initialise(config, shape, found["train"].token_counts(), tables)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:

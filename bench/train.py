@@ -25,8 +25,8 @@ from bench.common import default_config, load_base, machine, reader, spread, tab
 from spec import base, costs
 from spec.device import synchronize
 from spec.store import features
+from spec.training.start import initialise, shape_on
 from spec.workers import this_worker
-from stages.train import initialise, speculator_config
 
 BATCH, MICRO, STEPS, WARMUP, ROUNDS = 8, 8, 12, 2, 3
 FORMS = ("ours", "public, bf16 autocast", "public, float32")
@@ -136,7 +136,7 @@ def one(request: Mapping[str, object]) -> dict[str, float]:
     )
     worker = this_worker()
     data = reader(default_config(), "train")
-    shape = speculator_config(config.model.speculator, data.manifest)
+    shape = shape_on(config.model.speculator, data.manifest)
     tables = features.load_tables(data.collection)
     speculator = initialise(config, shape, data.token_counts(), tables).to(worker.device)
     order = data.order(0, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from spec.config import Config
 from spec.device import synchronize
 from spec.store.features import position_bytes
 
@@ -57,6 +58,26 @@ class Job:
     width: int
     outputs: int
     teachers: int = 0
+
+
+def make_job(
+    config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
+) -> Job:
+    """What the parameters make of a base and its data."""
+    speculator = config.model.speculator
+    teachers = 1 if speculator.tie_weights else speculator.n_predict
+    return Job(
+        base_params=base_params,
+        hidden_size=hidden,
+        tokens=tokens,
+        positions=positions,
+        answers=answers,
+        rows=config.respond.batch_size,
+        n_predict=speculator.n_predict,
+        width=speculator.inner_dim[-1],
+        outputs=speculator.draft_vocab_size or vocab,
+        teachers=teachers if config.optim.loss == "kl" else 0,
+    )
 
 
 def passed_params(model: Any) -> int:

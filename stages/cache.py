@@ -13,8 +13,8 @@ from spec.corpus import TokenSequence
 from spec.store import features, index, locks, upkeep
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.manifest import Manifest, make_manifest
-from spec.store.plan import item_key, plan
+from spec.store.manifest import Manifest
+from spec.store.plan import item_key
 from spec.workers import this_worker
 from stages import common
 
@@ -54,7 +54,9 @@ def cache(config: Config, worker: Path | None) -> None:
     rows = sequences.rows()
     with locks.in_use(collection.root):
         index.write(collection.root, itertools.chain.from_iterable(splits.values()))
-        groups = common.plan_missing(collection, "cache", lambda known: plan_features(config, rows, known))
+        groups = common.plan_missing(
+            collection, "cache", lambda known: features.plan(rows, known, config.features.segment_tokens)
+        )
         missing = [rows[number] for group in groups for number in group]
         tokens = sum(len(row.ids) for row in missing)
         unique = len({row.key for row in rows})
@@ -67,24 +69,6 @@ def cache(config: Config, worker: Path | None) -> None:
             common.run_workers(config, "stages.cache", groups)
         report = {split: _write(config, split, sequences, sources["base"]) for split in splits}
     files.write_json(common.CACHE_METRICS, report)
-
-
-def describe(
-    config: Config, collection: Collection, rows: list[TokenSequence], keys: list[str], base: dict[str, Any]
-) -> Manifest:
-    """The manifest of sequences that are all in the store."""
-    by_base = config.base_answers and config.respond.temperature == 0
-    return make_manifest(
-        collection,
-        keys,
-        base=base,
-        **features.tables_shape(collection),
-        prompt_length=[row.prompt_length for row in rows],
-        written=[by_base and row.prompt_length > 0 for row in rows],
-        domains=[row.domain for row in rows],
-        tokens=sum(map(len, rows)),
-        positions=sum(int(row.mask[1:].sum()) for row in rows),
-    )
 
 
 def _write_joint(config: Config, sources: dict[str, Any]) -> None:
@@ -102,12 +86,6 @@ def _write_joint(config: Config, sources: dict[str, Any]) -> None:
         ).save(target)
         common.say(f"cache {split}: nothing to cache, the base is trained too -> {target}")
     files.write_json(common.CACHE_METRICS, {})
-
-
-def plan_features(config: Config, rows: list[FeatureRow], known: Any) -> list[list[int]]:
-    """Groups of the sequences whose states are not stored yet."""
-    lengths = [len(row.ids) for row in rows]
-    return plan([row.key for row in rows], lengths, known, base.bucket, config.features.segment_tokens)
 
 
 def text_config(config: Config, sources: dict[str, Any]) -> Any:
@@ -140,7 +118,8 @@ def _work(config: Config, sequences: _Sequences, groups: list[list[int]], source
 def _write(config: Config, split: str, sequences: _Sequences, base: dict[str, Any]) -> dict[str, float]:
     """The split's manifest; returns what it comes to."""
     collection, rows = sequences.collection, sequences.splits[split]
-    manifest = describe(config, collection, rows, sequences.keys[split], base)
+    greedy = config.base_answers and config.respond.temperature == 0
+    manifest = features.describe(collection, rows, sequences.keys[split], base, greedy)
     target = common.features_path(split)
     manifest.save(target)
     answered = upkeep.root_segments(collection.root, common.responses_path(split))

@@ -34,6 +34,8 @@ SOURCES = Path("data/sources.json")
 MODEL = Path("models/speculator")
 TRAINED_BASE = Path("models/trained_base")
 CACHE_METRICS = Path("results/cache/metrics.json")
+TRAIN_RESULTS = Path("results/train")
+EVALUATE_RESULTS = Path("results/evaluate")
 SPLITS = ("train", "val", "eval")
 
 

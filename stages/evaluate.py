@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gc
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,8 @@ from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from stages import common
-from stages.cache import describe, plan_features
 
-RESULTS = Path("results/evaluate")
+RESULTS = common.EVALUATE_RESULTS
 _DRAWN_TABLES = ("acceptance", "domains", "draft_length")
 _WRITTEN = ("metrics.json", *(f"{name}.{kind}" for name in _DRAWN_TABLES for kind in ("csv", "png")))
 """Files of results/evaluate; others that lie there are somebody else's."""
@@ -120,13 +118,15 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     collection = Collection(common.store_root(config), "features", identity)
     keyed = list(map(FeatureRow.of, rows))
     with locks.in_use(collection.root):
-        groups = common.plan_missing(collection, "evaluate", lambda known: plan_features(config, keyed, known))
+        groups = common.plan_missing(
+            collection, "evaluate", lambda known: features.plan(keyed, known, config.features.segment_tokens)
+        )
         model = base.load(config.model, common.TRAINED_BASE, source["weights"])
         total = sum(len(keyed[number].ids) for group in groups for number in group)
         with common.progress(total, "tokens", "evaluate: states of the trained base") as bar:
             features.save_tables(model, collection, keyed)
             features.produce(model, collection, keyed, groups, config.features.codec, bar.update)
-    manifest = describe(config, collection, rows, [row.key for row in keyed], source)
+    manifest = features.describe(collection, rows, [row.key for row in keyed], source, greedy=False)
     return source, manifest
 
 

@@ -20,8 +20,6 @@ from spec.store import answers, features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from stages import common
-from stages.cache import plan_features
-from stages.respond import plan_answers
 
 MEASURED_SECONDS = 8.0
 
@@ -59,7 +57,7 @@ def plan(
         if base_params is None or hidden is None or vocab is None or tokens is None:
             raise SpecError("for a base that is not here give all of --base-params, --hidden, --vocab and --tokens")
         # The widths of params.yaml are another base's: heads are as wide as this one, over its whole vocabulary.
-        job = make_job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
+        job = costs.make_job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
         job = replace(job, width=hidden, outputs=vocab)
         common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
         _print_bytes(job, job, config)
@@ -82,26 +80,6 @@ def _machine(config: Config, tflops: float | None, bandwidth: float | None, devi
         found = Machine(0.0, 0.0)
     flops = tflops * 1e12 if tflops else found.flops
     return replace(found, flops=flops, bandwidth=bandwidth * 1e9 if bandwidth else found.bandwidth, devices=devices)
-
-
-def make_job(
-    config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
-) -> Job:
-    """What the parameters make of a base and its data."""
-    speculator = config.model.speculator
-    teachers = 1 if speculator.tie_weights else speculator.n_predict
-    return Job(
-        base_params=base_params,
-        hidden_size=hidden,
-        tokens=tokens,
-        positions=positions,
-        answers=answers,
-        rows=config.respond.batch_size,
-        n_predict=speculator.n_predict,
-        width=speculator.inner_dim[-1],
-        outputs=speculator.draft_vocab_size or vocab,
-        teachers=teachers if config.optim.loss == "kl" else 0,
-    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +112,7 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
         meta = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.model.trust_remote_code)
     count = costs.passed_params(meta)
     written = work.answers_missing * config.respond.max_new_tokens
-    job = make_job(
+    job = costs.make_job(
         config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written
     )
     whole = replace(job, tokens=work.tokens, positions=work.positions)
@@ -164,14 +142,14 @@ def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: lis
     estimated = any(row.prompt_length == len(row) for row in rows)
     identity = features.identity(sources["base"], dtype, config.features.codec)
     cached = Collection(root, "features", identity).find()
-    keyed = list(map(FeatureRow.of, rows))
-    lacking = [keyed[number] for group in plan_features(config, keyed, () if estimated else cached) for number in group]
+    keyed, size = list(map(FeatureRow.of, rows)), config.features.segment_tokens
+    lacking = [keyed[number] for group in features.plan(keyed, () if estimated else cached, size) for number in group]
     most = config.respond.max_new_tokens if estimated else 0
     return _Work(
         sequences=len(rows),
         tokens=sum(len(row) + most for row in rows),
         positions=sum(int(row.mask[1:].sum()) + most for row in rows),
-        answers_missing=sum(map(len, plan_answers(config, prompts, written))),
+        answers_missing=sum(map(len, answers.plan(prompts, written, config.respond.batch_size, base.prompt_bucket))),
         tokens_missing=sum(len(row.ids) + most for row in lacking),
         positions_missing=sum(int(row.mask[1:].sum()) + most for row in lacking),
         estimated=estimated,
@@ -205,7 +183,7 @@ def _print_measured(
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     model = base.load(config.model, folder, sources["base"]["weights"])
     if job.answers:
-        group = plan_answers(config, prompts, ())[-1]
+        group = answers.plan(prompts, (), config.respond.batch_size, base.prompt_bucket)[-1]
         began, steps, done = time.perf_counter(), 8, [0]
         asked = [prompts[number].tolist() for number in group]
         base.answer(model, asked, steps, on_token=lambda count: done.__setitem__(0, done[0] + count))

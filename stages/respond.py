@@ -19,7 +19,7 @@ from spec.errors import SpecError
 from spec.serving import require_vllm
 from spec.store import answers, index, locks, upkeep
 from spec.store.collection import Collection
-from spec.store.plan import item_key, plan
+from spec.store.plan import item_key
 from spec.workers import this_worker
 from stages import common
 
@@ -59,8 +59,9 @@ def respond(config: Config, worker: Path | None) -> None:
     stops = base.stop_ids(folder, config.model.trust_remote_code)
     with locks.in_use(collection.root):
         index.write(collection.root, itertools.chain.from_iterable(tokens.values()))
+        size = config.respond.batch_size
         groups = common.plan_missing(
-            collection, "respond", lambda known: plan_answers(config, prompts.ids, known, bucket)
+            collection, "respond", lambda known: answers.plan(prompts.ids, known, size, bucket)
         )
         missing = sum(map(len, groups))
         common.say(f"respond: {missing} of {len(set(prompts.keys))} answers are to be written by the base")
@@ -73,15 +74,6 @@ def respond(config: Config, worker: Path | None) -> None:
             _complete(config, split, rows, written, stops, common.responses_origin(config, sources))
             used = {places[item_key(row.ids[: row.prompt_length])][0] for row in rows if row.prompt_length}
             upkeep.add_root(collection.root, common.responses_path(split), {collection.folder.name: sorted(used)})
-
-
-def plan_answers(
-    config: Config, prompts: list[Ids], known: Any, bucket: Callable[[int], int] = base.prompt_bucket
-) -> list[list[int]]:
-    """Groups of the prompts that have no answer yet, each of one padded length."""
-    lengths = list(map(len, prompts))
-    keys = list(map(item_key, prompts))
-    return plan(keys, lengths, known, bucket, config.respond.batch_size, cost=lambda length: 1)
 
 
 def _read(split: str, sources: dict[str, Any]) -> list[TokenSequence]:

@@ -10,7 +10,7 @@ from spec import tracking
 from spec.config import Config
 from spec.errors import SpecError
 from spec.record import RUN_FILE, Record
-from stages import common, evaluate, train
+from stages import common
 
 
 @click.group()
@@ -25,7 +25,7 @@ def sync(config: Config) -> None:
     The server is that of trainer.tracking_uri or MLFLOW_TRACKING_URI, else the one that the run was logged to. Each run
     is made anew from its files; a part of it that the server had before is tagged as replaced.
     """
-    paths = [folder / RUN_FILE for folder in (common.MODEL, train.RESULTS, evaluate.RESULTS)]
+    paths = [folder / RUN_FILE for folder in (common.MODEL, common.TRAIN_RESULTS, common.EVALUATE_RESULTS)]
     tracked, problems = False, []
     for path in filter(Path.is_file, paths):  # an evaluation comes after its training, and becomes its child
         try:

@@ -8,25 +8,24 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec import base as base_model
 from spec import corpus, files, heads, plots, tracking
-from spec.config import Config, Speculator, flatten
+from spec.config import Config, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
 from spec.record import RUN_FILE
 from spec.store import features, locks
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
-from spec.training import loop
+from spec.training import loop, start
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.resume import Checkpoints
@@ -36,7 +35,7 @@ from stages import common
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints")
-RESULTS = Path("results/train")
+RESULTS = common.TRAIN_RESULTS
 _NO_INFLUENCE = (
     "data.eval_files",
     "decode.",
@@ -64,7 +63,7 @@ _PREFIX = {"train": "", "val": "val."}
 def train(config: Config, worker: Path | None) -> None:
     """Train the heads; the best on val go to models/speculator, curves and metrics to results/train."""
     manifests = {split: common.open_manifest(config, split) for split in ("train", "val")}
-    shape = speculator_config(config.model.speculator, manifests["train"])
+    shape = start.shape_on(config.model.speculator, manifests["train"])
     if worker is not None:
         with joined() as me:
             _work(config, shape, manifests, me)
@@ -99,26 +98,6 @@ def train(config: Config, worker: Path | None) -> None:
         f"train: best at step {metrics['best_step']} of {metrics['steps']}, "
         f"{metrics['val']['tokens_per_step']:.3f} tokens per step on val -> {common.MODEL} ({size})"
     )
-
-
-def speculator_config(params: Speculator, manifest: Manifest) -> SpeculatorConfig:
-    """The network that params ask for, on the base that the features come from.
-
-    Raises:
-        SpecError: values that make no network on this base.
-    """
-    values = {
-        **params.model_dump(exclude={"init"}),
-        "hidden_size": manifest.hidden_size,
-        "vocab_size": manifest.vocab_size,
-        "base_model_name_or_path": manifest.base["name"],
-        "base_revision": manifest.base["revision"],
-        "base_digest": manifest.base["weights"],
-    }
-    try:
-        return SpeculatorConfig.from_json(values)
-    except ValueError as error:
-        raise SpecError(f"model.speculator: {error}") from None
 
 
 def _base_parameters(config: Config) -> int:
@@ -216,7 +195,7 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
     train_reader = readers["train"]
     with_tables = config.model.speculator.init == "base" or config.optim.loss == "kl"
     tables = features.load_tables(train_reader.collection) if with_tables else {}
-    speculator = initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
+    speculator = start.initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
     lm_head, bias, kind = None, None, base_model.PLAIN
     if config.optim.loss == "kl":
         found = features.logits(train_reader.collection)
@@ -244,7 +223,7 @@ def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTas
     for row in rows["train"]:
         counts += np.bincount(row.ids[row.mask != 0], minlength=shape.vocab_size)
     tables = {"embedding": base.embedding[: base.vocab_size].detach(), "lm_head": base.lm_head.detach()}
-    speculator = initialise(config, shape, counts, {name: table.cpu() for name, table in tables.items()})
+    speculator = start.initialise(config, shape, counts, {name: table.cpu() for name, table in tables.items()})
     return JointTask(config, base, speculator.to(me.device), rows["train"], rows["val"], me)
 
 
@@ -268,52 +247,6 @@ def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
         base = {"base_model_name_or_path": name, "base_revision": None, "base_digest": digest}
         task.speculator.config = task.speculator.config.model_copy(update=base)
     heads.save(task.speculator, common.MODEL)
-
-
-def initialise(
-    config: Config, shape: SpeculatorConfig, counts: NDArray[np.int64], tables: Mapping[str, torch.Tensor]
-) -> heads.Speculator:
-    """A speculator with its first weights: random, the base's tables, or an earlier checkpoint's.
-
-    Args:
-        config: names them.
-        shape: of the network.
-        counts: [V] how often each token is supervised, from which the draft vocabulary is chosen.
-        tables: the base's "embedding" and "lm_head", where they are needed.
-
-    Raises:
-        SpecError: a checkpoint that is missing or of another shape.
-    """
-    init = config.model.speculator.init
-    token_map = _frequent_tokens(counts, shape.draft_vocab_size) if shape.draft_vocab_size else None
-    if init in ("random", "base"):
-        speculator = heads.build(shape, token_map)
-        if init == "base":
-            heads.init_from_base(speculator, tables["embedding"], tables["lm_head"], config.trainer.seed)
-        else:
-            heads.init_random(speculator, config.trainer.seed)
-        return speculator
-    folder = Path(init)
-    if not folder.is_dir():
-        raise SpecError(f'model.speculator.init: {init!r} is neither "random", "base" nor a checkpoint folder')
-    try:
-        speculator = heads.load(folder, dtype=torch.float32)
-        heads.check_base(speculator.config, shape.vocab_size, shape.hidden_size, "", allow_other_weights=True)
-    except (heads.CheckpointError, OSError) as error:
-        raise SpecError(f"model.speculator.init: {error}") from None
-    unused = {"init"} if shape.method == "sum_lstm" else {"init", "tie_lstm_embs"}
-    for name in [name for name in Speculator.model_fields if name not in unused]:
-        found, asked = getattr(speculator.config, name), getattr(shape, name)
-        if found != asked:
-            raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
-    warm = heads.build(shape, speculator.token_map)
-    warm.load_state_dict(speculator.state_dict())
-    return warm
-
-
-def _frequent_tokens(counts: NDArray[np.int64], count: int) -> torch.Tensor:
-    """The `count` most frequent tokens, by id; ties go to the lower id."""
-    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:count]))
 
 
 class _Recorder:

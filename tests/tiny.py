@@ -19,7 +19,7 @@ from spec.corpus import TokenSequence
 from spec.store import codecs, features
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest, make_manifest
-from spec.store.plan import item_key, plan
+from spec.store.plan import item_key, plan_groups
 
 Family = Literal["gpt2", "qwen2"]
 
@@ -173,7 +173,7 @@ def store_features(
     encoding = codecs.encoding(codec)
     offsets = {key: features.OFFSETS[key] for key in features.OFFSETS if key != "scales" or encoding == codecs.FP8}
     attributes = {"dtype": dtype, "encoding": encoding, "offsets": offsets}
-    for group in plan(keys, [len(row) for row in rows], collection.find(), lambda length: 0, segment_tokens):
+    for group in plan_groups(keys, [len(row) for row in rows], collection.find(), lambda length: 0, segment_tokens):
         claim = collection.claim([keys[i] for i in group])
         assert claim is not None
         stored = []

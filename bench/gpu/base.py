@@ -22,7 +22,7 @@ from spec.base import Base
 from spec.decoding import LanguageModelWithSpeculator
 from spec.heads import Speculator, SpeculatorConfig
 from spec.store.features import FeatureRow
-from spec.store.plan import item_key, plan
+from spec.store.plan import item_key, plan_groups
 
 
 def run(check: Check) -> None:
@@ -99,7 +99,7 @@ def cache(check: Check, model: Base, card: costs.Machine) -> None:
     for _ in range(sizes.cached):
         ids = generator.integers(0, sizes.vocabulary, sizes.length, np.int32)
         rows.append(FeatureRow(item_key(ids, mask), ids, mask))
-    groups = plan([row.key for row in rows], [sizes.length] * len(rows), (), base_model.bucket, sizes.segment)
+    groups = plan_groups([row.key for row in rows], [sizes.length] * len(rows), (), base_model.bucket, sizes.segment)
     cached, bare = cached_and_bare(model, rows, groups, check.work / "cache", sizes.rounds)
     rate = statistics.median(cached)
     ratio = statistics.median(a / b for a, b in zip(cached, bare, strict=True))

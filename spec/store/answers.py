@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spec.config import Respond
 from spec.store.collection import Collection, Writer, share_out
-from spec.store.plan import Parts
+from spec.store.plan import Parts, item_key, plan_groups
 from spec.store.segment import Row, rows_of
 
 ENGINES = {"transformers": "transformers, padded to powers of two", "vllm": "vllm"}
@@ -32,6 +32,14 @@ def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, 
         "seed": params.seed if params.temperature else None,
         "producer": ENGINES[params.engine],
     }
+
+
+def plan(
+    prompts: Sequence[NDArray[np.int32]], known: Iterable[str], batch_size: int, bucket: Callable[[int], int]
+) -> list[list[int]]:
+    """Groups of the prompts that have no answer yet, each of one padded length and at most batch_size prompts."""
+    keys, lengths = list(map(item_key, prompts)), list(map(len, prompts))
+    return plan_groups(keys, lengths, known, bucket, batch_size, cost=lambda length: 1)
 
 
 Answer = Callable[[Sequence[Sequence[int]], int, float, Sequence[int], Callable[[int], object]], list[list[int]]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ from spec.corpus import TokenSequence
 from spec.device import fetch, send
 from spec.store import codecs
 from spec.store.collection import Collection, Writer, share_out
-from spec.store.plan import Parts, item_key
+from spec.store.manifest import Manifest, make_manifest
+from spec.store.plan import Parts, item_key, plan_groups
 from spec.store.segment import Row, StoreError
 
 BATCH_TOKENS = 8192
@@ -64,6 +65,37 @@ def identity(base: Mapping[str, str], dtype: str, codec: str) -> dict[str, Any]:
         "encoding": codecs.encoding(codec),
         "producer": f"transformers, padded to {base_model.BUCKET}",
     }
+
+
+def plan(rows: Sequence[FeatureRow], known: Iterable[str], segment_tokens: int) -> list[list[int]]:
+    """Groups of the rows whose states are not stored yet, each of one padded length and about segment_tokens tokens."""
+    lengths = [len(row.ids) for row in rows]
+    return plan_groups([row.key for row in rows], lengths, known, base_model.bucket, segment_tokens)
+
+
+def describe(
+    collection: Collection, rows: Sequence[TokenSequence], keys: Sequence[str], base: Mapping[str, Any], greedy: bool
+) -> Manifest:
+    """The manifest of sequences that are all in the store.
+
+    Args:
+        collection: of their states.
+        rows: the sequences.
+        keys: of each of them.
+        base: name, revision and digests, as data/sources.json has them.
+        greedy: whether the base wrote their last answers greedily.
+    """
+    return make_manifest(
+        collection,
+        keys,
+        base=base,
+        **tables_shape(collection),
+        prompt_length=[row.prompt_length for row in rows],
+        written=[greedy and row.prompt_length > 0 for row in rows],
+        domains=[row.domain for row in rows],
+        tokens=sum(map(len, rows)),
+        positions=sum(int(row.mask[1:].sum()) for row in rows),
+    )
 
 
 def position_bytes(hidden_size: int, dtype: str, codec: str) -> int:

@@ -28,7 +28,7 @@ def item_key(*arrays: NDArray[Any]) -> str:
     return digest.hexdigest()[:32]
 
 
-def plan(
+def plan_groups(
     keys: Sequence[str],
     lengths: Sequence[int],
     known: Iterable[str],

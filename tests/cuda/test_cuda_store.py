@@ -15,7 +15,7 @@ from spec.store import features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest, make_manifest
-from spec.store.plan import plan
+from spec.store.plan import plan_groups
 from spec.store.reader import FeatureReader
 from spec.training.frozen import FrozenTask
 from spec.workers import Worker
@@ -37,7 +37,7 @@ def cached(root: Path, model: Base, codec: str) -> Manifest:
     collection = Collection(root, "features", features.identity(BASE, str(model.dtype).removeprefix("torch."), codec))
     collection.create()
     keys = [row.key for row in keyed]
-    groups = plan(keys, [len(row.ids) for row in keyed], (), base_model.bucket, 1024)
+    groups = plan_groups(keys, [len(row.ids) for row in keyed], (), base_model.bucket, 1024)
     features.save_tables(model, collection, keyed)
     features.produce(model, collection, keyed, groups, codec)
     return make_manifest(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spec.config import from_mapping
-from stages.plan import make_job
+from spec.costs import make_job
 from tests.stages.workspace import ok, prepare, run_through
 
 

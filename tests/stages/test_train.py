@@ -20,8 +20,7 @@ from spec.store import features, upkeep
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop
-from stages import common, train
-from tests.spec.heads.reference import config as shape
+from stages import common
 from tests.stages.workspace import content, ok, refused
 
 MODEL, LAST = Path("models/speculator"), Path("models/speculator/last")
@@ -210,20 +209,3 @@ def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
         ("model.speculator.init=nowhere", 'neither "random", "base" nor a checkpoint folder'),
     ):
         assert words in refused("train", "model.speculator.init=earlier", override)
-
-
-def test_ties_of_the_draft_vocabulary_go_to_the_lower_id() -> None:
-    counts = np.array([0, 5, 2, 5, 0, 2, 2, 0, 9, 0, 0, 1])
-    made = train.initialise(config_module.Config(), shape(vocab_size=12, draft_vocab_size=5), counts, {})
-    assert made.token_map is not None
-    assert made.token_map.tolist() == [1, 2, 3, 5, 8]
-
-
-@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
-def test_heads_start_from_the_bases_tables_where_they_are_asked_to(method: Any) -> None:
-    tables = {name: torch.randn(23, 12) for name in ("embedding", "lm_head")}
-    config = config_module.from_mapping({"model": {"speculator": {"init": "base"}}, "trainer": {"seed": 3}})
-    made = train.initialise(config, shape(method), np.zeros(23, np.int64), tables)
-    expected = heads.build(shape(method))
-    heads.init_from_base(expected, tables["embedding"], tables["lm_head"], 3)
-    assert same(made.state_dict(), expected.state_dict())

@@ -27,7 +27,7 @@ from spec.config import Model, Respond
 from spec.store import answers, features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.plan import item_key, plan
+from spec.store.plan import item_key, plan_groups
 
 DIGESTS = {"weights": "w", "tokenizer": "t", "generation": "g"}
 RESPOND = Respond(max_new_tokens=3, batch_size=1, temperature=1.0)
@@ -51,13 +51,13 @@ def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> No
     if kind == "features":
         masks = [np.resize(np.asarray([0, 1, 1], np.uint8), len(row)) for row in rows]
         keys = [item_key(row, mask) for row, mask in zip(rows, masks, strict=True)]
-        groups = plan(keys, list(map(len, rows)), made.find(), base_model.bucket, 1)
+        groups = plan_groups(keys, list(map(len, rows)), made.find(), base_model.bucket, 1)
         keyed = list(map(FeatureRow, keys, rows, masks))
         features.save_tables(base, made, keyed)
         features.produce(base, made, keyed, groups, "zstd", rank=rank, world=world)
     else:
         keys = list(map(item_key, rows))
-        groups = plan(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)
+        groups = plan_groups(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)
         answer = partial(base_model.answer, base)
         answers.produce(answer, {}, made, keys, rows, groups, RESPOND, rank=rank, world=world)
 

@@ -20,7 +20,7 @@ from spec.base import Base
 from spec.config import Model, Respond
 from spec.store import answers
 from spec.store.collection import Collection
-from spec.store.plan import item_key, plan
+from spec.store.plan import item_key, plan_groups
 from spec.store.segment import rows_of
 
 BASE = {"weights": "w", "tokenizer": "t", "generation": "g"}
@@ -60,7 +60,9 @@ def produce(
     collection = made(root, params)
     keys = [item_key(prompt) for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
-    groups = plan(keys, lengths, collection.find(), base_model.prompt_bucket, params.batch_size, lambda length: 1)
+    groups = plan_groups(
+        keys, lengths, collection.find(), base_model.prompt_bucket, params.batch_size, lambda length: 1
+    )
 
     def work(rank: int) -> None:
         answer, made_by = partial(base_model.answer, base), base.producer

@@ -21,7 +21,7 @@ from spec.corpus import TokenSequence
 from spec.store import codecs, features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from spec.store.plan import item_key, plan
+from spec.store.plan import item_key, plan_groups
 from spec.store.segment import DamagedError, StoreError, rows_of
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
 
@@ -60,7 +60,7 @@ def made(root: Path, base: Base, codec: str = "none") -> Collection:
 
 def missing(rows: Sequence[TokenSequence], collection: Collection) -> list[list[int]]:
     keys = [key_of(row) for row in rows]
-    return plan(keys, [len(row) for row in rows], collection.find(), base_model.bucket, LIMIT)
+    return plan_groups(keys, [len(row) for row in rows], collection.find(), base_model.bucket, LIMIT)
 
 
 def produce(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec.store.plan import Parts, item_key, plan
+from spec.store.plan import Parts, item_key, plan_groups
 from spec.store.segment import StoreError
 
 
@@ -47,7 +47,7 @@ costs = st.sampled_from([lambda length: length, lambda length: 5])
 
 
 def planned(rows: Rows, known: set[str] = frozenset(), cost: Any = lambda length: length) -> list[list[int]]:  # type: ignore[assignment]
-    return plan([key for key, _ in rows], [length for _, length in rows], known, bucket, LIMIT, cost)
+    return plan_groups([key for key, _ in rows], [length for _, length in rows], known, bucket, LIMIT, cost)
 
 
 @given(rows=rows, known=st.sets(st.integers(0, 40).map(lambda i: f"k{i}")), cost=costs)

@@ -1,0 +1,85 @@
+"""What training starts from: the network that the parameters ask for, and its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spec import heads
+from spec.config import Config, Speculator
+from spec.errors import SpecError
+from spec.heads import SpeculatorConfig
+from spec.store.manifest import Manifest
+
+
+def shape_on(params: Speculator, manifest: Manifest) -> SpeculatorConfig:
+    """The network that params ask for, on the base that the features come from.
+
+    Raises:
+        SpecError: values that make no network on this base.
+    """
+    values = {
+        **params.model_dump(exclude={"init"}),
+        "hidden_size": manifest.hidden_size,
+        "vocab_size": manifest.vocab_size,
+        "base_model_name_or_path": manifest.base["name"],
+        "base_revision": manifest.base["revision"],
+        "base_digest": manifest.base["weights"],
+    }
+    try:
+        return SpeculatorConfig.from_json(values)
+    except ValueError as error:
+        raise SpecError(f"model.speculator: {error}") from None
+
+
+def initialise(
+    config: Config, shape: SpeculatorConfig, counts: NDArray[np.int64], tables: Mapping[str, Tensor]
+) -> heads.Speculator:
+    """A speculator with its first weights: random, the base's tables, or an earlier checkpoint's.
+
+    Args:
+        config: names them.
+        shape: of the network.
+        counts: [V] how often each token is supervised, from which the draft vocabulary is chosen.
+        tables: the base's "embedding" and "lm_head", where they are needed.
+
+    Raises:
+        SpecError: a checkpoint that is missing or of another shape.
+    """
+    init = config.model.speculator.init
+    if init not in ("random", "base"):
+        return _warm(Path(init), shape)
+    speculator = heads.build(shape, _frequent_tokens(counts, shape.draft_vocab_size))
+    if init == "base":
+        heads.init_from_base(speculator, tables["embedding"], tables["lm_head"], config.trainer.seed)
+    else:
+        heads.init_random(speculator, config.trainer.seed)
+    return speculator
+
+
+def _warm(folder: Path, shape: SpeculatorConfig) -> heads.Speculator:
+    if not folder.is_dir():
+        raise SpecError(f'model.speculator.init: {str(folder)!r} is neither "random", "base" nor a checkpoint folder')
+    try:
+        saved = heads.load(folder, dtype=torch.float32)
+        heads.check_base(saved.config, shape.vocab_size, shape.hidden_size, "", allow_other_weights=True)
+    except (heads.CheckpointError, OSError) as error:
+        raise SpecError(f"model.speculator.init: {error}") from None
+    unused = {"init"} if shape.method == "sum_lstm" else {"init", "tie_lstm_embs"}
+    for name in [name for name in Speculator.model_fields if name not in unused]:
+        found, asked = getattr(saved.config, name), getattr(shape, name)
+        if found != asked:
+            raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
+    speculator = heads.build(shape, saved.token_map)
+    speculator.load_state_dict(saved.state_dict())
+    return speculator
+
+
+def _frequent_tokens(counts: NDArray[np.int64], count: int | None) -> Tensor | None:
+    """The `count` most frequent tokens, by id; ties go to the lower id. None: no draft vocabulary."""
+    return None if count is None else torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:count]))
