@@ -38,7 +38,7 @@ def main() -> None:
     job = replace(job, rows=ROWS)
     dtype = base.model.dtype
 
-    split = files.read_json(common.CACHE_METRICS)["train"]
+    split = files.read_json(common.CACHE_RESULTS / common.DETAILS)["train"]
     stored = split["bytes_per_position"] * split["positions"]
     formula = costs.stored_bytes(job, config.model.dtype, config.features.codec)
     rows = [["disk: the train split", common.size(formula), common.size(stored), f"{stored / formula:.3f}"]]

@@ -117,7 +117,7 @@ def finetune(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> N
     before = Space(root / "original", (*SMALL, f"data.max_samples={chosen.samples}"))
     before.run("fetch", "tokenize", "respond")
     before = replace(before, overrides=(*before.overrides, own_store))
-    found["pass"] = {"seconds": before.run("cache"), **before.json("results/cache/metrics.json")}
+    found["pass"] = {"seconds": before.run("cache"), **before.json("results/cache/details.json")}
     if chosen.speculator:
         shutil.copytree(chosen.speculator, before.speculator, dirs_exist_ok=True)
     else:
@@ -161,7 +161,7 @@ def tune(root: Path, chosen: argparse.Namespace, before: Space, found: dict[str,
     space.run(
         "train", overrides=[f"optim.base_lr={chosen.base_lr}", "trainer.total_epochs=2", "trainer.test_freq=1000"]
     )
-    metrics = space.json("results/train/metrics.json")
+    metrics = space.json("results/train/details.json")
     with (space.root / "results/train/train.csv").open() as file:
         losses = [float(row["base_loss"]) for row in csv.DictReader(file)]
     found["tune"] = {
@@ -198,8 +198,8 @@ def compare(before: Space, after: Space) -> dict[str, float]:
 
 def measured(space: Space, trained: bool = True) -> dict[str, Any]:
     """What evaluate found, and the seconds of training where any came before it."""
-    seconds = space.json("results/train/metrics.json")["seconds"] if trained else None
-    return {"train_seconds": seconds, **space.json("results/evaluate/metrics.json")}
+    seconds = space.json("results/train/details.json")["seconds"] if trained else None
+    return {"train_seconds": seconds, **space.json("results/evaluate/details.json")}
 
 
 def several(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -213,7 +213,7 @@ def several(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> No
         overrides += [f"model.speculator.{name}={width}" for name in ("inner_dim", "emb_dim", "proj_dim")]
         overrides += [f"trainer.total_epochs={chosen.head_epochs}", "trainer.test_freq=1000"]
         wall = space.run("train", overrides=overrides)
-        metrics = space.json("results/train/metrics.json")
+        metrics = space.json("results/train/details.json")
         row = {"method": method, "n": n, "width": width, "wall": wall, **metrics}
         if not found["heads"] or row["val"]["tokens_per_step"] > found["best"]["val"]["tokens_per_step"]:
             found["best"] = row
@@ -223,7 +223,7 @@ def several(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> No
     shutil.rmtree(space.speculator)
     shutil.copytree(root / "best", space.speculator)
     space.run("evaluate")
-    found["best_on_eval"] = space.json("results/evaluate/metrics.json")
+    found["best_on_eval"] = space.json("results/evaluate/details.json")
 
 
 def report_finetune(found: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ def summary(
     same: bool | None,
     draft: Source,
 ) -> dict[str, Any]:
-    """Every figure of results/evaluate/metrics.json; docs/metrics.md defines them. Those of decoding with drafts are
+    """Every figure of results/evaluate/details.json; docs/metrics.md defines them. Those of decoding with drafts are
     absent where nothing was decoded so."""
     head, ngram, hybrid = (measured.walks[source] for source in ("head", "ngram", "hybrid"))
     figures = {

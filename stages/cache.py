@@ -68,7 +68,14 @@ def cache(config: Config, worker: Path | None) -> None:
             common.need_space(collection.folder, needed, "cache")
             common.run_workers(config, "stages.cache", groups)
         report = {split: _write(config, split, sequences, sources["base"]) for split in splits}
-    files.write_json(common.CACHE_METRICS, report)
+    _report(report)
+
+
+def _report(report: dict[str, dict[str, float]]) -> None:
+    """What the splits come to, in full and as dvc shows it."""
+    files.write_json(common.CACHE_RESULTS / common.DETAILS, report)
+    shown = {"bytes_pos": round(report["train"]["bytes_per_position"])} if report else {}
+    files.write_json(common.CACHE_RESULTS / "metrics.json", shown)
 
 
 def _write_joint(config: Config, sources: dict[str, Any]) -> None:
@@ -85,7 +92,7 @@ def _write_joint(config: Config, sources: dict[str, Any]) -> None:
             files.digest_file(common.responses_path(split)),
         ).save(target)
         common.say(f"cache {split}: nothing to cache, the base is trained too -> {target}")
-    files.write_json(common.CACHE_METRICS, {})
+    _report({})
 
 
 def text_config(config: Config, sources: dict[str, Any]) -> Any:

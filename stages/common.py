@@ -33,9 +33,11 @@ log = logging.getLogger(__name__)
 SOURCES = Path("data/sources.json")
 MODEL = Path("models/speculator")
 TRAINED_BASE = Path("models/trained_base")
-CACHE_METRICS = Path("results/cache/metrics.json")
+CACHE_RESULTS = Path("results/cache")
 TRAIN_RESULTS = Path("results/train")
 EVALUATE_RESULTS = Path("results/evaluate")
+DETAILS = "details.json"
+"""Every figure of a stage. metrics.json has the few that a person decides by, under short names: dvc shows them."""
 SPLITS = ("train", "val", "eval")
 
 

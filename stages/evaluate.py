@@ -22,8 +22,11 @@ from stages import common
 
 RESULTS = common.EVALUATE_RESULTS
 _DRAWN_TABLES = ("acceptance", "domains", "draft_length")
-_WRITTEN = ("metrics.json", *(f"{name}.{kind}" for name in _DRAWN_TABLES for kind in ("csv", "png")))
+_WRITTEN = ("metrics.json", common.DETAILS, *(f"{name}.{kind}" for name in _DRAWN_TABLES for kind in ("csv", "png")))
 """Files of results/evaluate; others that lie there are somebody else's."""
+
+_TOKENS_PER_STEP = {"head": "offline", "ngram": "ngram", "hybrid": "hybrid"}
+"""Names in metrics.json, and the sections of details.json that they are taken from."""
 
 DRAWN = 8
 """Positions of an n-gram's draft that acceptance.csv and its picture show."""
@@ -102,10 +105,22 @@ def _measure(
     stops = base.stop_ids(base.resolve(source["name"], source["revision"], trusted), trusted)
     metrics["cut"] = evaluation.cut(measured.answers, reader, stops)
     metrics["speculator"] = files.digest_file(common.MODEL / "pytorch_model.bin")  # whose figures these are
-    files.write_json(RESULTS / "metrics.json", metrics)
+    files.write_json(RESULTS / common.DETAILS, metrics)
+    files.write_json(RESULTS / "metrics.json", _decisive(metrics))
     shown = evaluation.by_domain(measured, timed, paper, config.decode.draft, evaluation.largest(measured))
     _draw(measured, metrics["domains"], shown, n)
     return metrics, shown
+
+
+def _decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that a person decides by, as dvc shows them; None where drafts could not be taken back."""
+    steps = {name: metrics[key]["tokens_per_step"] for name, key in _TOKENS_PER_STEP.items()}
+    speedup = metrics["decode"].get("speedup")
+    return {
+        **{name: round(value, 3) for name, value in steps.items()},
+        "x_plain": None if speedup is None else round(speedup, 2),
+        "lossless": metrics["decode"].get("lossless"),
+    }
 
 
 def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:

@@ -82,7 +82,7 @@ def _deliver(save_path: Path, owned: list[str]) -> None:
     for name in (heads.WEIGHTS, heads.CONFIG):
         with files.whole(save_path / name) as copy:
             shutil.copyfile(save_path / common.MODEL / name, copy)
-    saved = save_path / files.read_json(save_path / "results/train/metrics.json")["checkpoints"]
+    saved = save_path / files.read_json(save_path / "results/train" / common.DETAILS)["checkpoints"]
     steps = sorted(saved.glob("global_step_*"))
     for earlier in (save_path / name for name in owned if name.startswith("global_step_")):
         for name in (heads.WEIGHTS, heads.CONFIG):

@@ -47,7 +47,7 @@ _NO_INFLUENCE = (
     "trainer.tracking_uri",
 )
 """How keys begin that do not change what training gives; a checkpoint belongs to all others."""
-_WRITTEN = ("train.csv", "val.csv", "metrics.json", "loss.png", "accuracy.png", "tokens_per_step.png")
+_WRITTEN = ("train.csv", "val.csv", "metrics.json", common.DETAILS, "loss.png", "accuracy.png", "tokens_per_step.png")
 """Files of results/train; others that lie there are somebody else's."""
 
 _MARK = "README"
@@ -92,7 +92,7 @@ def train(config: Config, worker: Path | None) -> None:
     common.need_space(CHECKPOINTS, 32 * trained + 8 * count, "train", "move the project to a larger disk")
     with locks.in_use(common.store_root(config)):
         common.run_workers(config, "stages.train", {})
-    metrics = files.read_json(RESULTS / "metrics.json")
+    metrics = files.read_json(RESULTS / common.DETAILS)
     size = common.size((common.MODEL / "pytorch_model.bin").stat().st_size)
     common.say(
         f"train: best at step {metrics['best_step']} of {metrics['steps']}, "
@@ -146,8 +146,9 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             _keep(task, result)
             recorder.close()
             last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
+            seconds = round(time.monotonic() - began, 1)
             files.write_json(
-                RESULTS / "metrics.json",
+                RESULTS / common.DETAILS,
                 {
                     "speculator_loss": last.get("speculator_loss"),
                     "val": result.val,
@@ -158,11 +159,15 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                     "features": manifests["train"].digest,
                     "checkpoints": str(checkpoints.folder),
                     "speculator": files.digest_file(common.MODEL / "pytorch_model.bin"),
-                    "seconds": round(time.monotonic() - began, 1),
+                    "seconds": seconds,
                 },
             )
+            rate = round(last.get("positions_per_second", 0.0))
+            shown = {"val": round(result.val["tokens_per_step"], 3), "seconds": seconds, "pos_per_s": rate}
+            files.write_json(RESULTS / "metrics.json", shown)
             recorder.draw(RESULTS)
-            cached = files.read_json(common.CACHE_METRICS) if common.CACHE_METRICS.is_file() else {}
+            details = common.CACHE_RESULTS / common.DETAILS
+            cached = files.read_json(details) if details.is_file() else {}
             run.finish(
                 common.MODEL,
                 metrics={

@@ -55,7 +55,7 @@ def run(check: Check) -> None:
     answers = sum(len(row) - row.prompt_length for row in rows)
     check.figure("respond, tokens of answers/s, start included", f"{answers / took['respond']:,.0f}")
     check.figure("cache, tokens/s, start included", f"{sum(map(len, rows)) / took['cache']:,.0f}")
-    metrics = files.read_json(root / "results/evaluate/metrics.json")
+    metrics = files.read_json(root / "results/evaluate/details.json")
     rates = [metrics[source]["tokens_per_step"] for source in ("offline", "ngram", "hybrid")]
     check.figure("tokens per step: head, n-gram, hybrid", ", ".join(f"{rate:.2f}" for rate in rates))
     check.figure("speed-up of decoding", f"{metrics['decode']['speedup']:.2f}")

@@ -20,7 +20,7 @@ class Measured:
 
     Attributes:
         features: digest of the features that it was trained on (Manifest.digest).
-        figures: results/evaluate/metrics.json.
+        figures: results/evaluate/details.json.
     """
 
     features: str | None = None

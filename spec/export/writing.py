@@ -126,7 +126,7 @@ def measured_on(source: Path) -> card.Measured:
     if root.parts[-2:] == ("models", "speculator"):
         root = root.parents[1]
     digest = files.digest_file(source / checkpoint.WEIGHTS)
-    found = [_results(root / "results" / stage / "metrics.json", digest) for stage in ("train", "evaluate")]
+    found = [_results(root / "results" / stage / "details.json", digest) for stage in ("train", "evaluate")]
     return card.Measured(features=(found[0] or {}).get("features"), figures=found[1])
 
 

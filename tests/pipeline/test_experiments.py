@@ -53,7 +53,14 @@ def test_queued_experiments_recompute_nothing(repository: Workspace) -> None:
     assert len(experiments) >= 3
     for experiment in experiments:
         metrics = experiment["revs"][0]["data"]["metrics"]["results/evaluate/metrics.json"]["data"]
-        assert metrics["offline"]["tokens_per_step"] >= 1
+        assert metrics["head"] >= 1
+
+
+def test_the_table_of_experiments_fits_a_screen(repository: Workspace) -> None:
+    command = ("dvc", "exp", "show", "--only-changed", "--drop", "^(data|models|spec|stages)/", "--no-pager")
+    shown = repository.run(*command).stdout
+    assert "hybrid" in shown
+    assert max(map(len, shown.splitlines())) <= 160
 
 
 def test_an_applied_experiment_recomputes_nothing(repository: Workspace) -> None:

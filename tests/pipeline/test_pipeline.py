@@ -19,7 +19,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def test_outputs(workspace: Workspace) -> None:
-    metrics = workspace.json("results/evaluate/metrics.json")
+    metrics = workspace.json("results/evaluate/details.json")
     assert metrics["offline"]["tokens_per_step"] >= 1
     assert list(metrics["offline"]["acceptance"]) == ["1", "2", "3"]
     assert list(metrics["offline"]["accuracy"]) == ["1", "2", "3"]
@@ -34,7 +34,16 @@ def test_outputs(workspace: Workspace) -> None:
         assert (workspace.root / "models/speculator" / name).is_file()
     for name in ("train/loss.png", "evaluate/acceptance.png", "evaluate/domains.png", "evaluate/draft_length.png"):
         assert (workspace.root / "results" / name).stat().st_size > 5000
-    assert "tokens_per_step" in workspace.run("dvc", "metrics", "show").stdout
+
+
+def test_dvc_shows_a_dozen_figures_with_short_names(workspace: Workspace) -> None:
+    found = [workspace.json(f"results/{stage}/metrics.json") for stage in ("cache", "train", "evaluate")]
+    names = [name for figures in found for name in figures]
+    assert {"head", "ngram", "hybrid", "x_plain", "lossless", "val", "bytes_pos"} <= set(names)
+    assert len(names) == len(set(names)) <= 12
+    assert max(map(len, names)) <= 12
+    shown = workspace.run("dvc", "metrics", "show").stdout
+    assert max(map(len, shown.splitlines())) <= 160
 
 
 def test_mlflow_has_the_run(workspace: Workspace) -> None:

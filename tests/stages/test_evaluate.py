@@ -24,7 +24,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def metrics(evaluated: tuple[Path, str]) -> Any:
-    return files.read_json(evaluated[0] / "results/evaluate/metrics.json")
+    return files.read_json(evaluated[0] / "results/evaluate/details.json")
 
 
 def test_the_loop_takes_the_steps_of_the_walk(metrics: Any) -> None:
@@ -94,7 +94,7 @@ def test_a_base_that_cannot_take_drafts_back_is_walked_and_decoded_without_them(
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
     said = run_through(root, "evaluate", "optim.loss=kl", "respond.max_new_tokens=12")
     assert "only plain decoding was measured" in said
-    metrics = files.read_json(root / "results/evaluate/metrics.json")
+    metrics = files.read_json(root / "results/evaluate/details.json")
     assert metrics["decode"]["tokens_per_second"].keys() == {"none"}
     assert metrics["decode"]["lossless"] is None
     assert not {"speedup", "tokens_per_step"} & metrics["decode"].keys()

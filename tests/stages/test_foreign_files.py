@@ -92,7 +92,7 @@ def stubbed(ready: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 for file in ("pytorch_model.bin", "config.json"):
                     (cwd / folder).mkdir(parents=True, exist_ok=True)
                     (cwd / folder / file).write_text(f"of call {len(called)}")
-            files.write_json(cwd / "results/train/metrics.json", {"checkpoints": "checkpoints/abc"})
+            files.write_json(cwd / "results/train/details.json", {"checkpoints": "checkpoints/abc"})
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(run_module.subprocess, "run", stage)

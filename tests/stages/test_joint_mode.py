@@ -78,7 +78,7 @@ def test_nothing_is_cached_for_training(cached: Path) -> None:
         manifest = Manifest.load(cached / common.features_path(split))
         assert (len(manifest), manifest.positions, manifest.hidden_size, manifest.vocab_size) == (0, 0, 32, 304)
         assert manifest.content == files.digest_file(cached / common.responses_path(split))
-    assert files.read_json(cached / "results/cache/metrics.json") == {}
+    assert files.read_json(cached / "results/cache/details.json") == {}
 
 
 def test_the_base_has_learned_the_datas_own_answers(trained: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_base_has_learned_the_datas_own_answers(trained: Path) -> None:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     for name in ("base_loss", "speculator_loss"):
         assert rows[-1][name] < rows[0][name]
-    metrics = files.read_json(trained / "results/train/metrics.json")
+    metrics = files.read_json(trained / "results/train/details.json")
     losses = []
     for name in (trained / "base", trained / TRAINED):
         model = AutoModelForCausalLM.from_pretrained(name).eval()
@@ -125,7 +125,7 @@ def test_heads_and_trained_base_belong_together(trained: Path, monkeypatch: pyte
 
 
 def test_it_is_evaluated_with_its_own_states(trained: Path) -> None:
-    metrics = files.read_json(trained / "results/evaluate/metrics.json")
+    metrics = files.read_json(trained / "results/evaluate/details.json")
     assert metrics["offline"]["answers"] == len(corpus.read(trained / common.responses_path("eval")))
     assert metrics["offline"]["written_by_base"] == 0
     assert metrics["offline"]["tokens_per_step"] >= 1
@@ -185,9 +185,9 @@ def test_several_workers_train_it_under_torchrun(cached: Path, tmp_path: Path, m
     monkeypatch.chdir(copy_of(cached, tmp_path))
     ok("train", "trainer.launcher=torchrun --standalone --nproc-per-node=2", "trainer.total_epochs=2")
     ok("evaluate")
-    metrics = files.read_json(Path("results/train/metrics.json"))
+    metrics = files.read_json(Path("results/train/details.json"))
     assert metrics["steps"] == 12
-    assert files.read_json(Path("results/evaluate/metrics.json"))["decode"]["lossless"] is True
+    assert files.read_json(Path("results/evaluate/details.json"))["decode"]["lossless"] is True
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])

@@ -73,7 +73,7 @@ def test_every_layout(ready: Path, name: str) -> None:
 
 def test_all_of_them_are_evaluated(ready: Path) -> None:
     assert set(Manifest.load(ready / "data/features/eval.json").domains) == set(LAYOUTS)
-    assert (ready / "results/evaluate/metrics.json").is_file()
+    assert (ready / "results/evaluate/details.json").is_file()
 
 
 @pytest.fixture

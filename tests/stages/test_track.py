@@ -96,7 +96,7 @@ def test_a_server_that_is_killed_while_training(folder: Path, server: Server, mo
     ok("evaluate", to)  # train does not run again: the evaluation belongs to the run that made the checkpoint
     child = client.get_run(kept(EVALUATED).run_id)
     assert child.data.tags["mlflow.parentRunId"] == made
-    figure = files.read_json(EVALUATED / "metrics.json")["offline"]["tokens_per_step"]
+    figure = files.read_json(EVALUATED / "details.json")["offline"]["tokens_per_step"]
     for run in (child, client.get_run(made)):
         assert run.data.metrics["offline.tokens_per_step"] == figure
     shown = {each.path for each in client.list_artifacts(child.info.run_id, "evaluate")}

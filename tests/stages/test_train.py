@@ -42,7 +42,7 @@ def checkpoint(step: int) -> Path:
 
 def test_the_best_heads_and_the_last_ones_are_kept(folder: Path) -> None:
     said = ok("train", "trainer.save_freq=1", "trainer.test_freq=1", "optim.lr=0.3", "optim.schedule=constant")
-    metrics = files.read_json(Path("results/train/metrics.json"))
+    metrics = files.read_json(Path("results/train/details.json"))
     best, last = metrics["best_step"], metrics["steps"]
     assert best < last == 12
     assert f"train: best at step {best} of 12" in said
@@ -64,13 +64,13 @@ def test_a_frozen_base_is_not_written_to(folder: Path, ready: Path) -> None:
     assert content(ready / "base") == before
     assert list(content(Path("models/trained_base"))) == ["README"]
     assert "frozen" in Path("models/trained_base/README").read_text()
-    assert files.read_json(Path("results/evaluate/metrics.json"))["decode"]["lossless"] is True
+    assert files.read_json(Path("results/evaluate/details.json"))["decode"]["lossless"] is True
     digest = files.digest_file(MODEL / "pytorch_model.bin")  # by which an export finds the figures of its weights
     assert all(
-        files.read_json(Path(f"results/{stage}/metrics.json"))["speculator"] == digest
+        files.read_json(Path(f"results/{stage}/details.json"))["speculator"] == digest
         for stage in ("train", "evaluate")
     )
-    features = files.read_json(Path("results/train/metrics.json"))["features"]
+    features = files.read_json(Path("results/train/details.json"))["features"]
     assert features == Manifest.load(Path("data/features/train.json")).digest
 
 
@@ -80,7 +80,7 @@ def test_heads_can_learn_the_bases_own_distribution(folder: Path, overrides: tup
     with Path("results/train/train.csv").open() as file:
         losses = [float(row["speculator_loss"]) for row in csv.DictReader(file)]
     assert losses[-1] < losses[0]
-    assert files.read_json(Path("results/train/metrics.json"))["val"]["speculator_loss"] > 0
+    assert files.read_json(Path("results/train/details.json"))["val"]["speculator_loss"] > 0
 
 
 def test_a_base_whose_logits_are_more_than_lm_head_times_state_has_no_distribution_here(

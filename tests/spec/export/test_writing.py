@@ -120,8 +120,8 @@ def test_the_card_of_measured_weights(tmp_path: Path) -> None:
     source = tmp_path / "models/speculator"
     engines.checkpoint(source, config(base_revision="abc"))
     digest = files.digest_file(source / "pytorch_model.bin")
-    files.write_json(tmp_path / "results/train/metrics.json", {"features": "f00d", "speculator": digest})
-    files.write_json(tmp_path / "results/evaluate/metrics.json", {**FIGURES, "speculator": digest})
+    files.write_json(tmp_path / "results/train/details.json", {"features": "f00d", "speculator": digest})
+    files.write_json(tmp_path / "results/evaluate/details.json", {**FIGURES, "speculator": digest})
     measured = measured_on(source)
     (tmp_path / "pytorch_model.bin").write_bytes((source / "pytorch_model.bin").read_bytes())
     assert measured_on(tmp_path) == measured  # as the guide's script lays it out
@@ -149,8 +149,8 @@ def test_the_card_of_measured_weights(tmp_path: Path) -> None:
 def test_figures_of_other_weights_are_not_on_the_card(tmp_path: Path) -> None:
     source = tmp_path / "models/speculator"
     engines.checkpoint(source, config(base_digest=""))
-    files.write_json(tmp_path / "results/train/metrics.json", {"features": "f00d", "speculator": "another"})
-    files.write_json(tmp_path / "results/evaluate/metrics.json", FIGURES)
+    files.write_json(tmp_path / "results/train/details.json", {"features": "f00d", "speculator": "another"})
+    files.write_json(tmp_path / "results/evaluate/details.json", FIGURES)
     write(source, tmp_path / "e", torch.bfloat16, measured=measured_on(source))
     card = (tmp_path / "e/README.md").read_text()
     assert "f00d" not in card
