@@ -165,9 +165,10 @@ def stream(
                 _reject(report, item)
                 continue
             sequence = item.sequence
-            if not need_answers and _has_answer(sequence) and len(sequence) > longest:
-                item = replace(item, sequence=_prompt_of(sequence), shortened=True)
-                sequence = item.sequence
+            prompt = sequence.prompt_length
+            if not need_answers and 0 < prompt < len(sequence) and len(sequence) > longest:
+                sequence = replace(sequence, ids=sequence.ids[:prompt], mask=sequence.mask[:prompt])
+                item = replace(item, sequence=sequence, shortened=True)
             needed = len(sequence) + _to_be_written(sequence)
             if needed > longest:
                 beyond = max_positions is not None and needed > max_positions
@@ -260,15 +261,6 @@ def _check_rejected(report: Report, skip_bad_rows: bool) -> None:
 
 def _to_be_written(sequence: TokenSequence) -> bool:
     return sequence.prompt_length > 0 and sequence.prompt_length == len(sequence)
-
-
-def _has_answer(sequence: TokenSequence) -> bool:
-    return 0 < sequence.prompt_length < len(sequence)
-
-
-def _prompt_of(sequence: TokenSequence) -> TokenSequence:
-    n = sequence.prompt_length
-    return replace(sequence, ids=sequence.ids[:n], mask=sequence.mask[:n])
 
 
 def _count(report: Report, item: _Encoded) -> None:

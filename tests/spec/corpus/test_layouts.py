@@ -100,6 +100,17 @@ def parts(*texts: str) -> list[dict[str, str | None]]:
         ({"system": "s", "messages": [BE_S, user("a"), assistant("b")]}, {}, [BE_S, user("a")], "b"),
         ({"messages": [{"role": "developer", "content": "s"}, user("a"), assistant("b")]}, {}, [BE_S, user("a")], "b"),
         ({"conversations": SHAREGPT_CALL}, {}, [user("a"), assistant("f()"), {"role": "tool", "content": "c"}], "b"),
+        ({"conversations": ["a", "b"]}, {}, "a", "b"),
+        ({"data": ["a", "b"]}, {"prompt_key": "data"}, "a", "b"),
+        ({"messages": [json.dumps(user("a")), json.dumps(assistant("b"))]}, {}, "a", "b"),
+        ({"conversation": [{"input": "a", "output": "b"}]}, {}, "a", "b"),
+        ({"prompt": user("a"), "response": assistant("b")}, {}, "a", "b"),
+        ({"Question": "a", "Complex_CoT": "c", "Response ": "b"}, {}, "a", "b"),
+        ({"inputs": "a", "targets": "b"}, {}, "a", "b"),
+        ({"question": "a", "answers": {"text": ["b", "c"], "answer_start": [0, 1]}}, {}, "a", "b"),
+        ({"problem": "a", "answer": "c", "solution": "b", "problem_is_valid": "Yes"}, {}, "a", "b"),
+        ({"instruction": "", "input": "a", "output": "b"}, {}, "a", "b"),
+        *(({"conversations": SHAREGPT, "tools": tools}, {}, "a", "b") for tools in ("[]", "null", "{}", " ")),
         (ULTRACHAT, {}, "a", "b"),
         (OPENHERMES, {}, "a", "b"),
         (MAGPIE, {}, "a", "b"),
@@ -173,6 +184,8 @@ def test_rows_without_an_answer_are_welcome_when_the_base_writes_it(tmp_path: Pa
         ({"prompt": [user("a")], "context": "b"}, "context"),
         ({"prompt": json.dumps([user("a")]), "input": "b"}, "input"),
         ({"text": "a c", "context": "b"}, "context"),
+        ({"Text": "a c", "code": "b"}, "code"),
+        ({"text": "a c", "role": "prompter"}, "role"),
     ],
 )
 def test_nothing_that_belongs_to_the_prompt_is_lost(tmp_path: Path, row: dict[str, Any], column: str) -> None:
@@ -192,6 +205,7 @@ CALLED = [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"fun
     [
         {"messages": CALLED, "tools": json.dumps([{"name": "f"}])},
         {"messages": CALLED, "tools": [{"name": "f", "strict": None}]},
+        {"query": "a", "answers": json.dumps([CALL]), "tools": json.dumps([{"name": "f"}])},
         {"messages": [user("a"), {"role": "assistant", "tool_calls": json.dumps([CALL])}], "tools": [{"name": "f"}]},
         {"messages": [user("a"), {"role": "assistant", "function_call": CALL}], "functions": [{"name": "f"}]},
         {

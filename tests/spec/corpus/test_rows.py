@@ -26,7 +26,7 @@ from .families import (
     [
         ([], {}, r"x.parquet: the file has no rows"),
         ([{"id": 1}], {}, r"no layout fits its columns: found id \(int64\).*messages.*question.*text"),
-        ([{"messages": ["a"]}], {}, r"no layout fits its columns: found messages \(list"),
+        ([{"messages": [1]}], {}, r"no layout fits its columns: found messages \(list"),
         ([{"text": "a", "r": "b"}], {"response_key": "r"}, r"no layout fits.*data.prompt_key"),
         ([{"q": "a"}], {"prompt_key": "p"}, r"no column 'p', which data.prompt_key names: found q \(string\)"),
         ([{"q": {"a": "b"}}], {"prompt_key": "q.b"}, r"no column 'q.b', which data.prompt_key names: found q \(struct"),
@@ -39,6 +39,8 @@ from .families import (
         ([{"extra_info": None}, {"extra_info": {"q": "a"}}], {"prompt_key": "extra_info.q"}, r"row 0: column extra_i"),
         ([{"text": "a b"}, {"text": None}], {}, r"x.parquet, row 1: column text is null"),
         ([{"messages": None}, {"messages": [user("a")]}], {}, r"row 0: column messages is null"),
+        ([{"messages": [user(" ")]}, {"messages": [user("a")]}], {}, r"row 0: the prompt in column messages is empty"),
+        ([{"turns": ["a", "b"]}], {}, r"row 0: column turns holds 2 texts and not whose they are; expected {role"),
         ([{"messages": [user("a")]}, {"messages": []}], {}, r"row 1: column messages has no messages"),
         ([{"messages": "a"}], {}, r"row 0: column messages holds text that is not the JSON of a list of turns"),
         ([{"prompt": "[{'role': 'user', 'content': 'a'}]"}], {}, r"looks like a list of turns and is not JSON"),
@@ -91,6 +93,12 @@ def test_bad_rows(tmp_path: Path, rows: list[dict[str, Any]], options: dict[str,
     schema = None if rows else pa.schema([("question", pa.string())])
     with pytest.raises(CorpusError, match=message):
         run(save(tmp_path / "x.parquet", rows, schema), **options)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([pa.array(["a"])] * 2, names=["question"] * 2), tmp_path / "x.parquet")
+    with pytest.raises(CorpusError, match=r"x.parquet: two columns are named 'question'; expected one"):
+        run(tmp_path / "x.parquet")
 
 
 def test_columns_are_checked_in_every_file_before_any_row_is_read(tmp_path: Path) -> None:
