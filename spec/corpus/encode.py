@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 ROWS_PER_CALL = 256  # a fast tokenizer spreads the texts of one call over the cores
 SHOWN = 5  # bad rows that an error names
 REASONS = 10  # and reasons
+RENDERED = re.compile(r"(?i)<\|(im_start|start_header_id|user)\|>|<start_of_turn>|\[/inst]|\b(assistant|response):\s*$")
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Report:
         it; the base writes another (never where answers are needed).
     unplaced: earlier assistant turns of kept rows that are not supervised, since the template renders them otherwise
         than after their generation prompt.
+    rendered: kept rows in which a user's turn looks like the rendering of a chat template, which renders it once more.
     prompts: a hash of each kept row's prompt or text, by which splits are compared.
     turns: kept conversations by their number of turns; roles: their turns by role.
     """
@@ -54,6 +57,7 @@ class Report:
     unanswered: int = 0
     shortened: int = 0
     unplaced: int = 0
+    rendered: int = 0
     tokens: int = 0
     supervised: int = 0
     domains: Counter[str] = field(default_factory=Counter)
@@ -84,6 +88,10 @@ class Report:
             (self.empty, "rows dropped: empty text"),
             (self.shortened, "answers left off: too long or not where the template's generation prompt ends"),
             (self.unanswered, "rows without an answer"),
+            (
+                self.rendered,
+                "rows in which a user's turn looks rendered by a chat template already, as with <|im_start|>",
+            ),
             (self.unplaced, "earlier assistant turns not supervised: not rendered as what follows a generation prompt"),
         ):
             if count:
@@ -162,7 +170,8 @@ def stream(
         for item in _encode(batch, tokenizer, template, need_answers):
             report.rows += 1
             if isinstance(item, Rejected):
-                _reject(report, item)
+                report.rejected[item.reason] += 1
+                report.rejected_rows += [f"{item.where}: {item.reason}"][: SHOWN - len(report.rejected_rows)]
                 continue
             sequence = item.sequence
             prompt = sequence.prompt_length
@@ -242,12 +251,6 @@ def _check_vocabulary(
         )
 
 
-def _reject(report: Report, row: Rejected) -> None:
-    report.rejected[row.reason] += 1
-    if len(report.rejected_rows) < SHOWN:
-        report.rejected_rows.append(f"{row.where}: {row.reason}")
-
-
 def _check_rejected(report: Report, skip_bad_rows: bool) -> None:
     """Raise an error for bad rows, unless they are to be left out and others remain."""
     count = report.rejected.total()
@@ -268,6 +271,7 @@ def _count(report: Report, item: _Encoded) -> None:
     report.kept += 1
     report.shortened += item.shortened
     report.unplaced += item.unplaced
+    report.rendered += any(RENDERED.search(turn["content"]) for turn in messages if turn["role"] == "user")
     report.unanswered += _to_be_written(sequence) and not item.shortened
     report.tokens += len(sequence)
     report.supervised += int(sequence.mask.sum())

@@ -1,12 +1,11 @@
 """The columns of a parquet file -> which of them hold what.
 
-In this order:
+In this order, in lower or upper case:
 1. A conversation: `messages`, `conversations`, `conversation` or the like, a list of turns, or text that holds one as
    JSON. A turn is {role, content} or {from, value}; a list may also hold texts, or pairs such as {input, output}.
 2. A prompt: `prompt`, `question`, `instruction` or the like, a string or a list of turns, with the answer in the first
    of `answer`, `response`, `output` or the like that holds text or turns; none of them: no answers.
 3. `text`, a string: plain text.
-Names may be in upper case.
 data.prompt_key and data.response_key name the columns instead; dots reach into struct columns. Next to either of them
 `system` or `system_prompt` is a system turn, `tools` goes to the chat template, and `input` or `context` is the second
 part of a prompt. The domain is the column `domain`, else `data_source`, else the file's stem.
@@ -147,8 +146,12 @@ def _inspect(
     try:
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error})") from error
+    except pa.ArrowException as error:
+        pointer = path.stat().st_size < 1024 and b"version https://git-lfs" in path.read_bytes()
+        why = "a pointer of Git LFS, for which git lfs pull fetches the file" if pointer else error
+        raise CorpusError(f"{path}: not a readable parquet file ({why})") from error
     if not rows:
         return None
     layout = _Finder(path, schema, frozenset(ignored)).find(prompt_key, response_key)
@@ -238,10 +241,8 @@ class _Finder:
 
     def _first(self, keys: Iterable[str], fits: _Check, *taken: str | None) -> str | None:
         """The first column that fits, is not all null and not taken."""
-        columns = (column for column in map(self._column, keys) if column not in taken)
-        return next(
-            (column for column in columns if fits(self._type(column)) and self._type(column) != pa.null()), None
-        )
+        types = {column: self._type(column) for column in map(self._column, keys) if column not in taken}
+        return next((column for column, kind in types.items() if fits(kind) and kind != pa.null()), None)
 
     def _column(self, key: str) -> str:
         """The column with this name, whatever its case."""
@@ -315,7 +316,8 @@ def _is_turns(kind: pa.DataType | None) -> bool:
 def _is_conversation(kind: pa.DataType | None) -> bool:
     """Whether a column holds a turn, or a list of turns, of texts or of pairs."""
     item = _item(kind)
-    return _is_turns(kind) or _is_turn(kind) or _is_text(item) or pair(list(_fields(item))) is not None
+    texts = _is_text(item) and item != pa.null()
+    return texts or _is_turns(kind) or _is_turn(kind) or pair(list(_fields(item))) is not None
 
 
 def _is_text_or_conversation(kind: pa.DataType | None) -> bool:

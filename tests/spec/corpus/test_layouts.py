@@ -95,6 +95,7 @@ def parts(*texts: str) -> list[dict[str, str | None]]:
         ({"instruction": "a", "input": "c", "output": "b"}, {"ignore_columns": ["input"]}, "a", "b"),
         ({"input": "a", "output": "b"}, {}, "a", "b"),
         ({"messages": None, "prompt": None, "question": "a", "answer": None, "output": "b"}, {}, "a", "b"),
+        ({"messages": [], "question": "a", "answer": [], "output": "b"}, {}, "a", "b"),
         ({"system_prompt": "s", "question": "a", "response": "b"}, {}, [BE_S, user("a")], "b"),
         ({"system": "s", "conversations": SHAREGPT}, {}, [BE_S, user("a")], "b"),
         ({"system": "s", "messages": [BE_S, user("a"), assistant("b")]}, {}, [BE_S, user("a")], "b"),

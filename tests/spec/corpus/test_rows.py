@@ -117,6 +117,14 @@ def test_files_that_are_not_parquet(tmp_path: Path, content: bytes) -> None:
         corpus.read(path)
 
 
+def test_a_file_that_git_lfs_has_not_fetched_is_told_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
+    with pytest.raises(
+        CorpusError, match=r"x.parquet: not a readable parquet file \(a pointer of Git LFS.*git lfs pull"
+    ):
+        run(tmp_path / "x.parquet")
+
+
 def test_all_bad_rows_are_counted_and_the_first_named_before_anything_is_written(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"question": "a", "answer": "b"}, {"question": None, "answer": "b"}] * 600
     path = save(tmp_path / "x.parquet", [*rows, {"question": "a", "answer": ""}])
