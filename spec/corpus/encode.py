@@ -36,6 +36,7 @@ class Report:
 
     rejected: rows that cannot be used, by reason; rejected_rows names the first of them.
     beyond: dropped rows that are longer than the base has positions.
+    stretched: kept rows that are longer than what the base was trained for.
     empty: dropped rows of plain text with fewer than two tokens: there is nothing to predict.
     unanswered: kept rows without an answer in the data, to be written by the base.
     shortened: kept rows whose answer was left off, because it does not fit max_length or the template cannot place
@@ -53,6 +54,7 @@ class Report:
     rejected_rows: list[str] = field(default_factory=list)
     too_long: int = 0
     beyond: int = 0
+    stretched: int = 0
     empty: int = 0
     unanswered: int = 0
     shortened: int = 0
@@ -85,6 +87,7 @@ class Report:
             (self.rejected.total(), f"bad rows left out: {self.reasons()}"),
             (self.too_long, "rows dropped: longer than max_length"),
             (self.beyond, "rows dropped: longer than the base has positions"),
+            (self.stretched, "rows are longer than the positions that the base was trained for"),
             (self.empty, "rows dropped: empty text"),
             (self.shortened, "answers left off: too long or not where the template's generation prompt ends"),
             (self.unanswered, "rows without an answer"),
@@ -130,6 +133,7 @@ def stream(
     ignore_columns: Sequence[str] = (),
     skip_bad_rows: bool = False,
     max_positions: int | None = None,
+    trained_positions: int | None = None,
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenSequence]:
@@ -144,6 +148,7 @@ def stream(
     ignore_columns: columns that count as absent.
     skip_bad_rows: rows that cannot be used are left out; otherwise they are an error once all rows are read.
     max_positions: longer rows are dropped, as with max_length; None: no limit.
+    trained_positions: longer rows are kept and counted; None: not known.
     vocab_size: rows of the base's lm_head, which a token needs; None: not checked.
     progress: called with the number of rows done since the last call.
 
@@ -188,6 +193,7 @@ def stream(
                 report.empty += 1
             else:
                 _check_vocabulary(sequence, tokenizer, vocab_size, item.row.where)
+                report.stretched += trained_positions is not None and needed > trained_positions
                 _count(report, item)
                 yield sequence
         if progress is not None:

@@ -86,6 +86,8 @@ def test_rows_beyond_the_positions_of_the_base_are_counted_by_themselves(tmp_pat
     sequences, report = run(path, max_positions=100)
     assert (len(sequences), report.beyond, report.too_long) == (1, 1, 0)
     assert "1 rows dropped: longer than the base has positions" in report.lines()
+    _, report = run(path, trained_positions=100)
+    assert (report.kept, report.stretched, report.beyond) == (2, 1, 0)
     (sequence,) = sequences
     (short,), report = run(save(path, [{"question": "a", "answer": "b"}]), max_positions=len(sequence) - 1)
     assert (report.shortened, len(short)) == (1, short.prompt_length)
