@@ -44,9 +44,7 @@ PLAIN_TEMPLATE = (
 )
 MARKER = "\uf8ffanswer\uf8ff"  # private use characters: neither text nor templates hold them
 ASKED = "\uf8ffquestion\uf8ff"
-CARRIED = ("functions", "function_calls", "tools", "images", "videos", "audios")
-"""Fields of a turn, next to its content, that the base has to see."""
-
+CARRIED = ("functions", "function_calls", "tools", "images", "videos", "audios")  # what a turn has next to its content
 FUNCTION = "marked_function"
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -150,7 +148,7 @@ class ChatTemplate:
         prompt = self._render(before, tools, generate=True)
         self._check_shown(prompt, before, tools)
         turns = []
-        places = [i for i, message in enumerate(before) if message["role"] == "assistant"]
+        places = [i for i, turn in enumerate(before) if turn["role"] == "assistant" and turn.get("weight") != 0]
         for i in places:
             with contextlib.suppress(RowError):
                 generation = self._render(before[:i], tools, generate=True)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 ROWS_PER_CALL = 256  # a fast tokenizer spreads the texts of one call over the cores
 SHOWN = 5  # bad rows that an error names
 REASONS = 10  # and reasons
-RENDERED = re.compile(r"(?i)<\|(im_start|start_header_id|user)\|>|<start_of_turn>|\[/inst]|\b(assistant|response):\s*$")
+RENDERED = re.compile(
+    r"(?i)<\|(im_start|start_header_id|user)\|>|<start_of_turn>|\[/inst]|\A\s*(human|user):|\b(assistant|response):\s*\Z"
+)
 
 
 @dataclass

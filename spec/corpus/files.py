@@ -15,7 +15,6 @@ NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "eva
 """The words in the names of each split's files, in a folder that holds several splits."""
 
 _SPLIT = {name: split for split, names in NAMES.items() for name in names} | {"training": "train", "testing": "eval"}
-_WORD = re.compile("[a-z]+")
 # train-00000-of-00003, part-0001, part-00000-3f2a...-c000.snappy, chunk_12, x-00012
 _SHARD = re.compile(r"[-_.]\d+[-_.]of[-_.]\d+.*|(?<![a-z])(part|shard|chunk)[-_.]?\d+.*|[-_.](0\d{2,}|\d{5,})$")
 _CONVERT = {
@@ -112,8 +111,7 @@ def _of_folder(folder: Path, split: str | None) -> list[Path]:
     if split is None or len(below) == 1 or len(set().union(*owners.values())) < 2:
         return below
     taken = [path for path in below if owners[path] == {split}]
-    unclear = any(len(owner) != 1 for owner in owners.values())
-    if unclear or len({words[path] for path in taken}) != 1:
+    if any(len(owner) != 1 for owner in owners.values()) or len({words[path] for path in taken}) != 1:
         listed = [str(path.relative_to(folder)) for path in below]
         more = f" and {len(listed) - 12} more" if listed[12:] else ""
         raise CorpusError(
@@ -126,12 +124,12 @@ def _of_folder(folder: Path, split: str | None) -> list[Path]:
 
 def _split_words(path: Path) -> frozenset[str]:
     """The names of splits in the name of a file and of the folders on the way to it."""
-    return frozenset(word for word in _WORD.findall(str(path.with_suffix("")).lower()) if word in _SPLIT)
+    return frozenset(word for word in re.findall("[a-z]+", str(path.with_suffix("")).lower()) if word in _SPLIT)
 
 
 def _check_format(path: Path) -> None:
     if not path.exists():
-        raise CorpusError(f"{path}: a link to a file that is not there ({path.readlink()})")
+        raise CorpusError(f"{path}: a link to a file that is not there ({path.resolve()})")
     kind = _COMPRESSED.sub("", path.name.lower()).rpartition(".")[2].replace("ndjson", "jsonl")
     if kind in _CONVERT:
         target = str(path.with_name(path.name.partition(".")[0] + ".parquet"))

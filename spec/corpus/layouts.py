@@ -29,17 +29,14 @@ AS_JSON = CONVERSATIONS[:3]
 """Those that are taken for a conversation even where they are text."""
 
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "inputs", "user")
-RESPONSES = (
+RESPONSES = (  # next to a whole solution, the answer is what comes out of it
     *("solution", "answer", "response", "output", "completion", "chosen", "assistant", "target", "targets", "answers"),
     *("answers.text", "answer.value", "generated_solution", "extra_info.answer"),
 )
-"""In this order: next to a whole solution, the answer is what comes out of it."""
-
 SYSTEMS = ("system_prompt", "system", "system_message")
 SECOND_PARTS = ("input", "inputs", "context")
 TOOLS = ("tools", "functions")
 DOMAINS = ("domain", "data_source")
-ASKED = (*PROMPTS, "human")
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 LAYOUTS = (
@@ -181,9 +178,8 @@ class _Finder:
 
     def find(self, prompt_key: str | None, response_key: str | None) -> Layout:
         """The layout of the columns that are not ignored."""
-        twice = [name for name in self.schema.names if self.schema.names.count(name) > 1]
-        if twice:
-            raise CorpusError(f"{self.path}: two columns are named {twice[0]!r}; expected one")
+        if len(set(self.schema.names)) < len(self.schema.names):
+            raise CorpusError(f"{self.path}: two columns have the same name: found {_columns(self.schema)}")
         prompt = self._prompt(prompt_key, response_key)
         if prompt is None:
             return self._complete(Layout("text", self._column("text")), prompt_key)
@@ -191,7 +187,7 @@ class _Finder:
         response = second = None
         if response_key is not None:
             expected = "a string, a list of strings or a list of {role, content}"
-            response = self._named(response_key, "data.response_key", _is_text_or_conversation, expected)
+            response = self._named(response_key, "data.response_key", expected)
         elif prompt_key is not None or prompt.lower() not in CONVERSATIONS:
             response = self._first(RESPONSES, _is_text_or_conversation, prompt)
         if not turns:
@@ -202,8 +198,7 @@ class _Finder:
     def _prompt(self, prompt_key: str | None, response_key: str | None) -> str | None:
         """The column of the prompt; None for plain text."""
         if prompt_key is not None:
-            expected = "a string or a list of {role, content}"
-            return self._named(prompt_key, "data.prompt_key", _is_text_or_conversation, expected)
+            return self._named(prompt_key, "data.prompt_key", "a string or a list of {role, content}")
         prompt = (
             self._first(CONVERSATIONS, _is_conversation)
             or self._first(AS_JSON, _is_text)
@@ -231,11 +226,11 @@ class _Finder:
         suspects = tuple(name for name in unused if name not in expected and self._is_suspect(name, layout.kind))
         return replace(layout, suspects=suspects, unused=unused)
 
-    def _named(self, key: str, param: str, fits: _Check, expected: str) -> str:
+    def _named(self, key: str, param: str, expected: str) -> str:
         kind = _type(self.schema, key)
         if kind is None:
             raise CorpusError(f"{self.path}: no column {key!r}, which {param} names: found {_columns(self.schema)}")
-        if not fits(kind):
+        if not _is_text_or_conversation(kind):
             raise CorpusError(f"{self.path}: column {key!r}, which {param} names, is {kind}; expected {expected}")
         return key
 
@@ -262,7 +257,7 @@ class _Finder:
 
 def pair(keys: Sequence[str]) -> tuple[str, str] | None:
     """The keys of a question and of its answer, where there are no others."""
-    asked, answered = ([key for key in keys if key in known] for known in (ASKED, RESPONSES))
+    asked, answered = ([key for key in keys if key in known] for known in ((*PROMPTS, "human"), RESPONSES))
     return (asked[0], answered[0]) if len(keys) == 2 and asked and answered else None
 
 
@@ -315,9 +310,8 @@ def _is_turns(kind: pa.DataType | None) -> bool:
 
 def _is_conversation(kind: pa.DataType | None) -> bool:
     """Whether a column holds a turn, or a list of turns, of texts or of pairs."""
-    item = _item(kind)
-    texts = _is_text(item) and item != pa.null()
-    return texts or _is_turns(kind) or _is_turn(kind) or pair(list(_fields(item))) is not None
+    texts = _is_text(_item(kind)) and _item(kind) != pa.null()
+    return texts or _is_turns(kind) or _is_turn(kind) or pair(list(_fields(_item(kind)))) is not None
 
 
 def _is_text_or_conversation(kind: pa.DataType | None) -> bool:

@@ -116,9 +116,10 @@ def _conversation(values: dict[str, Any], layout: Layout, need_answers: bool) ->
         raise RowError(f"column {layout.prompt} has no messages")
     last = messages[-1]
     answers = last["role"] == "assistant"
-    blank = answers and not last["content"].strip() and not last.get("tool_calls")
+    blank = answers and (not (last["content"].strip() or last.get("tool_calls")) or last.get("weight") == 0)
     if need_answers and (blank or not answers):
-        what = f"the answer in {layout.response or layout.prompt} is null or empty"
+        state = "of weight 0" if last.get("weight") == 0 else "null or empty"
+        what = f"the answer in {layout.response or layout.prompt} is {state}"
         none = "no answer follows the prompt, and data.response_key may name a column of answers"
         raise RowError(f"{what if blank else none}; respond.source=base would write one")
     messages = messages[:-1] if blank else messages

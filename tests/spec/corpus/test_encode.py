@@ -106,7 +106,9 @@ def test_a_token_without_a_row_in_lm_head_is_named(tmp_path: Path) -> None:
         run(path, tokenizer, vocab_size=highest)
 
 
-@pytest.mark.parametrize("text", ["<|im_start|>user\na<|im_end|>\n", "\n\nHuman: a\n\nAssistant:", "[INST] a [/INST]"])
+@pytest.mark.parametrize(
+    "text", ["<|im_start|>user\na<|im_end|>\n", "\n\nHuman: a\n\nAssistant: b", "### Response:", "[INST] a [/INST]"]
+)
 def test_prompts_that_look_rendered_already_are_counted(tmp_path: Path, text: str) -> None:
     _, report = run(save(tmp_path / "q.parquet", [{"question": text}, {"question": "Who is the assistant: a?"}]))
     assert report.rendered == 1

@@ -79,6 +79,11 @@ from .families import (
             {"need_answers": True},
             r"row 1: the answer in answer is null",
         ),
+        (
+            [{"messages": [user("a"), {**assistant("b"), "weight": 0}]}],
+            {"need_answers": True},
+            r"the answer in messages is of weight 0; respond.source=base",
+        ),
         ([{"messages": [user("a"), assistant("")]}], {"need_answers": True}, r"row 0: the answer in messages is null"),
         ([{"messages": [user("a")]}], {"need_answers": True}, r"row 0: no answer follows the prompt"),
         (
@@ -97,7 +102,7 @@ def test_bad_rows(tmp_path: Path, rows: list[dict[str, Any]], options: dict[str,
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table([pa.array(["a"])] * 2, names=["question"] * 2), tmp_path / "x.parquet")
-    with pytest.raises(CorpusError, match=r"x.parquet: two columns are named 'question'; expected one"):
+    with pytest.raises(CorpusError, match=r"x.parquet: two columns have the same name: found question"):
         run(tmp_path / "x.parquet")
 
 
