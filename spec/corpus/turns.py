@@ -133,8 +133,9 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         rest["reasoning_content"] = reasoning
     if role == "function_call":
         return {"role": "assistant", "content": content, **written_call(content)}
-    calls = turn.get("tool_calls") or rest.pop("function_call", None)
-    return {"role": role, "content": content, **rest, **({"tool_calls": _calls(calls, where)} if calls else {})}
+    calls = turn.get("tool_calls") or rest.pop("function_call", None) or ""
+    called = {} if calls in _NO_TOOLS else {"tool_calls": _calls(calls, where)}
+    return {"role": role, "content": content, **rest, **called}
 
 
 def _content(value: Any, where: str) -> str:

@@ -112,6 +112,7 @@ def parts(*texts: str) -> list[dict[str, str | None]]:
         ({"problem": "a", "answer": "c", "solution": "b", "problem_is_valid": "Yes"}, {}, "a", "b"),
         ({"instruction": "", "input": "a", "output": "b"}, {}, "a", "b"),
         *(({"conversations": SHAREGPT, "tools": tools}, {}, "a", "b") for tools in ("[]", "null", "{}", " ")),
+        ({"messages": [user("a"), {**assistant("b"), "tool_calls": "null"}]}, {}, "a", "b"),
         (ULTRACHAT, {}, "a", "b"),
         (OPENHERMES, {}, "a", "b"),
         (MAGPIE, {}, "a", "b"),
