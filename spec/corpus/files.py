@@ -25,7 +25,6 @@ _CONVERT = {
     "json": "import pandas; pandas.read_json({path!r}).to_parquet({target!r})",
 }
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_COMPRESSED = re.compile(r"\.(gz|zst|bz2)$")
 
 
 def list_files(paths: Sequence[str], *, split: str | None = None) -> list[Path]:
@@ -130,7 +129,7 @@ def _split_words(path: Path) -> frozenset[str]:
 def _check_format(path: Path) -> None:
     if not path.exists():
         raise CorpusError(f"{path}: a link to a file that is not there ({path.resolve()})")
-    kind = _COMPRESSED.sub("", path.name.lower()).rpartition(".")[2].replace("ndjson", "jsonl")
+    kind = re.sub(r"\.(gz|zst|bz2)$", "", path.name.lower()).rpartition(".")[2].replace("ndjson", "jsonl")
     if kind in _CONVERT:
         target = str(path.with_name(path.name.partition(".")[0] + ".parquet"))
         command = _CONVERT[kind].format(path=str(path), target=target)
