@@ -46,9 +46,9 @@ def tokenize(config: Config) -> None:
 
 
 def limits(folder: Path, config: Config) -> dict[str, Any]:
-    """Tokens and positions that the base has; rotated positions set no limit."""
+    """Tokens and positions that the base has; rotated positions set no limit, and were trained for so many."""
     found = base.limits(folder, config.model.trust_remote_code)
-    return {"max_positions": found.most, "vocab_size": found.vocab_size}
+    return {"max_positions": found.most, "trained_positions": found.positions, "vocab_size": found.vocab_size}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ that together, sequences.py is the result and its file.
 from spec.corpus.chat import PLAIN_TEMPLATE, ChatTemplate, PrefixError, install_plain_template
 from spec.corpus.encode import Report, stream
 from spec.corpus.files import check_apart, list_files
-from spec.corpus.layouts import Layout, Source, count_rows, inspect
+from spec.corpus.layouts import Source, count_rows, inspect
 from spec.corpus.rows import Row, read_rows
 from spec.corpus.sequences import CorpusError, TokenSequence, answer, read, read_origin, spans, write
 
@@ -16,7 +16,6 @@ __all__ = [
     "PLAIN_TEMPLATE",
     "ChatTemplate",
     "CorpusError",
-    "Layout",
     "PrefixError",
     "Report",
     "Row",

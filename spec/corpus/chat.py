@@ -44,6 +44,7 @@ PLAIN_TEMPLATE = (
 )
 MARKER = "\uf8ffanswer\uf8ff"  # private use characters: neither text nor templates hold them
 ASKED = "\uf8ffquestion\uf8ff"
+CARRIED = ("functions", "function_calls", "tools", "images", "videos", "audios")  # what a turn has next to its content
 FUNCTION = "marked_function"
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -52,8 +53,6 @@ Tools = Sequence[dict[str, Any]]
 _QUESTION: Message = {"role": "user", "content": "a"}
 _MARKED_QUESTION: Message = {"role": "user", "content": MARKER}
 _MARKED: Message = {"role": "assistant", "content": MARKER}
-
-
 _CALL = {"id": "a" * 9, "type": "function", "function": {"name": FUNCTION, "arguments": {"a": "b"}}}
 _MARKED_CALL: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 
@@ -149,7 +148,7 @@ class ChatTemplate:
         prompt = self._render(before, tools, generate=True)
         self._check_shown(prompt, before, tools)
         turns = []
-        places = [i for i, message in enumerate(before) if message["role"] == "assistant"]
+        places = [i for i, turn in enumerate(before) if turn["role"] == "assistant" and turn.get("weight") != 0]
         for i in places:
             with contextlib.suppress(RowError):
                 generation = self._render(before[:i], tools, generate=True)
@@ -224,6 +223,10 @@ class ChatTemplate:
         """Check that the template leaves nothing out that the base has to know: turns, tool calls, tools."""
         for i, message in enumerate(messages):
             self._check_call(message)
+            for key in filter(message.get, CARRIED):
+                bare = [*messages[:i], {**message, key: None}, *messages[i + 1 :]]
+                if prompt == self._render(bare, tools, generate=True):
+                    raise RowError(f"the chat template leaves out the {key} of a turn of {message['role']}")
             text = (message.get("content") or "").strip()
             if message["role"] == "assistant" or text in prompt:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 ROWS_PER_CALL = 256  # a fast tokenizer spreads the texts of one call over the cores
 SHOWN = 5  # bad rows that an error names
 REASONS = 10  # and reasons
+RENDERED = re.compile(
+    r"(?i)<\|(im_start|start_header_id|user)\|>|<start_of_turn>|\[/inst]|\A\s*(human|user):|\b(assistant|response):\s*\Z"
+)
 
 
 @dataclass
@@ -34,12 +38,14 @@ class Report:
 
     rejected: rows that cannot be used, by reason; rejected_rows names the first of them.
     beyond: dropped rows that are longer than the base has positions.
+    stretched: kept rows that are longer than what the base was trained for.
     empty: dropped rows of plain text with fewer than two tokens: there is nothing to predict.
     unanswered: kept rows without an answer in the data, to be written by the base.
     shortened: kept rows whose answer was left off, because it does not fit max_length or the template cannot place
         it; the base writes another (never where answers are needed).
     unplaced: earlier assistant turns of kept rows that are not supervised, since the template renders them otherwise
         than after their generation prompt.
+    rendered: kept rows in which a user's turn looks like the rendering of a chat template, which renders it once more.
     prompts: a hash of each kept row's prompt or text, by which splits are compared.
     turns: kept conversations by their number of turns; roles: their turns by role.
     """
@@ -50,10 +56,12 @@ class Report:
     rejected_rows: list[str] = field(default_factory=list)
     too_long: int = 0
     beyond: int = 0
+    stretched: int = 0
     empty: int = 0
     unanswered: int = 0
     shortened: int = 0
     unplaced: int = 0
+    rendered: int = 0
     tokens: int = 0
     supervised: int = 0
     domains: Counter[str] = field(default_factory=Counter)
@@ -81,9 +89,14 @@ class Report:
             (self.rejected.total(), f"bad rows left out: {self.reasons()}"),
             (self.too_long, "rows dropped: longer than max_length"),
             (self.beyond, "rows dropped: longer than the base has positions"),
+            (self.stretched, "rows are longer than the positions that the base was trained for"),
             (self.empty, "rows dropped: empty text"),
             (self.shortened, "answers left off: too long or not where the template's generation prompt ends"),
             (self.unanswered, "rows without an answer"),
+            (
+                self.rendered,
+                "rows in which a user's turn looks rendered by a chat template already, as with <|im_start|>",
+            ),
             (self.unplaced, "earlier assistant turns not supervised: not rendered as what follows a generation prompt"),
         ):
             if count:
@@ -122,6 +135,7 @@ def stream(
     ignore_columns: Sequence[str] = (),
     skip_bad_rows: bool = False,
     max_positions: int | None = None,
+    trained_positions: int | None = None,
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenSequence]:
@@ -136,6 +150,7 @@ def stream(
     ignore_columns: columns that count as absent.
     skip_bad_rows: rows that cannot be used are left out; otherwise they are an error once all rows are read.
     max_positions: longer rows are dropped, as with max_length; None: no limit.
+    trained_positions: longer rows are kept and counted; None: not known.
     vocab_size: rows of the base's lm_head, which a token needs; None: not checked.
     progress: called with the number of rows done since the last call.
 
@@ -162,12 +177,14 @@ def stream(
         for item in _encode(batch, tokenizer, template, need_answers):
             report.rows += 1
             if isinstance(item, Rejected):
-                _reject(report, item)
+                report.rejected[item.reason] += 1
+                report.rejected_rows += [f"{item.where}: {item.reason}"][: SHOWN - len(report.rejected_rows)]
                 continue
             sequence = item.sequence
-            if not need_answers and _has_answer(sequence) and len(sequence) > longest:
-                item = replace(item, sequence=_prompt_of(sequence), shortened=True)
-                sequence = item.sequence
+            prompt = sequence.prompt_length
+            if not need_answers and 0 < prompt < len(sequence) and len(sequence) > longest:
+                sequence = replace(sequence, ids=sequence.ids[:prompt], mask=sequence.mask[:prompt])
+                item = replace(item, sequence=sequence, shortened=True)
             needed = len(sequence) + _to_be_written(sequence)
             if needed > longest:
                 beyond = max_positions is not None and needed > max_positions
@@ -178,6 +195,7 @@ def stream(
                 report.empty += 1
             else:
                 _check_vocabulary(sequence, tokenizer, vocab_size, item.row.where)
+                report.stretched += trained_positions is not None and needed > trained_positions
                 _count(report, item)
                 yield sequence
         if progress is not None:
@@ -241,12 +259,6 @@ def _check_vocabulary(
         )
 
 
-def _reject(report: Report, row: Rejected) -> None:
-    report.rejected[row.reason] += 1
-    if len(report.rejected_rows) < SHOWN:
-        report.rejected_rows.append(f"{row.where}: {row.reason}")
-
-
 def _check_rejected(report: Report, skip_bad_rows: bool) -> None:
     """Raise an error for bad rows, unless they are to be left out and others remain."""
     count = report.rejected.total()
@@ -262,20 +274,12 @@ def _to_be_written(sequence: TokenSequence) -> bool:
     return sequence.prompt_length > 0 and sequence.prompt_length == len(sequence)
 
 
-def _has_answer(sequence: TokenSequence) -> bool:
-    return 0 < sequence.prompt_length < len(sequence)
-
-
-def _prompt_of(sequence: TokenSequence) -> TokenSequence:
-    n = sequence.prompt_length
-    return replace(sequence, ids=sequence.ids[:n], mask=sequence.mask[:n])
-
-
 def _count(report: Report, item: _Encoded) -> None:
     sequence, messages = item.sequence, item.row.messages
     report.kept += 1
     report.shortened += item.shortened
     report.unplaced += item.unplaced
+    report.rendered += any(RENDERED.search(turn["content"]) for turn in messages if turn["role"] == "user")
     report.unanswered += _to_be_written(sequence) and not item.shortened
     report.tokens += len(sequence)
     report.supervised += int(sequence.mask.sum())

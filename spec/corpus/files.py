@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -11,25 +12,26 @@ from pathlib import Path
 from spec.corpus.sequences import CorpusError
 
 NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "eval": ("test", "eval", "evaluation")}
-"""How the files of each split begin, in a folder that holds several splits."""
+"""The words in the names of each split's files, in a folder that holds several splits."""
 
 _SPLIT = {name: split for split, names in NAMES.items() for name in names} | {"training": "train", "testing": "eval"}
-_FIRST_WORD = re.compile("[a-z]+")
 # train-00000-of-00003, part-0001, part-00000-3f2a...-c000.snappy, chunk_12, x-00012
 _SHARD = re.compile(r"[-_.]\d+[-_.]of[-_.]\d+.*|(?<![a-z])(part|shard|chunk)[-_.]?\d+.*|[-_.](0\d{2,}|\d{5,})$")
 _CONVERT = {
-    "json": "import pandas; pandas.read_json({path!r}).to_parquet({target!r})",
     "jsonl": "import pyarrow.json as j, pyarrow.parquet as p; p.write_table(j.read_json({path!r}), {target!r})",
     "csv": "import pyarrow.csv as c, pyarrow.parquet as p; p.write_table(c.read_csv({path!r}), {target!r})",
+    "arrow": "import pyarrow as a, pyarrow.parquet as p; "
+    "p.write_table(a.ipc.open_stream(a.memory_map({path!r})).read_all(), {target!r})",
+    "json": "import pandas; pandas.read_json({path!r}).to_parquet({target!r})",
 }
-_OTHER_FORMATS = {"json": "json", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv"}
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def list_files(paths: Sequence[str], *, split: str | None = None) -> list[Path]:
-    """The parquet files that paths name.
+    """The parquet files that paths name, each of them once.
 
-    A file stands for itself, a glob (`dir/train-*.parquet`, `**`) for the files that match, and a folder for every
-    *.parquet below it, sorted; hidden files and folders are skipped.
+    A file stands for itself, a glob (`dir/train-*.parquet`, `**`) for the files that match, or else the folders, and
+    a folder for every *.parquet below it, sorted; hidden files and folders are skipped. `~` and `$HOME` expand.
 
     Args:
         paths: files, folders and globs.
@@ -39,25 +41,31 @@ def list_files(paths: Sequence[str], *, split: str | None = None) -> list[Path]:
         CorpusError: no path at all, a path that does not exist or matches nothing, a folder without parquet files or
             without some of this split, a file in another format.
     """
-    if not paths:
+    if not paths or not all(map(str.strip, paths)):
         raise CorpusError("no data file is named: give a parquet file, a folder of them, or a list of both")
-    files: list[Path] = []
+    files: dict[Path, Path] = {}
     for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            files += _of_folder(path, split)
-        elif path.exists():
-            files.append(path)
-        elif glob.has_magic(name):
-            found = [match for match in map(Path, sorted(glob.glob(name, recursive=True))) if match.is_file()]  # noqa: PTH207 - Path.glob takes no absolute pattern
-            if not found:
-                raise CorpusError(f"{name}: no file matches this pattern")
-            files += found
-        else:
-            raise CorpusError(f"{path}: no such file or folder (looked for {path.absolute()})")
-    for path in files:
-        _check_format(path)
-    return files
+        for path in _find(Path(os.path.expandvars(name)).expanduser(), name, split):
+            _check_format(path)
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
+
+
+def _find(path: Path, name: str, split: str | None) -> list[Path]:
+    if path.is_dir():
+        return _of_folder(path, split)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(name):
+        raise CorpusError(
+            f"{name}: no such file or folder (looked for {path.absolute()}). A data set of the hub is downloaded with: "
+            "hf download OWNER/NAME --repo-type dataset --local-dir FOLDER"
+        )
+    found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - Path.glob takes no absolute pattern
+    if not found:
+        raise CorpusError(f"{name}: no file matches this pattern")
+    files = [match for match in found if not match.is_dir()]
+    return files or [file for folder in found for file in _of_folder(folder, split)]
 
 
 def domain_of(path: Path) -> str:
@@ -88,50 +96,41 @@ def check_apart(splits: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def _of_folder(folder: Path, split: str | None) -> list[Path]:
-    visible = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    below = [path for path in visible if path.suffix == ".parquet"]
+    # glob follows linked folders and passes over hidden ones
+    names = sorted(map(Path, glob.glob("**", root_dir=folder, recursive=True)))  # noqa: PTH207 - as said
+    found = [folder / name for name in names if not (folder / name).is_dir()]
+    below = [path for path in found if path.suffix.lower() == ".parquet"]
     if not below:
-        for path in visible:
-            _check_format(path)
+        for path in found:
+            if path.name not in _DESCRIPTIONS:
+                _check_format(path)
         raise CorpusError(f"{folder}: the folder has no *.parquet file in it or below it")
-    owners = {path: _split_of(path.relative_to(folder)) for path in below}
-    if split is None or len({owner for owner in owners.values() if owner}) < 2:
+    words = {path: _split_words(path.relative_to(folder)) for path in below}
+    owners = {path: {_SPLIT[word] for word in words[path]} for path in below}
+    if split is None or len(below) == 1 or len(set().union(*owners.values())) < 2:
         return below
-    taken = [path for path, owner in owners.items() if owner == split]
-    unclear = None in owners.values() or len({_first_word(path.relative_to(folder)) for path in taken}) != 1
-    if unclear:
-        names = [str(path.relative_to(folder)) for path in below]
-        more = f" and {len(names) - 12} more" if names[12:] else ""
+    taken = [path for path in below if owners[path] == {split}]
+    if any(len(owner) != 1 for owner in owners.values()) or len({words[path] for path in taken}) != 1:
+        listed = [str(path.relative_to(folder)) for path in below]
+        more = f" and {len(listed) - 12} more" if listed[12:] else ""
         raise CorpusError(
             f"{folder} holds files of several splits, and which are those of {split} is unclear: found "
-            f"{', '.join(names[:12])}{more}; looked for names that begin with {' or '.join(NAMES[split])}. Name files "
+            f"{', '.join(listed[:12])}{more}; looked for the word {' or '.join(NAMES[split])} in names. Name files "
             f"in data.{split}_files, or a glob such as {folder}/{NAMES[split][0]}-*.parquet"
         )
     return taken
 
 
-def _first_word(path: Path) -> str | None:
-    """The split's name with which a file, or else a folder on the way to it, begins."""
-    for part in reversed(path.parts):
-        word = _FIRST_WORD.match(part.lower())
-        if word and word[0] in _SPLIT:
-            return word[0]
-    return None
-
-
-def _split_of(path: Path) -> str | None:
-    word = _first_word(path)
-    return _SPLIT[word] if word else None
+def _split_words(path: Path) -> frozenset[str]:
+    """The names of splits in the name of a file and of the folders on the way to it."""
+    return frozenset(word for word in re.findall("[a-z]+", str(path.with_suffix("")).lower()) if word in _SPLIT)
 
 
 def _check_format(path: Path) -> None:
-    name = path.name.lower().removesuffix(".gz")
-    kind = _OTHER_FORMATS.get(name.rpartition(".")[2]) if "." in name else None
-    if kind is not None:
+    if not path.exists():
+        raise CorpusError(f"{path}: a link to a file that is not there ({path.resolve()})")
+    kind = re.sub(r"\.(gz|zst|bz2)$", "", path.name.lower()).rpartition(".")[2].replace("ndjson", "jsonl")
+    if kind in _CONVERT:
         target = str(path.with_name(path.name.partition(".")[0] + ".parquet"))
         command = _CONVERT[kind].format(path=str(path), target=target)
         raise CorpusError(f'{path}: data files are parquet; convert it with: python -c "{command}"')

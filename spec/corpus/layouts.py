@@ -1,8 +1,8 @@
 """The columns of a parquet file -> which of them hold what.
 
-In this order:
+In this order, in lower or upper case:
 1. A conversation: `messages`, `conversations`, `conversation` or the like, a list of turns, or text that holds one as
-   JSON. A turn is {role, content} or {from, value}.
+   JSON. A turn is {role, content} or {from, value}; a list may also hold texts, or pairs such as {input, output}.
 2. A prompt: `prompt`, `question`, `instruction` or the like, a string or a list of turns, with the answer in the first
    of `answer`, `response`, `output` or the like that holds text or turns; none of them: no answers.
 3. `text`, a string: plain text.
@@ -29,7 +29,10 @@ AS_JSON = CONVERSATIONS[:3]
 """Those that are taken for a conversation even where they are text."""
 
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "inputs", "user")
-RESPONSES = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "extra_info.answer")
+RESPONSES = (  # next to a whole solution, the answer is what comes out of it
+    *("solution", "answer", "response", "output", "completion", "chosen", "assistant", "target", "targets", "answers"),
+    *("answers.text", "answer.value", "generated_solution", "extra_info.answer"),
+)
 SYSTEMS = ("system_prompt", "system", "system_message")
 SECOND_PARTS = ("input", "inputs", "context")
 TOOLS = ("tools", "functions")
@@ -54,8 +57,9 @@ _OTHER_WORDS = {
     *("id", "ids", "idx", "index", "type", "types", "len", "length", "tokens", "count", "num", "number", "quality"),
     *("score", "scores", "lang", "language", "config", "configs", "hash", "source", "model", "name", "format"),
     *("formatting", "category", "difficulty", "topic", "split", "version", "url", "date", "level", "style", "label"),
-    *("intent", "mask", "use", "used", "call", "calls", "time", "timestamp"),
+    *("intent", "mask", "use", "used", "call", "calls", "time", "timestamp", "valid"),
 }
+_NOT_TEXT = {*RESPONSES, "code", "role"}
 _Check = Callable[[pa.DataType | None], bool]
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
@@ -139,8 +143,12 @@ def _inspect(
     try:
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error})") from error
+    except pa.ArrowException as error:
+        pointer = path.stat().st_size < 1024 and b"version https://git-lfs" in path.read_bytes()
+        why = "a pointer of Git LFS, for which git lfs pull fetches the file" if pointer else error
+        raise CorpusError(f"{path}: not a readable parquet file ({why})") from error
     if not rows:
         return None
     layout = _Finder(path, schema, frozenset(ignored)).find(prompt_key, response_key)
@@ -170,34 +178,35 @@ class _Finder:
 
     def find(self, prompt_key: str | None, response_key: str | None) -> Layout:
         """The layout of the columns that are not ignored."""
+        if len(set(self.schema.names)) < len(self.schema.names):
+            raise CorpusError(f"{self.path}: two columns have the same name: found {_columns(self.schema)}")
         prompt = self._prompt(prompt_key, response_key)
         if prompt is None:
-            return self._complete(Layout("text", "text"), prompt_key)
-        turns = _is_turns(self._type(prompt)) or prompt in AS_JSON
+            return self._complete(Layout("text", self._column("text")), prompt_key)
+        turns = _is_conversation(self._type(prompt)) or prompt.lower() in AS_JSON
         response = second = None
         if response_key is not None:
             expected = "a string, a list of strings or a list of {role, content}"
-            response = self._named(response_key, "data.response_key", _is_response, expected)
-        elif prompt_key is not None or prompt not in CONVERSATIONS:
-            response = self._first((key for key in RESPONSES if key != prompt), _is_response)
+            response = self._named(response_key, "data.response_key", expected)
+        elif prompt_key is not None or prompt.lower() not in CONVERSATIONS:
+            response = self._first(RESPONSES, _is_text_or_conversation, prompt)
         if not turns:
-            second = self._first((key for key in SECOND_PARTS if key not in (prompt, response)), _is_text)
+            second = self._first(SECOND_PARTS, _is_text, prompt, response)
         kind: Literal["messages", "prompt"] = "messages" if turns else "prompt"
         return self._complete(Layout(kind, prompt, response, second), prompt_key)
 
     def _prompt(self, prompt_key: str | None, response_key: str | None) -> str | None:
         """The column of the prompt; None for plain text."""
         if prompt_key is not None:
-            expected = "a string or a list of {role, content}"
-            return self._named(prompt_key, "data.prompt_key", _is_prompt, expected)
+            return self._named(prompt_key, "data.prompt_key", "a string or a list of {role, content}")
         prompt = (
-            self._first(CONVERSATIONS, _is_turns)
+            self._first(CONVERSATIONS, _is_conversation)
             or self._first(AS_JSON, _is_text)
-            or self._first(PROMPTS, _is_prompt)
+            or self._first(PROMPTS, _is_text_or_conversation)
             or self._first(("chosen",), _is_turns)
             or next((key for key in (*CONVERSATIONS, *PROMPTS) if self._type(key) == pa.null()), None)
         )
-        if prompt is None and not (_is_text(self._type("text")) and response_key is None):
+        if prompt is None and not (_is_text(self._type(self._column("text"))) and response_key is None):
             raise CorpusError(
                 f"{self.path}: no layout fits its columns: found {_columns(self.schema)}; a file needs one of: "
                 f"{LAYOUTS}. Name the columns with data.prompt_key and data.response_key"
@@ -208,36 +217,48 @@ class _Finder:
         """With the columns that stand next to a prompt, and those that are not read."""
         system = tools = None
         if layout.kind != "text":
-            system = self._first((key for key in SYSTEMS if key not in layout.read), _is_text)
-            tools = self._first((key for key in TOOLS if key not in layout.read), _is_tools)
+            system = self._first(SYSTEMS, _is_text, *layout.read)
+            tools = self._first(TOOLS, _is_tools, *layout.read)
         layout = replace(layout, system=system, tools=tools, domain=self._first(DOMAINS, _is_text))
         read = {*layout.read, *(key.split(".")[0] for key in layout.read if key not in self.schema.names)}
         unused = tuple(name for name in self.schema.names if name not in read)
         expected = self.ignored | (_ALTERNATIVES if prompt_key is not None else set())
-        suspects = tuple(name for name in unused if name not in expected and _is_suspect(name, self._type(name)))
+        suspects = tuple(name for name in unused if name not in expected and self._is_suspect(name, layout.kind))
         return replace(layout, suspects=suspects, unused=unused)
 
-    def _named(self, key: str, param: str, fits: _Check, expected: str) -> str:
+    def _named(self, key: str, param: str, expected: str) -> str:
         kind = _type(self.schema, key)
         if kind is None:
             raise CorpusError(f"{self.path}: no column {key!r}, which {param} names: found {_columns(self.schema)}")
-        if not fits(kind):
+        if not _is_text_or_conversation(kind):
             raise CorpusError(f"{self.path}: column {key!r}, which {param} names, is {kind}; expected {expected}")
         return key
 
-    def _first(self, keys: Iterable[str], fits: _Check) -> str | None:
-        """The first column that fits and is not all null."""
-        return next((key for key in keys if fits(self._type(key)) and self._type(key) != pa.null()), None)
+    def _first(self, keys: Iterable[str], fits: _Check, *taken: str | None) -> str | None:
+        """The first column that fits, is not all null and not taken."""
+        types = {column: self._type(column) for column in map(self._column, keys) if column not in taken}
+        return next((column for column, kind in types.items() if fits(kind) and kind != pa.null()), None)
+
+    def _column(self, key: str) -> str:
+        """The column with this name, whatever its case."""
+        names = self.schema.names
+        return key if key in names else next((name for name in names if name.strip().lower() == key), key)
+
+    def _is_suspect(self, name: str, kind: str) -> bool:
+        """Whether a column looks like a part of a conversation; next to plain text, answers and roles do too."""
+        words = {word.lower() for word in _WORD.findall(name)}
+        looks = bool(words & _PROMPT_WORDS) and not words & _OTHER_WORDS
+        return (looks or (kind == "text" and name.lower() in _NOT_TEXT)) and _holds_text(self._type(name))
 
     def _type(self, key: str) -> pa.DataType | None:
         ignored = key in self.ignored or key.split(".")[0] in self.ignored
         return None if ignored else _type(self.schema, key)
 
 
-def _is_suspect(name: str, kind: pa.DataType | None) -> bool:
-    """Whether a column looks like a part of a prompt."""
-    words = {word.lower() for word in _WORD.findall(name)}
-    return bool(words & _PROMPT_WORDS) and not words & _OTHER_WORDS and _holds_text(kind)
+def pair(keys: Sequence[str]) -> tuple[str, str] | None:
+    """The keys of a question and of its answer, where there are no others."""
+    asked, answered = ([key for key in keys if key in known] for known in ((*PROMPTS, "human"), RESPONSES))
+    return (asked[0], answered[0]) if len(keys) == 2 and asked and answered else None
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -287,12 +308,14 @@ def _is_turns(kind: pa.DataType | None) -> bool:
     return _is_turn(_item(kind)) or lists
 
 
-def _is_prompt(kind: pa.DataType | None) -> bool:
-    return _is_text(kind) or _is_turns(kind)
+def _is_conversation(kind: pa.DataType | None) -> bool:
+    """Whether a column holds a turn, or a list of turns, of texts or of pairs."""
+    texts = _is_text(_item(kind)) and _item(kind) != pa.null()
+    return texts or _is_turns(kind) or _is_turn(kind) or pair(list(_fields(_item(kind)))) is not None
 
 
-def _is_response(kind: pa.DataType | None) -> bool:
-    return _is_prompt(kind) or _is_text(_item(kind)) or _is_turn(kind)
+def _is_text_or_conversation(kind: pa.DataType | None) -> bool:
+    return _is_text(kind) or _is_conversation(kind)
 
 
 def _is_tools(kind: pa.DataType | None) -> bool:

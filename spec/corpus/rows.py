@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from spec.corpus.files import domain_of
 from spec.corpus.layouts import ROLE_KEYS, Layout, Source
 from spec.corpus.sequences import CorpusError
-from spec.corpus.turns import Messages, RowError, read_tools, read_turns
+from spec.corpus.turns import Messages, RowError, read_tools, read_turns, written_call
 
 ROWS_PER_READ = 1024
 
@@ -59,7 +59,7 @@ def read_rows(source: Source, *, need_answers: bool) -> Iterator[Row | Rejected]
     A row is rejected for a null or malformed prompt, for an unknown role, or for no answer where one is needed.
 
     Raises:
-        CorpusError: a file that is damaged; a column that looks like a part of the prompt and would be lost.
+        CorpusError: a file that is damaged; a column that would be lost (see _check_lost).
     """
     number = 0
     columns = list(dict.fromkeys((*source.layout.read, *source.layout.suspects)))
@@ -100,9 +100,9 @@ def _row(values: dict[str, Any] | RowError, source: Source, where: str, need_ans
         raise values
     layout = source.layout
     domain = (layout.domain and values[layout.domain]) or domain_of(source.path)
-    text = values["text"] if layout.kind == "text" else None
+    text = values[layout.prompt] if layout.kind == "text" else None
     if layout.kind == "text" and text is None:
-        raise RowError("column text is null")
+        raise RowError(f"column {layout.prompt} is null")
     messages = [] if layout.kind == "text" else _conversation(values, layout, need_answers)
     tools = read_tools(values[layout.tools], layout.tools) if layout.tools else []
     _check_lost(values, layout, [text, messages, tools], where)
@@ -116,13 +116,17 @@ def _conversation(values: dict[str, Any], layout: Layout, need_answers: bool) ->
         raise RowError(f"column {layout.prompt} has no messages")
     last = messages[-1]
     answers = last["role"] == "assistant"
-    blank = answers and not last["content"].strip() and not last.get("tool_calls")
+    blank = answers and (not (last["content"].strip() or last.get("tool_calls")) or last.get("weight") == 0)
     if need_answers and (blank or not answers):
-        what = f"the answer in {layout.response or layout.prompt} is null or empty"
-        raise RowError(f"{what if blank else 'no answer follows the prompt'}; respond.source=base would write one")
+        state = "of weight 0" if last.get("weight") == 0 else "null or empty"
+        what = f"the answer in {layout.response or layout.prompt} is {state}"
+        none = "no answer follows the prompt, and data.response_key may name a column of answers"
+        raise RowError(f"{what if blank else none}; respond.source=base would write one")
     messages = messages[:-1] if blank else messages
     if not messages or messages[0]["role"] == "assistant":
         raise RowError(f"column {layout.prompt} starts with an assistant turn; expected a prompt before it")
+    if not any(message["content"].strip() for message in messages if message["role"] != "assistant"):
+        raise RowError(f"the prompt in column {layout.prompt} is empty")
     return messages
 
 
@@ -135,8 +139,8 @@ def _prompt(values: dict[str, Any], layout: Layout) -> Messages:
         return messages
     if layout.kind == "messages":
         raise RowError(f"column {layout.prompt} holds text that is not the JSON of a list of turns")
-    second = layout.second and values[layout.second]
-    return [{"role": "user", "content": f"{prompt}\n\n{second}" if second and second.strip() else prompt}]
+    parts = (prompt, layout.second and values[layout.second])
+    return [{"role": "user", "content": "\n\n".join(part for part in parts if part and part.strip())}]
 
 
 def _with_response(messages: Messages, values: dict[str, Any], layout: Layout) -> Messages:
@@ -156,7 +160,10 @@ def _with_response(messages: Messages, values: dict[str, Any], layout: Layout) -
             f"column {layout.prompt} ends with an assistant turn already, and {layout.response} holds an answer too: "
             "name the one to leave out in data.ignore_columns"
         )
-    return [*messages, *(turns or ([] if ends else [{"role": "assistant", "content": response or ""}]))]
+    if turns or ends:
+        return [*messages, *(turns or [])]
+    calls = written_call(response or "") if layout.tools else {}
+    return [*messages, {"role": "assistant", "content": response or "", **calls}]
 
 
 def _with_system(messages: Messages, system: str | None, layout: Layout) -> Messages:
@@ -183,9 +190,9 @@ def _check_lost(values: dict[str, Any], layout: Layout, read: Any, where: str) -
         for text in texts:
             if " ".join(text.split()) not in conversation:
                 raise CorpusError(
-                    f"{where}: column {column} looks like a part of the prompt, and it is not read: {text[:60]!r}. "
-                    "Name the columns to read with data.prompt_key and data.response_key, put it into the prompt, or "
-                    "leave it out with data.ignore_columns"
+                    f"{where}: column {column} looks like a part of the prompt or its answer, and it is not read: "
+                    f"{text[:60]!r}. Name the columns to read with data.prompt_key and data.response_key, or leave it "
+                    "out with data.ignore_columns"
                 )
 
 

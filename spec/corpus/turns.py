@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
-from spec.corpus.layouts import CONTENT_KEYS, ROLE_KEYS
+from spec.corpus.layouts import CONTENT_KEYS, PROMPTS, ROLE_KEYS, pair
 from spec.corpus.sequences import CorpusError
 
 Messages = list[dict[str, Any]]
@@ -25,6 +26,8 @@ _EXPECTED = "user, assistant, system, tool, or another name of theirs such as hu
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_KEYS = ("reasoning", "thinking")
+_SPEAKERS = ("user", "assistant")
+_NO_TOOLS = ("", "[]", "{}", "null", "None")
 _LOOKS_LIKE_TURNS = re.compile(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']")
 
 
@@ -34,6 +37,8 @@ class RowError(CorpusError):
 
 def read_turns(value: Any, column: str) -> Messages | None:
     """The turns that a value holds as a list, a struct of lists, a single turn or JSON text; None for other text.
+
+    A list may also hold texts, the user's and the assistant's in turn, or pairs of a question and its answer.
 
     Raises:
         RowError: turns that cannot be understood.
@@ -50,7 +55,9 @@ def read_turns(value: Any, column: str) -> Messages | None:
             if roles
             else [value]
         )
-    return [_turn(turn, f"a turn of column {column}") for turn in value]
+    if value and all(isinstance(item, str) for item in value):
+        value = _from_texts(value, column)
+    return [turn for item in value for turn in _turns(item, f"a turn of column {column}")]
 
 
 def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
@@ -60,7 +67,7 @@ def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
         RowError: they are neither.
     """
     if isinstance(value, str):
-        value = _loads(value) or "" if value.strip() else []
+        value = [] if value.strip() in _NO_TOOLS else _loads(value) or ""
     tools = [] if value is None else value if isinstance(value, list) else [value]
     tools = [clean(_loads(tool) if isinstance(tool, str) else tool) for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
@@ -87,11 +94,28 @@ def _from_json(text: str, column: str) -> list[Any] | None:
     return None
 
 
+def _from_texts(texts: list[str], column: str) -> list[Any]:
+    """Turns from texts without roles: the JSON of a turn each, else the user's and the assistant's in turn."""
+    turns = [_loads(text) for text in texts]
+    if all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns):
+        return turns
+    if texts[1:] and column.lower() in ("turns", *PROMPTS):  # benchmarks have the user's turns alone in them
+        raise RowError(f"column {column} holds {len(texts)} texts and not whose they are; expected {{role, content}}")
+    return [{"role": role, "content": text} for role, text in zip(cycle(_SPEAKERS), texts, strict=False)]
+
+
 def _loads(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         return None
+
+
+def _turns(item: Any, where: str) -> Messages:
+    keys = pair(list(item)) if isinstance(item, dict) else None
+    if keys is None:
+        return [_turn(item, where)]
+    return [{"role": role, "content": _content(item[key], where)} for role, key in zip(_SPEAKERS, keys, strict=True)]
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
@@ -108,9 +132,10 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     if reasoning and not rest.get("reasoning_content"):
         rest["reasoning_content"] = reasoning
     if role == "function_call":
-        return {"role": "assistant", "content": content, **_written_call(content)}
-    calls = turn.get("tool_calls") or rest.pop("function_call", None)
-    return {"role": role, "content": content, **rest, **({"tool_calls": _calls(calls, where)} if calls else {})}
+        return {"role": "assistant", "content": content, **written_call(content)}
+    calls = turn.get("tool_calls") or rest.pop("function_call", None) or ""
+    called = {} if calls in _NO_TOOLS else {"tool_calls": _calls(calls, where)}
+    return {"role": role, "content": content, **rest, **called}
 
 
 def _content(value: Any, where: str) -> str:
@@ -149,11 +174,11 @@ def _call(call: Any) -> Any:
     return {**call, "arguments": values} if isinstance(values, dict) else call
 
 
-def _written_call(text: str) -> dict[str, Any]:
+def written_call(text: str) -> dict[str, Any]:
     """The call that a text is, for templates that have a place for calls; others show the text."""
     found = _loads(text)
     calls: Sequence[Any] = found if isinstance(found, list) else [found]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         return {}
     return {"tool_calls": _calls(calls, text), "written_call": True}
 

@@ -62,6 +62,11 @@ def test_default_and_own_system_messages_are_part_of_the_prompt() -> None:
     assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
 
 
+def test_an_earlier_turn_of_weight_0_is_not_supervised() -> None:
+    messages = [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}]
+    assert supervised(byte_level(), encode(byte_level(), messages)) == ["d<|im_end|>"]
+
+
 def test_an_answer_that_is_to_be_written_leaves_only_the_prompt() -> None:
     tokenizer = byte_level()
     messages = [user("a"), assistant("b"), user("c")]

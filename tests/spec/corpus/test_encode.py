@@ -86,6 +86,8 @@ def test_rows_beyond_the_positions_of_the_base_are_counted_by_themselves(tmp_pat
     sequences, report = run(path, max_positions=100)
     assert (len(sequences), report.beyond, report.too_long) == (1, 1, 0)
     assert "1 rows dropped: longer than the base has positions" in report.lines()
+    _, report = run(path, trained_positions=100)
+    assert (report.kept, report.stretched, report.beyond) == (2, 1, 0)
     (sequence,) = sequences
     (short,), report = run(save(path, [{"question": "a", "answer": "b"}]), max_positions=len(sequence) - 1)
     assert (report.shortened, len(short)) == (1, short.prompt_length)
@@ -102,6 +104,15 @@ def test_a_token_without_a_row_in_lm_head_is_named(tmp_path: Path) -> None:
         CorpusError, match=rf"row 0: the token {token} has id {highest}, and the base has {highest} rows"
     ):
         run(path, tokenizer, vocab_size=highest)
+
+
+@pytest.mark.parametrize(
+    "text", ["<|im_start|>user\na<|im_end|>\n", "\n\nHuman: a\n\nAssistant: b", "### Response:", "[INST] a [/INST]"]
+)
+def test_prompts_that_look_rendered_already_are_counted(tmp_path: Path, text: str) -> None:
+    _, report = run(save(tmp_path / "q.parquet", [{"question": text}, {"question": "Who is the assistant: a?"}]))
+    assert report.rendered == 1
+    assert any(line.startswith("1 rows in which a user's turn looks rendered") for line in report.lines())
 
 
 def test_empty_files_are_passed_over_with_a_word(tmp_path: Path) -> None:

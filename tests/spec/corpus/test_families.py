@@ -173,6 +173,17 @@ def test_a_system_prompt_that_a_template_leaves_out_is_no_conversation_for_it() 
 
 
 @pytest.mark.parametrize("shown", [True, False])
+def test_fields_of_a_turn_are_not_lost(shown: bool) -> None:
+    chat = ChatTemplate(byte_level(template(BODY + ("{{ m.functions or '' }}" if shown else ""))))
+    messages = [{**BE, "functions": "f(x)"}, *CHAT]
+    if shown:
+        assert "f(x)" in chat.render(messages).prompt
+    else:
+        with pytest.raises(CorpusError, match="leaves out the functions of a turn of system"):
+            chat.render(messages)
+
+
+@pytest.mark.parametrize("shown", [True, False])
 def test_tools_go_to_the_template(shown: bool) -> None:
     tools = [{"type": "function", "function": {"name": "weather"}}]
     before = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" if shown else ""

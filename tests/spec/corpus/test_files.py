@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -27,8 +29,9 @@ def test_list_files_takes_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_list_files_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="no data file is named"):
-        corpus.list_files([])
+    for names in ([], [""]):
+        with pytest.raises(CorpusError, match="no data file is named"):
+            corpus.list_files(names)
     with pytest.raises(CorpusError, match=r"nowhere.parquet: no such file or folder"):
         corpus.list_files([str(tmp_path / "nowhere.parquet")])
     with pytest.raises(CorpusError, match=r"the folder has no \*.parquet file"):
@@ -57,6 +60,8 @@ def folder_of(folder: Path, *names: str) -> Path:
         (["train_sft-0", "test_sft-0"], {"train": ["train_sft-0"], "eval": ["test_sft-0"]}),
         (["test-0000", "test-0001"], {"train": ["test-0000", "test-0001"]}),
         (["part-0000", "trainers"], {"train": ["part-0000", "trainers"]}),
+        (["maths-train", "v1.5.test"], {"train": ["maths-train"], "eval": ["v1.5.test"]}),
+        (["split=train/0", "part-test/0"], {"train": ["split=train/0"], "eval": ["part-test/0"]}),
     ],
 )
 def test_of_a_folder_of_several_splits_each_takes_its_own(tmp_path: Path, names: list[str], expected: Any) -> None:
@@ -73,6 +78,7 @@ def test_of_a_folder_of_several_splits_each_takes_its_own(tmp_path: Path, names:
         (["train", "test", "more"], "train"),
         (["train", "test", "eval"], "eval"),
         (["train", "validation", "dev"], "val"),
+        (["test/train", "train/test"], "train"),
     ],
 )
 def test_a_folder_in_which_a_split_is_unclear_is_refused(tmp_path: Path, names: list[str], split: str) -> None:
@@ -86,21 +92,44 @@ def test_globs(tmp_path: Path) -> None:
     assert len(corpus.list_files([f"{tmp_path}/**/train-*.parquet"], split="eval")) == 3
     with pytest.raises(CorpusError, match=r"b-\*: no file matches this pattern"):
         corpus.list_files([f"{tmp_path}/b-*"])
+    assert [path.stem for path in corpus.list_files([f"{tmp_path}/[ab]"], split="eval")] == ["test-0"]
+
+
+def test_each_file_is_taken_once_and_links_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(tmp_path, "a/x")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/linked").symlink_to(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert corpus.list_files(["~/b", "~/b/", "~/a/x.parquet", "$HOME/*/*.parquet"]) == [tmp_path / "b/linked/x.parquet"]
+    (tmp_path / "b/y.parquet").symlink_to(tmp_path / "nowhere")
+    for name in ("b", "b/*.parquet"):
+        with pytest.raises(CorpusError, match=r"y.parquet: a link to a file that is not there"):
+            corpus.list_files([str(tmp_path / name)])
+
+
+def as_arrow(questions: list[str]) -> bytes:
+    table, sink = pa.table({"question": questions}), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return bytes(sink.getvalue())
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "content"),
     [
-        ("x.jsonl", '{"question": "a"}\n{"question": "b"}\n'),
-        ("x.json", '[{"question": "a"}, {"question": "b"}]'),
-        ("x.csv", "question\na\nb\n"),
+        ("x.jsonl", b'{"question": "a"}\n{"question": "b"}\n'),
+        ("x.jsonl.gz", gzip.compress(b'{"question": "a"}\n{"question": "b"}\n')),
+        ("x.json", b'[{"question": "a"}, {"question": "b"}]'),
+        ("x.csv", b"question\na\nb\n"),
+        ("x.arrow", as_arrow(["a", "b"])),
     ],
 )
 @pytest.mark.parametrize("named", [True, False])
 def test_other_formats_are_refused_with_the_command_that_converts_them(
-    tmp_path: Path, name: str, text: str, named: bool
+    tmp_path: Path, name: str, content: bytes, named: bool
 ) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"data files are parquet; convert it with: python -c") as error:
         corpus.list_files([str(tmp_path / name if named else tmp_path)])
     command = str(error.value).partition('python -c "')[2].removesuffix('"')

@@ -26,7 +26,7 @@ from .families import (
     [
         ([], {}, r"x.parquet: the file has no rows"),
         ([{"id": 1}], {}, r"no layout fits its columns: found id \(int64\).*messages.*question.*text"),
-        ([{"messages": ["a"]}], {}, r"no layout fits its columns: found messages \(list"),
+        ([{"messages": [1]}], {}, r"no layout fits its columns: found messages \(list"),
         ([{"text": "a", "r": "b"}], {"response_key": "r"}, r"no layout fits.*data.prompt_key"),
         ([{"q": "a"}], {"prompt_key": "p"}, r"no column 'p', which data.prompt_key names: found q \(string\)"),
         ([{"q": {"a": "b"}}], {"prompt_key": "q.b"}, r"no column 'q.b', which data.prompt_key names: found q \(struct"),
@@ -39,6 +39,8 @@ from .families import (
         ([{"extra_info": None}, {"extra_info": {"q": "a"}}], {"prompt_key": "extra_info.q"}, r"row 0: column extra_i"),
         ([{"text": "a b"}, {"text": None}], {}, r"x.parquet, row 1: column text is null"),
         ([{"messages": None}, {"messages": [user("a")]}], {}, r"row 0: column messages is null"),
+        ([{"messages": [user(" ")]}, {"messages": [user("a")]}], {}, r"row 0: the prompt in column messages is empty"),
+        ([{"turns": ["a", "b"]}], {}, r"row 0: column turns holds 2 texts and not whose they are; expected {role"),
         ([{"messages": [user("a")]}, {"messages": []}], {}, r"row 1: column messages has no messages"),
         ([{"messages": "a"}], {}, r"row 0: column messages holds text that is not the JSON of a list of turns"),
         ([{"prompt": "[{'role': 'user', 'content': 'a'}]"}], {}, r"looks like a list of turns and is not JSON"),
@@ -77,6 +79,11 @@ from .families import (
             {"need_answers": True},
             r"row 1: the answer in answer is null",
         ),
+        (
+            [{"messages": [user("a"), {**assistant("b"), "weight": 0}]}],
+            {"need_answers": True},
+            r"the answer in messages is of weight 0; respond.source=base",
+        ),
         ([{"messages": [user("a"), assistant("")]}], {"need_answers": True}, r"row 0: the answer in messages is null"),
         ([{"messages": [user("a")]}], {"need_answers": True}, r"row 0: no answer follows the prompt"),
         (
@@ -93,6 +100,12 @@ def test_bad_rows(tmp_path: Path, rows: list[dict[str, Any]], options: dict[str,
         run(save(tmp_path / "x.parquet", rows, schema), **options)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([pa.array(["a"])] * 2, names=["question"] * 2), tmp_path / "x.parquet")
+    with pytest.raises(CorpusError, match=r"x.parquet: two columns have the same name: found question"):
+        run(tmp_path / "x.parquet")
+
+
 def test_columns_are_checked_in_every_file_before_any_row_is_read(tmp_path: Path) -> None:
     files = [save(tmp_path / "a.parquet", [{"question": None}]), save(tmp_path / "b.parquet", [{"id": 1}])]
     with pytest.raises(CorpusError, match=r"b.parquet: no layout fits"):
@@ -107,6 +120,14 @@ def test_files_that_are_not_parquet(tmp_path: Path, content: bytes) -> None:
         run(path)
     with pytest.raises(CorpusError, match=r"x.parquet: not a readable parquet file"):
         corpus.read(path)
+
+
+def test_a_file_that_git_lfs_has_not_fetched_is_told_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
+    with pytest.raises(
+        CorpusError, match=r"x.parquet: not a readable parquet file \(a pointer of Git LFS.*git lfs pull"
+    ):
+        run(tmp_path / "x.parquet")
 
 
 def test_all_bad_rows_are_counted_and_the_first_named_before_anything_is_written(tmp_path: Path) -> None:
