@@ -212,7 +212,7 @@ class LanguageModelWithSpeculator:
         if max_new_tokens < 1:
             raise DecodingError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         drafter = Drafter(self.decode, None if self.speculator is None else self.speculator.config.n_predict, draft)
-        if not self.base.takes_back and (draft or self.decode.draft) != "none":
+        if not self.base.limits.takes_back and (draft or self.decode.draft) != "none":
             raise DecodingError(
                 f"{type(self.base.model).__name__} keeps a recurrent state, from which rejected drafts cannot be "
                 "removed: decode without drafts (draft='none')"
@@ -256,7 +256,7 @@ class LanguageModelWithSpeculator:
             run = token.tolist()
             yield Step(run, 0, 0)
             drafter.extend(prompt)
-            if self.base.takes_back:
+            if self.base.limits.takes_back:
                 memory.record()
             written = 1
             while written < limit and run[-1] not in stops:
@@ -272,7 +272,7 @@ class LanguageModelWithSpeculator:
                 read_ids, wanted = torch.stack([inputs, chosen]).tolist()
                 # Accept drafts up to the first that the base would not have written; its own token comes behind them.
                 accepted = acceptance.matching(read_ids[1:], wanted)
-                if self.base.takes_back:
+                if self.base.limits.takes_back:
                     memory.crop(accepted - k)
                 token, state = chosen[accepted : accepted + 1], states[accepted : accepted + 1]
                 run = wanted[: min(accepted + 1, limit - written)]

@@ -107,8 +107,14 @@ def test_a_model_whose_lm_head_reads_something_else_is_refused(
 ) -> None:
     real = base_model.hidden_states
     monkeypatch.setattr("spec.base.loading.hidden_states", lambda model, ids: real(model, ids) * 2)
-    with pytest.raises(BaseError, match="lm_head does not read the model's last hidden state"):
+    with pytest.raises(BaseError, match="lm_head of GPT2LMHeadModel does not read the model's last hidden state"):
         load(Model(), base_folder, "digest", CPU)
+
+
+def test_a_broken_generation_config_is_refused(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(BaseError, match=r"generation_config.json cannot be read"):
+        stop_ids(folder)
 
 
 def test_the_token_that_closes_a_turn_ends_answers(folder: Path) -> None:
