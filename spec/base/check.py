@@ -87,6 +87,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     with refusals(folder, "its config.json does not fit its architecture"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", True) is None:
+        del config.quantization_config
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or auto_class(config) is AutoModelForImageTextToText
     other = [name for name in values.get("architectures") or () if _OTHER_TASKS.fullmatch(name)]
     if other or config.is_encoder_decoder or not (known or (trust_remote_code and "AutoModelForCausalLM" in code)):
@@ -187,7 +189,7 @@ def check_weights(folder: Path, model: Any) -> list[str]:
     """
     notes = _adapter_notes(folder)
     headers = {name: header for path in weight_files(folder) for name, header in _read_header(path).items()}
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    if json.loads((folder / "config.json").read_text()).get("quantization_config"):
         return notes
     options = LoadStateDictConfig(
         device_map={"": _META},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,9 @@ def _has_table(model: Any, positions: int) -> bool:
 
     A few tables have rows to spare (OPT's first two), which no position reaches.
     """
-    decoder = model.get_decoder()
-    tables = [(name, module.weight) for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)]
-    tables += [(name, buffer) for name, buffer in decoder.named_buffers() if buffer.ndim == 2]
-    names = ((name.rpartition(".")[2], table) for name, table in tables)
-    return any(positions <= table.shape[0] <= positions + 8 for name, table in names if name == "wpe" or "pos" in name)
+    tables = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    tables += [(name, buffer) for name, buffer in model.named_buffers() if buffer.ndim == 2]
+    return any(
+        positions <= table.shape[0] <= positions + 8 and re.fullmatch(r"(?!.*vision).*(\bwpe|pos[^.]*)", name)
+        for name, table in tables
+    )

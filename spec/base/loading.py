@@ -147,24 +147,29 @@ def _load_model(folder: Path, trust_remote_code: bool, device: torch.device, dty
 
 @torch.inference_mode()
 def _check_states(folder: Path, base: Base) -> None:
-    """lm_head must read exactly what hidden_states returns, else every head would learn from the wrong vector."""
+    """lm_head must read exactly what hidden_states returns, and no token what comes after it: else every head would
+    learn from the wrong vectors."""
     read: list[torch.Tensor] = []
     hook = base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    ids = torch.arange(4, device=base.device)[None] % base.vocab_size
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=base.device) % base.vocab_size
     try:
         base.model(input_ids=ids, use_cache=False)
     finally:
         hook.remove()
-    if not all(states.isfinite().all() for states in read):
+    states, name = hidden_states(base.model, ids), type(base.model).__name__
+    if not states.isfinite().all():
         raise BaseError(
-            f"{folder}: its states of the ids 0 to 3 are not finite: the weights hold NaN, or numbers that are too "
+            f"{folder}: its states of the ids 0 to 4 are not finite: the weights hold NaN, or numbers that are too "
             f"large for {str(base.model.dtype).removeprefix('torch.')} (set model.dtype to bfloat16 or float32)"
         )
-    if not read or not torch.equal(read[0], hidden_states(base.model, ids)):
+    if not read or not torch.equal(read[0], states):
         raise BaseError(
-            f"{folder}: lm_head of {type(base.model).__name__} does not read the model's last hidden state, so these "
-            "heads cannot be trained for it"
+            f"{folder}: lm_head of {name} does not read the model's last hidden state, so these heads cannot be "
+            "trained for it"
         )
+    one, other = states[:, :3].float()
+    if (one - other).abs().max() > 0.1 * one.abs().max():  # rounding is far less
+        raise BaseError(f"{folder}: {name} lets tokens see those that come after them; use another base")
 
 
 def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
