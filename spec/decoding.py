@@ -5,7 +5,6 @@ The loop is LanguageModelWithSpeculator.stream; everything else is around it.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -231,7 +230,6 @@ class LanguageModelWithSpeculator:
         """The loop. At most `limit` tokens are written, and `room` read behind the prompt."""
         model, speculator = self.base.model, self.speculator
         memory = Memory(model)
-        known = inspect.signature(model.forward).parameters
         read: list[Tensor] = []
 
         def keep(module: object, args: tuple[Tensor, ...]) -> None:
@@ -239,11 +237,8 @@ class LanguageModelWithSpeculator:
 
         def forward(tokens: Tensor, start: int, last: int) -> tuple[Tensor, Tensor]:  # [S] -> [last, V], [last, d]
             positions = torch.arange(start, start + len(tokens), device=tokens.device)[None]
-            options = {"logits_to_keep": last, "position_ids": positions}
-            given = {name: value for name, value in options.items() if name in known}
-            made = model(input_ids=tokens[None], use_cache=True, **memory.given, **given)
-            memory.take(made)
-            return made.logits[0, -last:], read[0][0, -last:]  # the model's own logits, after any scaling or capping
+            logits = memory.forward(tokens[None], logits_to_keep=last, position_ids=positions)
+            return logits[0, -last:], read[0][0, -last:]  # the model's own logits, after any scaling or capping
 
         def from_heads(k: int) -> Tensor | list[int]:  # [k]
             assert speculator is not None  # Drafter has seen to it

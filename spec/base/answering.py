@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache as remembered
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -140,14 +138,15 @@ def _answer_batch(
         real[row, width - len(prompt) :] = 1
     ids, mask = (torch.from_numpy(array).to(device) for array in (padded, real))
     drawn = torch.cat([drawn, drawn.new_ones(len(prompts) - rows, drawn.shape[1])]).to(device)
-    forward = _Forward(base)
+    memory = Memory(base.model)
     answers: list[list[int]] = [[] for _ in range(rows)]
     stops = base.stop_ids
     # The row that each place of the batch writes; -1 once it has ended.
     active = [*range(rows), *[-1] * (len(prompts) - rows)]
     positions = (mask.cumsum(1) - 1).clamp_(min=0)
     for step in range(max_new_tokens):
-        logits = forward(ids, mask, positions)
+        seen = {} if base.limits.recurrent else {"attention_mask": mask}  # prompts of a recurrent base have no padding
+        logits = memory.forward(ids, position_ids=positions, logits_to_keep=1, **seen)[:, -1]
         if temperature:
             cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
             tokens = torch.searchsorted(cumulative, drawn[:, step, None] * cumulative[:, -1:])[:, 0]
@@ -165,32 +164,12 @@ def _answer_batch(
         if not going:
             break
         # A smaller batch is faster, but to make it copies the cache.
-        if LEAST_ROWS <= len(going) <= COMPACT * len(active) and forward.memory.can_drop_rows:
+        if LEAST_ROWS <= len(going) <= COMPACT * len(active) and memory.can_drop_rows:
             keep = torch.tensor(going, device=device)
             active = [active[place] for place in going]
             ids, positions, mask, drawn = ids[keep], positions[keep], mask[keep], drawn[keep]
-            forward.memory.keep_rows(keep)
+            memory.keep_rows(keep)
     return answers
-
-
-class _Forward:
-    """The base with its memory of one batch; a base with a recurrent state is given no mask."""
-
-    def __init__(self, base: Base) -> None:
-        self._base = base
-        self._parameters = inspect.signature(base.model.forward).parameters
-        self.memory = Memory(base.model)
-
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] behind the last of ids [B, S]; mask [B, all so far], positions [B, S]."""
-        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-        given = {name: value for name, value in options.items() if name in self._parameters}
-        if not self._base.limits.recurrent:
-            given["attention_mask"] = mask
-        made = self._base.model(input_ids=ids, use_cache=True, **self.memory.given, **given)
-        self.memory.take(made)
-        logits: torch.Tensor = made.logits[:, -1]
-        return logits
 
 
 def _uniform(seeds: Sequence[int], rows: int, length: int) -> torch.Tensor:

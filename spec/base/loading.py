@@ -72,17 +72,12 @@ class Base:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        named = _named_stops(self.model.generation_config, self.tokenizer)
-        return named if self._turn_end is None else named | {self._turn_end}
+        return _all_stops(self.model.generation_config, self.tokenizer)
 
     @cached_property
     def limits(self) -> Limits:
         """What it can read and remember."""
         return limits_of(self.model)
-
-    @cached_property
-    def _turn_end(self) -> int | None:
-        return _end_of_turn(self.tokenizer)
 
 
 def load(
@@ -184,10 +179,7 @@ def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
 
 def stop_ids(folder: Path, trust_remote_code: bool = False) -> frozenset[int]:
     """Base.stop_ids of the model in a folder, without its weights."""
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    named = _named_stops(_generation(folder, trust_remote_code), tokenizer)
-    end = _end_of_turn(tokenizer)
-    return named if end is None else named | {end}
+    return _all_stops(_generation(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code))
 
 
 def unstopped_turn(folder: Path, trust_remote_code: bool = False) -> int | None:
@@ -202,6 +194,11 @@ def _generation(folder: Path, trust_remote_code: bool) -> Any:
         if (folder / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(folder)
         return GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+
+
+def _all_stops(generation: Any, tokenizer: Any) -> frozenset[int]:
+    end = _end_of_turn(tokenizer)
+    return _named_stops(generation, tokenizer) | ({end} if end is not None else set())
 
 
 def _named_stops(generation: Any, tokenizer: Any) -> frozenset[int]:
