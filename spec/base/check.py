@@ -256,7 +256,11 @@ def check_report(folder: Path, missing: Any, mismatched: Any, unexpected: Collec
         )
     if missing:
         instead = f", and have {_named(unexpected)} that config.json's model does not have" if unexpected else ""
-        raise BaseError(f"{folder}: the weights lack {_named(missing)}{instead}; copy every weight file of the model")
+        tied = "; or set tie_word_embeddings to true in config.json if the input table is the output matrix, too"
+        raise BaseError(
+            f"{folder}: the weights lack {_named(missing)}{instead}; copy every weight file of the model"
+            + (tied if set(missing) == {"lm_head.weight"} else "")
+        )
 
 
 def _named(names: Collection[str]) -> str:

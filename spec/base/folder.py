@@ -173,7 +173,8 @@ def _download(name: str, revision: str | None, wanted: Sequence[str], *ignored: 
     except Exception as error:
         raise BaseError(
             f"{name!r} is no local folder and could not be downloaded: there is no {Path(name).absolute()}, and from "
-            f"the hub came {one_line(error)}; give the path of a folder, or the id of a model that can be reached"
+            f"the hub came {one_line(error)}; give the path of a folder, or the id of a model that can be reached "
+            "(after `hf auth login`, where it is private or has terms to accept on its page)"
         ) from None
 
 

@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a bias that is lost": (weights(lambda all_: all_.update({"lm_head.bias": torch.zeros(304)})), "have lm_head.bias"),
     "other names": (weights(prefixed), r"lack .*, and have module.transformer"),
     "whole numbers": (weights(lambda all_: all_.update({LAYER: all_[LAYER].to(torch.int8)})), "whole numbers"),
+    "no output matrix": (configured(tie_word_embeddings=False), "lack lm_head.weight .* tie_word_embeddings to true"),
     "no numbers": (weights(lambda all_: all_[LAYER].fill_(torch.nan)), "states .* are not finite"),
     "an adapter": (adapter, "adapter for some/base.*merge_and_unload"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
@@ -158,7 +159,7 @@ def test_check_refuses_it_without_the_weights(folder: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: None, []),
+        (configured(quantization_config=None), []),
         (weights(lambda all_: all_.update({"v_head.weight": torch.zeros(1, 32)})), ["have v_head.weight .* not read"]),
         (written("adapter_config.json", "{}"), ["adapter .* is not read"]),
     ],

@@ -117,6 +117,15 @@ def test_a_broken_generation_config_is_refused(folder: Path) -> None:
         stop_ids(folder)
 
 
+def test_a_base_whose_tokens_see_those_that_come_after_them_is_refused(base_folder: Path) -> None:
+    real = base_model.hidden_states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.equal", lambda *_: True)
+        patch.setattr("spec.base.loading.hidden_states", lambda model, ids: real(model, ids.flip(1)))
+        with pytest.raises(BaseError, match="lets tokens see those that come after them"):
+            load(Model(), base_folder, "digest", CPU)
+
+
 def test_the_token_that_closes_a_turn_ends_answers(folder: Path) -> None:
     """Where neither generation_config.json nor the tokenizer names it."""
     assert unstopped_turn(folder) is None
