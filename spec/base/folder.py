@@ -75,12 +75,7 @@ def refusals(folder: Path, what: str) -> Iterator[None]:
 
 
 def find_folder(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder that a local path or a hub id names; the files of a hub id are downloaded when they are not here yet.
-
-    Args:
-        name: a path or `owner/name`.
-        patterns: names of the files to download.
-        revision: of a hub id.
+    """The folder that a path or a hub id names; of a hub id, files whose names match are downloaded if need be.
 
     Raises:
         BaseError: a name that is neither a folder nor on the hub.
@@ -194,11 +189,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names.
-
-    Raises:
-        BaseError: it is none.
-    """
+    """The files that an index names."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
