@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
 from spec import acceptance, heads
-from spec.base import Base, answer, find_logits, hidden_states
+from spec.base import Base, answer, auto_class, find_logits, hidden_states
 from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import drafts_along
@@ -47,6 +47,7 @@ SIZES: dict[str, Any] = {
 _OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 _NO_POSITIONS = {"max_position_embeddings": None}
 _LINEAR = {
     "linear_key_head_dim": 8,
@@ -135,6 +136,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"ssm_state_size": 8, "n_groups": 1, "chunk_size": 16},
     },
     **{name: {} for name in ("deepseek_v4", "olmo_hybrid", "zaya")},
+    "gemma3": {
+        "text_config": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+        "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
+    },
+    "llama4": {
+        "text_config": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 16},
+        "vision_config": {**_VISION, "vision_output_dim": 32, "projector_output_dim": 32, "image_size": 28},
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **_VISION, "image_size": 28, "patch_size": 14},
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral"},
+        "vision_config": {"model_type": "pixtral", **_VISION, "head_dim": 8, "image_size": 28, "patch_size": 14},
+    },
+    **{
+        name: {
+            "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+            "vision_config": {**_VISION, "depth": 1, "num_heads": 2, "embed_dim": 32, "out_hidden_size": 32},
+        }
+        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    },
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "block_size": 16},
 }
 
@@ -165,9 +189,14 @@ class Result:
 def make(family: str) -> Base:
     """A tiny random base."""
     transformers_logging.set_verbosity_error()
-    values = {name: value for name, value in {**SIZES, **FAMILIES[family]}.items() if value is not None}
+    values = dict(FAMILIES[family])
+    if "text_config" in values:
+        values["text_config"] = {**SIZES, **values["text_config"]}
+    else:
+        values = {name: value for name, value in {**SIZES, **values}.items() if value is not None}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=torch.float32)
+    config = AutoConfig.for_model(family, **values)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         torch.nn.init.normal_(bias)
@@ -187,8 +216,8 @@ def check(family: str) -> Result:
     base = make(family)
     asked = prompts()
     written = answer(base, asked, NEW)
-    lossless, walk = _decoded(base, asked, written) if base.takes_back else ("", "")
-    if not base.takes_back:
+    lossless, walk = _decoded(base, asked, written) if base.limits.takes_back else ("", "")
+    if not base.limits.takes_back:
         plain = LanguageModelWithSpeculator(base)
         for prompt, tokens in zip(asked, written, strict=True):
             assert _agree(base, prompt, tokens, plain.generate(prompt, NEW, draft="none").tokens), family
@@ -197,7 +226,7 @@ def check(family: str) -> Result:
     positions = base.limits.positions
     return Result(
         family=family,
-        memory="recurrent" if base.recurrent else "attention",
+        memory="recurrent" if base.limits.recurrent else "attention",
         positions="none" if positions is None else "hard" if base.limits.hard else "soft",
         logits="unknown" if logits is None else " ".join(kinds) or "plain",
         answers=_yes(

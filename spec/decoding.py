@@ -5,7 +5,6 @@ The loop is LanguageModelWithSpeculator.stream; everything else is around it.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -212,7 +211,7 @@ class LanguageModelWithSpeculator:
         if max_new_tokens < 1:
             raise DecodingError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         drafter = Drafter(self.decode, None if self.speculator is None else self.speculator.config.n_predict, draft)
-        if not self.base.takes_back and (draft or self.decode.draft) != "none":
+        if not self.base.limits.takes_back and (draft or self.decode.draft) != "none":
             raise DecodingError(
                 f"{type(self.base.model).__name__} keeps a recurrent state, from which rejected drafts cannot be "
                 "removed: decode without drafts (draft='none')"
@@ -231,7 +230,6 @@ class LanguageModelWithSpeculator:
         """The loop. At most `limit` tokens are written, and `room` read behind the prompt."""
         model, speculator = self.base.model, self.speculator
         memory = Memory(model)
-        known = inspect.signature(model.forward).parameters
         read: list[Tensor] = []
 
         def keep(module: object, args: tuple[Tensor, ...]) -> None:
@@ -239,11 +237,8 @@ class LanguageModelWithSpeculator:
 
         def forward(tokens: Tensor, start: int, last: int) -> tuple[Tensor, Tensor]:  # [S] -> [last, V], [last, d]
             positions = torch.arange(start, start + len(tokens), device=tokens.device)[None]
-            options = {"logits_to_keep": last, "position_ids": positions}
-            given = {name: value for name, value in options.items() if name in known}
-            made = model(input_ids=tokens[None], use_cache=True, **memory.given, **given)
-            memory.take(made)
-            return made.logits[0, -last:], read[0][0, -last:]  # the model's own logits, after any scaling or capping
+            logits = memory.forward(tokens[None], logits_to_keep=last, position_ids=positions)
+            return logits[0, -last:], read[0][0, -last:]  # the model's own logits, after any scaling or capping
 
         def from_heads(k: int) -> Tensor | list[int]:  # [k]
             assert speculator is not None  # Drafter has seen to it
@@ -256,7 +251,7 @@ class LanguageModelWithSpeculator:
             run = token.tolist()
             yield Step(run, 0, 0)
             drafter.extend(prompt)
-            if self.base.takes_back:
+            if self.base.limits.takes_back:
                 memory.record()
             written = 1
             while written < limit and run[-1] not in stops:
@@ -272,7 +267,7 @@ class LanguageModelWithSpeculator:
                 read_ids, wanted = torch.stack([inputs, chosen]).tolist()
                 # Accept drafts up to the first that the base would not have written; its own token comes behind them.
                 accepted = acceptance.matching(read_ids[1:], wanted)
-                if self.base.takes_back:
+                if self.base.limits.takes_back:
                     memory.crop(accepted - k)
                 token, state = chosen[accepted : accepted + 1], states[accepted : accepted + 1]
                 run = wanted[: min(accepted + 1, limit - written)]

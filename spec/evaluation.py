@@ -157,7 +157,7 @@ def decoding(
         By domain, what each source took.
     """
     manifest = reader.manifest
-    everything: list[Source] = ["none", *SOURCES] if model.base.takes_back else ["none"]
+    everything: list[Source] = ["none", *SOURCES] if model.base.limits.takes_back else ["none"]
     results: dict[str, dict[Source, Timed]] = {}
     for turn, index in enumerate(indices):
         prompt = _prompt(reader, index)

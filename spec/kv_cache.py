@@ -83,46 +83,47 @@ def make_cache(config: PretrainedConfig) -> DynamicCache:
 
 
 class Memory:
-    """What a model remembers of the tokens that it has read, from one forward to the next.
+    """A model with what it remembers of the tokens that it has read.
 
     Args:
         model: in most families it is given a cache; a few make their own, and some keep a part in their layers.
-
-    Attributes:
-        given: what to give to the next forward.
     """
 
     def __init__(self, model: Any) -> None:
-        names = inspect.signature(model.forward).parameters
-        self._taken = [name for name in ("past_key_values", "cache_params") if name in names]
-        name = "cache_params" if "cache_params" in names else "past_key_values"
+        self._model = model
+        self._names = inspect.signature(model.forward).parameters
         self._makes_its_own = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
-        self.given: dict[str, Any] = {} if self._makes_its_own else {name: make_cache(model.config)}
-        self._stateful = bool(model._is_stateful)
+        name = "cache_params" if "cache_params" in self._names else "past_key_values"
+        self._given: dict[str, Any] = {} if self._makes_its_own else {name: make_cache(model.config)}
 
-    def take(self, made: Any) -> None:
-        """Keep what a forward has made of it."""
+    def forward(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Logits behind ids [B, S], which follow what was read; options that the model does not know are left out."""
+        known = {name: value for name, value in options.items() if name in self._names}
+        made = self._model(input_ids=ids, use_cache=True, **self._given, **known)
         if self._makes_its_own:
-            self.given = {name: getattr(made, name) for name in self._taken if getattr(made, name, None) is not None}
+            found = {name: getattr(made, name, None) for name in ("past_key_values", "cache_params")}
+            self._given = {name: value for name, value in found.items() if value is not None and name in self._names}
+        logits: torch.Tensor = made.logits
+        return logits
 
     def record(self) -> None:
         """Keep from now on what a crop may bring back: the past of sliding windows and of convolutions."""
-        for memory in self.given.values():
+        for memory in self._given.values():
             memory.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens."""
-        for memory in self.given.values():
+        for memory in self._given.values():
             memory.crop(tokens_to_remove)
 
     @property
     def can_drop_rows(self) -> bool:
         """Whether keep_rows reaches all of it."""
-        layers = [layer for memory in self.given.values() for layer in getattr(memory, "layers", ())]
-        reached = not self._stateful or any(hasattr(layer, "recurrent_states") for layer in layers)
+        layers = [layer for memory in self._given.values() for layer in getattr(memory, "layers", ())]
+        reached = not self._model._is_stateful or any(hasattr(layer, "recurrent_states") for layer in layers)
         return reached and not self._makes_its_own
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Drop the other rows of the batch."""
-        for memory in self.given.values():
+        for memory in self._given.values():
             memory.reorder_cache(rows)  # unlike batch_select_indices it selects in recurrent states, too

@@ -12,7 +12,7 @@ from spec import base, files
 from spec.config import Config
 from stages import common, embedded
 
-RULE = 1
+RULE = 2
 """Raised when examine finds more, so that bases that passed before are looked at again."""
 
 
@@ -59,8 +59,7 @@ def examine(config: Config, folder: Path) -> Findings:
         BaseError: it cannot be used; says why, and what to do.
     """
     trusted = config.model.trust_remote_code
-    base.check(folder, trusted)
-    notes, answering = [], []
+    notes, answering = base.check(folder, trusted), []
     limits, length = base.limits(folder, trusted), config.data.max_length
     if limits.positions is not None and length > limits.positions:
         effect = "longer rows are dropped" if limits.hard else "longer rows are beyond what it was trained for"
@@ -73,9 +72,9 @@ def examine(config: Config, folder: Path) -> Findings:
             f"the chat template closes a turn with {token!r} (id {end}), at which the base itself does not stop: "
             "answers end there all the same. Other engines need it in eos_token_id of generation_config.json"
         )
-    if base.is_recurrent(folder, trusted):
+    if limits.recurrent:
         answering.append("prompts of one length together")
-    if not base.can_take_back(folder, trusted):
+    if not limits.takes_back:
         notes.append(
             "the base keeps a recurrent state, from which rejected drafts cannot be removed: evaluate reports the "
             "exact walk and plain decoding, but no decoding with drafts"

@@ -90,7 +90,7 @@ def _measure(
         model = _model(config, source, config.model.dtype)
         with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
             timed = evaluation.decoding(model, reader, indices, config.evaluate.max_new_tokens, bar.update)
-        if not model.base.takes_back:
+        if not model.base.limits.takes_back:
             common.say("evaluate: the base cannot take drafts back; only plain decoding was measured")
         else:
             if model.base.model.dtype != torch.float32:

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec import base, corpus, costs, files
 from spec.config import Config
@@ -98,8 +97,8 @@ class _Work:
 def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
     sources = common.read_sources()
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-    text = shape.get_text_config()
+    meta = base.skeleton(folder, config.model.trust_remote_code)
+    text = meta.config.get_text_config()
     prompts, rows = _rows(config, sources)
     work = _work(config, sources, prompts, rows)
     about = "at most " if work.estimated else ""
@@ -108,8 +107,6 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
         f"keep ({work.positions / max(work.tokens, 1):.0%}); not in the store yet: {work.answers_missing:,} answers, "
         f"{work.tokens_missing:,} tokens"
     )
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.model.trust_remote_code)
     count = costs.passed_params(meta)
     written = work.answers_missing * config.respond.max_new_tokens
     job = costs.make_job(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec import base as base_model
 from spec import corpus, files, heads, plots, tracking
@@ -103,10 +102,7 @@ def train(config: Config, worker: Path | None) -> None:
 def _base_parameters(config: Config) -> int:
     """Of the base, from its config.json alone."""
     folder = base_model.resolve(config.model.partial_pretrain, common.read_sources()["base"]["revision"])
-    code = config.model.trust_remote_code
-    with torch.device("meta"):
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=code)
-        return int(AutoModelForCausalLM.from_config(shape, trust_remote_code=code).num_parameters())
+    return int(base_model.skeleton(folder, config.model.trust_remote_code).num_parameters())
 
 
 def _placeholder_map(shape: SpeculatorConfig) -> torch.Tensor | None:

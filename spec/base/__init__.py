@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from spec.base.answering import COMPACT, LEAST_ROWS, answer, prompt_buckets
-from spec.base.check import check, read_config
+from spec.base.check import auto_class, check, read_config, skeleton
 from spec.base.folder import BaseError, downloaded_revision, find_folder, identify, resolve
-from spec.base.limits import Limits, can_take_back, is_recurrent, limits
+from spec.base.limits import Limits, limits
 from spec.base.loading import Base, load, producer, stop_ids, unstopped_turn
 from spec.base.logits import LOOKED_AT, PLAIN, Logits, bias_of, find_logits, has_linear_logits
 from spec.base.states import BUCKET, bucket, hidden_states, prompt_bucket
@@ -22,9 +22,9 @@ __all__ = [
     "Limits",
     "Logits",
     "answer",
+    "auto_class",
     "bias_of",
     "bucket",
-    "can_take_back",
     "check",
     "downloaded_revision",
     "find_folder",
@@ -32,7 +32,6 @@ __all__ = [
     "has_linear_logits",
     "hidden_states",
     "identify",
-    "is_recurrent",
     "limits",
     "load",
     "load_tokenizer",
@@ -41,6 +40,7 @@ __all__ = [
     "prompt_buckets",
     "read_config",
     "resolve",
+    "skeleton",
     "stop_ids",
     "unstopped_turn",
 ]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache as remembered
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from spec.base.check import read_config, skeleton
 from spec.base.folder import BaseError
-from spec.base.limits import Limits, has_state, limits_of
+from spec.base.limits import Limits, limits
 from spec.base.loading import Base
 from spec.base.states import prompt_bucket
 from spec.kv_cache import Memory
@@ -31,18 +28,21 @@ COMPACT = 0.75
 
 def prompt_buckets(folder: Path, max_new_tokens: int, trust_remote_code: bool = False) -> Callable[[int], int]:
     """By the length of a prompt, the padded length at which the base in a folder answers it."""
-    model = skeleton(folder, read_config(folder, trust_remote_code), trust_remote_code)
-    recurrent, limits = has_state(model), limits_of(model)
-    return lambda length: _width(length, max_new_tokens, recurrent, limits)
+    found = limits(folder, trust_remote_code)
+    return lambda length: _width(length, max_new_tokens, found)
 
 
-def _width(length: int, max_new_tokens: int, recurrent: bool, limits: Limits) -> int:
-    """A prompt's padded length: its own where padding on the left would change a state, or where it and the answer
-    would pass the last position."""
-    padded = prompt_bucket(length)
-    if recurrent or (limits.most is not None and padded + max_new_tokens > limits.most):
+def _width(length: int, max_new_tokens: int, found: Limits) -> int:
+    """A prompt's padded length, which leaves room for the answer before the last position."""
+    if _stays_alone(length, max_new_tokens, found):
         return length
-    return padded
+    return prompt_bucket(length) if found.most is None else min(prompt_bucket(length), found.most - max_new_tokens)
+
+
+def _stays_alone(length: int, max_new_tokens: int, found: Limits) -> bool:
+    """Whether a prompt shares a batch with prompts of its length only: padding would change a recurrent state, or
+    there are too few positions for a whole answer."""
+    return found.recurrent or (found.most is not None and length + max_new_tokens > found.most)
 
 
 @torch.inference_mode()
@@ -71,15 +71,16 @@ def answer(
         BaseError: a prompt that leaves no position for an answer, or with an id for which the base has no row.
     """
     _check_prompts(base, prompts, max_new_tokens)
-    exact: dict[int, list[int]] = {}
-    padded: list[int] = []
-    for row, prompt in enumerate(prompts):
-        width = _width(len(prompt), max_new_tokens, base.recurrent, base.limits)
-        (exact.setdefault(width, []) if width == len(prompt) else padded).append(row)
-    batches = [(max(prompt_bucket(len(prompts[row])) for row in padded), padded)] if padded else []
+    found, lengths = base.limits, list(map(len, prompts))
+    widths = [_width(length, max_new_tokens, found) for length in lengths]
+    alone = [_stays_alone(length, max_new_tokens, found) for length in lengths]
+    shared = max((width for width, by_itself in zip(widths, alone, strict=True) if not by_itself), default=0)
+    groups: dict[int, list[int]] = {}
+    for row, width in enumerate(widths):
+        groups.setdefault(width if alone[row] else shared, []).append(row)
     answers: list[list[int]] = [[] for _ in prompts]
-    for width, rows in [*batches, *exact.items()]:
-        limit = max_new_tokens if base.limits.most is None else min(max_new_tokens, base.limits.most - width)
+    for width, rows in groups.items():
+        limit = max_new_tokens if found.most is None else min(max_new_tokens, found.most - width)
         drawn = _uniform([seeds[row] for row in rows] if seeds else [], len(rows), limit if temperature else 0)
         written = _answer_batch(base, [prompts[row] for row in rows], width, limit, temperature, drawn, on_token)
         for row, tokens in zip(rows, written, strict=True):
@@ -137,14 +138,15 @@ def _answer_batch(
         real[row, width - len(prompt) :] = 1
     ids, mask = (torch.from_numpy(array).to(device) for array in (padded, real))
     drawn = torch.cat([drawn, drawn.new_ones(len(prompts) - rows, drawn.shape[1])]).to(device)
-    forward = _Forward(base)
+    memory = Memory(base.model)
     answers: list[list[int]] = [[] for _ in range(rows)]
     stops = base.stop_ids
     # The row that each place of the batch writes; -1 once it has ended.
     active = [*range(rows), *[-1] * (len(prompts) - rows)]
     positions = (mask.cumsum(1) - 1).clamp_(min=0)
     for step in range(max_new_tokens):
-        logits = forward(ids, mask, positions)
+        seen = {} if base.limits.recurrent else {"attention_mask": mask}  # prompts of a recurrent base have no padding
+        logits = memory.forward(ids, position_ids=positions, logits_to_keep=1, **seen)[:, -1]
         if temperature:
             cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
             tokens = torch.searchsorted(cumulative, drawn[:, step, None] * cumulative[:, -1:])[:, 0]
@@ -162,32 +164,12 @@ def _answer_batch(
         if not going:
             break
         # A smaller batch is faster, but to make it copies the cache.
-        if LEAST_ROWS <= len(going) <= COMPACT * len(active) and forward.memory.can_drop_rows:
+        if LEAST_ROWS <= len(going) <= COMPACT * len(active) and memory.can_drop_rows:
             keep = torch.tensor(going, device=device)
             active = [active[place] for place in going]
             ids, positions, mask, drawn = ids[keep], positions[keep], mask[keep], drawn[keep]
-            forward.memory.keep_rows(keep)
+            memory.keep_rows(keep)
     return answers
-
-
-class _Forward:
-    """The base with its memory of one batch; a base with a recurrent state is given no mask."""
-
-    def __init__(self, base: Base) -> None:
-        self._base = base
-        self._parameters = inspect.signature(base.model.forward).parameters
-        self.memory = Memory(base.model)
-
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] behind the last of ids [B, S]; mask [B, all so far], positions [B, S]."""
-        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-        given = {name: value for name, value in options.items() if name in self._parameters}
-        if not self._base.recurrent:
-            given["attention_mask"] = mask
-        made = self._base.model(input_ids=ids, use_cache=True, **self.memory.given, **given)
-        self.memory.take(made)
-        logits: torch.Tensor = made.logits[:, -1]
-        return logits
 
 
 def _uniform(seeds: Sequence[int], rows: int, length: int) -> torch.Tensor:

@@ -37,6 +37,22 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file, in the order in which transformers looks for them; each may have an index in its place."""
 
 
+_REMEDIES = {
+    "checkpoint-*/config.json": "is of a training run's checkpoint: give its folder",
+    "snapshots/*/config.json": "is in a hub's cache: give its folder",
+    "*/config.json": "is of a model in a subfolder: give that folder",
+    "model-*-of-*.safetensors": "is a part of the weights: copy model.safetensors.index.json next to it",
+    "pytorch_model-*-of-*.bin": "is a part of the weights: copy pytorch_model.bin.index.json next to it",
+    "pytorch_model_fsdp*": "holds FSDP's parts: join them with `accelerate merge-weights`",
+    "global_step*": "holds DeepSpeed's parts: join them with the zero_to_fp32.py next to it",
+    "*.gguf": "holds GGUF weights, which are not read: take the model that they were made from",
+    "consolidated*": "is in its maker's own layout: take the model in transformers' layout",
+    "*/*.safetensors": "holds weights in a subfolder: copy config.json and weights into one folder",
+    "model.*.safetensors": "has another name than model.safetensors: rename it if it holds the weights",
+}
+"""What tells how weights were saved, and what to do with it; the first that is found is said."""
+
+
 class BaseError(SpecError):
     """A base model that cannot be used: says which, what was found and what would fit."""
 
@@ -59,12 +75,7 @@ def refusals(folder: Path, what: str) -> Iterator[None]:
 
 
 def find_folder(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder that a local path or a hub id names; the files of a hub id are downloaded when they are not here yet.
-
-    Args:
-        name: a path or `owner/name`.
-        patterns: names of the files to download.
-        revision: of a hub id.
+    """The folder that a path or a hub id names; of a hub id, files whose names match are downloaded if need be.
 
     Raises:
         BaseError: a name that is neither a folder nor on the hub.
@@ -73,7 +84,7 @@ def find_folder(name: str, patterns: Sequence[str], revision: str | None = None)
 
 
 def resolve(name: str, revision: str | None, trust_remote_code: bool = False) -> Path:
-    """The folder of a model named by a local path or a hub id; of a hub model, what is loaded is downloaded.
+    """The folder of a model, as find_folder gives it, with config and weights; of a hub model, what is loaded.
 
     Args:
         name: a path or `owner/name`.
@@ -88,23 +99,36 @@ def resolve(name: str, revision: str | None, trust_remote_code: bool = False) ->
         folder = _download_model(name, revision)
         if trust_remote_code:
             add_code(folder)
-    _refuse_adapter(folder)
+    weights = weight_files(folder)
+    if not weights:
+        _refuse_adapter(folder)
     if not (folder / "config.json").is_file():
-        raise BaseError(f"{folder}: no config.json; this is not a model folder")
-    if not weight_files(folder):
+        raise BaseError(f"{folder}: no config.json; this is not a model folder{_remedy(folder)}")
+    if not weights:
         raise BaseError(
-            f"{folder}: no weights (model.safetensors or pytorch_model.bin, or the parts that their index names); copy "
-            "them next to config.json"
+            f"{folder}: no weights (model.safetensors or pytorch_model.bin, or the parts that their index names)"
+            + (_remedy(folder) or "; copy them next to config.json")
         )
     return folder
+
+
+def _remedy(folder: Path) -> str:
+    """What to do with the first thing in a folder that tells how its weights were saved."""
+    found = ((path, remedy) for pattern, remedy in _REMEDIES.items() for path in sorted(folder.glob(pattern)))
+    path, remedy = next(found, (None, ""))
+    return f". {path.relative_to(folder)} {remedy}" if path else ""
 
 
 def _local(name: str) -> Path | None:
     """The folder of this name here."""
     try:
-        return Path(name) if Path(name).is_dir() else None
-    except (OSError, ValueError) as error:  # too long a name, or one that no file can have
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, or one that no file can have
         raise BaseError(f"{name[:100]!r} is no name of a folder or of a model on the hub ({one_line(error)})") from None
+    if is_file:
+        raise BaseError(f"{name} is a file; give the folder in which it lies, {path.parent}")
+    return path if is_folder else None
 
 
 def _download_model(name: str, revision: str | None) -> Path:
@@ -114,7 +138,7 @@ def _download_model(name: str, revision: str | None) -> Path:
         _download(name, folder.name, ("config.json", whole, "chat_templates/*"))
         index = folder / f"{whole}.index.json"
         if not (folder / whole).is_file() and index.is_file():
-            _download(name, folder.name, [path.name for path in _shards(index)])
+            _download(name, folder.name, [str(path.relative_to(folder)) for path in _shards(index)])
         if weight_files(folder):
             break
     return folder
@@ -144,13 +168,14 @@ def _download(name: str, revision: str | None, wanted: Sequence[str], *ignored: 
     except Exception as error:
         raise BaseError(
             f"{name!r} is no local folder and could not be downloaded: there is no {Path(name).absolute()}, and from "
-            f"the hub came {one_line(error)}; give the path of a folder, or the id of a model that can be reached"
+            f"the hub came {one_line(error)}; give the path of a folder, or the id of a model that can be reached "
+            "(after `hf auth login`, where it is private or has terms to accept on its page)"
         ) from None
 
 
 def _refuse_adapter(folder: Path) -> None:
     """An adapter is no model: what it was trained with is elsewhere."""
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+    if not any(folder.glob("adapter_*")):
         return
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -164,14 +189,12 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names.
-
-    Raises:
-        BaseError: it is none.
-    """
+    """The files that an index names."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [index.parent / Path(name).name for name in names]
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise ValueError("it names files outside its folder")
+        return [index.parent / name for name in names]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BaseError(f"{index} is no index of weights ({one_line(error)}); copy it again") from None
 
@@ -200,7 +223,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def downloaded_revision(folder: Path, params: Model) -> str | None:
     """The commit that a hub model's folder holds (hub caches name folders by it); None for a local folder."""
-    return None if Path(params.partial_pretrain).is_dir() else folder.name
+    return None if _local(params.partial_pretrain) else folder.name
 
 
 def identify(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:

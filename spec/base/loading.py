@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
-from spec.base.check import check_report, check_weights, read_config, skeleton
+from spec.base.check import auto_class, check_report, check_weights, read_config, skeleton
 from spec.base.folder import BaseError, add_code, refusals
-from spec.base.limits import Limits, has_state, limits_of, takes_back
+from spec.base.limits import Limits, limits_of
 from spec.base.states import hidden_states
 from spec.base.tokenizer import check_tokenizer, load_tokenizer
 from spec.config import Model
@@ -72,27 +72,12 @@ class Base:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        named = _named_stops(self.model.generation_config, self.tokenizer)
-        return named if self._turn_end is None else named | {self._turn_end}
+        return _all_stops(self.model.generation_config, self.tokenizer)
 
     @cached_property
     def limits(self) -> Limits:
-        """Its positions and its vocabulary."""
+        """What it can read and remember."""
         return limits_of(self.model)
-
-    @cached_property
-    def recurrent(self) -> bool:
-        """Whether it keeps a state that padding on the left would change."""
-        return has_state(self.model)
-
-    @cached_property
-    def takes_back(self) -> bool:
-        """Whether rejected drafts can be removed from its memory."""
-        return takes_back(self.model)
-
-    @cached_property
-    def _turn_end(self) -> int | None:
-        return _end_of_turn(self.tokenizer)
 
 
 def load(
@@ -115,54 +100,71 @@ def load(
     if params.trust_remote_code:
         add_code(folder)
     with refusals(folder, "it could not be loaded"):
-        config = read_config(folder, params.trust_remote_code)
+        empty = skeleton(folder, params.trust_remote_code)
+        check_weights(folder, empty)
         tokenizer = load_tokenizer(folder, params.trust_remote_code)
-        model = _load_model(params, folder, config, device, dtype)
-        check_tokenizer(folder, tokenizer, model.get_input_embeddings().weight.shape[0])
+        check_tokenizer(folder, tokenizer, empty.get_input_embeddings().weight.shape[0])
+        model = _load_model(folder, params.trust_remote_code, device, dtype, empty.config._attn_implementation)
         base = Base(model, tokenizer, digest, device, getattr(torch, dtype))
-        _check_states(base)
+        _check_states(folder, base)
     return base
 
 
-def _load_model(params: Model, folder: Path, config: Any, device: torch.device, dtype: str) -> Any:
-    check_weights(folder, skeleton(folder, config, params.trust_remote_code))
-    model, report = AutoModelForCausalLM.from_pretrained(
+def _load_model(folder: Path, trust_remote_code: bool, device: torch.device, dtype: str, attention: str) -> Any:
+    config = read_config(folder, trust_remote_code)
+    if config._attn_implementation_internal:  # asked for by config.json, and perhaps not installed
+        config._attn_implementation = attention
+    quantised, asked, computed = (
+        hasattr(config, "quantization_config"),
+        getattr(torch, dtype),
+        arithmetic(dtype, device),
+    )
+    model, report = auto_class(config).from_pretrained(
         folder,
         config=config,
-        dtype=getattr(torch, dtype),
-        trust_remote_code=params.trust_remote_code,
+        dtype=asked,
+        trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        **({"device_map": {"": device}} if hasattr(config, "quantization_config") else {}),
+        **({"device_map": {"": device}} if quantised else {}),
     )
     check_report(folder, report["missing_keys"], report["mismatched_keys"])
     model = model.eval().requires_grad_(False)
     if hasattr(model.config, "quantization_config"):  # it is where it shall be, in formats of its own
         return model
-    if hasattr(config, "quantization_config"):  # transformers widened the weights, perhaps to another dtype
+    if quantised:  # transformers widened the weights, perhaps to another dtype
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-    computed = arithmetic(dtype, device)
-    if computed != getattr(torch, dtype):
+            parameter.data = parameter.data.to(asked)
+    if computed != asked:
         log.warning("this CPU has no instructions for %s: the base computes in float32", dtype)
         model = model.to(computed)
     return model.to(device)
 
 
 @torch.inference_mode()
-def _check_states(base: Base) -> None:
-    """lm_head must read exactly what hidden_states returns, else every head would learn from the wrong vector."""
+def _check_states(folder: Path, base: Base) -> None:
+    """lm_head must read exactly what hidden_states returns, and no token what comes after it: else every head would
+    learn from the wrong vectors."""
     read: list[torch.Tensor] = []
     hook = base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    ids = torch.arange(4, device=base.device)[None] % base.vocab_size
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=base.device) % base.vocab_size
     try:
         base.model(input_ids=ids, use_cache=False)
     finally:
         hook.remove()
-    if not read or not torch.equal(read[0], hidden_states(base.model, ids)):
+    states, name = hidden_states(base.model, ids), type(base.model).__name__
+    if not states.isfinite().all():
         raise BaseError(
-            f"{type(base.model).__name__}: lm_head does not read the model's last hidden state, "
-            "so these heads cannot be trained for it"
+            f"{folder}: its states of the ids 0 to 4 are not finite: the weights hold NaN, or numbers that are too "
+            f"large for {str(base.model.dtype).removeprefix('torch.')} (set model.dtype to bfloat16 or float32)"
         )
+    if not read or not torch.equal(read[0], states):
+        raise BaseError(
+            f"{folder}: lm_head of {name} does not read the model's last hidden state, so these heads cannot be "
+            "trained for it"
+        )
+    one, other = states[:, :3].float()
+    if (one - other).abs().max() > 0.1 * one.abs().max():  # rounding is far less
+        raise BaseError(f"{folder}: {name} lets tokens see those that come after them; use another base")
 
 
 def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
@@ -177,10 +179,7 @@ def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
 
 def stop_ids(folder: Path, trust_remote_code: bool = False) -> frozenset[int]:
     """Base.stop_ids of the model in a folder, without its weights."""
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    named = _named_stops(_generation(folder, trust_remote_code), tokenizer)
-    end = _end_of_turn(tokenizer)
-    return named if end is None else named | {end}
+    return _all_stops(_generation(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code))
 
 
 def unstopped_turn(folder: Path, trust_remote_code: bool = False) -> int | None:
@@ -192,10 +191,14 @@ def unstopped_turn(folder: Path, trust_remote_code: bool = False) -> int | None:
 
 def _generation(folder: Path, trust_remote_code: bool) -> Any:
     with refusals(folder, "its generation_config.json cannot be read"):
-        try:
+        if (folder / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(folder)
-        except OSError:  # there is none; a model takes its own from config.json then
-            return GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+        return GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+
+
+def _all_stops(generation: Any, tokenizer: Any) -> frozenset[int]:
+    end = _end_of_turn(tokenizer)
+    return _named_stops(generation, tokenizer) | ({end} if end is not None else set())
 
 
 def _named_stops(generation: Any, tokenizer: Any) -> frozenset[int]:

@@ -35,5 +35,8 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """
     length = ids.shape[1]
     most = limits_of(model).most or length
-    states: torch.Tensor = model.get_decoder()(input_ids=ids[:, :most], use_cache=False).last_hidden_state
+    decoder = model.get_decoder()
+    if hasattr(decoder, "lm_head"):  # a whole language model within a model of images (Llama 4)
+        decoder = decoder.model
+    states: torch.Tensor = decoder(input_ids=ids[:, :most], use_cache=False).last_hidden_state
     return states if length <= most else F.pad(states, (0, 0, 0, length - most), value=torch.nan)

@@ -19,21 +19,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     if trust_remote_code:
         add_code(folder)
-    models = [*folder.glob("*.model"), *folder.glob("*.spm")]
+    models, what = [*folder.glob("*.model"), *folder.glob("*.spm")], "no tokenizer could be loaded"
     if not trust_remote_code and not models and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise BaseError(f"{folder}: no tokenizer (tokenizer.json or its like); copy it next to config.json")
-    if models and not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
-        raise BaseError(f"{folder}: {models[0].name} is read by a package that is not here: pip install sentencepiece")
-    what = "no tokenizer could be loaded"
     if models and not (folder / "tokenizer.json").is_file():
-        what += f" from {models[0].name}, which may be damaged, a pointer of Git LFS or of another kind"
+        name = models[0].name
+        if importlib.util.find_spec("sentencepiece") is None:
+            raise BaseError(f"{folder}: {name} is read by a package that is not here: pip install sentencepiece")
+        what += f" from {name}, which may be damaged, a pointer of Git LFS or of another kind"
     with refusals(folder, what):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         words = tokenizer.get_vocab().keys() - {token.content for token in tokenizer.added_tokens_decoder.values()}
         if not words:
-            raise BaseError(
-                f"{folder}: its tokenizer has no vocabulary; copy tokenizer.json, or the files it is made from"
-            )
+            raise BaseError(f"{folder}: its tokenizer has no vocabulary; copy tokenizer.json or what it is made from")
     return tokenizer
 
 

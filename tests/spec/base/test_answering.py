@@ -7,6 +7,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from bench.bases import make
 from bench.bases import prompts as short_prompts
 from spec import base as base_model
-from spec.base import Base, BaseError, answer, bucket, hidden_states, prompt_bucket
+from spec.base import Base, BaseError, answer, bucket, hidden_states, load, prompt_bucket
+from spec.config import Model
 
 NEW = 24
 
@@ -204,6 +206,25 @@ def test_beyond_what_it_was_trained_for_a_base_with_rotations_goes_on_with_a_wor
 def test_an_id_without_a_row_is_refused(base: Base) -> None:
     with pytest.raises(BaseError, match=f"the id {base.vocab_size}, for which the base has no row"):
         answer(base, [[5, base.vocab_size]], 3)
+
+
+def test_prompts_as_long_as_their_bucket_and_near_the_last_position_share_batches(base: Base) -> None:
+    lengths = [base_model.BUCKET] * 5 + [5] * 5
+    with batches_of(base) as batches:
+        answer(base, [[5] * length for length in lengths], 1)
+        answer(base, [[5] * length for length in (300, 310, *lengths)], 200)
+    assert set(batches[:2]) == {10, 12}
+
+
+@pytest.mark.parametrize("family", ["llama4", "mistral3", "qwen2_vl"])
+def test_the_language_model_within_a_model_of_images_is_a_base(
+    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spec.base.loading.check_tokenizer", lambda *_: None)  # the folder's has more tokens
+    made = make(family)
+    made.model.save_pretrained(folder)
+    loaded = load(Model(), folder, "digest", torch.device("cpu"), dtype="float32")
+    assert answer(loaded, short_prompts(), NEW) == [generate(made, prompt, NEW) for prompt in short_prompts()]
 
 
 RECURRENT = ["qwen3_next", "lfm2", "granitemoehybrid", "mamba2", "recurrent_gemma", "minimax"]

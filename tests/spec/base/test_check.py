@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,11 @@ def smaller_table(folder: Path) -> None:
     weights(lambda all_: all_.update({"transformer.wte.weight": all_["transformer.wte.weight"][:280].clone()}))(folder)
 
 
+def prefixed(all_: dict[str, Tensor]) -> None:
+    for name in list(all_):
+        all_[f"module.{name}"] = all_.pop(name)
+
+
 LAYER = "transformer.h.1.mlp.c_fc.weight"
 CASES: dict[str, tuple[Change, str]] = {
     "an architecture that is not known": (configured(model_type="new"), "transformers 5.* does not know .* 'new'"),
@@ -112,6 +118,17 @@ CASES: dict[str, tuple[Change, str]] = {
     "a missing layer": (configured(n_layer=3), r"lack transformer.h.2.*\(12 in all\)"),
     "another width": (configured(n_embd=16), r"c_attn.bias is \[96\] in the weights where config.json gives \[48\]"),
     "resized": (configured(vocab_size=288), r"wte.weight is \[304, 32\] in the weights .* gives \[288, 32\]"),
+    "a classifier": (
+        configured(architectures=["GPT2ForSequenceClassification"]),
+        "GPT2ForSequenceClassification is no",
+    ),
+    "embeddings": (written("modules.json", "[]"), "modules.json .* embeddings"),
+    "fewer layers": (configured(n_layer=1), r"have transformer.h.1.*, for which .* no place"),
+    "a bias that is lost": (weights(lambda all_: all_.update({"lm_head.bias": torch.zeros(304)})), "have lm_head.bias"),
+    "other names": (weights(prefixed), r"lack .*, and have module.transformer"),
+    "whole numbers": (weights(lambda all_: all_.update({LAYER: all_[LAYER].to(torch.int8)})), "whole numbers"),
+    "no output matrix": (configured(tie_word_embeddings=False), "lack lm_head.weight .* tie_word_embeddings to true"),
+    "no numbers": (weights(lambda all_: all_[LAYER].fill_(torch.nan)), "states .* are not finite"),
     "an adapter": (adapter, "adapter for some/base.*merge_and_unload"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
     "no vocabulary": (without("tokenizer.json"), "no tokenizer could be loaded"),
@@ -136,6 +153,27 @@ def test_check_refuses_it_without_the_weights(folder: Path, case: str) -> None:
     spoil, words = CASES[case]
     spoil(folder)
     with pytest.raises(BaseError, match=words):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (configured(quantization_config=None), []),
+        (weights(lambda all_: all_.update({"v_head.weight": torch.zeros(1, 32)})), ["have v_head.weight .* not read"]),
+        (written("adapter_config.json", "{}"), ["adapter .* is not read"]),
+    ],
+)
+def test_what_lies_next_to_the_weights_is_said(folder: Path, change: Change, words: list[str]) -> None:
+    change(folder)
+    notes = check(folder)
+    assert all(re.search(pattern, note) for pattern, note in zip(words, notes, strict=True))
+
+
+def test_an_adapter_that_peft_would_add_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    written("adapter_config.json", "{}")(folder)
+    with pytest.raises(BaseError, match=r"Move adapter_config.json away"):
         check(folder)
 
 

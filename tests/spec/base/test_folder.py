@@ -39,6 +39,46 @@ def test_resolve_names_what_a_folder_lacks(folder: Path, missing: str, words: st
         resolve(str(folder), None)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("checkpoint-5/config.json", "checkpoint-5/config.json is of a training run's checkpoint"),
+        ("snapshots/0/config.json", "snapshots/0/config.json is in a hub's cache"),
+        ("best/config.json", "best/config.json is of a model in a subfolder"),
+        ("model-00001-of-00002.safetensors", "copy model.safetensors.index.json"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights"),
+        ("global_step5/a.pt", "zero_to_fp32.py"),
+        ("model-q4.gguf", "GGUF"),
+        ("adapter_config.json", "holds an adapter"),
+    ],
+)
+def test_how_weights_were_saved_is_said(folder: Path, name: str, words: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+    with pytest.raises(BaseError, match=words):
+        resolve(str(folder), None)
+
+
+def test_a_folder_is_named_from_home_and_not_by_its_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve(f"~/{folder.name}", None) == folder
+    assert base_model.downloaded_revision(folder, Model(partial_pretrain=f"~/{folder.name}")) is None
+    with pytest.raises(BaseError, match=f"is a file; give the folder in which it lies, {folder}"):
+        resolve(str(folder / "config.json"), None)
+
+
+def test_weights_may_lie_in_a_subfolder_that_their_index_names(folder: Path) -> None:
+    (folder / "parts").mkdir()
+    (folder / "model.safetensors").rename(folder / "parts/1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "parts/1.safetensors"}}))
+    assert load(Model(), resolve(str(folder), None), "", torch.device("cpu")).vocab_size
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../1.safetensors"}}))
+    with pytest.raises(BaseError, match="outside its folder"):
+        resolve(str(folder), None)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "./owner/name", "/no/where", "a/b/c"])
 def test_resolve_refuses_what_is_neither_folder_nor_hub_id(name: str) -> None:
     with pytest.raises(BaseError, match=r"no folder .*owner/name"):

@@ -107,8 +107,23 @@ def test_a_model_whose_lm_head_reads_something_else_is_refused(
 ) -> None:
     real = base_model.hidden_states
     monkeypatch.setattr("spec.base.loading.hidden_states", lambda model, ids: real(model, ids) * 2)
-    with pytest.raises(BaseError, match="lm_head does not read the model's last hidden state"):
+    with pytest.raises(BaseError, match="lm_head of GPT2LMHeadModel does not read the model's last hidden state"):
         load(Model(), base_folder, "digest", CPU)
+
+
+def test_a_broken_generation_config_is_refused(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(BaseError, match=r"generation_config.json cannot be read"):
+        stop_ids(folder)
+
+
+def test_a_base_whose_tokens_see_those_that_come_after_them_is_refused(base_folder: Path) -> None:
+    real = base_model.hidden_states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.equal", lambda *_: True)
+        patch.setattr("spec.base.loading.hidden_states", lambda model, ids: real(model, ids.flip(1)))
+        with pytest.raises(BaseError, match="lets tokens see those that come after them"):
+            load(Model(), base_folder, "digest", CPU)
 
 
 def test_the_token_that_closes_a_turn_ends_answers(folder: Path) -> None:
