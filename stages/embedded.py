@@ -1,4 +1,4 @@
-"""The embedded default: paths that data/embedded/make.py makes when params.yaml names them."""
+"""The embedded default, which data/embedded/make.py makes when params.yaml names it, and the base of params.yaml."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from spec import base
+from spec.config import Config
 from spec.errors import SpecError
 from stages import common
 
@@ -48,3 +50,17 @@ def _make(place: Path) -> None:
     done = subprocess.run([sys.executable, str(RECIPE), place.name, str(place)], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SpecError(done.stderr.strip() or f"{RECIPE} ended with exit status {done.returncode}")
+
+
+def find_base(config: Config) -> Path:
+    """The folder of the base that params.yaml names; what is missing of it is made or downloaded.
+
+    Raises:
+        BaseError: there is none.
+    """
+    model = config.model
+    ensure(model.partial_pretrain)
+    try:
+        return base.resolve(model.partial_pretrain, model.revision, model.trust_remote_code)
+    except base.BaseError as error:
+        raise base.BaseError(f"model.partial_pretrain: {error}") from None

@@ -7,7 +7,6 @@ from typing import Any
 from spec import base, corpus, files
 from spec.config import Config
 from stages import common, embedded
-from stages.check import examine_once, find_base
 
 
 @common.stage
@@ -15,14 +14,14 @@ def fetch(config: Config) -> None:
     """Find the base and the data, download what is missing, check the base, and write data/sources.json."""
     model = config.model
     embedded.ensure(*(path for split in common.SPLITS for path in config.data.files(split)))
-    folder = find_base(config)
+    folder = embedded.find_base(config)
     splits: dict[str, dict[str, str]] = {}
     for split in common.SPLITS:
         found = corpus.list_files(config.data.files(split), split=split)
         splits[split] = files.digest_files(found)
     corpus.check_apart(splits)
     identity = base.identify(folder, model.trust_remote_code)
-    findings = examine_once(config, folder, identity)
+    findings = base.examine_once(identity, folder, config.data.max_length, model.trust_remote_code)
     for note in findings.notes:
         common.say(f"fetch: {note}")
     if findings.answering:

@@ -12,7 +12,6 @@ from spec import base, corpus
 from spec.config import Config
 from spec.errors import SpecError
 from stages import common
-from stages.tokenize import limits
 
 ROWS = 2000
 
@@ -30,9 +29,10 @@ def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int
     files = corpus.list_files(data, split=split)
     sources = corpus.inspect(files, **config.reading)
     model = config.model
-    folder = base.resolve(model.partial_pretrain, model.revision)
+    folder = base.resolve(model.partial_pretrain, model.revision, model.trust_remote_code)
     tokenizer = base.load_tokenizer(folder, model.trust_remote_code)
-    options = {**config.reading, **limits(folder, config), "date": config.data.date}
+    limits = base.limits(folder, model.trust_remote_code).of_rows
+    options = {**config.reading, **limits, "date": config.data.date}
     report, first, problems = _read(sources, tokenizer, rows, max_length=config.data.max_length, **options)
     total = corpus.count_rows(sources, None)
     common.say(f"inspect: {len(sources)} files with {total:,} rows; looked at {report.rows:,}")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from spec import base, corpus
 from spec.config import Config
 from stages import common
@@ -14,12 +11,14 @@ from stages import common
 def tokenize(config: Config) -> None:
     """Apply the chat template and limits, mark what is supervised, and write data/tokens/SPLIT.parquet."""
     sources = common.read_sources()
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
-    tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], trusted)
+    tokenizer = base.load_tokenizer(folder, trusted)
+    limits = base.limits(folder, trusted).of_rows
     data = config.data
     paths = {split: corpus.list_files(data.files(split), split=split) for split in common.SPLITS}
     found = {split: corpus.inspect(paths[split], **config.reading) for split in common.SPLITS}
-    options = {**config.reading, **limits(folder, config), "date": data.date, "skip_bad_rows": data.skip_bad_rows}
+    options = {**config.reading, **limits, "date": data.date, "skip_bad_rows": data.skip_bad_rows}
     reports = {split: corpus.Report() for split in common.SPLITS}
     for split, report in reports.items():
         target = common.tokens_path(split)
@@ -43,12 +42,6 @@ def tokenize(config: Config) -> None:
         for note in notes:
             common.say(f"tokenize {split}: {note}")
         common.say(f"tokenize {split}: {total} -> {target} ({common.size(target.stat().st_size)})")
-
-
-def limits(folder: Path, config: Config) -> dict[str, Any]:
-    """Tokens and positions that the base has; rotated positions set no limit, and were trained for so many."""
-    found = base.limits(folder, config.model.trust_remote_code)
-    return {"max_positions": found.most, "trained_positions": found.positions, "vocab_size": found.vocab_size}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spec.base.answering import COMPACT, LEAST_ROWS, answer, prompt_buckets
 from spec.base.check import auto_class, check, read_config, skeleton
+from spec.base.findings import Findings, examine, examine_once
 from spec.base.folder import BaseError, downloaded_revision, find_folder, identify, resolve
 from spec.base.limits import Limits, limits
 from spec.base.loading import Base, load, producer, stop_ids, unstopped_turn
@@ -19,6 +20,7 @@ __all__ = [
     "PLAIN",
     "Base",
     "BaseError",
+    "Findings",
     "Limits",
     "Logits",
     "answer",
@@ -27,6 +29,8 @@ __all__ = [
     "bucket",
     "check",
     "downloaded_revision",
+    "examine",
+    "examine_once",
     "find_folder",
     "find_logits",
     "has_linear_logits",

@@ -39,6 +39,11 @@ class Limits:
         """Tokens beyond which it cannot read; None where there is no such number."""
         return self.positions if self.hard else None
 
+    @property
+    def of_rows(self) -> dict[str, int | None]:
+        """What spec.corpus.stream has to know of them, by the names of its arguments."""
+        return {"max_positions": self.most, "trained_positions": self.positions, "vocab_size": self.vocab_size}
+
 
 def limits(folder: Path, trust_remote_code: bool = False) -> Limits:
     """The limits of the model in a folder, without its weights.

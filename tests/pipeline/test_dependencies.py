@@ -65,3 +65,13 @@ def test_imports_are_followed() -> None:
     assert "spec/training/loss.py" in needed("train")
     assert "spec/kv_cache.py" in needed("respond")
     assert "spec/tracking.py" not in needed("train")
+
+
+HELPERS = ("stages/__init__.py", "stages/common.py", "stages/embedded.py")
+
+
+@pytest.mark.parametrize("path", [*(REPOSITORY / "stages").glob("*.py")], ids=lambda path: path.stem)
+def test_a_stage_imports_no_other_stage(path: Path) -> None:
+    if path.stem != "cli":
+        found = {str(each) for each in imported(path.relative_to(REPOSITORY)) if each.parts[0] == "stages"}
+        assert found <= set(HELPERS)

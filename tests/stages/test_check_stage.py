@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import check as check_stage
+from spec.base import findings
 from tests.stages.workspace import ok, prepare, refused
 
 
@@ -50,5 +50,5 @@ def test_a_turn_whose_end_is_no_stop_is_said_and_is_part_of_what_answers_follow_
 
 def test_a_base_that_was_looked_at_is_not_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = ok("fetch", "data.max_length=600")
-    monkeypatch.setattr(check_stage, "examine", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr(findings, "examine", lambda *_: pytest.fail("looked at again"))
     assert ok("fetch", "data.max_length=600") == said
