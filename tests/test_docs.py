@@ -10,7 +10,7 @@ import click
 import pytest
 
 from spec import config
-from stages.cli import main
+from stages.cli import EXAMPLES, GROUPS, main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -48,17 +48,33 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
     assert dead == []
 
 
+def found(arguments: list[str]) -> click.Command:
+    """The command of these arguments, whose options it takes; `spec STAGE` is any stage."""
+    command: click.Command | None = main
+    while isinstance(command, click.Group) and arguments and not arguments[0].isupper():
+        name, *arguments = arguments
+        command = command.get_command(click.Context(command), name)
+        assert command is not None, f"spec {name}"
+    assert command is not None
+    command.make_parser(click.Context(command, **command.context_settings)).parse_args(arguments)
+    return command
+
+
 @every_page
 def test_commands_exist_and_take_these_options(page: Path) -> None:
     for arguments in commands(page):
-        command: click.Command | None = main
-        while isinstance(command, click.Group) and arguments and not arguments[0].isupper():  # spec STAGE is any stage
-            name = arguments.pop(0)
-            command = command.get_command(click.Context(command), name)
-            assert command is not None, f"spec {name}"
-        assert command is not None
-        context = click.Context(command, **command.context_settings)
-        command.make_parser(context).parse_args(arguments)  # raises NoSuchOption
+        found(arguments)
+
+
+def test_every_command_ends_its_help_with_an_example_that_works() -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    for name in names:
+        command = found([name])
+        parts = command.commands if isinstance(command, click.Group) else {}
+        for path in [f"{name} {part}" for part in parts] or [name]:
+            assert EXAMPLES[path].startswith(f"spec {path}")
+            command = found(shlex.split(EXAMPLES[path])[1:])
+            assert command.get_help(click.Context(command)).endswith(f"Example: {EXAMPLES[path]}".split()[-1])
 
 
 @every_page
@@ -80,4 +96,4 @@ def test_a_table_has_at_most_eight_rows(page: Path) -> None:
 def test_pages_are_short() -> None:
     assert len(README.read_text().splitlines()) <= 130
     assert words(README) <= 1_100
-    assert sum(map(words, DOCS)) <= 12_500
+    assert sum(map(words, DOCS)) <= 12_700
