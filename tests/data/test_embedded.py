@@ -92,7 +92,7 @@ def built(monkeypatch):
     calls: list[str] = []
 
     def build(found, folder):
-        calls.append(folder.name)
+        calls.append(folder.name.lstrip(".").partition("-")[0])
         for name in ("config.json", "train.parquet", "val.parquet", "eval.parquet"):
             (folder / name).write_text(name)
 
