@@ -27,6 +27,7 @@ class Outcome:
             of their columns get in MLflow.
         artifacts: files, and their folder in MLflow.
         model: the files of the checkpoint.
+        description: Markdown that MLflow shows on the run's page.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Outcome:
     curves: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     model: list[str] = field(default_factory=list)
+    description: str = ""
 
     def digests_now(self) -> dict[str, str]:
         """The SHA-256 of every file named here, as it is now."""

@@ -154,7 +154,7 @@ class Run:
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
-        """A server that dies or refuses the run costs the view of the run, never the run."""
+        """A server that dies or refuses the run costs the view of it alone."""
         try:
             yield
         except Exception as error:
@@ -270,6 +270,8 @@ class _Remote:
                 model = output.model_id
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
         self.log(figures, model=model)
+        if record.description:
+            self.client.set_tag(self.id, "mlflow.note.content", record.description)
         for path, folder in record.artifacts.items():
             self.client.log_artifact(self.id, path, folder)
         for run in self.replaced:

@@ -55,11 +55,16 @@ def evaluate(config: Config) -> None:
         with locks.in_use(root):
             metrics, shown = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
         artifacts = {str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()}
-        run.finish(RESULTS, metrics=_flat(metrics), headline=HEADLINE, artifacts=artifacts)
+        lines = _report(metrics, shown)
+        made: dict[str, Any] = {"metrics": _flat(metrics), "headline": HEADLINE, "artifacts": artifacts}
+        run.finish(RESULTS, **made, description="\n".join(["```", *lines, "```"]))
     except BaseException:
         run.finish(RESULTS, "FAILED")
         raise
-    _report(metrics, shown)
+    for line in ("", *lines):
+        common.say(line)
+    decoded, answers = metrics["decode"]["prompts"], metrics["offline"]["answers"]
+    common.say(f"evaluate: {decoded} prompts decoded, {answers} answers walked -> {RESULTS}")
 
 
 def _measure(
@@ -202,8 +207,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """The table that a run ends with, and what it means."""
+def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
+    """The table that a run ends with, and what it means, line by line."""
     decode, offline = metrics["decode"], metrics["offline"]
     total = {
         "tokens_per_step": offline["tokens_per_step"],
@@ -212,47 +217,47 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
         "repetition": metrics["repetition"],
         **decode["sources"].get(decode["draft"], {}),
     }
-    _table({**shown, "all": total}, f"{decode['prompts']} prompts, {decode['draft']}")
+    lines = _table({**shown, "all": total}, f"{decode['prompts']} prompts, {decode['draft']}")
     low, high = offline["tokens_per_step_low"], offline["tokens_per_step_high"]
-    common.say(f"head: 95 % interval {low:.2f} to {high:.2f} over {offline['answers']} answers")
+    lines.append(f"head: 95 % interval {low:.2f} to {high:.2f} over {offline['answers']} answers")
     if "sampling" in offline:
         rates = ", ".join(f"{row['tokens_per_step']:.2f} at {t}" for t, row in offline["sampling"].items())
-        common.say(f"head, sampled at a temperature, expected: {rates}")
+        lines.append(f"head, sampled at a temperature, expected: {rates}")
     if offline["written_by_base"] < 1:
         share = 1 - offline["written_by_base"]
-        common.say(f"note: {share:.0%} of the answers were not written greedily by the base; decoding will differ")
+        lines.append(f"note: {share:.0%} of the answers were not written greedily by the base; decoding will differ")
     if metrics["cut"]:
-        common.say(
+        lines.append(
             f"note: {metrics['cut']:.0%} of the answers end without a stop token: they were cut at their longest"
         )
     if offline["tokens_per_step"] <= metrics["ngram"]["tokens_per_step"]:
-        common.say("note: n-gram lookup alone, which needs no training, does as well as this head or better")
+        lines.append("note: n-gram lookup alone, which needs no training, does as well as this head or better")
     gains = {**shown, "all": metrics["hybrid"]}
     useless = [plots.short(name) for name, row in gains.items() if row["gain"]["low"] <= 0]
     if useless:
-        common.say(
+        lines.append(
             f"warning: the trained head adds nothing to n-gram lookup that is sure (95 % interval of the gain) in "
             f"{', '.join(useless)}: more data or a longer training may help (docs/metrics.md)"
         )
     if decode["lossless"] is not None:
-        common.say(f"identical to plain greedy decoding in float32: {'yes' if decode['lossless'] else 'NO'}")
-    common.say(f"evaluate: {decode['prompts']} prompts decoded, {offline['answers']} answers walked -> {RESULTS}")
+        lines.append(f"identical to plain greedy decoding in float32: {'yes' if decode['lossless'] else 'NO'}")
+    return lines
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]], decoded: str) -> None:
+def _table(rows: Mapping[str, Mapping[str, Any]], decoded: str) -> list[str]:
     """A line for each domain, aligned; what was decoded for real is said above its columns."""
     names = [plots.short(name) for name in rows]
     width = max(12, *map(len, names))
-    common.say("")
-    common.say(f"{'':{width}}  tokens per step, all of eval       {decoded}")
+    lines = [f"{'':{width}}  tokens per step, all of eval       {decoded}"]
     titles = f"{'head':>6}  {'n-gram':>6}  {'hybrid':>6}  {'looping':>7}  {'walk':>6}  {'loop':>6}  x plain"
-    common.say(f"{'domain':{width}}  {titles}")
+    lines.append(f"{'domain':{width}}  {titles}")
     for name, row in zip(names, rows.values(), strict=True):
         line = f"{name:{width}}  {row['tokens_per_step']:6.2f}  {row['ngram_tokens_per_step']:6.2f}  "
         line += f"{row['hybrid_tokens_per_step']:6.2f}  {row['repetition']:7.0%}"
         if row.get("speedup"):
             line += f"  {row['walk_tokens_per_step']:6.2f}  {row['decode_tokens_per_step']:6.2f}  {row['speedup']:7.2f}"
-        common.say(line)
+        lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def test_a_server_that_is_killed_while_training(folder: Path, server: Server, mo
     figure = files.read_json(EVALUATED / "details.json")["offline"]["tokens_per_step"]
     for run in (child, client.get_run(made)):
         assert run.data.metrics["offline.tokens_per_step"] == figure
+    assert f"{'all':12}  {figure:6.2f}" in child.data.tags["mlflow.note.content"]
     shown = {each.path for each in client.list_artifacts(child.info.run_id, "evaluate")}
     assert shown == {f"evaluate/{path.name}" for path in EVALUATED.iterdir() if path.name != RUN_FILE}
     Path("results/train/loss.png").write_bytes(b"another")
