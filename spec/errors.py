@@ -1,4 +1,4 @@
-"""The error that users can mend."""
+"""The error that users can repair."""
 
 
 class SpecError(ValueError):

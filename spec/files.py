@@ -102,14 +102,17 @@ def move(path: Path, target: Path) -> None:
 def _temporary(path: Path, folder: bool) -> Iterator[Path]:
     """An empty file or folder with a name of its own, locked; it is removed unless it has been renamed."""
     temporary = path.with_name(f".{path.name}-{_HOST}-{uuid.uuid4().hex[:8]}{PARTIAL}")
-    if folder:
-        temporary.mkdir()
-    else:
-        temporary.touch()
     try:
-        with _locked(temporary, wait=True):
-            if folder:  # another process may have swept it before it was locked
-                temporary.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as locks:
+            held = False
+            while not held:  # another process may sweep it before it is locked: then it is made again
+                if folder:
+                    temporary.mkdir()
+                else:
+                    temporary.touch()
+                with contextlib.suppress(FileNotFoundError):
+                    locks.enter_context(_locked(temporary, wait=True))
+                    held = temporary.exists()
             yield temporary
     finally:
         remove(temporary)

@@ -133,7 +133,7 @@ def stage_of(group: click.Group) -> Callable[[Callable[..., None]], Callable[...
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn errors that users can mend into one message without a traceback."""
+    """Turn errors that users can repair into one message without a traceback."""
     try:
         yield
     except SpecError as error:

@@ -13,7 +13,7 @@ from spec import acceptance, base, corpus, evaluation, files, heads, plots, reco
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device
-from spec.store import features, locks
+from spec.store import features, index, locks
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest
@@ -138,6 +138,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     collection = Collection(common.store_root(config), "features", identity)
     keyed = list(map(FeatureRow.of, rows))
     with locks.in_use(collection.root):
+        index.write(collection.root, rows)
         groups = common.plan_missing(
             collection, "evaluate", lambda known: features.plan(keyed, known, config.features.segment_tokens)
         )

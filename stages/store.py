@@ -88,7 +88,7 @@ def verify(config: Config, dry_run: bool) -> None:
         what = (
             "Nothing was moved"
             if dry_run
-            else "Damaged segments are set aside: `spec respond` and `spec cache` mend them"
+            else "Damaged segments are set aside: `spec respond` and `spec cache` compute them again"
         )
         raise SpecError(
             f"store {root}: {whole} segments are whole; what is not, {len(problems)} in all, is named above. {what}"
@@ -151,22 +151,26 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
 def _given_rows(
     config: Config, paths: tuple[Path, ...], sources: dict[str, Any]
 ) -> tuple[dict[bytes, index.Start | None], str]:
-    """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does."""
+    """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does.
+
+    Raises:
+        SpecError: a row that cannot be read, and so could not be looked for.
+    """
     found = corpus.list_files([str(path) for path in paths])
     columns = {**config.reading, "need_answers": False}
-    given: dict[bytes, index.Start | None] = {
-        row.digest: None
-        for source in corpus.inspect(found, **columns)
-        for row in corpus.read_rows(source, need_answers=False)
-        if isinstance(row, corpus.Row)
-    }
+    given: dict[bytes, index.Start | None] = {}
+    for source in corpus.inspect(found, **columns):
+        for row in corpus.read_rows(source, need_answers=False):
+            if not isinstance(row, corpus.Row):
+                raise SpecError(f"{row.where}: {row.reason}. Nothing was removed: repair this row or leave it out")
+            given[row.digest] = None
     folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
     limits: dict[str, Any] = {"max_length": 2**31 - 1, "max_samples": None, "skip_bad_rows": True}
     try:
         tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)
         options = {**columns, **limits, "date": config.data.date, "report": corpus.Report()}
-        for row in corpus.stream(found, tokenizer, **options):
-            given[row.source] = index.Start.of(row)
+        for sequence in corpus.stream(found, tokenizer, **options):
+            given[sequence.source] = index.Start.of(sequence)
     except SpecError as error:
         return given, f". Not all could be rendered: {error}"
     return given, ""

@@ -246,6 +246,35 @@ def test_writers_of_one_path_do_not_disturb_each_other(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("folder", WHOLE)
+@pytest.mark.parametrize("made", [True, False], ids=["made", "opened"])
+def test_a_temporary_that_another_writer_sweeps_before_it_is_locked_is_made_again(
+    tmp_path: Path, folder: bool, made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner: Any = Path if made else files.fcntl
+    name = "flock" if not made else "mkdir" if folder else "touch"
+    real = getattr(owner, name)
+
+    def swept(path: Path | int, *args: Any, **kwargs: Any) -> None:
+        if path == tmp_path:  # the parent
+            return
+        monkeypatch.setattr(owner, name, real)
+        if made:
+            real(path, *args, **kwargs)
+        files.sweep(tmp_path)
+        assert not any(tmp_path.iterdir())
+        if not made:
+            real(path, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, swept)
+    with files.whole(tmp_path / "path", folder) as temporary:
+        files.sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == [temporary]  # it is locked
+        fill(temporary, folder, "new")
+    assert content_of(tmp_path / "path") == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "path"]
+
+
 def test_nothing_is_moved_over_something(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)

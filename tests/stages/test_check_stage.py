@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from spec import base
 from spec.base import findings
 from tests.stages.workspace import ok, prepare, refused
 
@@ -46,9 +47,14 @@ def test_a_turn_whose_end_is_no_stop_is_said_and_is_part_of_what_answers_follow_
     assert "'<|im_end|>' (id 2), at which the base itself does not stop" in ok("fetch")
     after = json.loads(Path("data/sources.json").read_text())["base"]
     assert {key for key in before if before[key] != after[key]} == {"tokenizer", "generation"}
+    assert after["generation"] != base.identify(folder / "base")["generation"]  # which stands for the files alone
 
 
 def test_a_base_that_was_looked_at_is_not_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise base.BaseError("looked at again")
+
     said = ok("fetch", "data.max_length=600")
-    monkeypatch.setattr(findings, "examine", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr(findings, "examine", refuse)
     assert ok("fetch", "data.max_length=600") == said
+    assert "looked at again" in refused("fetch", "data.max_length=700")

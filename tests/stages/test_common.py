@@ -35,7 +35,7 @@ from stages import common
         (FileNotFoundError(errno.ENOENT, "No such file", "/data/x"), "/data/x"),
     ],
 )
-def test_errors_that_users_can_mend_are_one_message(error: Exception, message: str) -> None:
+def test_errors_that_users_can_repair_are_one_message(error: Exception, message: str) -> None:
     with pytest.raises(click.ClickException, match=message), common.clear_errors():
         raise error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
@@ -38,6 +39,16 @@ def test_rows_that_are_not_found_are_an_error(ready: Path, tmp_path: Path, monke
     assert "4 stored rows of 3 given ones are gone" in done.output
     assert "1 of the 3 given rows were not found in" in done.output
     assert "with data.date" in done.output
+
+
+def test_a_row_that_cannot_be_read_is_an_error(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ready)
+    prompts = [pq.read_table("prompts/train.parquet")["question"][8].as_py(), None]
+    pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), tmp_path / "rows.parquet")
+    done = forget(tmp_path / "rows.parquet")
+    assert done.exit_code == 1
+    assert "rows.parquet, row 1: column prompt is null. Nothing was removed" in done.output
+    assert "are gone" not in done.output
 
 
 def test_rows_are_found_after_a_change_of_template(

@@ -18,6 +18,7 @@ from spec import base as base_model
 from spec import corpus, files, heads
 from spec.config import Model
 from spec.decoding import LanguageModelWithSpeculator
+from spec.store import index
 from spec.store.manifest import Manifest
 from stages import common
 from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused
@@ -131,6 +132,11 @@ def test_it_is_evaluated_with_its_own_states(trained: Path) -> None:
     assert metrics["offline"]["tokens_per_step"] >= 1
     assert metrics["decode"]["lossless"] is True
     assert metrics["decode"]["prompts"] == 2
+
+
+def test_what_is_stored_for_evaluation_is_found_by_its_source_rows(trained: Path) -> None:
+    sources = {row.source for row in corpus.read(trained / common.responses_path("eval"))}
+    assert index.find(trained / "store", sources).keys() == sources
 
 
 def test_evaluation_is_of_this_very_base(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

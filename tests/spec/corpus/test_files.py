@@ -15,6 +15,7 @@ import pytest
 from spec import corpus
 from spec.corpus import CorpusError
 from spec.corpus.files import domain_of
+from spec.files import digest_file
 
 from .families import (
     save,
@@ -160,3 +161,13 @@ def test_a_file_in_two_splits_is_refused_under_any_name() -> None:
         corpus.check_apart({"train": {"a": "1", "b": "2"}, "val": {"c": "3"}, "eval": {"d": "2"}})
     with pytest.raises(CorpusError, match=r"a is in data.val_files and in data.eval_files"):
         corpus.check_apart({"train": {}, "val": {"a": "1"}, "eval": {"a": "1"}})
+
+
+def test_empty_part_files_may_be_alike_in_two_splits(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"]})
+    for split, rows in {"train": 0, "val": 0, "eval": 1, "other": 1}.items():
+        pq.write_table(table.slice(0, rows), tmp_path / f"{split}.parquet")
+    digests = {path.stem: {str(path): digest_file(path)} for path in tmp_path.iterdir()}
+    corpus.check_apart({split: digests[split] for split in ("train", "val", "eval")})
+    with pytest.raises(CorpusError, match="are the same file"):
+        corpus.check_apart({split: digests[split] for split in ("train", "eval", "other")})

@@ -172,7 +172,7 @@ def test_the_digest_of_a_row_holds_names_dtypes_shapes_and_values() -> None:
 
 @pytest.fixture(scope="module", params=["none", "zstd"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
-    """A collection of one segment, to be damaged and mended again."""
+    """A collection of one segment, to be damaged and written again."""
     rows = make_rows()
     collection = Collection(tmp_path_factory.mktemp("store"), "features", {"base": "w"})
     collection.create()
