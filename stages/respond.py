@@ -122,7 +122,8 @@ def _work(config: Config, prompts: _Prompts, groups: list[list[int]], folder: Pa
 
         me = answering.worker_with_own_device()
         longest = max(len(prompts.ids[row]) for group in groups for row in group) + config.respond.max_new_tokens
-        engine = answering.Engine(config.model, folder, longest)
+        positions = base.limits(folder, config.model.trust_remote_code).most or longest
+        engine = answering.Engine(config.model, folder, min(longest, positions))
         answer, producer = engine.answer, engine.producer
     else:
         me = this_worker()

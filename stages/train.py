@@ -201,9 +201,11 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
     if config.optim.loss == "kl":
         found = features.logits(train_reader.collection)
         if found is None:
+            tables_at = train_reader.collection.folder / train_reader.collection.name_of(features.TABLES)
             raise SpecError(
                 f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
-                "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce"
+                "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce. If an "
+                f"earlier version filled the store, remove {tables_at} and run `spec cache`"
             )
         lm_head, bias, kind = tables["lm_head"].to(me.device), tables.get("bias"), found
     return FrozenTask(config, speculator, train_reader, readers["val"], me, lm_head, logits=kind, bias=bias)
