@@ -119,11 +119,12 @@ def as_arrow(questions: list[str]) -> bytes:
     ("name", "content"),
     [
         ("x.jsonl", b'{"question": "a"}\n{"question": "b"}\n'),
-        ("x.jsonl.gz", gzip.compress(b'{"question": "a"}\n{"question": "b"}\n')),
+        ("x.jsonl.gz", gzip.compress(b'{"question": "a"}\n{"question": "b"}\n', mtime=0)),
         ("x.json", b'[{"question": "a"}, {"question": "b"}]'),
         ("x.csv", b"question\na\nb\n"),
         ("x.arrow", as_arrow(["a", "b"])),
     ],
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 @pytest.mark.parametrize("named", [True, False])
 def test_other_formats_are_refused_with_the_command_that_converts_them(
