@@ -11,7 +11,7 @@ import click
 from spec import base, corpus
 from spec.config import Config
 from spec.errors import SpecError
-from stages import common
+from stages import common, embedded
 
 ROWS = 2000
 
@@ -29,7 +29,7 @@ def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int
     files = corpus.list_files(data, split=split)
     sources = corpus.inspect(files, **config.reading)
     model = config.model
-    folder = base.resolve(model.partial_pretrain, model.revision, model.trust_remote_code)
+    folder = embedded.find_base(config)
     tokenizer = base.load_tokenizer(folder, model.trust_remote_code)
     limits = base.limits(folder, model.trust_remote_code).of_rows
     options = {**config.reading, **limits, "date": config.data.date}
@@ -41,6 +41,8 @@ def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int
         common.say(f"inspect: {line}")
     for row in report.rejected_rows:
         common.say(f"inspect: bad row: {row}")
+    if report.rejected and not config.data.skip_bad_rows:
+        common.say("inspect: tokenize stops at bad rows; data.skip_bad_rows=true leaves them out")
     if first is not None:
         common.say("inspect: the first row, as the base gets it:")
         common.say(_shown(first, tokenizer))
