@@ -54,11 +54,16 @@ def limits(folder: Path, trust_remote_code: bool = False) -> Limits:
     return limits_of(skeleton(folder, trust_remote_code))
 
 
+def positions_of(config: Any) -> int | None:
+    """Tokens of a sequence that the model of a config was made for; None where nothing says so."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+
+
 def limits_of(model: Any) -> Limits:
     """The limits of a model."""
-    config = model.config.get_text_config()
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    positions = next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+    config, positions = model.config.get_text_config(), positions_of(model.config)
     kinds = getattr(config, "layer_types", None) or []
     croppable = [layer.is_croppable for layer in make_cache(model.config).layers]
     # The state of a convolution is a few past inputs, which can be put back.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from spec.base.limits import limits_of
+from spec.base.limits import limits_of, positions_of
 
 BUCKET = 64
 """Sequences are padded to a multiple of this: a bf16 result depends on the padded length, so it must follow from
@@ -34,7 +34,8 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     position that the model has is not read: its states are NaN.
     """
     length = ids.shape[1]
-    most = limits_of(model).most or length
+    made_for = positions_of(model.config) or length
+    most = length if length <= made_for else limits_of(model).most or length
     decoder = model.get_decoder()
     if hasattr(decoder, "lm_head"):  # a whole language model within a model of images (Llama 4)
         decoder = decoder.model
