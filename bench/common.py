@@ -27,9 +27,8 @@ def default_config(*overrides: str) -> Config:
 
 def load_base(config: Config, dtype: str | None = None) -> Base:
     """The base that fetch resolved."""
-    source = common.read_sources()["base"]
-    folder = base_model.resolve(config.model.partial_pretrain, source["revision"])
-    return base_model.load(config.model, folder, source["weights"], dtype=dtype)
+    sources = common.read_sources()
+    return base_model.load(config.model, common.base_folder(config, sources), sources["base"]["weights"], dtype=dtype)
 
 
 def reader(config: Config, split: str) -> FeatureReader:

@@ -97,9 +97,7 @@ def _write_joint(config: Config, sources: dict[str, Any]) -> None:
 
 def text_config(config: Config, sources: dict[str, Any]) -> Any:
     """The configuration of the base's language model: hidden_size, vocab_size."""
-    trusted = config.model.trust_remote_code
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], trusted)
-    return base.read_config(folder, trusted).get_text_config()
+    return base.read_config(common.base_folder(config, sources), config.model.trust_remote_code).get_text_config()
 
 
 def _read(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequence]:
@@ -111,7 +109,7 @@ def _read(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequ
 def _work(config: Config, sequences: _Sequences, groups: list[list[int]], sources: dict[str, Any]) -> None:
     """This worker's part."""
     me = this_worker()
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], config.model.trust_remote_code)
+    folder = common.base_folder(config, sources)
     model = base.load(config.model, folder, sources["base"]["weights"])
     rows = sequences.rows()
     if me.first:

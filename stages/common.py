@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import click
 from ruamel.yaml import YAML
 from tqdm import tqdm
 
+from spec import base, corpus, files
 from spec import config as config_module
-from spec import corpus, files
 from spec.config import Config
 from spec.errors import SpecError
 from spec.store import answers, features, upkeep
@@ -66,6 +66,12 @@ def read_sources() -> dict[str, Any]:
         raise SpecError(f"{SOURCES} is not here; run the fetch stage first (dvc repro runs every stage that is needed)")
     sources: dict[str, Any] = files.read_json(SOURCES)
     return sources
+
+
+def base_folder(config: Config, sources: Mapping[str, Any]) -> Path:
+    """The folder of the base, at the revision that fetch found."""
+    model = config.model
+    return base.resolve(model.partial_pretrain, sources["base"]["revision"], model.trust_remote_code)
 
 
 def stage(body: Callable[..., None]) -> click.Command:

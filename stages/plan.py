@@ -96,7 +96,7 @@ class _Work:
 
 def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
     sources = common.read_sources()
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    folder = common.base_folder(config, sources)
     meta = base.skeleton(folder, config.model.trust_remote_code)
     text = meta.config.get_text_config()
     prompts, rows = _rows(config, sources)
@@ -177,7 +177,7 @@ def _print_measured(
     rows: list[TokenSequence],
 ) -> None:
     """Times at the rates at which the base really runs here."""
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    folder = common.base_folder(config, sources)
     model = base.load(config.model, folder, sources["base"]["weights"])
     if job.answers:
         group = answers.plan(prompts, (), config.respond.batch_size, base.prompt_bucket)[-1]

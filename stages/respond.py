@@ -49,7 +49,7 @@ def respond(config: Config, worker: Path | None) -> None:
     identity = answers.identity(sources["base"], config.model.dtype, config.respond)
     collection = Collection(common.store_root(config), "answers", identity)
     prompts = _Prompts(collection, list(map(item_key, asked)), asked)
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], config.model.trust_remote_code)
+    folder = common.base_folder(config, sources)
     if worker is not None:
         _work(config, prompts, files.read_json(worker), folder, sources)
         return

@@ -164,7 +164,7 @@ def _given_rows(
             if not isinstance(row, corpus.Row):
                 raise SpecError(f"{row.where}: {row.reason}. Nothing was removed: repair this row or leave it out")
             given[row.digest] = None
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"])
+    folder = common.base_folder(config, sources)
     limits: dict[str, Any] = {"max_length": 2**31 - 1, "max_samples": None, "skip_bad_rows": True}
     try:
         tokenizer = base.load_tokenizer(folder, config.model.trust_remote_code)

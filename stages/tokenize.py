@@ -12,7 +12,7 @@ def tokenize(config: Config) -> None:
     """Apply the chat template and limits, mark what is supervised, and write data/tokens/SPLIT.parquet."""
     sources = common.read_sources()
     trusted = config.model.trust_remote_code
-    folder = base.resolve(config.model.partial_pretrain, sources["base"]["revision"], trusted)
+    folder = common.base_folder(config, sources)
     tokenizer = base.load_tokenizer(folder, trusted)
     limits = base.limits(folder, trusted).of_rows
     data = config.data

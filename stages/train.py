@@ -101,7 +101,7 @@ def train(config: Config, worker: Path | None) -> None:
 
 def _base_parameters(config: Config) -> int:
     """Of the base, from its config.json alone."""
-    folder = base_model.resolve(config.model.partial_pretrain, common.read_sources()["base"]["revision"])
+    folder = common.base_folder(config, common.read_sources())
     return int(base_model.skeleton(folder, config.model.trust_remote_code).num_parameters())
 
 
@@ -213,8 +213,8 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
 
 def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTask:
     torch.manual_seed(config.trainer.seed)  # of the base's dropout
-    source = common.read_sources()["base"]
-    folder = base_model.resolve(config.model.partial_pretrain, source["revision"])
+    sources = common.read_sources()
+    folder, source = common.base_folder(config, sources), sources["base"]
     base = base_model.load(config.model, folder, source["weights"], dtype="float32")
     rows = {split: corpus.read(common.responses_path(split)) for split in ("train", "val")}
     if not base_model.has_linear_logits(base, [row.ids for row in rows["train"]]):
