@@ -18,6 +18,6 @@ from spec.heads.checkpoint import (
 )
 from spec.heads.config import SpeculatorConfig
 from spec.heads.init import init_from_base, init_random
-from spec.heads.speculator import Carry, Speculator
+from spec.heads.speculator import LAST, Carry, Packed, Speculator, Tap
 from spec.heads.sum_lstm import SumLstm, fuse
 from spec.heads.sum_rnn import SumRnn

@@ -4,13 +4,77 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from spec.heads.config import SpeculatorConfig
 from spec.heads.layers import RMSNorm, rms_normalize
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One vector of the base for each of some positions of a sequence.
+
+    Attributes:
+        layer: the output after so many layers (0: the embedded tokens), or None: the last state, after the final
+            norm, which lm_head reads.
+        positions: "answers", those t whose next token x_{t+1} is supervised, or "all".
+    """
+
+    layer: int | None = None
+    positions: Literal["answers", "all"] = "answers"
+
+
+LAST = Tap()
+"""What lm_head reads where an answer is written; the base's own distributions follow from it."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Whole sequences, one after the other: T tokens of R sequences.
+
+    Attributes:
+        ids: [T].
+        mask: [T], whether a token is supervised.
+        offsets: R + 1 places where sequences begin, and T; on the CPU, whatever the device.
+        starts: [P] ascending places t from which heads draft, those of "answers": x_{t+1} is supervised.
+        states: by tap its vectors, [P, width] (answers) or [T, width] (all).
+    """
+
+    ids: Tensor
+    mask: Tensor
+    offsets: tuple[int, ...]
+    starts: Tensor
+    states: Mapping[Tap, Tensor]
+
+    @classmethod
+    def join(cls, parts: Sequence[Packed]) -> Packed:
+        """The sequences of all parts, of which there is at least one, in order."""
+        ends = list(accumulate((part.offsets[-1] for part in parts), initial=0))
+        return cls(
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            (0, *(end + offset for end, part in zip(ends, parts, strict=False) for offset in part.offsets[1:])),
+            torch.cat([part.starts + end for end, part in zip(ends, parts, strict=False)]),
+            {tap: torch.cat([part.states[tap] for part in parts]) for tap in parts[0].states},
+        )
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device; the copy from page-locked memory does not wait."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Packed:
+        """The same in page-locked memory."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        states = {tap: change(tensor) for tap, tensor in self.states.items()}
+        return Packed(change(self.ids), change(self.mask), self.offsets, change(self.starts), states)
+
 
 Carry = tuple[Tensor, ...]
 
