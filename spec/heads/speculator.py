@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from spec.heads.config import SpeculatorConfig
 from spec.heads.layers import RMSNorm, rms_normalize
 
-@dataclass(frozen=True, order=True)
+
+@dataclass(frozen=True)
 class Tap:
     """One vector of the base for each of some positions of a sequence.
 
