@@ -24,6 +24,7 @@ from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import drafts_along
 from spec.evaluation import SOURCES
+from spec.heads import LAST, Packed
 
 CSV = Path("docs/bases.csv")
 VOCAB, NEW = 96, 24
@@ -274,8 +275,9 @@ def _decoded(base: Base, asked: Sequence[list[int]], written: Sequence[list[int]
         ids = torch.tensor(prompt + tokens)
         with torch.inference_mode():
             states = hidden_states(base.model, ids[None])[0, len(prompt) - 1 : -1]
-            drafts = speculator.draft(states, ids[len(prompt) :]).numpy()
-        on_paper = acceptance.Answer(ids.numpy().astype(np.int32), len(prompt), drafts, 0)
+        packed = Packed.of(ids, torch.arange(len(ids)) >= len(prompt), [len(ids)], {LAST: states})
+        drafts = speculator.draft_along(packed, torch.arange(len(tokens)), 3).numpy()
+        on_paper = acceptance.Answer(ids.numpy(), len(prompt), drafts, 0)
         for source in SOURCES:
             made = model.generate(prompt, NEW, draft=source)
             matches = on_paper.matches(drafts_along(ids.tolist(), len(prompt), decode, drafts, source))

@@ -15,6 +15,7 @@ from spec import config as config_module
 from spec import lineage
 from spec.base import Base
 from spec.config import Config
+from spec.heads import LAST
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from stages import common
@@ -39,7 +40,7 @@ def reader(config: Config, split: str) -> FeatureReader:
 def real_states(config: Config, count: int) -> torch.Tensor:
     """[count, d] real states of the train split; repeated, but shuffled, where it has fewer."""
     found = reader(config, "train")
-    states = torch.cat([sequence.states for _, sequence in found.sequences(range(len(found)))])
+    states = torch.cat([packed.states[LAST] for _, packed in found.sequences(range(len(found)))])
     generator = torch.Generator().manual_seed(0)
     parts = [states[torch.randperm(len(states), generator=generator)] for _ in range(-(-count // len(states)))]
     return torch.cat([states, *parts])[:count]

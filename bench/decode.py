@@ -68,7 +68,7 @@ def prompts(count: int) -> list[Prompt]:
     found = reader(default_config(), "eval")
     manifest = found.manifest
     return [
-        (manifest.domains[manifest.domain[i]], found.sequence(i).ids[: manifest.prompt_length[i]].tolist())
+        (manifest.domains[manifest.domain[i]], found.packed([i]).ids[: manifest.prompt_length[i]].tolist())
         for i in choose_prompts(found, count * len(set(manifest.domain)))
     ]
 

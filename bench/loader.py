@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from bench.common import default_config, machine, real_states, seconds, table
 from spec import costs
+from spec.heads import LAST, Packed
 from spec.store import codecs, features
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest, make_manifest
-from spec.store.reader import FeatureReader, Positions, join, prefetch, tokens_around
+from spec.store.reader import FeatureReader, prefetch
 
-SEQUENCES, LENGTH, PROMPT, BATCH, N = 2400, 400, 100, 16, 3
+SEQUENCES, LENGTH, PROMPT, BATCH = 2400, 400, 100, 16
 ROUNDS = 3
 HEAD_8B = costs.Job(8e9, 4096, 128256, 0, 0, 0, 64, 3, 4096, 128256)
 H100_FLOPS = 400e12
@@ -44,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         root = Path(folder)
         orders = {}
-        forms: dict[str, Callable[[int], Iterator[Positions]]] = {}
+        forms: dict[str, Callable[[int], Iterator[Packed]]] = {}
         for codec in ("zstd", "none", "fp8"):
             manifest = store(root / codec, states, ids, mask, 49152, codec)
             orders[codec] = FeatureReader(manifest, root / codec).order(0, 0)
@@ -92,8 +93,8 @@ def main() -> None:
     )
 
 
-def positions_in(epoch: Callable[[int], Iterator[Positions]], number: int) -> int:
-    return sum(len(batch) for batch in prefetch(epoch(number)))
+def positions_in(epoch: Callable[[int], Iterator[Packed]], number: int) -> int:
+    return sum(len(batch.starts) for batch in prefetch(epoch(number)))
 
 
 def store(
@@ -145,45 +146,47 @@ def shuffled(epoch: int) -> list[Sequence[int]]:
     return parts([int(i) for i in np.random.default_rng(epoch).permutation(SEQUENCES)])
 
 
-def from_reader(manifest: Manifest, root: Path, fresh: bool) -> Callable[[int], Iterator[Positions]]:
+def from_reader(manifest: Manifest, root: Path, fresh: bool) -> Callable[[int], Iterator[Packed]]:
     kept = FeatureReader(manifest, root)
     if not fresh:  # decoded once before it is timed
-        for _ in kept.batches(parts(kept.order(0, 0)), N):
+        for _ in kept.batches(parts(kept.order(0, 0))):
             pass
 
-    def epoch(number: int) -> Iterator[Positions]:
+    def epoch(number: int) -> Iterator[Packed]:
         found = FeatureReader(manifest, root) if fresh else kept
-        return found.batches(parts(found.order(0, number)), N)
+        return found.batches(parts(found.order(0, number)))
 
     return epoch
 
 
-def from_files(folder: Path, load: Callable[[Path], Any]) -> Callable[[int], Iterator[Positions]]:
-    def positions(row: int) -> Positions:
+def from_files(folder: Path, load: Callable[[Path], Any]) -> Callable[[int], Iterator[Packed]]:
+    def sequence(row: int) -> Packed:
         found = load(folder / f"{row}.bin")
-        ids, mask = found["ids"].numpy(), found["mask"].numpy()
-        return Positions(found["states"], *tokens_around(ids, mask, np.array([0, len(ids)]), N))
+        return packed(found["ids"], found["mask"], found["states"])
 
-    def epoch(number: int) -> Iterator[Positions]:
+    def epoch(number: int) -> Iterator[Packed]:
         for part in shuffled(number):
-            yield join([positions(row) for row in part])
+            yield Packed.join([sequence(row) for row in part])
 
     return epoch
+
+
+def packed(ids: torch.Tensor, mask: torch.Tensor, states: torch.Tensor) -> Packed:
+    return Packed.of(ids.long(), mask != 0, [len(ids)], {LAST: states})
 
 
 def from_map(
     path: Path, states: torch.Tensor, ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]
-) -> Callable[[int], Iterator[Positions]]:
+) -> Callable[[int], Iterator[Packed]]:
     """The best case: states as they are in one file, tokens in memory, no checksum."""
     codecs.to_numpy(states).tofile(path)
     mapped = torch.from_numpy(np.memmap(path, np.uint16, "r+", shape=tuple(states.shape))).view(torch.bfloat16)
-    offsets = np.arange(0, SEQUENCES * LENGTH + 1, LENGTH)
-    whole = Positions(mapped, *tokens_around(ids.reshape(-1), np.tile(mask, SEQUENCES), offsets, N))
-    per_row = LENGTH - PROMPT
+    per_row, tokens, supervised = LENGTH - PROMPT, torch.from_numpy(ids), torch.from_numpy(mask)
 
-    def epoch(number: int) -> Iterator[Positions]:
+    def epoch(number: int) -> Iterator[Packed]:
         for part in shuffled(number):
-            yield join([whole[row * per_row : (row + 1) * per_row] for row in part])
+            rows = (packed(tokens[row], supervised, mapped[row * per_row : (row + 1) * per_row]) for row in part)
+            yield Packed.join(list(rows))
 
     return epoch
 

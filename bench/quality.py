@@ -29,6 +29,7 @@ from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.resume import Checkpoints
 from spec.training.start import initialise, shape_on
+from spec.training.teacher import Teacher
 from spec.workers import this_worker
 
 PUBLIC = (
@@ -102,7 +103,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     tables = features.load_tables(found["train"].collection)
     speculator = initialise(config, shape, found["train"].token_counts(), tables)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
-        task = FrozenTask(config, speculator, found["train"], found["val"], worker, tables["lm_head"])
+        task = FrozenTask(config, speculator, found["train"], found["val"], worker, Teacher(tables["lm_head"]))
         began = time.monotonic()
         result = loop.run(config, task, worker, Checkpoints(Path(folder), ""))
         seconds = time.monotonic() - began

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from spec.config import Config
 from spec.device import synchronize
-from spec.heads import Speculator
+from spec.heads import LAST, Speculator, supervise
 from spec.store.reader import FeatureReader
 from spec.training.frozen import FrozenTask
+from spec.training.teacher import Teacher
 from spec.workers import Worker
 
 
@@ -38,11 +39,11 @@ def ours(
     reader: FeatureReader,
     parts: Sequence[Sequence[int]],
     worker: Worker,
-    lm_head: Tensor | None = None,
+    teacher: Teacher | None = None,
     prepare: Callable[[torch.nn.Module], torch.nn.Module] = lambda module: module,
 ) -> Recipe:
     """What the project's loop does, without its log. `prepare` may compile the module that makes the loss."""
-    task = FrozenTask(config, speculator, reader, reader, worker, lm_head)
+    task = FrozenTask(config, speculator, reader, reader, worker, teacher)
     optimizer = torch.optim.AdamW(task.parameters(), betas=config.optim.betas, fused=True)
     batches = list(task.batches(iter(parts)))
     module = prepare(task.module)
@@ -71,18 +72,25 @@ def public(
         for bare in (False, True)
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
-    batches = list(reader.batches(parts, n, pin=worker.device.type == "cuda"))
-    drafted = [speculator.targets(batch.tokens[:, 1:].to(worker.device)) for batch in batches]  # as ours, beforehand
+    index = speculator.draft_index
+    batches = []
+    for packed in reader.batches(parts):
+        # Lined up beforehand, as ours: tokens [P, n + 1], and targets [P, n] that are -100 where nothing trains.
+        supervision = supervise(packed, n, None if index is None else index.cpu())
+        targets = torch.full((len(packed.starts), n), -100)
+        targets[supervision.rows, supervision.depths] = supervision.targets
+        tokens = F.pad(packed.ids, (0, n))[packed.starts[:, None] + torch.arange(1, n + 1)]
+        held = (packed.states[LAST], tokens, targets)
+        batches.append([tensor.pin_memory() if worker.device.type == "cuda" else tensor for tensor in held])
     mixed = config.model.dtype != "float32"
 
     def step(number: int) -> tuple[int, float]:
-        batch = batches[number].to(worker.device)
-        targets = torch.where(batch.valid & (drafted[number] >= 0), drafted[number], -100)
+        states, tokens, targets = (tensor.to(worker.device, non_blocking=True) for tensor in batches[number])
         with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
-            logits = speculator(batch.states, batch.tokens[:, :n])  # [n, P, V]
+            logits = speculator(states, tokens)  # [n, P, V]
             losses = [F.cross_entropy(logits[i].float(), targets[:, i], ignore_index=-100) for i in range(n)]
             loss = torch.stack(losses).mean()
-        return len(batch), _update(optimizer, loss)
+        return len(states), _update(optimizer, loss)
 
     return Recipe(optimizer, step)
 

@@ -26,6 +26,7 @@ from spec import base, costs
 from spec.device import synchronize
 from spec.store import features
 from spec.training.start import initialise, shape_on
+from spec.training.teacher import Teacher
 from spec.workers import this_worker
 
 BATCH, MICRO, STEPS, WARMUP, ROUNDS = 8, 8, 12, 2, 3
@@ -142,7 +143,7 @@ def one(request: Mapping[str, object]) -> dict[str, float]:
     order = data.order(0, 0)
     parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]
     if request["form"] == "ours":
-        recipe = recipes.ours(config, speculator, data, parts, worker, tables["lm_head"].to(worker.device))
+        recipe = recipes.ours(config, speculator, data, parts, worker, Teacher(tables["lm_head"]))
     else:
         recipe = recipes.public(config, speculator, data, parts, worker)
     found = recipes.measure(recipe, worker.device, STEPS, WARMUP)

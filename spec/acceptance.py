@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec.base.logits import PLAIN, Logits
-from spec.heads import Speculator
-from spec.store.reader import CachedSequence, SequenceReader
+from spec.heads import LAST, Packed, Speculator, supervise
+from spec.store.reader import SequenceReader
 
 CHUNK = 2048
 """Positions drafted from at one time."""
@@ -52,10 +52,10 @@ def walk(matches: Sequence[int], length: int) -> NDArray[np.int64]:
     """Accepted drafts of each step while an answer of `length` tokens is decoded.
 
     The answer's first token costs no draft. Then each step drafts, keeps the drafts that match, takes the base's own
-    token, and the next step starts behind it. Accepted drafts are capped at the tokens left.
+    token, and the next step starts after it. Accepted drafts are capped at the tokens left.
 
     Args:
-        matches: for each token of the answer, how many drafts made right behind it equal what follows.
+        matches: for each token of the answer, how many drafts made right after it equal what follows.
         length: tokens of the answer.
     """
     accepted = []
@@ -139,11 +139,11 @@ def loops(answer: Sequence[int], copies: int = 3, span: int = 24, longest: int =
 
 @dataclass(frozen=True)
 class Answer:
-    """The last answer of a cached sequence, and what was drafted behind each of its tokens."""
+    """The last answer of a cached sequence, and what was drafted after each of its tokens."""
 
-    ids: NDArray[np.int32]  # the whole sequence
+    ids: NDArray[np.int64]  # the whole sequence
     start: int  # of the answer in it
-    drafts: NDArray[np.int64]  # [L, n], row j drafted behind the answer's token j
+    drafts: NDArray[np.int64]  # [L, n], row j drafted after the answer's token j
     index: int  # of the sequence in the split
 
     @property
@@ -152,7 +152,7 @@ class Answer:
         return len(self.ids) - self.start
 
     def matches(self, drafts: Iterable[Sequence[int]]) -> list[int]:
-        """For each token of the answer, how many of the drafts behind it equal what follows."""
+        """For each token of the answer, how many of the drafts after it equal what follows."""
         tokens = self.ids.tolist()
         places = range(self.start + 1, len(tokens) + 1)
         return [matching(draft, tokens[at : at + len(draft)]) for at, draft in zip(places, drafts, strict=True)]
@@ -171,49 +171,45 @@ def draft_answers(
     indices: Sequence[int] | None = None,
     on_positions: Callable[[int], object] = lambda count: None,
 ) -> list[Answer]:
-    """Draft behind every token of the last answer of each sequence; no base model is needed.
+    """Draft after every token of the last answer of each sequence; no base model is needed.
 
-    Sequences of plain text count as answers that begin at their second token; sequences without a state behind
-    their prompt are left out.
+    Sequences of plain text count as answers that begin at their second token; sequences without a state before
+    their answer are left out.
     """
     device = next(speculator.parameters()).device
     answers: list[Answer] = []
-    pending: list[tuple[int, CachedSequence]] = []
+    pending: list[tuple[int, Packed, Tensor]] = []
 
     def flush() -> None:
-        states = torch.cat([s.states for _, s in pending]).to(device)
-        tokens = torch.from_numpy(np.concatenate([s.ids[s.positions + 1] for _, s in pending])).long()
-        drafts = speculator.draft(states, tokens.to(device)).cpu().numpy()
-        row = 0
-        for index, sequence in pending:
-            start = int(sequence.positions[0]) + 1
-            answers.append(Answer(sequence.ids, start, drafts[row : row + len(sequence.positions)], index))
-            row += len(sequence.positions)
-        on_positions(row)
+        packed = Packed.join([packed for _, packed, _ in pending])
+        before = accumulate((len(packed.starts) for _, packed, _ in pending), initial=0)
+        rows = torch.cat([rows + count for (_, _, rows), count in zip(pending, before, strict=False)])
+        drafts = speculator.draft_along(packed.to(device), rows.to(device), speculator.config.n_predict).cpu().numpy()
+        sizes = np.cumsum([len(rows) for *_, rows in pending])[:-1]
+        for (index, one, kept), drafted in zip(pending, np.split(drafts, sizes), strict=True):
+            first, last = one.starts[kept[0]], one.starts[kept[-1]]
+            answers.append(Answer(one.ids[: last + 2].numpy(), int(first) + 1, drafted, index))
+        on_positions(len(rows))
         pending.clear()
 
-    for index, whole in reader.sequences(range(len(reader)) if indices is None else indices):
-        sequence = _last_answer(whole, reader.manifest.prompt_length[index])
-        if len(sequence.positions):
-            pending.append((index, sequence))
-        if sum(len(s.positions) for _, s in pending) >= CHUNK:
+    for index, packed in reader.sequences(range(len(reader)) if indices is None else indices):
+        rows = _last_answer(packed, reader.manifest.prompt_length[index])
+        if len(rows):
+            pending.append((index, packed, rows))
+        if sum(len(rows) for *_, rows in pending) >= CHUNK:
             flush()
     if pending:
         flush()
     return sorted(answers, key=lambda answer: answer.index)
 
 
-def _last_answer(sequence: CachedSequence, prompt_length: int) -> CachedSequence:
-    """The sequence cut to the states that lead to its last answer, whose tokens are all supervised."""
-    first = int((sequence.positions < prompt_length - 1).sum())
-    stop = int(sequence.positions.max(initial=-2)) + 2
-    return CachedSequence(
-        sequence.states[first:], sequence.positions[first:], sequence.ids[:stop], sequence.mask[:stop]
-    )
+def _last_answer(packed: Packed, prompt_length: int) -> Tensor:
+    """The rows of a sequence's starts that lead to its last answer, whose tokens are all supervised."""
+    return (packed.starts >= prompt_length - 1).nonzero()[:, 0]
 
 
 Drafts = Callable[[Answer], Iterable[Sequence[int]]]
-"""A source: for an answer, the drafts behind each of its tokens."""
+"""A source: for an answer, the drafts after each of its tokens."""
 
 
 def walks(reader: SequenceReader, answers: Sequence[Answer], drafts: Drafts, tokens: int | None = None) -> list[Walk]:
@@ -237,7 +233,7 @@ def walks(reader: SequenceReader, answers: Sequence[Answer], drafts: Drafts, tok
 
 
 def _reached(drafts: Sequence[Sequence[int]], accepted: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Walk.reached, from the drafts behind each token of an answer of `length` tokens."""
+    """Walk.reached, from the drafts after each token of an answer of `length` tokens."""
     rows = []
     at = 0
     for count in accepted.tolist():
@@ -296,8 +292,8 @@ def expected_acceptance(
         source: np.zeros((len(temperatures), max([1, *(int(each.reached[:, 1].max(initial=0)) for each in found)])))
         for source, found in walks.items()
     }
-    for index, sequence in reader.sequences(place):
-        states = _last_answer(sequence, reader.manifest.prompt_length[index]).states
+    for index, packed in reader.sequences(place):
+        states = packed.states[LAST][_last_answer(packed, reader.manifest.prompt_length[index])]
         for start in range(0, len(states), rows):
             part = states[start : start + rows].to(lm_head.device, lm_head.dtype)
             logits = kind.apply_((part @ lm_head.T).float(), bias)  # [rows, V]
@@ -318,6 +314,26 @@ def expected_acceptance(
         shares = (sums[source] / np.maximum(counts, 1)).tolist()
         result[source] = dict(zip(temperatures, shares, strict=True))
     return result
+
+
+@torch.inference_mode()
+def accuracy(speculator: Speculator, reader: SequenceReader) -> list[float]:
+    """For each depth the share of its supervised drafts that are right, where it alone drafts, fed the true tokens."""
+    device, index = next(speculator.parameters()).device, speculator.draft_index
+    index = None if index is None else index.cpu()
+    n = speculator.config.n_predict
+    right, count = np.zeros(n), np.zeros(n)
+    indices = range(len(reader))
+    for packed in reader.batches([indices[start : start + 16] for start in range(0, len(indices), 16)]):
+        batch = supervise(packed, n, index).to(device)
+        targets = torch.split(batch.targets, batch.sizes)
+        for k, vectors in enumerate(speculator.unroll(batch.packed, torch.split(batch.rows, batch.sizes))):
+            weight = speculator.output(k)
+            rows = max(1, CHUNK_LOGITS // len(weight))
+            for part, wanted in zip(torch.split(vectors, rows), torch.split(targets[k], rows), strict=True):
+                right[k] += int(((part @ weight.T).max(1).indices == wanted).sum())
+        count += batch.counts.numpy()
+    return [float(share) for share in right / np.maximum(count, 1)]
 
 
 def expected_tokens_per_step(conditional: Sequence[float]) -> float:

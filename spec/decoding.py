@@ -20,13 +20,14 @@ from transformers.generation import BaseStreamer
 from spec import acceptance, heads
 from spec import base as bases
 from spec.base import Base
+from spec.base.taps import Tapped
 from spec.config import Decode, Model
 from spec.drafting import DecodingError, Drafter, Source
 from spec.heads import Speculator
 from spec.kv_cache import Memory
 
 Pick = Callable[[Tensor, int], Tensor]
-"""Logits [S, V] behind S tokens, and the place in the answer of what follows the first of them -> tokens [S]."""
+"""Logits [S, V] after S tokens, and the place in the answer of what follows the first of them -> tokens [S]."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class LanguageModelWithSpeculator:
         if speculator is not None:
             heads.check_base(speculator.config, base.vocab_size, base.hidden_size, "", allow_other_weights=True)
         self.base = base
-        self.speculator = None if speculator is None else heads.fuse(speculator).eval()
+        self.speculator = None if speculator is None else speculator.for_drafting().eval()
         self.decode = decode or Decode()
 
     @classmethod
@@ -227,27 +228,37 @@ class LanguageModelWithSpeculator:
     def _steps(
         self, prompt: list[int], limit: int, room: int, pick: Pick, drafter: Drafter, stops: frozenset[int]
     ) -> Iterator[Step]:
-        """The loop. At most `limit` tokens are written, and `room` read behind the prompt."""
-        model, speculator = self.base.model, self.speculator
+        """The loop. At most `limit` tokens are written, and `room` read after the prompt."""
+        model, device = self.base.model, self.base.device
         memory = Memory(model)
-        read: list[Tensor] = []
-
-        def keep(module: object, args: tuple[Tensor, ...]) -> None:
-            read[:] = args[:1]
-
-        def forward(tokens: Tensor, start: int, last: int) -> tuple[Tensor, Tensor]:  # [S] -> [last, V], [last, d]
-            positions = torch.arange(start, start + len(tokens), device=tokens.device)[None]
-            logits = memory.forward(tokens[None], logits_to_keep=last, position_ids=positions)
-            return logits[0, -last:], read[0][0, -last:]  # the model's own logits, after any scaling or capping
+        speculator = self.speculator if drafter.uses_heads else None
+        session = None if speculator is None else speculator.session()
+        taps = () if speculator is None else speculator.taps(speculator.config)
+        drafted = 0  # by the heads, since the base last read something
 
         def from_heads(k: int) -> Tensor | list[int]:  # [k]
-            assert speculator is not None  # Drafter has seen to it
-            drafted = speculator.draft(state, token, k)[0]
-            return drafter.follow(most, drafted.tolist()) if drafter.follows else drafted
+            nonlocal drafted
+            assert session is not None  # Drafter has seen to it
+            draft, drafted = session.draft(k), k
+            return drafter.follow(most, draft.tolist()) if drafter.follows else draft
 
-        with model.get_output_embeddings().register_forward_pre_hook(keep):  # the states, from the same forward
-            logits, state = forward(torch.tensor(prompt, device=self.base.device), 0, 1)
-            token = pick(logits, 0)  # [1], written behind state [1, d]
+        with Tapped(model, taps) as tapped:
+
+            def forward(tokens: Tensor, start: int, last: int) -> Tensor:  # [S] -> [last, V]
+                positions = torch.arange(start, start + len(tokens), device=device)[None]
+                logits = memory.forward(tokens[None], logits_to_keep=last, position_ids=positions)
+                return logits[0, -last:]  # the model's own logits, after any scaling or capping
+
+            def extend(tokens: Tensor, written: int) -> None:
+                """Give the heads what the base has read, of which `written` positions lead to tokens of the answer."""
+                if session is not None:
+                    counts = {tap: written if tap.positions == "answers" else len(tokens) for tap in taps}
+                    read = {tap: tapped.states[tap][0, : len(tokens)][-count:] for tap, count in counts.items()}
+                    session.extend(read, tokens)
+
+            inputs = torch.tensor(prompt, device=device)
+            token = pick(forward(inputs, 0, 1), 0)  # [1]
+            extend(torch.cat([inputs[1:], token]), 1)
             run = token.tolist()
             yield Step(run, 0, 0)
             drafter.extend(prompt)
@@ -257,19 +268,21 @@ class LanguageModelWithSpeculator:
             while written < limit and run[-1] not in stops:
                 drafter.extend(run)
                 # Draft: what might follow the newest token.
-                most = min(limit - written, room - written)
+                most, drafted = min(limit - written, room - written), 0
                 draft = drafter.draft(most, from_heads)
                 k = len(draft)
-                inputs = torch.cat([token, torch.as_tensor(draft, dtype=token.dtype, device=token.device)])  # [1 + k]
-                # Verify: what the base writes behind the newest token and behind each draft.
-                logits, states = forward(inputs, len(prompt) + written - 1, 1 + k)
-                chosen = pick(logits, written)  # [1 + k]
+                inputs = torch.cat([token, torch.as_tensor(draft, dtype=token.dtype, device=device)])  # [1 + k]
+                # Verify: what the base writes after the newest token and after each draft.
+                chosen = pick(forward(inputs, len(prompt) + written - 1, 1 + k), written)  # [1 + k]
                 read_ids, wanted = torch.stack([inputs, chosen]).tolist()
-                # Accept drafts up to the first that the base would not have written; its own token comes behind them.
+                # Accept drafts up to the first that the base would not have written; its own token comes after them.
                 accepted = acceptance.matching(read_ids[1:], wanted)
                 if self.base.limits.takes_back:
                     memory.crop(accepted - k)
-                token, state = chosen[accepted : accepted + 1], states[accepted : accepted + 1]
+                if session is not None:
+                    session.crop(drafted)
+                extend(chosen[: accepted + 1], accepted + 1)
+                token = chosen[accepted : accepted + 1]
                 run = wanted[: min(accepted + 1, limit - written)]
                 run = run[: next((end for end, one in enumerate(run, 1) if one in stops), None)]
                 written += len(run)

@@ -53,7 +53,7 @@ class NgramIndex:
     def __init__(self, minimum: int, maximum: int, ids: Iterable[int] = ()) -> None:
         self._sizes = range(maximum, minimum - 1, -1)
         self._ids: list[int] = []
-        self._behind: dict[tuple[int, ...], int] = {}  # n-gram -> where the token behind its latest occurrence is
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> where the token after its latest occurrence is
         self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -62,29 +62,29 @@ class NgramIndex:
             end = len(self._ids)  # an n-gram is entered once it has a continuation: the suffix never finds itself
             for n in self._sizes:
                 if n <= end:
-                    self._behind[tuple(self._ids[end - n :])] = end
+                    self._next[tuple(self._ids[end - n :])] = end
             self._ids.append(int(token))
 
     def draft(
-        self, length: int, per_token: int | None = None, behind: Sequence[int] = (), minimum: int = 1
+        self, length: int, per_token: int | None = None, after: Sequence[int] = (), minimum: int = 1
     ) -> list[int]:
         """The next tokens by lookup; none where no suffix occurred before.
 
         Args:
             length: draft so many tokens.
-            per_token: so many for each token of the suffix at most, those of `behind` counted.
-            behind: tokens that are not in the index, and are taken for the sequence's last ones.
+            per_token: so many for each token of the suffix at most, those of `after` counted.
+            after: tokens that are not in the index, and are taken for the sequence's last ones.
             minimum: length of the shortest suffix, where that is more than the index's own.
         """
-        tail = [*self._ids[-self._sizes.start :], *behind]
+        tail = [*self._ids[-self._sizes.start :], *after]
         for n in self._sizes:
             if n < minimum:
                 break
-            start = self._behind.get(tuple(tail[-n:])) if n <= len(tail) else None
+            start = self._next.get(tuple(tail[-n:])) if n <= len(tail) else None
             if start is not None:
-                count = length if per_token is None else min(length, per_token * n - len(behind))
-                period = len(self._ids) + len(behind) - start
-                copied = [*self._ids[start : start + count], *behind]
+                count = length if per_token is None else min(length, per_token * n - len(after))
+                period = len(self._ids) + len(after) - start
+                copied = [*self._ids[start : start + count], *after]
                 return [copied[i % period] for i in range(count)]
         return []
 
@@ -96,7 +96,7 @@ class Drafter:
     - ngram: decode.draft_len tokens (default: PER_TOKEN for each token of the match) by lookup, where a suffix of
       decode.ngram_min to decode.ngram_max tokens occurred before; else nothing.
     - hybrid: the n-gram's draft where the match is of STRONG tokens or more; else the heads' (at most n_predict
-      tokens), continued by lookup behind the first of them where such a match exists (see follow).
+      tokens), continued by lookup after the first of them where such a match exists (see follow).
     - none: nothing.
 
     Args:
@@ -148,23 +148,28 @@ class Drafter:
         return heads(length) if length > 0 else []
 
     @property
+    def uses_heads(self) -> bool:
+        """Whether the heads may be asked for drafts."""
+        return self._head_length > 0
+
+    @property
     def follows(self) -> bool:
         """Whether `follow` may add to the heads' drafts."""
-        return self._ngrams is not None and self._head_length > 0
+        return self._ngrams is not None and self.uses_heads
 
     def follow(self, limit: int, drafted: list[int]) -> list[int]:
-        """The heads' drafts, continued by lookup behind the first one that ends a strong match; limit as in draft."""
+        """The heads' drafts, continued by lookup after the first one that ends a strong match; limit as in draft."""
         for used in range(1, len(drafted) + 1 if self.follows else 0):
             found = self._lookup(limit, drafted[:used])
             if found:
                 return drafted[:used] + found
         return drafted
 
-    def _lookup(self, limit: int, behind: Sequence[int]) -> list[int]:
-        length = min(limit, self._length) - len(behind)
+    def _lookup(self, limit: int, after: Sequence[int]) -> list[int]:
+        length = min(limit, self._length) - len(after)
         if self._ngrams is None or length < 1:
             return []
-        return self._ngrams.draft(length, self._per_token, behind, self._strong)
+        return self._ngrams.draft(length, self._per_token, after, self._strong)
 
 
 def drafts_along(
@@ -174,13 +179,13 @@ def drafts_along(
     heads: NDArray[np.int64] | None = None,
     source: Source | None = None,
 ) -> Iterator[list[int]]:
-    """What decoding would draft behind each token of an answer, one draft a token.
+    """What decoding would draft after each token of an answer, one draft a token.
 
     Args:
         ids: prompt and answer.
         start: where the answer begins.
         decode: as for Drafter.
-        heads: [tokens of the answer, n_predict] the heads' drafts behind each of them; None without a speculator.
+        heads: [tokens of the answer, n_predict] the heads' drafts after each of them; None without a speculator.
         source: instead of decode.draft.
 
     Raises:

@@ -18,8 +18,6 @@ from spec.decoding import Generation, LanguageModelWithSpeculator
 from spec.drafting import Source, drafts_along
 from spec.heads import Speculator
 from spec.store.reader import FeatureReader, SequenceReader
-from spec.training.frozen import head_metrics, with_true_inputs
-from spec.training.loss import SpeculatorLoss
 
 SOURCES: tuple[Source, ...] = tuple(source for source in get_args(Source) if source != "none")
 
@@ -38,7 +36,7 @@ class Offline:
     """The exact walk over every answer of a split.
 
     Attributes:
-        answers: with the heads' drafts behind each token.
+        answers: with the heads' drafts after each token.
         walks: by source of drafts, one walk an answer.
         accuracy: of each head alone, fed the true tokens.
         by_length: by source, tokens per step with drafts of each of LENGTHS (heads draft n_predict at most).
@@ -75,7 +73,6 @@ def offline(
     """
     answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions)
     walks = {source: acceptance.walks(reader, answers, drafts_of(source, decode)) for source in SOURCES}
-    metrics = head_metrics(with_true_inputs(SpeculatorLoss(speculator), reader, range(len(reader))).numpy())
     n = speculator.config.n_predict
     long = decode.model_copy(update={"draft_len": max(LENGTHS)})
     lengths = {source: (decode, LENGTHS[:n]) if source == "head" else (long, LENGTHS) for source in SOURCES}
@@ -88,7 +85,7 @@ def offline(
         expected = acceptance.expected_acceptance(
             reader, lm_head, answers, walks, TEMPERATURES, on_positions, kind=kind, bias=bias
         )
-    return Offline(answers, walks, [metrics[f"accuracy.{i + 1}"] for i in range(n)], by_length, expected)
+    return Offline(answers, walks, acceptance.accuracy(speculator, reader), by_length, expected)
 
 
 def cut(answers: Sequence[Answer], reader: SequenceReader, stops: Set[int]) -> float:
@@ -97,7 +94,7 @@ def cut(answers: Sequence[Answer], reader: SequenceReader, stops: Set[int]) -> f
 
 
 def drafts_of(source: Source, decode: Decode) -> Drafts:
-    """What a source drafts behind each token of an answer."""
+    """What a source drafts after each token of an answer."""
     return lambda answer: drafts_along(answer.ids, answer.start, decode, answer.drafts, source)
 
 
@@ -185,7 +182,7 @@ def lossless(
 
 
 def _prompt(reader: FeatureReader, index: int) -> list[int]:
-    ids: list[int] = reader.sequence(index).ids[: reader.manifest.prompt_length[index]].tolist()
+    ids: list[int] = reader.packed([index]).ids[: reader.manifest.prompt_length[index]].tolist()
     return ids
 
 

@@ -28,6 +28,7 @@ from spec.training import loop, start
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.resume import Checkpoints
+from spec.training.teacher import Teacher
 from spec.workers import Worker, joined
 from stages import common
 
@@ -197,7 +198,7 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
     with_tables = config.model.speculator.init == "base" or config.optim.loss == "kl"
     tables = features.load_tables(train_reader.collection) if with_tables else {}
     speculator = start.initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
-    lm_head, bias, kind = None, None, base_model.PLAIN
+    teacher = None
     if config.optim.loss == "kl":
         found = features.logits(train_reader.collection)
         if found is None:
@@ -207,8 +208,8 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
                 "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce. If an "
                 f"earlier version filled the store, remove {tables_at} and run `spec cache`"
             )
-        lm_head, bias, kind = tables["lm_head"].to(me.device), tables.get("bias"), found
-    return FrozenTask(config, speculator, train_reader, readers["val"], me, lm_head, logits=kind, bias=bias)
+        teacher = Teacher(tables["lm_head"], found, tables.get("bias"))
+    return FrozenTask(config, speculator, train_reader, readers["val"], me, teacher)
 
 
 def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTask:

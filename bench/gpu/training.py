@@ -216,7 +216,7 @@ def read(check: Check, codec: str, split: Manifest) -> None:
     def epoch(number: int) -> int:
         order = reader.order(0, number)
         parts = [order[start : start + sizes.batch] for start in range(0, len(order), sizes.batch)]
-        return sum(len(batch) for batch in prefetch(reader.batches(parts, sizes.n_predict, pin)))
+        return sum(len(batch.starts) for batch in prefetch(reader.batches(parts, pin)))
 
     first, *later = [split.positions / seconds(partial(epoch, number)) for number in range(4)]
     check.figure(

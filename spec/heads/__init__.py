@@ -1,7 +1,7 @@
 """Speculators: small networks that draft a base model's next tokens from its hidden state (torch alone).
 
 ``build`` makes one from a ``SpeculatorConfig``, ``init_random`` or ``init_from_base`` gives it its first weights,
-``save`` and ``load`` keep it, ``fuse`` readies it for drafting.
+``save`` and ``load`` keep it. ``Packed`` holds what it reads, ``Speculator`` says what it does.
 """
 
 from spec.heads.build import build
@@ -18,6 +18,8 @@ from spec.heads.checkpoint import (
 )
 from spec.heads.config import SpeculatorConfig
 from spec.heads.init import init_from_base, init_random
-from spec.heads.speculator import LAST, Carry, Packed, Speculator, Tap
-from spec.heads.sum_lstm import SumLstm, fuse
+from spec.heads.packed import LAST, Packed, Supervision, Tap, supervise
+from spec.heads.position_wise import PositionWise
+from spec.heads.speculator import Session, Speculator
+from spec.heads.sum_lstm import SumLstm
 from spec.heads.sum_rnn import SumRnn

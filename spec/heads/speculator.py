@@ -1,93 +1,48 @@
-"""The interface that all speculators share."""
+"""The interface that all speculators share; nothing outside spec/heads knows more of them than this."""
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from spec.heads.config import SpeculatorConfig
-from spec.heads.layers import RMSNorm, rms_normalize
+from spec.heads.layers import RMSNorm
+from spec.heads.packed import LAST, Packed, Tap
 
 
-@dataclass(frozen=True)
-class Tap:
-    """One vector of the base for each of some positions of a sequence.
+class Session(ABC):
+    """What a speculator keeps of one sequence while it is decoded."""
 
-    Attributes:
-        layer: the output after so many layers (0: the embedded tokens), or None: the last state, after the final
-            norm, which lm_head reads.
-        positions: "answers", those t whose next token x_{t+1} is supervised, or "all".
-    """
+    @abstractmethod
+    def extend(self, states: Mapping[Tap, Tensor], tokens: Tensor) -> None:
+        """Go on by S positions that the base has read.
 
-    layer: int | None = None
-    positions: Literal["answers", "all"] = "answers"
+        Args:
+            states: by tap the base's vectors, [S, width]; at the prompt, taps of answers have the last position alone.
+            tokens: [S] the token after each position, of which the last is the newest of the sequence.
+        """
 
+    @abstractmethod
+    def draft(self, n: int) -> Tensor:
+        """Greedy drafts [n] of what follows the newest token, as ids of the full vocabulary."""
 
-LAST = Tap()
-"""What lm_head reads where an answer is written; the base's own distributions follow from it."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Whole sequences, one after the other: T tokens of R sequences.
-
-    Attributes:
-        ids: [T].
-        mask: [T], whether a token is supervised.
-        offsets: R + 1 places where sequences begin, and T; on the CPU, whatever the device.
-        starts: [P] ascending places t from which heads draft, those of "answers": x_{t+1} is supervised.
-        states: by tap its vectors, [P, width] (answers) or [T, width] (all).
-    """
-
-    ids: Tensor
-    mask: Tensor
-    offsets: tuple[int, ...]
-    starts: Tensor
-    states: Mapping[Tap, Tensor]
-
-    @classmethod
-    def join(cls, parts: Sequence[Packed]) -> Packed:
-        """The sequences of all parts, of which there is at least one, in order."""
-        ends = list(accumulate((part.offsets[-1] for part in parts), initial=0))
-        return cls(
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.mask for part in parts]),
-            (0, *(end + offset for end, part in zip(ends, parts, strict=False) for offset in part.offsets[1:])),
-            torch.cat([part.starts + end for end, part in zip(ends, parts, strict=False)]),
-            {tap: torch.cat([part.states[tap] for part in parts]) for tap in parts[0].states},
-        )
-
-    def to(self, device: torch.device) -> Packed:
-        """The same on a device; the copy from page-locked memory does not wait."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin(self) -> Packed:
-        """The same in page-locked memory."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        states = {tap: change(tensor) for tap, tensor in self.states.items()}
-        return Packed(change(self.ids), change(self.mask), self.offsets, change(self.starts), states)
+    @abstractmethod
+    def crop(self, n: int) -> None:
+        """Forget what the last `n` drafts have left."""
 
 
-Carry = tuple[Tensor, ...]
+class Speculator(nn.Module, ABC):
+    """Draft heads over a frozen base model.
 
+    At position t the base has already produced x_{t+1}. The draft of depth k that begins at t reads x_{t+1+k} and
+    foresees x_{t+2+k}; so depth 0 never learns x_{t+1}.
 
-class Speculator(nn.Module):
-    """Draft heads over a frozen base model's hidden states.
-
-    At position t the base's state h_t (after its final norm: the vector that lm_head reads) has already produced
-    x_{t+1}. Head i reads x_{t+1+i} and predicts x_{t+2+i}; so head 0 never learns x_{t+1}.
-
-    P counts positions, of one sequence or of many: every position is on its own. d is the base's hidden size, V its
-    vocabulary, n the number of heads, K the draft vocabulary.
+    T counts tokens, P the positions from which drafts begin. d is the base's hidden size, V its vocabulary, n the
+    number of depths, K the draft vocabulary.
 
     Args:
         config: the network's shape.
@@ -98,86 +53,60 @@ class Speculator(nn.Module):
         ValueError: a token_map that does not fit config.draft_vocab_size.
     """
 
-    head: Callable[[int], nn.Linear]
-    """The Linear of head i, [V or K, head width]; the same one for every i where heads are tied."""
+    joint: ClassVar[bool] = False
+    """Whether it can be trained jointly with the base."""
+
+    borrowed: ClassVar[Mapping[str, str]] = {}
+    """Parameters that are tables of the base ("embedding" or "lm_head"), by name: neither trained nor saved."""
 
     token_map: Tensor | None
-    """[K] the full id of each draft id, or None where heads draft from the whole vocabulary."""
+    """[K] the full id of each draft id, or None where the whole vocabulary is drafted from."""
 
     def __init__(self, config: SpeculatorConfig, token_map: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("token_map", _checked(token_map, config))
 
-    @abstractmethod
-    def start(self, states: Tensor) -> Carry:
-        """What head 0 needs of the base's states [P, d]; they are cast to the speculator's dtype."""
+    @classmethod
+    def taps(cls, config: SpeculatorConfig) -> tuple[Tap, ...]:
+        """The vectors of the base that a speculator of this shape reads."""
+        return (LAST,)
 
     @abstractmethod
-    def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
-        """Run head i up to its Linear.
+    def output(self, k: int) -> Tensor:
+        """The matrix [V or K, h] that makes logits of depth k's vectors; one tensor where depths share it."""
+
+    @abstractmethod
+    def unroll(self, packed: Packed, rows: Sequence[Tensor]) -> list[Tensor]:
+        """All depths with the true tokens as inputs (teacher forcing).
 
         Args:
-            i: the head, from 0; heads run in order.
-            carry: from start (i = 0) or from head i-1.
-            tokens: [P] ids x_{t+1+i} in the full vocabulary.
+            packed: the sequences.
+            rows: by depth [M_k], the rows of packed.starts from which drafts are wanted.
 
         Returns:
-            The carry for head i+1, and the vector [P, head width] that head i's Linear reads.
+            By depth the vectors [M_k, h] that its output matrix reads, for x_{t+2+k}.
         """
 
-    def logits(self, i: int, hidden: Tensor) -> Tensor:
-        """Head i's logits for x_{t+2+i}: [P, head width] -> [P, V], or [P, K] with a draft vocabulary."""
-        logits: Tensor = self.head(i)(hidden)
-        return logits
+    @abstractmethod
+    def draft_along(self, packed: Packed, rows: Tensor, n: int) -> Tensor:
+        """Greedy drafts [M, n] that begin at packed.starts[rows], as ids of the full vocabulary; each depth reads the
+        draft before it."""
 
-    def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """All heads' logits with the true tokens as inputs (teacher forcing).
+    @abstractmethod
+    def session(self) -> Session:
+        """For a new sequence that is decoded."""
 
-        Args:
-            states: [P, d] the base's states h_t.
-            tokens: [P, n] ids; column i holds x_{t+1+i}.
+    def for_drafting(self) -> Speculator:
+        """The speculator as it drafts fastest; for decoding alone, since it is neither trained nor saved."""
+        return self
 
-        Returns:
-            [n, P, V], or [n, P, K] with a draft vocabulary; entry i predicts x_{t+2+i}.
-        """
-        n = self.config.n_predict
-        if tokens.shape[-1] != n:
-            raise ValueError(f"tokens has {tokens.shape[-1]} columns, expected n_predict = {n}")
-        carry = self.start(states)
-        out = []
-        for i in range(n):
-            carry, hidden = self.step(i, carry, tokens[:, i])
-            out.append(self.logits(i, hidden))
-        return torch.stack(out)
-
-    @torch.inference_mode()
-    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
-        """Draft greedily: each head reads the draft of the one before.
-
-        Args:
-            states: [P, d] the base's states h_t.
-            tokens: [P] x_{t+1}, the tokens that the base produced from these states.
-            n: number of drafts, n_predict by default.
-
-        Returns:
-            [P, n] drafts of x_{t+2}, x_{t+3}, ..., as ids of the full vocabulary.
-
-        Raises:
-            ValueError: n is below 1 or above n_predict.
-        """
-        n = self.config.n_predict if n is None else n
-        if not 1 <= n <= self.config.n_predict:
-            raise ValueError(f"asked for {n} drafts, but the speculator has n_predict = {self.config.n_predict} heads")
-        carry = self.start(states)
-        drafts = []
-        for i in range(n):
-            carry, hidden = self.step(i, carry, tokens)
-            tokens = self.logits(i, hidden).max(-1).indices  # four times as fast as argmax in bf16 on a CPU
-            if self.token_map is not None:
-                tokens = self.token_map[tokens]
-            drafts.append(tokens)
-        return torch.stack(drafts, 1)
+    @torch.no_grad()
+    def lend(self, tables: Mapping[str, Tensor]) -> None:
+        """Put the base's tables, each [V, d], into the places of what is borrowed."""
+        for name, table in self.borrowed.items():
+            module, _, parameter = name.rpartition(".")
+            setattr(self.get_submodule(module), parameter, nn.Parameter(tables[table], requires_grad=False))
 
     @property
     def draft_index(self) -> Tensor | None:
@@ -189,14 +118,9 @@ class Speculator(nn.Module):
         index[self.token_map] = torch.arange(len(self.token_map), device=index.device)
         return index
 
-    def targets(self, tokens: Tensor) -> Tensor:
-        """The logits' index of each full id [..] -> [..]: -1 for an id outside the draft vocabulary."""
-        index = self.draft_index
-        return tokens if index is None else index[tokens]
-
     def num_parameters(self) -> int:
-        """Number of parameters, each shared one counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of its own parameters, each shared one counted once."""
+        return sum(p.numel() for name, p in self.named_parameters() if name not in self.borrowed)
 
     def undecayed(self) -> frozenset[str]:
         """Names of the parameters that weight decay must leave alone: norms, and token tables, whose rare rows it
@@ -207,23 +131,6 @@ class Speculator(nn.Module):
             if isinstance(module, RMSNorm | nn.Embedding)
             for parameter, _ in module.named_parameters()
         )
-
-    def _scaled(self, states: Tensor) -> Tensor:
-        """The states as the first projection reads them: with scale_input, rms_normalize(h) / sqrt(2)."""
-        states = states.to(self.head(0).weight.dtype)
-        return rms_normalize(states) / math.sqrt(2) if self.config.scale_input else states
-
-
-def mixing_weight(config: SpeculatorConfig) -> float:
-    """Alpha, by which the token embedding is multiplied before it is added to the projected state.
-
-    It lets the base's state keep half of the magnitude up to the last head (fms-extras, ArcticTraining:
-    ``emb_weight / state_weight``). Their formula counts on an embedding of variance 1/w, which is true of a table
-    at initialisation; a stack ends in a Linear over unit variance, so there the factor w is left out.
-    """
-    state_weight: float = 0.5 ** (0.5 / config.n_predict)
-    width = config.sum_width if len(config.emb_dim) == 1 else 1
-    return math.sqrt((1 - state_weight**2) * width / 2) / state_weight
 
 
 def _checked(token_map: Tensor | None, config: SpeculatorConfig) -> Tensor | None:

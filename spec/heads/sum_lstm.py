@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from spec.heads.config import SpeculatorConfig
 from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, linear, projection_stack, widths
-from spec.heads.speculator import Carry, Speculator, mixing_weight
+from spec.heads.position_wise import Carry, PositionWise, mixing_weight
 
 
-class SumLstm(Speculator):
+class SumLstm(PositionWise):
     """An LSTM cell whose four gates each read ``proj(s) + alpha * emb(x_{t+1+i})``; all weights are tied.
 
     ``c = c * sigmoid(forget) + GELU(cell_ln(cell)) * sigmoid(input)``; ``s = GELU(state_ln(c)) * sigmoid(output)``,
@@ -74,6 +74,9 @@ class SumLstm(Speculator):
             return forget, forget, forget, forget
         return forget, self.input_emb(0)(tokens), self.output_emb(0)(tokens), self.cell_emb(0)(tokens)
 
+    def for_drafting(self) -> PositionWise:
+        return FusedSumLstm(self) if len(self.config.proj_dim) == 1 else self
+
     def undecayed(self) -> frozenset[str]:
         """The norms, and forget_proj of the first head: without a gradient, decay alone would move it."""
         idle = (name for name, _ in self.named_parameters() if name.startswith("forget_proj.0."))
@@ -90,8 +93,11 @@ class SumLstm(Speculator):
         return PerHead([first, later])
 
 
-class FusedSumLstm(Speculator):
-    """A SumLstm with one matrix product for all gates; see fuse."""
+class FusedSumLstm(PositionWise):
+    """A SumLstm with one matrix product for all gates, and the same drafts up to rounding.
+
+    Later changes to the projections of the SumLstm do not reach it.
+    """
 
     first: Tensor
     later: Tensor
@@ -111,17 +117,6 @@ class FusedSumLstm(Speculator):
         state, cell = carry
         projected = F.linear(state, self.later if i else self.first).chunk(4, -1)  # four of [P, w]
         return self.lstm.update(cell, projected, tokens)
-
-
-def fuse(speculator: Speculator) -> Speculator:
-    """The speculator as it drafts fastest: an LSTM's gates fused, everything else as it is.
-
-    The result shares all other weights with the speculator and gives the same drafts up to rounding. It is for
-    drafting only: later changes to the speculator's projections do not reach it, and it is neither trained nor saved.
-    """
-    if isinstance(speculator, SumLstm) and len(speculator.config.proj_dim) == 1:
-        return FusedSumLstm(speculator)
-    return speculator
 
 
 def _unwrapped(stack: nn.Sequential) -> nn.Module:

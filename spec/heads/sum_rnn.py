@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from spec.heads.config import SpeculatorConfig
 from spec.heads.layers import PerHead, adapter, embedding_stack, linear, norm_stack, projection_stack
-from spec.heads.speculator import Carry, Speculator, mixing_weight
+from spec.heads.position_wise import Carry, PositionWise, mixing_weight
 
 
-class SumRnn(Speculator):
+class SumRnn(PositionWise):
     """``s = GELU(ln_i(proj_i(s) + alpha * emb_i(x_{t+1+i})))``, ``logits_i = head_i(s)``, starting from s = h_t.
 
     With tie_weights the heads share emb, ln and head; the first projection (from the base's width) is its own, the

@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from spec import heads
 from spec.config import Decode, explain
 from spec.drafting import Drafter
-from spec.heads import Speculator
+from spec.heads import PositionWise
 from spec.serving import ServingError
 
 TESTED = "0.32"
@@ -107,14 +107,20 @@ class SpeculatorProposer:
             )
         Drafter(self._decode, self._config.n_predict)  # its errors belong here
         self._drafters: dict[str, tuple[Drafter, int]] = {}  # by request, and how many tokens it has seen
-        self._speculator: Speculator | None = None
+        self._speculator: PositionWise | None = None
         self.verified: Verified | None = None
         """Of the step that propose is called for; see _hand_over_states."""
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the heads beside the base, in its dtype."""
         device = next(target_model.parameters()).device
-        self._speculator = heads.fuse(heads.load(self._checkpoint, device, self._dtype)).eval()
+        speculator = heads.load(self._checkpoint, device, self._dtype).for_drafting().eval()
+        if not isinstance(speculator, PositionWise):
+            raise ServingError(
+                f"{self._checkpoint} is a {self._config.method}, which reads whole sequences: the proposer is for "
+                "heads that draft at each position by itself (sum_rnn, sum_lstm)"
+            )
+        self._speculator = speculator
         log.info(
             "Speculator %s: %s, %d heads, draft=%s, trained on %s",
             self._checkpoint,
@@ -131,7 +137,7 @@ class SpeculatorProposer:
         token_ids_cpu: NDArray[np.int32],
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Draft behind each request's tokens; vLLM calls this after each step.
+        """Draft after each request's tokens; vLLM calls this after each step.
 
         Args:
             sampled_token_ids: what each request got in this step; nothing while its prompt is read in parts.

@@ -1,4 +1,4 @@
-"""Cached features as training and acceptance read them: positions with their states and the tokens around them."""
+"""Cached features as training and acceptance read them: whole sequences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec.device import on_this_device
-from spec.store import codecs, features
+from spec.heads import LAST, Packed
+from spec.store import codecs
 from spec.store.manifest import Manifest
 from spec.store.segment import DamagedError, StoreError
 
@@ -42,85 +43,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CachedSequence:
-    """One cached sequence.
-
-    Attributes:
-        states: [P, d], the base's states at `positions`.
-        positions: [P], the t of each state.
-        ids: [T] tokens.
-        mask: [T], 1 where a token is supervised.
-    """
-
-    states: Tensor
-    positions: NDArray[np.int64]
-    ids: NDArray[np.int32]
-    mask: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What heads train and draft from; each row belongs to a position t.
-
-    Attributes:
-        states: [P, d], h_t.
-        tokens: [P, n + 1], x_{t+1} .. x_{t+1+n}: column i is the input of head i, column i + 1 its target. Past the
-            end of a sequence it holds zeros.
-        valid: [P, n], whether head i trains here: x_{t+1} .. x_{t+2+i} all lie in one supervised span.
-    """
-
-    states: Tensor
-    tokens: Tensor
-    valid: Tensor
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def to(self, device: torch.device) -> Positions:
-        """The same on a device; the copy from pinned memory does not wait."""
-        return Positions(*(x.to(device, non_blocking=True) for x in (self.states, self.tokens, self.valid)))
-
-    def __getitem__(self, rows: slice) -> Positions:
-        return Positions(self.states[rows], self.tokens[rows], self.valid[rows])
-
-
-def join(parts: Sequence[Positions], pin: bool = False) -> Positions:
-    """Positions one after the other, in page-locked memory if asked for."""
-
-    def together(tensors: list[Tensor]) -> Tensor:
-        if not pin:
-            return torch.cat(tensors)
-        shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
-        return torch.cat(tensors, out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True))
-
-    return Positions(*(together([getattr(part, name) for part in parts]) for name in ("states", "tokens", "valid")))
-
-
-def tokens_around(
-    ids: NDArray[np.int32], mask: NDArray[np.uint8], offsets: NDArray[np.int64], n_predict: int
-) -> tuple[Tensor, Tensor]:
-    """The `tokens` [P, n + 1] and `valid` [P, n] of Positions for every stored position of several sequences.
-
-    Args:
-        ids: [T] tokens of all sequences, one after the other.
-        mask: [T].
-        offsets: [R + 1], where each sequence begins.
-        n_predict: n.
-    """
-    starts = np.zeros(len(ids) + 1, np.bool_)
-    starts[offsets[:-1]] = True  # an empty last sequence may begin behind the last token
-    following = np.flatnonzero((mask != 0) & ~starts[:-1])  # [P]: where x_{t+1} is
-    ends = offsets[np.searchsorted(offsets, following, "right")]
-    around = following[:, None] + np.arange(n_predict + 1)  # [P, n + 1]
-    inside = around < ends[:, None]
-    around[~inside] = 0
-    tokens = np.where(inside, ids[around] if len(ids) else 0, 0)
-    supervised = inside & (mask[around] != 0) if len(mask) else inside
-    valid = np.logical_and.accumulate(supervised, axis=1)[:, 1:]
-    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.ascontiguousarray(valid))
-
-
-@dataclass(frozen=True)
 class Described:
     """What is known of each sequence of a split that lies in no store, as Manifest has it."""
 
@@ -139,33 +61,30 @@ class SequenceReader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
-        """Sequences with their indices, in any order."""
+    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, Packed]]:
+        """Sequences one by one, with their indices, in any order."""
 
-    def batches(self, parts: Iterable[Sequence[int]], n_predict: int) -> Iterator[Positions]:
-        """The positions of each part."""
+    def batches(self, parts: Iterable[Sequence[int]]) -> Iterator[Packed]:
+        """The sequences of each part."""
 
 
 class _Segment:
     """A decoded segment."""
 
     def __init__(self, arrays: dict[str, NDArray[Any]], dtype: torch.dtype, encoding: str) -> None:
-        self.states = codecs.decode(arrays, dtype, encoding)
-        self.ids, self.mask = arrays["ids"], arrays["mask"]
-        self.token_offsets, self.state_offsets = arrays["token_offsets"], arrays["state_offsets"]
-        self.bytes = self.states.nbytes + 16 * len(self.ids)
-        self._around: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states = codecs.decode(arrays, dtype, encoding)
+        self._ids, self._mask = arrays["ids"], arrays["mask"]
+        self._token_offsets, self._state_offsets = arrays["token_offsets"], arrays["state_offsets"]
+        self.bytes = self._states.nbytes + 5 * len(self._ids)
 
-    def sequence(self, row: int) -> CachedSequence:
-        tokens = slice(*self.token_offsets[row : row + 2])
-        mask = self.mask[tokens]
-        states = self.states[slice(*self.state_offsets[row : row + 2])]
-        return CachedSequence(states, features.kept_positions(mask), self.ids[tokens], mask)
+    def tokens(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """ids and mask of a row."""
+        tokens = slice(*self._token_offsets[row : row + 2])
+        return self._ids[tokens], self._mask[tokens]
 
-    def positions(self, row: int, n_predict: int) -> Positions:
-        if n_predict not in self._around:
-            self._around[n_predict] = tokens_around(self.ids, self.mask, self.token_offsets, n_predict)
-        return Positions(self.states, *self._around[n_predict])[slice(*self.state_offsets[row : row + 2])]
+    def states(self, row: int) -> Tensor:
+        """The states of a row."""
+        return self._states[slice(*self._state_offsets[row : row + 2])]
 
 
 class FeatureReader:
@@ -214,16 +133,18 @@ class FeatureReader:
         dtype: torch.dtype = getattr(torch, self.manifest.dtype)
         return dtype
 
-    def sequence(self, index: int) -> CachedSequence:
-        """The sequence at this place in the data's order."""
-        return self._load(self._name(index)).result().sequence(self.manifest.row[index])
-
-    def positions(self, indices: Sequence[int], n_predict: int, pin: bool = False) -> Positions:
-        """The positions of several sequences, one after the other."""
-        nothing = tokens_around(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(1, np.int64), n_predict)
-        none = Positions(torch.empty(0, self.manifest.hidden_size, dtype=self.dtype), *nothing)
-        parts = [self._load(self._name(i)).result().positions(self.manifest.row[i], n_predict) for i in indices]
-        return join([none, *parts], pin)
+    def packed(self, indices: Sequence[int], pin: bool = False) -> Packed:
+        """These sequences, one after the other; in page-locked memory if asked for."""
+        rows = self.manifest.row
+        found = [(self._load(self._name(index)).result(), rows[index]) for index in indices]
+        tokens = [segment.tokens(row) for segment, row in found]
+        ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in tokens)])
+        mask = np.concatenate([np.zeros(0, np.bool_), *(mask != 0 for _, mask in tokens)])
+        none = torch.empty(0, self.manifest.hidden_size, dtype=self.dtype)
+        states = _together([none, *(segment.states(row) for segment, row in found)], pin)
+        lengths = [len(ids) for ids, _ in tokens]
+        packed = Packed.of(torch.from_numpy(ids), torch.from_numpy(mask), lengths, {LAST: states})
+        return packed.pin() if pin else packed
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """All sequences, shuffled: segments first, then sequences within a window of WINDOW segments."""
@@ -241,17 +162,17 @@ class FeatureReader:
         ordered = sorted(batch, key=lambda index: (self.manifest.segment[index], index))
         return ordered[len(ordered) * rank // world : len(ordered) * (rank + 1) // world]
 
-    def batches(self, parts: Iterable[Sequence[int]], n_predict: int, pin: bool = False) -> Iterator[Positions]:
-        """The positions of each part (sequence indices), with segments decoded ahead.
+    def batches(self, parts: Iterable[Sequence[int]], pin: bool = False) -> Iterator[Packed]:
+        """The sequences of each part (by index), with segments decoded ahead.
 
         Raises:
             DamagedError: when a part that needs a damaged segment is reached.
         """
         for part in self._decoded_ahead(parts):
-            yield self.positions(part, n_predict, pin)
+            yield self.packed(part, pin)
 
-    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
-        """Sequences with their indices, in the order of the store, so that each segment is decoded once and ahead.
+    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, Packed]]:
+        """Sequences one by one, in the order of the store, so that each segment is decoded once and ahead.
 
         Raises:
             DamagedError: when a sequence of a damaged segment is reached.
@@ -259,7 +180,7 @@ class FeatureReader:
         place = self.manifest.segment, self.manifest.row
         ordered = sorted(indices, key=lambda index: (place[0][index], place[1][index]))
         for (index,) in self._decoded_ahead([index] for index in ordered):
-            yield index, self.sequence(index)
+            yield index, self.packed([index])
 
     def _decoded_ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
         """The parts themselves, while what they and the next ones need is decoded."""
@@ -281,8 +202,9 @@ class FeatureReader:
             yield part
             needed -= Counter(names)
 
-    def token_counts(self) -> NDArray[np.int64]:
-        """How often each token [V] is supervised in the split; reads no states."""
+    def token_counts(self, prompts: bool = False) -> NDArray[np.int64]:
+        """How often each token [V] is supervised in the split, or with `prompts` how often it occurs at all; reads no
+        states."""
         counts = np.zeros(self.manifest.vocab_size, np.int64)
         rows: dict[int, list[int]] = {}
         for segment, row in zip(self.manifest.segment, self.manifest.row, strict=True):
@@ -291,7 +213,8 @@ class FeatureReader:
             arrays, _ = self.collection.read(self.manifest.segments[segment], ("ids", "mask", "token_offsets"))
             for row in used:
                 tokens = slice(*arrays["token_offsets"][row : row + 2])
-                counts += np.bincount(arrays["ids"][tokens][arrays["mask"][tokens] != 0], minlength=len(counts))
+                wanted = (arrays["mask"][tokens] != 0) | prompts
+                counts += np.bincount(arrays["ids"][tokens][wanted], minlength=len(counts))
         return counts
 
     def _name(self, index: int) -> str:
@@ -318,6 +241,14 @@ class FeatureReader:
                 break
             total -= done[name]
             del self._segments[name]
+
+
+def _together(tensors: list[Tensor], pin: bool) -> Tensor:
+    """Joined along the first axis, and where asked for straight into page-locked memory."""
+    if not pin:
+        return torch.cat(tensors)
+    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+    return torch.cat(tensors, out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True))
 
 
 def prefetch(items: Iterable[T], depth: int = 4) -> Iterator[T]:

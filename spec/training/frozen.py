@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from spec import acceptance
-from spec.base.logits import PLAIN, Logits
 from spec.config import Config
-from spec.heads import Speculator
+from spec.heads import Speculator, Supervision
 from spec.store.reader import FeatureReader, SequenceReader
-from spec.training.loss import SpeculatorLoss, Supervision
+from spec.training.loss import SpeculatorLoss
 from spec.training.tables import twin
+from spec.training.teacher import Teacher
 from spec.workers import Worker
 
 
@@ -28,9 +28,7 @@ class FrozenTask:
         train_reader: what to train on.
         val_reader: what chooses the checkpoint.
         worker: this process.
-        lm_head: [V, d] of the base; needed for optim.loss=kl.
-        logits: what turns lm_head times the state into the base's logits.
-        bias: [V] of lm_head.
+        teacher: the base's own distributions, for optim.loss=kl; None: the written tokens.
     """
 
     def __init__(
@@ -40,22 +38,19 @@ class FrozenTask:
         train_reader: FeatureReader,
         val_reader: FeatureReader,
         worker: Worker,
-        lm_head: Tensor | None = None,
-        *,
-        logits: Logits = PLAIN,
-        bias: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.config, self.worker, self.speculator = config, worker, speculator
         self.train_reader, self.val_reader = train_reader, val_reader
-        occurring = np.flatnonzero(train_reader.token_counts())
-        tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past a sequence's end
+        prompts = any(tap.positions == "all" for tap in speculator.taps(speculator.config))
+        occurring = np.flatnonzero(train_reader.token_counts(prompts))
+        tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past the last sequence's end
         self._trained, self._tables = twin(speculator, tokens)
         self._mixed = worker.mixed(config.model.dtype)
-        teacher = lm_head if config.optim.loss == "kl" else None
-        loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher, logits=logits, bias=bias)
-        if loss.lm_head is not None:
-            loss.lm_head = loss.lm_head.to(torch.bfloat16 if self._mixed else torch.float32)
-        self._loss = loss.to(worker.device)
+        if teacher is not None:
+            dtype = torch.bfloat16 if self._mixed else torch.float32
+            teacher = teacher.over(speculator.token_map, worker.device, dtype)
+        self._loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher).to(worker.device)
 
     @property
     def module(self) -> nn.Module:
@@ -82,8 +77,8 @@ class FrozenTask:
 
     def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Supervision]:
         pin = self.worker.device.type == "cuda"
-        for positions in self.train_reader.batches(parts, self.speculator.config.n_predict, pin):
-            batch = self._loss.supervise(positions)
+        for packed in self.train_reader.batches(parts, pin):
+            batch = self._loss.supervise(packed)
             yield batch.pin() if pin else batch
 
     def order(self, epoch: int) -> list[int]:
@@ -95,9 +90,8 @@ class FrozenTask:
     def validate(self) -> dict[str, float]:
         """Loss and accuracy by head on val, and the exact walk."""
         self._flush()
-        loss = SpeculatorLoss(self.speculator, logits=self._loss.logits)
-        loss.lm_head, loss.bias = self._loss.lm_head, self._loss.bias  # already reduced to the draft vocabulary
-        return validate(loss.to(self.worker.device), self.val_reader, self.worker, self._mixed)
+        loss = SpeculatorLoss(self.speculator, teacher=self._loss.teacher).to(self.worker.device)
+        return validate(loss, self.val_reader, self.worker, self._mixed)
 
     def score(self, metrics: dict[str, float]) -> float:
         return metrics["tokens_per_step"]
@@ -153,8 +147,8 @@ def with_true_inputs(loss: SpeculatorLoss, reader: SequenceReader, indices: Sequ
     device = next(loss.speculator.parameters()).device
     sums = torch.zeros(n, 3, dtype=torch.float64)
     parts = [indices[start : start + 16] for start in range(0, len(indices), 16)]
-    for positions in reader.batches(parts, n):
-        batch = loss.supervise(positions).to(device)
+    for packed in reader.batches(parts):
+        batch = loss.supervise(packed).to(device)
         _, part = loss(batch, torch.ones(n, device=device))
         sums += torch.cat([part.cpu().double(), batch.counts[:, None].double()], 1)
     return sums

@@ -15,11 +15,10 @@ from spec import base as base_model
 from spec.base import Base
 from spec.config import Config
 from spec.corpus import TokenSequence
-from spec.heads import Speculator
-from spec.store.features import kept_positions
-from spec.store.reader import CachedSequence, Described, Positions, tokens_around
+from spec.heads import LAST, Packed, Speculator, Supervision
+from spec.store.reader import Described
 from spec.training.frozen import validate
-from spec.training.loss import SpeculatorLoss, Supervision, linear_cross_entropy
+from spec.training.loss import SpeculatorLoss, linear_cross_entropy
 from spec.workers import Worker
 
 BASE = "base."
@@ -33,13 +32,12 @@ class JointBatch:
 
     Attributes:
         ids: [B, S], padded on the right.
-        row, at: [P] where in ids each position is.
-        heads: what the heads read, without the states, and are trained towards.
-        counts: [n + 1] supervised positions of each head, then of the base: P.
+        at: [P] where each of the drafts' starts lies among the B * S.
+        heads: the sequences, without states, and what the heads are trained towards.
+        counts: [n + 1] supervised drafts of each head, then supervised tokens of the base: P.
     """
 
     ids: Tensor
-    row: Tensor
     at: Tensor
     heads: Supervision
     counts: Tensor
@@ -49,14 +47,14 @@ class JointBatch:
         return len(self.at)
 
     def to(self, device: torch.device) -> JointBatch:
-        ids, row, at = (x.to(device, non_blocking=True) for x in (self.ids, self.row, self.at))
-        return JointBatch(ids, row, at, self.heads.to(device), self.counts)
+        ids, at = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.at))
+        return JointBatch(ids, at, self.heads.to(device), self.counts)
 
 
 class JointLoss(nn.Module):
     """``base_loss + coeff * speculator_loss``; the gradients of both reach the base.
 
-    base_loss is the cross-entropy of x_{t+1} behind the state at t, over the same positions that the heads draft
+    base_loss is the cross-entropy of x_{t+1} after the state at t, over the same positions that the heads draft
     from. speculator_loss is SpeculatorLoss over the live states.
     """
 
@@ -66,11 +64,13 @@ class JointLoss(nn.Module):
 
     def forward(self, batch: JointBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's part of the loss, and [n + 1, 2] sums of loss and hits, the base's last."""
-        states = base_model.hidden_states(self.model, batch.ids)[batch.row, batch.at]  # [P, d]
+        packed = batch.heads.packed
+        states = base_model.hidden_states(self.model, batch.ids).flatten(0, 1)[batch.at]  # [P, d]
         lm_head = self.model.get_output_embeddings().weight  # type: ignore[operator]
         scale = (1.0 / counts[-1].clamp(min=1)).expand(len(states))
-        base, losses, correct = linear_cross_entropy(states, lm_head, batch.heads.tokens[:, 0], scale)
-        speculator, sums = self.loss(replace(batch.heads, states=states), counts[:-1])
+        base, losses, correct = linear_cross_entropy(states, lm_head, packed.ids[packed.starts + 1], scale)
+        heads = replace(batch.heads, packed=replace(packed, states={LAST: states}))
+        speculator, sums = self.loss(heads, counts[:-1])
         own = torch.stack([losses.sum(), correct.sum().to(losses.dtype)])[None].to(sums.dtype)
         return base + self.coeff * speculator, torch.cat([sums, own])
 
@@ -173,14 +173,11 @@ class JointTask:
             yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
 
     def _batch(self, rows: Sequence[TokenSequence]) -> JointBatch:
-        ids = padded(rows)
-        kept = [kept_positions(row.mask) for row in rows]
-        row = np.repeat(np.arange(len(rows)), list(map(len, kept)))
-        at = np.concatenate([np.zeros(0, np.int64), *kept])
-        tokens, valid = _around(rows, self.speculator.config.n_predict)
-        heads = self._loss.supervise(Positions(torch.empty(len(at), 0), tokens, valid))
-        counts = torch.cat([heads.counts, torch.tensor([len(at)])])
-        return JointBatch(ids, torch.from_numpy(row), torch.from_numpy(at), heads, counts)
+        ids, packed = padded(rows), pack(rows)
+        row = torch.searchsorted(torch.tensor(packed.offsets), packed.starts, right=True) - 1
+        at = row * ids.shape[1] + packed.starts - torch.tensor(packed.offsets)[row]
+        heads = self._loss.supervise(packed)
+        return JointBatch(ids, at, heads, torch.cat([heads.counts, torch.tensor([len(at)])]))
 
 
 class LiveReader:
@@ -200,7 +197,7 @@ class LiveReader:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, CachedSequence]]:
+    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, Packed]]:
         wanted, device = list(indices), self._base.device
         for start in range(0, len(wanted), _VALIDATION_ROWS):
             part = wanted[start : start + _VALIDATION_ROWS]
@@ -208,27 +205,31 @@ class LiveReader:
             with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._mixed):
                 hidden = base_model.hidden_states(self._base.model, padded(rows).to(device))
             for number, (index, row) in enumerate(zip(part, rows, strict=True)):
-                positions = kept_positions(row.mask)
-                states = hidden[number, torch.from_numpy(positions).to(device)]
-                yield index, CachedSequence(states, positions, row.ids, row.mask)
+                packed = pack([row])
+                yield index, replace(packed, states={LAST: hidden[number, packed.starts.to(device)].float()})
 
-    def batches(self, parts: Iterable[Sequence[int]], n_predict: int) -> Iterator[Positions]:
-        none = torch.empty(0, self._base.hidden_size, device=self._base.device)
+    def batches(self, parts: Iterable[Sequence[int]]) -> Iterator[Packed]:
+        none = replace(pack([]), states={LAST: torch.empty(0, self._base.hidden_size, device=self._base.device)})
         for part in parts:
-            found = [(self._rows[index], sequence.states.float()) for index, sequence in self.sequences(part)]
-            states = torch.cat([none, *(states for _, states in found)])
-            yield Positions(states, *_around([row for row, _ in found], n_predict))
+            yield Packed.join([none, *(packed for _, packed in self.sequences(part))])
 
     @torch.no_grad()
     def base_loss(self, indices: Iterable[int]) -> tuple[float, int]:
         """Sum of the base's cross-entropy over the positions of sequences, and their number."""
         total, count = 0.0, 0
-        for _, sequence in self.sequences(indices):
-            targets = torch.from_numpy(sequence.ids[sequence.positions + 1]).long().to(sequence.states.device)
-            scale = torch.ones(len(targets), device=targets.device)
-            loss, _, _ = linear_cross_entropy(sequence.states.float(), self._base.lm_head, targets, scale)
+        for _, packed in self.sequences(indices):
+            states = packed.states[LAST]
+            targets = packed.ids[packed.starts + 1].to(states.device)
+            loss, _, _ = linear_cross_entropy(states, self._base.lm_head, targets, torch.ones_like(states[:, 0]))
             total, count = total + float(loss), count + len(targets)
         return total, count
+
+
+def pack(rows: Sequence[TokenSequence]) -> Packed:
+    """Sequences one after the other, without states."""
+    ids = np.concatenate([np.zeros(0, np.int64), *(row.ids for row in rows)])
+    mask = np.concatenate([np.zeros(0, np.bool_), *(row.mask != 0 for row in rows)])
+    return Packed.of(torch.from_numpy(ids), torch.from_numpy(mask), map(len, rows), {})
 
 
 def padded(rows: Sequence[TokenSequence]) -> Tensor:
@@ -238,9 +239,3 @@ def padded(rows: Sequence[TokenSequence]) -> Tensor:
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row.ids
     return torch.from_numpy(ids)
-
-
-def _around(rows: Sequence[TokenSequence], n_predict: int) -> tuple[Tensor, Tensor]:
-    ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
-    mask = np.concatenate([np.zeros(0, np.uint8), *(row.mask for row in rows)])
-    return tokens_around(ids, mask, np.cumsum([0, *map(len, rows)], dtype=np.int64), n_predict)

@@ -39,7 +39,7 @@ class OccurringRows(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """The rows of tokens that occur, [..] -> [.., width].
 
-        Others read the first row: they stand only behind a supervised span, where nothing trains.
+        Others read the first row: they stand only where nothing trains.
         """
         return F.embedding(self.index[tokens], self.weight)
 
@@ -62,7 +62,9 @@ def twin(speculator: Speculator, tokens: Tensor) -> tuple[Speculator, list[Occur
         tokens: [U] ids that occur in training data, ascending, on the speculator's device.
     """
     replaced: dict[int, Any] = {
-        id(module): OccurringRows(module, tokens) for module in speculator.modules() if isinstance(module, nn.Embedding)
+        id(module): OccurringRows(module, tokens)
+        for module in speculator.modules()
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad
     }
     tables = list(replaced.values())
     for tensor in (*speculator.parameters(), *speculator.buffers()):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from spec.heads import Speculator, fuse
+from spec.heads import Speculator
 from tests.spec.training.runs import D, N, V, make_speculator
 
 POSITIONS = 200
@@ -46,5 +46,5 @@ def test_drafts(exact: Speculator, device: torch.device) -> None:
     states, tokens = inputs()
     expected = exact.draft(states, tokens[:, 0])
     ours = copy.deepcopy(exact).to(device)
-    for speculator in (ours, fuse(ours)):
+    for speculator in (ours, ours.for_drafting()):
         assert torch.equal(speculator.draft(states.to(device), tokens[:, 0].to(device)).cpu(), expected)

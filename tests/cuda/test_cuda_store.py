@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from spec import base as base_model
 from spec.base import Base
 from spec.config import Model
+from spec.heads import LAST
 from spec.store import features
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
@@ -18,6 +18,7 @@ from spec.store.manifest import Manifest, make_manifest
 from spec.store.plan import plan_groups
 from spec.store.reader import FeatureReader
 from spec.training.frozen import FrozenTask
+from spec.training.teacher import Teacher
 from spec.workers import Worker
 from tests.spec.training.runs import make_config, make_speculator
 from tests.tiny import chain
@@ -61,10 +62,10 @@ def test_what_the_device_writes_is_whole_and_right(codec: str, model: Base, tmp_
     assert not damaged
     reader = FeatureReader(manifest, tmp_path)
     exact = {torch.float32: 1e-3, torch.bfloat16: 0.05}[model.dtype] if codec != "fp8" else 0.1
-    for _, sequence in reader.sequences(range(0, 40, 7)):
-        ids = torch.from_numpy(sequence.ids.astype(np.int64))[None].to(model.device)
-        expected = base_model.hidden_states(model.model, ids)[0, sequence.positions].cpu().float()
-        difference = (sequence.states.float() - expected).norm() / expected.norm()
+    for _, packed in reader.sequences(range(0, 40, 7)):
+        expected = base_model.hidden_states(model.model, packed.ids[None].to(model.device))[0].cpu().float()
+        expected = expected[packed.starts]
+        difference = (packed.states[LAST].float() - expected).norm() / expected.norm()
         assert difference < exact, difference
 
 
@@ -74,8 +75,8 @@ def test_heads_train_from_it(model: Base, tmp_path: Path, worker: Worker) -> Non
     shape = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
     speculator = make_speculator(**shape).to(worker.device)
     config = make_config(optim={"lr": 0.01, "loss": "kl"})
-    lm_head = features.load_tables(reader.collection)["lm_head"].to(worker.device)
-    task = FrozenTask(config, speculator, reader, reader, worker, lm_head)
+    teacher = Teacher(features.load_tables(reader.collection)["lm_head"])
+    task = FrozenTask(config, speculator, reader, reader, worker, teacher)
     optimizer = torch.optim.AdamW(task.parameters(), fused=True)
     losses = []
     for batch in task.batches(iter([task.order(0)[:8]] * 12)):

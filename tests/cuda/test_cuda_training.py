@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from spec.heads import LAST
 from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.loop import Progress, Result
@@ -88,10 +89,11 @@ def test_batches_arrive_from_pinned_memory(store: Path, worker: Worker) -> None:
     pageable = frozen_task(make_config(), store, ALONE)
     for found, expected in zip(task.batches(iter(parts)), pageable.batches(iter(parts)), strict=True):
         copied = found.to(worker.device)
-        assert found.states.is_pinned() == (worker.device.type == "cuda")
+        states, moved = found.packed.states[LAST], copied.packed.states[LAST]
+        assert states.is_pinned() == (worker.device.type == "cuda")
         assert found.rows.is_pinned() == (worker.device.type == "cuda")
-        assert copied.states.device == worker.device
-        assert torch.equal(copied.states.cpu(), expected.states)
+        assert moved.device == worker.device
+        assert torch.equal(moved.cpu(), expected.packed.states[LAST])
         assert torch.equal(copied.targets.cpu(), expected.targets)
 
 

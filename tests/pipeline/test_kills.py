@@ -11,6 +11,7 @@ import pytest
 
 from spec import config as config_module
 from spec import corpus, files
+from spec.heads import LAST
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from stages import common
@@ -37,7 +38,7 @@ def outcome(root: Path) -> dict[str, Any]:
         rows = corpus.read(root / common.responses_path(split))
         found[f"answers of {split}"] = [(row.ids.tolist(), row.mask.tolist(), row.domain) for row in rows]
         reader = FeatureReader(Manifest.load(root / common.features_path(split)), Path(config.features.store or ""))
-        found[f"states of {split}"] = [reader.sequence(number).states.tolist() for number in range(len(reader))]
+        found[f"states of {split}"] = [reader.packed([number]).states[LAST].tolist() for number in range(len(reader))]
     return found
 
 

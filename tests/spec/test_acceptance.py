@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spec import acceptance
 from spec.acceptance import Answer, Walk, draft_answers, interval, loops, tokens_per_step, walk, walks
 from spec.corpus import TokenSequence
-from spec.heads import Speculator, build, init_random
+from spec.heads import LAST, Speculator, build, init_random
 from spec.store.reader import FeatureReader
 from tests.spec.heads.reference import config
 from tests.tiny import chain, sequence, store_features
@@ -198,12 +198,12 @@ def test_drafts_are_the_speculators_own_at_each_position(
     assert [(answer.index, answer.start) for answer in answers] == list(STARTS.items())
     assert sum(counts) == sum(answer.length for answer in answers)
     for answer in answers:
-        row, full = ROWS[answer.index], reader.sequence(answer.index)
+        row, full = ROWS[answer.index], reader.packed([answer.index])
         np.testing.assert_array_equal(answer.ids, row.ids)
         assert answer.drafts.shape == (len(row) - answer.start, 3)
-        for j in range(answer.length - 1):  # behind the last token there is nothing to draft from
+        for j in range(answer.length - 1):  # after the last token there is nothing to draft from
             t = answer.start + j - 1
-            state = full.states[full.positions.tolist().index(t)]
+            state = full.states[LAST][full.starts.tolist().index(t)]
             direct = heads.draft(state[None], torch.tensor([int(row.ids[t + 1])]))
             assert answer.drafts[j].tolist() == direct[0].tolist()
 
@@ -259,8 +259,8 @@ def test_expected_acceptance_by_hand(reader: FeatureReader, chunk: int, monkeypa
         for temperature in (0.5, 2.0):
             sums, steps = np.zeros(9), np.zeros(9)
             for answer, walked in zip(answers, found[name], strict=True):
-                full, made, at = reader.sequence(answer.index), list(drafts(answer)), 0
-                states = full.states[full.positions >= answer.start - 1]
+                full, made, at = reader.packed([answer.index]), list(drafts(answer)), 0
+                states = full.states[LAST][full.starts >= answer.start - 1]
                 for accepted in walked.accepted.tolist():
                     steps[: accepted + 1] += 1
                     for i in range(min(accepted + 1, len(made[at]), answer.length - 1 - at)):

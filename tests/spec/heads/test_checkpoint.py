@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from spec.heads import CheckpointError, Speculator, SpeculatorConfig, build, check_base, fuse, load, read_config, save
+from spec.heads import CheckpointError, Speculator, SpeculatorConfig, build, check_base, load, read_config, save
 
 from .reference import config, inputs, randomized
 from .test_speculator import configs
@@ -43,7 +43,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path, c: SpeculatorConfig) -> None:
 def test_a_draft_vocabulary_comes_back(tmp_path: Path) -> None:
     speculator = saved(tmp_path, draft_vocab_size=4)
     loaded = load(tmp_path)
-    assert loaded.targets(torch.tensor([0, 1, 4, 5])).tolist() == [-1, 0, 3, -1]
+    assert loaded.draft_index[[0, 1, 4, 5]].tolist() == [-1, 0, 3, -1]
     states, tokens = inputs(loaded.config)
     assert torch.equal(loaded.draft(states, tokens[:, 0]), speculator.draft(states, tokens[:, 0]))
 
@@ -99,7 +99,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.Sequential, fuse])
+@pytest.mark.parametrize("wrap", [torch.nn.Sequential, lambda speculator: speculator.for_drafting()])
 def test_wrappers_and_fused_copies_are_not_saved(tmp_path: Path, wrap: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=r"not a (Sequential|FusedSumLstm)"):
         save(wrap(build(config("sum_lstm"))), tmp_path)

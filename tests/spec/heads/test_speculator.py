@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec.heads import SpeculatorConfig, build, fuse
+from spec.heads import LAST, Packed, SpeculatorConfig, build
 
 from . import reference
 from .reference import config, inputs, randomized
@@ -65,11 +65,27 @@ def test_a_draft_has_all_heads_by_default_and_never_more() -> None:
             speculator.draft(states, tokens[:, 0], n)
 
 
-def test_forward_wants_a_token_for_every_head() -> None:
-    c = config()
-    states, tokens = inputs(c)
-    with pytest.raises(ValueError, match="2 columns, expected n_predict = 3"):
-        build(c)(states, tokens[:, :2])
+@settings(max_examples=40)
+@given(c=configs(), lengths=st.lists(st.integers(0, 7), min_size=1, max_size=3))
+def test_whole_sequences_are_as_their_positions(c: SpeculatorConfig, lengths: list[int]) -> None:
+    """Unrolled and drafted along as position by position, and a session as the draft at its newest position."""
+    speculator, total = randomized(c), sum(lengths)
+    ids, mask = torch.randint(23, (total,)), torch.rand(total) < 0.7
+    packed = Packed.of(ids, mask, lengths, {})
+    states = torch.randn(len(packed.starts), c.hidden_size)
+    packed = Packed(ids, mask, packed.offsets, packed.starts, {LAST: states})
+    rows = torch.randperm(len(states))[:4]
+    tokens = torch.nn.functional.pad(ids, (0, 9))[packed.starts[rows, None] + torch.arange(1, c.n_predict + 1)]
+    wanted = speculator(states[rows], tokens)
+    for k, vectors in enumerate(speculator.unroll(packed, [rows] * c.n_predict)):
+        torch.testing.assert_close(vectors @ speculator.output(k).T, wanted[k])
+    drafts = speculator.draft_along(packed, rows, c.n_predict)
+    assert torch.equal(drafts, speculator.draft(states[rows], ids[packed.starts[rows] + 1]))
+    session = speculator.session()
+    for row, draft in zip(rows.tolist(), drafts, strict=True):
+        session.extend({LAST: states[: row + 1]}, ids[packed.starts[: row + 1] + 1])
+        assert torch.equal(session.draft(c.n_predict), draft)
+        session.crop(c.n_predict)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,8 +108,8 @@ def test_draft_vocabulary(method: str) -> None:
     drafts = speculator.draft(states, tokens[:, 0])
     assert torch.equal(drafts[:, 0], kept[logits[0].argmax(-1)])
     assert set(drafts.flatten().tolist()) <= set(kept.tolist())
-    assert speculator.targets(torch.tensor([0, 1, 3, 22, 21])).tolist() == [0, -1, 1, 4, -1]
-    assert torch.equal(speculator.targets(kept), torch.arange(5))
+    assert speculator.draft_index[[0, 1, 3, 22, 21]].tolist() == [0, -1, 1, 4, -1]
+    assert torch.equal(speculator.draft_index[kept], torch.arange(5))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +155,7 @@ def test_a_plain_networks_names_and_sizes() -> None:
 def test_fused_gates_compute_the_same(tied: bool) -> None:
     c = config("sum_lstm", tie_lstm_embs=tied, inner_dim=(6, 10), emb_dim=(4, 8), draft_vocab_size=5)
     speculator = randomized(c, torch.tensor([1, 2, 5, 9, 22])).double()
-    fused, (states, tokens) = fuse(speculator), inputs(c)
+    fused, (states, tokens) = speculator.for_drafting(), inputs(c)
     assert fused is not speculator
     torch.testing.assert_close(fused(states, tokens), speculator(states, tokens), rtol=0, atol=1e-12)
     assert torch.equal(fused.draft(states, tokens[:, 0]), speculator.draft(states, tokens[:, 0]))
@@ -147,7 +163,7 @@ def test_fused_gates_compute_the_same(tied: bool) -> None:
 
 def test_what_cannot_be_fused_stays_as_it_is() -> None:
     for speculator in (build(config("sum_lstm", proj_dim=(4, 8))), build(config())):
-        assert fuse(speculator) is speculator
+        assert speculator.for_drafting() is speculator
 
 
 def test_norms_and_token_tables_are_not_decayed() -> None:

@@ -1,13 +1,13 @@
-"""Cached features as heads see them, beside a reference that looks at one position at a time."""
+"""Cached features as heads read them."""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,67 +17,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.corpus import TokenSequence
+from spec.heads import LAST, Packed
 from spec.store import codecs
 from spec.store import reader as reader_module
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest
-from spec.store.reader import FeatureReader, Positions, prefetch, tokens_around
+from spec.store.reader import FeatureReader, prefetch
 from spec.store.segment import DamagedError, StoreError
+from spec.training.joint import pack
 from tests.tiny import chain, sequence, states_of, store_features
 
 
-def brute_force(row: TokenSequence, n: int) -> list[tuple[int, list[int], list[bool]]]:
-    """(t, x_{t+1} .. x_{t+1+n}, validity of each head) of every stored position."""
-    T, found = len(row), []
-    for t in range(T - 1):
-        if row.mask[t + 1]:
-            tokens = [int(row.ids[t + 1 + i]) if t + 1 + i < T else 0 for i in range(n + 1)]
-            valid = [all(k < T and row.mask[k] for k in range(t + 1, t + 2 + i + 1)) for i in range(n)]
-            found.append((t, tokens, valid))
-    return found
-
-
-def around(rows: Sequence[TokenSequence], n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens_around of rows that lie in a segment one after the other."""
-    ids = np.concatenate([np.empty(0, np.int32), *(row.ids for row in rows)])
-    mask = np.concatenate([np.empty(0, np.uint8), *(row.mask for row in rows)])
-    return tokens_around(ids, mask, np.cumsum([0, *map(len, rows)], dtype=np.int64), n)
-
-
-masks = st.lists(st.lists(st.integers(0, 1), max_size=14), max_size=5)
-
-
-@settings(max_examples=300)
-@given(masks=masks, n=st.integers(1, 5))
-def test_tokens_and_validity(masks: list[list[int]], n: int) -> None:
-    rows = [sequence(mask, [100 * k + t + 1 for t in range(len(mask))]) for k, mask in enumerate(masks)]
-    tokens, valid = around(rows, n)
-    expected = [entry for row in rows for entry in brute_force(row, n)]
-    assert tokens.tolist() == [tokens for _, tokens, _ in expected]
-    assert valid.tolist() == [valid for *_, valid in expected]
-    assert (tokens.dtype, valid.dtype) == (torch.int64, torch.bool)
-    assert tokens.shape == (len(expected), n + 1)
-    assert valid.shape == (len(expected), n)
-
-
-def expected_positions(rows: Sequence[TokenSequence], n: int, dtype: torch.dtype = torch.float32) -> Positions:
+def expected(rows: Sequence[TokenSequence], dtype: torch.dtype = torch.float32) -> Packed:
     """What a reader gives of rows made up by store_features."""
-    entries = [(row, *entry) for row in rows for entry in brute_force(row, n)]
-    states = [torch.from_numpy(states_of(row)[t]) for row, t, *_ in entries]
-    return Positions(
-        torch.stack([torch.empty(8), *states])[1:].to(dtype),
-        torch.tensor([tokens for _, _, tokens, _ in entries], dtype=torch.int64).reshape(-1, n + 1),
-        torch.tensor([valid for *_, valid in entries], dtype=torch.bool).reshape(-1, n),
-    )
+    states = [torch.from_numpy(states_of(row)[np.flatnonzero(row.mask[1:])]) for row in rows]
+    return replace(pack(rows), states={LAST: torch.cat([torch.empty(0, 8), *states]).to(dtype)})
 
 
-def assert_equal(found: Positions, expected: Positions) -> None:
-    for field in dataclasses.fields(Positions):
-        one, other = getattr(found, field.name), getattr(expected, field.name)
-        assert one.dtype == other.dtype
-        assert one.shape == other.shape
+def assert_equal(found: Packed, wanted: Packed) -> None:
+    assert found.offsets == wanted.offsets
+    assert found.states.keys() == wanted.states.keys()
+    for one, other in (
+        (found.ids, wanted.ids),
+        (found.mask, wanted.mask),
+        (found.starts, wanted.starts),
+        *((found.states[tap], wanted.states[tap]) for tap in wanted.states),
+    ):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert torch.equal(one, other)
-    assert len(found) == len(expected)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +59,12 @@ def test_a_split_reads_back_in_the_order_of_the_data(tmp_path: Path, dtype: str,
     assert reader.dtype == getattr(torch, dtype)
     how = codecs.encoding(codec)
     for index in [*range(len(rows)), 0]:
-        found, row = reader.sequence(index), rows[index]
-        np.testing.assert_array_equal(found.ids, row.ids)
-        np.testing.assert_array_equal(found.mask, row.mask)
-        assert found.positions.tolist() == [t for t, *_ in brute_force(row, 1)]
-        exact = torch.from_numpy(states_of(row)[found.positions]).to(reader.dtype)
-        kept = {key: codecs.to_numpy(tensor) for key, tensor in codecs.encode(exact, how).items()}
-        assert torch.equal(found.states, codecs.decode(kept, reader.dtype, how))
-        assert found.states.dtype == reader.dtype
+        found, wanted = reader.packed([index]), expected([rows[index]], reader.dtype)
+        kept = {key: codecs.to_numpy(tensor) for key, tensor in codecs.encode(wanted.states[LAST], how).items()}
+        assert_equal(found, replace(wanted, states={LAST: codecs.decode(kept, reader.dtype, how)}))
     if codec != "fp8":
-        expected = expected_positions([rows[i] for i in (4, 10, 1)], 3, reader.dtype)
-        assert_equal(reader.positions([4, 10, 1], 3), expected)
-    empty = reader.positions([], 3)
-    assert (empty.states.shape, empty.tokens.shape, empty.valid.shape) == ((0, 8), (0, 4), (0, 3))
+        assert_equal(reader.packed([4, 10, 1]), expected([rows[i] for i in (4, 10, 1)], reader.dtype))
+    assert_equal(reader.packed([]), expected([], reader.dtype))
 
 
 Wide = tuple[list[TokenSequence], Manifest, Path]
@@ -162,7 +122,7 @@ def test_an_epoch_reads_each_segment_once_and_holds_few(wide: Wide, reads: Count
     assert len(manifest.segments) > 3 * reader_module.WINDOW
     reader = FeatureReader(manifest, root, memory=0)
     held = []
-    for _ in reader.batches(parts_of(reader.order(0, epoch), size), 2):
+    for _ in reader.batches(parts_of(reader.order(0, epoch), size)):
         held.append(len(reader._segments))
     assert reads == dict.fromkeys(manifest.segments, 1)
     assert max(held) <= reader_module.WINDOW + reader_module.AHEAD + size + 1 < len(manifest.segments)
@@ -184,11 +144,10 @@ def test_with_room_a_segment_is_decoded_once_for_good(wide: Wide, reads: Counter
     _, manifest, root = wide
     reader = FeatureReader(manifest, root, memory=10**9)
     for epoch in range(2):
-        list(reader.batches(parts_of(reader.order(0, epoch), 7), 2))
+        list(reader.batches(parts_of(reader.order(0, epoch), 7)))
     list(reader.sequences(range(len(reader))))
     for index in range(len(reader)):
-        reader.sequence(index)
-        reader.positions([index], 3)
+        reader.packed([index])
     assert reads == dict.fromkeys(manifest.segments, 1)
 
 
@@ -200,13 +159,13 @@ def test_as_much_is_kept_as_there_is_room_for(wide: Wide, reads: Counter[str]) -
     room = sum(sizes.values()) // 2
     reader = FeatureReader(manifest, root, memory=room)
     for index in range(len(reader)):
-        reader.sequence(index)
+        reader.packed([index])
         assert sum(sizes[name] for name in reader._segments) <= room + 2 * max(sizes.values())
     assert sum(sizes[name] for name in reader._segments) > room - max(sizes.values())
     reads.clear()
-    reader.sequence(len(reader) - 1)
+    reader.packed([len(reader) - 1])
     assert not reads  # what was used last is kept
-    reader.sequence(0)
+    reader.packed([0])
     assert sum(reads.values()) == 1  # what was used first has gone
 
 
@@ -224,17 +183,16 @@ def test_room_is_a_share_of_what_is_free_among_the_workers_of_a_machine(
 @settings(max_examples=25)
 @given(
     parts=st.lists(st.lists(st.integers(0, 59), max_size=6), max_size=16),
-    n=st.integers(1, 4),
     memory=st.sampled_from([0, 2000, 10**9]),
 )
-def test_batches_are_the_positions_of_each_part(wide: Wide, parts: list[list[int]], n: int, memory: int) -> None:
+def test_batches_are_the_sequences_of_each_part(wide: Wide, parts: list[list[int]], memory: int) -> None:
     rows, manifest, root = wide
     reader = FeatureReader(manifest, root, memory)
-    found = list(reader.batches(iter(parts), n))
+    found = list(reader.batches(iter(parts)))
     assert len(found) == len(parts)
     for part, batch in zip(parts, found, strict=True):
-        assert_equal(batch, expected_positions([rows[index] for index in part], n))
-        assert_equal(batch, reader.positions(part, n))
+        assert_equal(batch, expected([rows[index] for index in part]))
+        assert_equal(batch, reader.packed(part))
 
 
 @settings(max_examples=20)
@@ -248,8 +206,7 @@ def test_sequences_come_with_their_indices_in_the_order_of_the_store(
     places = [(manifest.segment[index], manifest.row[index]) for index, _ in found]
     assert places == sorted(places)
     for index, one in found:
-        np.testing.assert_array_equal(one.ids, rows[index].ids)
-        assert torch.equal(one.states, torch.from_numpy(states_of(rows[index])[one.positions]))
+        assert_equal(one, expected([rows[index]]))
 
 
 def test_parts_are_asked_for_ahead_but_not_all_at_once(wide: Wide) -> None:
@@ -264,7 +221,7 @@ def test_parts_are_asked_for_ahead_but_not_all_at_once(wide: Wide) -> None:
             asked.append(manifest.segment[index])
             yield [index]
 
-    stream = reader.batches(parts(), 1)
+    stream = reader.batches(parts())
     for taken in range(1, 40):
         next(stream)
         assert len(set(asked[taken - 1 :])) <= reader_module.WINDOW + reader_module.AHEAD
@@ -296,10 +253,13 @@ def test_token_counts_are_those_of_the_supervised_tokens(tmp_path: Path, reads: 
     for row in rows:
         np.add.at(counts, row.ids[row.mask != 0], 1)
     reads.clear()
-    found = FeatureReader(split, tmp_path).token_counts()
+    reader = FeatureReader(split, tmp_path)
+    found = reader.token_counts()
     assert found.tolist() == counts.tolist()
     assert found.dtype == np.int64
     assert reads == dict.fromkeys(split.segments, 1)
+    everything = np.bincount(np.concatenate([row.ids for row in rows]), minlength=24)
+    assert reader.token_counts(prompts=True).tolist() == everything.tolist()
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -318,7 +278,7 @@ def test_a_missing_segment_is_named(tmp_path: Path) -> None:
 
 def test_a_segment_of_another_digest_is_named(tmp_path: Path) -> None:
     manifest = store_features(tmp_path, chain(6, 24))
-    other = dataclasses.replace(manifest, digests=[manifest.digests[0], "0" * 64, *manifest.digests[2:]])
+    other = replace(manifest, digests=[manifest.digests[0], "0" * 64, *manifest.digests[2:]])
     with pytest.raises(StoreError, match=rf"segment {manifest.segments[1]} in .* has the digest {manifest.digests[1]}"):
         FeatureReader(other, tmp_path)
 
@@ -350,14 +310,14 @@ def test_damage_is_met_where_it_lies_and_nowhere_before(wide: Wide, tmp_path: Pa
         for number, part in enumerate(parts)
         if any(manifest.segments[manifest.segment[i]] == wrong for i in part)
     )
-    stream = reader.batches(parts, 2)
+    stream = reader.batches(parts)
     for part in parts[:reached]:
-        assert_equal(next(stream), expected_positions([rows[index] for index in part], 2))
+        assert_equal(next(stream), expected([rows[index] for index in part]))
     with pytest.raises(DamagedError, match=wrong) as caught:
         next(stream)
     assert caught.value.name == wrong
     whole = [part for part in parts if all(manifest.segments[manifest.segment[i]] != wrong for i in part)]
-    assert len(list(reader.batches(whole, 2))) == len(whole)  # the rest reads on
+    assert len(list(reader.batches(whole))) == len(whole)  # the rest reads on
     found = []
     with pytest.raises(DamagedError, match=wrong):  # noqa: PT012
         for index, _ in reader.sequences(range(len(reader))):

@@ -38,6 +38,7 @@ from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
+from spec.training.teacher import Teacher
 from spec.workers import Worker, joined
 from stages.common import child_environment
 from stages.train import _stop_signal
@@ -83,9 +84,10 @@ def readers_of(store: Path) -> tuple[FeatureReader, FeatureReader]:
     return train, val
 
 
-def teacher() -> torch.Tensor:
-    """An lm_head that has something to say."""
-    return torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+def teacher(config: Config) -> Teacher | None:
+    """An lm_head that has something to say, where it is asked."""
+    lm_head = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+    return Teacher(lm_head) if config.optim.loss == "kl" else None
 
 
 def run(
@@ -296,7 +298,7 @@ def interrupted(
 
 
 def frozen_task(config: Config, store: Path, worker: Worker, speculator: Speculator | None = None) -> FrozenTask:
-    return FrozenTask(config, speculator or make_speculator(), *readers_of(store), worker, teacher())
+    return FrozenTask(config, speculator or make_speculator(), *readers_of(store), worker, teacher(config))
 
 
 def make_frozen(store: Path, worker: Worker) -> tuple[Config, FrozenTask]:

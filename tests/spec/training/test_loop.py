@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spec.acceptance import draft_answers, head_drafts, tokens_per_step, walks
+from spec.acceptance import accuracy, draft_answers, head_drafts, tokens_per_step, walks
 from spec.errors import SpecError
+from spec.heads import LAST, Supervision, supervise
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import frozen, loop
@@ -85,7 +86,7 @@ def test_what_listeners_are_told(store: Path, tmp_path: Path, monkeypatch: pytes
 def test_every_step_is_told_as_it_ends(store: Path, tmp_path: Path) -> None:
     """So that a bar moves while steps are slow, long before the first of them is logged."""
     seen: list[tuple[int, int]] = []
-    task = FrozenTask(make_config(), make_speculator(), *readers_of(store), ALONE, teacher())
+    task = FrozenTask(make_config(), make_speculator(), *readers_of(store), ALONE)
     loop.run(task.config, task, ALONE, Checkpoints(tmp_path, "key"), advance=lambda *at: seen.append(at))
     assert seen == [(step, TOTAL) for step in range(TOTAL + 1)]
 
@@ -103,20 +104,29 @@ def test_metrics_are_means_over_positions() -> None:
     }
 
 
+def everything(reader: FeatureReader) -> tuple[Supervision, torch.Tensor, torch.Tensor]:
+    """A split's supervised drafts, and for each position its state, and the N + 1 tokens that follow it."""
+    packed = reader.packed(range(len(reader)))
+    tokens = F.pad(packed.ids, (0, N))[packed.starts[:, None] + torch.arange(1, N + 2)]
+    return supervise(packed, N), packed.states[LAST], tokens
+
+
 @pytest.mark.parametrize("drafted", [None, 15])
 def test_figures_of_a_split_are_those_of_all_its_logits(store: Path, drafted: int | None) -> None:
     speculator = make_speculator(draft_vocab_size=drafted)
     reader = FeatureReader(Manifest.load(store / "train.json"), store)  # more sequences than one batch holds
     sums = with_true_inputs(SpeculatorLoss(speculator), reader, range(len(reader)))
-    batch = reader.positions(range(len(reader)), N)
+    batch, states, tokens = everything(reader)
     with torch.no_grad():
-        logits = speculator(batch.states, batch.tokens[:, :N])
-    for i in range(N):
-        targets = speculator.targets(batch.tokens[:, i + 1])
-        rows = batch.valid[:, i] & (targets >= 0)
-        loss = F.cross_entropy(logits[i][rows], targets[rows], reduction="sum")
-        hits = (logits[i][rows].argmax(1) == targets[rows]).sum()
-        assert sums[i].tolist() == [pytest.approx(loss.item(), rel=1e-5), hits.item(), batch.valid[:, i].sum().item()]
+        logits = speculator(states, tokens[:, :N])
+    index = torch.arange(V) if speculator.draft_index is None else speculator.draft_index
+    for i, rows in enumerate(torch.split(batch.rows, batch.sizes)):
+        drafted = rows[index[tokens[rows, i + 1]] >= 0]
+        targets = index[tokens[drafted, i + 1]]
+        loss = F.cross_entropy(logits[i][drafted], targets, reduction="sum")
+        hits = (logits[i][drafted].argmax(1) == targets).sum()
+        assert sums[i].tolist() == [pytest.approx(loss.item(), rel=1e-5), hits.item(), len(rows)]
+    assert accuracy(speculator, reader) == pytest.approx((sums[:, 1] / sums[:, 2]).tolist())
     metrics = frozen.validate(SpeculatorLoss(speculator), reader, ALONE, mixed=False)
     expected = tokens_per_step(walks(reader, draft_answers(speculator, reader), head_drafts))
     assert metrics["tokens_per_step"] == pytest.approx(expected)
@@ -150,7 +160,7 @@ def test_steps_are_adamw_on_the_mean_over_the_whole_batch(store: Path, tmp_path:
     )
     expected = make_speculator()
     reader = FeatureReader(Manifest.load(store / "train.json"), store)
-    batch = reader.positions(range(len(reader)), N)
+    batch, states, tokens = everything(reader)
     spared = ("ln.", "emb.")
     kept = [p for name, p in expected.named_parameters() if name.startswith(spared)]
     others = [p for name, p in expected.named_parameters() if not name.startswith(spared)]
@@ -161,8 +171,10 @@ def test_steps_are_adamw_on_the_mean_over_the_whole_batch(store: Path, tmp_path:
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * factor(config.optim, step, steps)
         means = [
-            F.cross_entropy(logits[batch.valid[:, i]], batch.tokens[batch.valid[:, i], i + 1])
-            for i, logits in enumerate(expected(batch.states, batch.tokens[:, :N]))
+            F.cross_entropy(logits[rows], tokens[rows, i + 1])
+            for i, (rows, logits) in enumerate(
+                zip(torch.split(batch.rows, batch.sizes), expected(states, tokens[:, :N]), strict=True)
+            )
         ]
         optimizer.zero_grad()
         torch.stack(means).mean().backward()
@@ -269,8 +281,10 @@ def test_the_teacher_is_in_what_is_computed_in(
 ) -> None:
     with_instructions(monkeypatch, *instructions)
     config = make_config(model={"dtype": "bfloat16"}, optim={"loss": "kl"})
-    task = FrozenTask(config, make_speculator(), *readers_of(store), ALONE, teacher().bfloat16())
-    assert dict(task.module.named_buffers())["lm_head"].dtype == expected
+    task = frozen_task(config, store, ALONE)
+    assert isinstance(task.module, SpeculatorLoss)
+    assert task.module.teacher is not None
+    assert task.module.teacher.lm_head.dtype == expected
 
 
 @pytest.mark.parametrize("drafted", [None, 15])
@@ -285,7 +299,10 @@ def test_heads_learn_the_bases_own_distribution(tmp_path: Path, drafted: int | N
     assert losses[-1] < 0.1 * losses[0]
     reader = readers_of(store)[1]
     frozen_task(config, store, ALONE, speculator).restore(result.weights)
-    sums = with_true_inputs(SpeculatorLoss(speculator, None, teacher()), reader, range(len(reader)))
+    made_of = teacher(config)
+    assert made_of is not None
+    loss = SpeculatorLoss(speculator, None, made_of.over(speculator.token_map, torch.device("cpu"), torch.float32))
+    sums = with_true_inputs(loss, reader, range(len(reader)))
     assert result.val == pytest.approx(result.val | head_metrics(sums.numpy()), rel=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spec.corpus import TokenSequence
-from spec.heads import Speculator, SpeculatorConfig, build, init_random
-from spec.store.features import kept_positions
-from spec.store.reader import Positions, tokens_around
+from spec.heads import LAST, Packed, Speculator, SpeculatorConfig, build, init_random
 from spec.training import loss as loss_module
+from spec.training.joint import pack
 from spec.training.loss import SpeculatorLoss, linear_cross_entropy
+from spec.training.teacher import Teacher
 from tests.tiny import sequence
 
 V, D, P = 19, 8, 23
@@ -90,7 +91,7 @@ def test_with_a_teacher_it_is_the_divergence_from_its_distribution(
     expected = torch.autograd.grad((plain * scale).sum() * factor, (hidden, weight))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
-        total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale, (states, table))
+        total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale, (states, Teacher(table)))
     (total * factor).backward()
     torch.testing.assert_close(total, (plain * scale).sum())
     torch.testing.assert_close(losses, plain)
@@ -105,7 +106,7 @@ def test_a_divergence_of_nothing_is_nothing_in_float32(shift: float) -> None:
     hidden = torch.cat([torch.randn(12, D, generator=generator), torch.ones(12, 1)], 1)
     weight = torch.cat([torch.randn(50_000, D, generator=generator), torch.full((50_000, 1), shift)], 1)
     _, losses, _ = linear_cross_entropy(
-        hidden.repeat(3, 1), weight, torch.zeros(36, dtype=torch.long), torch.ones(36), (hidden, weight)
+        hidden.repeat(3, 1), weight, torch.zeros(36, dtype=torch.long), torch.ones(36), (hidden, Teacher(weight))
     )
     assert losses.abs().max() < 4e-5
 
@@ -133,7 +134,7 @@ def test_without_gradients_nothing_is_kept_for_them() -> None:
 def test_mixed_precision_rounds_as_a_linear_would(taught: bool) -> None:
     hidden, weight, targets, scale = inputs(64, dtype=torch.float32)
     states, table, _, _ = inputs(32, seed=1, dtype=torch.float32)
-    teacher = (states.detach(), table.detach()) if taught else None
+    teacher = (states.detach(), Teacher(table.detach())) if taught else None
     exact = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, scale, teacher)[0], (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, teacher)
@@ -175,41 +176,38 @@ def make(method: Any, changed: dict[str, Any], drafted: int | None) -> Speculato
     return speculator.double()
 
 
-def make_batch(seed: int = 0, rows: int = P) -> Positions:
+def make_batch(seed: int = 0, rows: int = P) -> Packed:
     generator = torch.Generator().manual_seed(seed)
-    valid = torch.rand(rows, 3, generator=generator) < 0.8
-    for i in range(3):
-        valid[max(rows - 1 - i, 0) :, i] = False  # their targets would be written from states further down
-    return Positions(
-        torch.randn(rows, D, generator=generator, dtype=torch.float64),
-        torch.randint(V, (rows, 4), generator=generator),
-        valid.cumprod(1).bool(),
-    )
+    ids = torch.randint(V, (rows + 1,), generator=generator)
+    mask = torch.rand(rows + 1, generator=generator) < 0.8
+    packed = Packed.of(ids, mask, [rows + 1], {})
+    states = torch.randn(len(packed.starts), D, generator=generator, dtype=torch.float64)
+    return replace(packed, states={LAST: states})
 
 
-def make_loss(speculator: Speculator, *args: Any) -> SpeculatorLoss:
-    return SpeculatorLoss(speculator, *args).double()
+def make_loss(
+    speculator: Speculator, weights: Sequence[float] | None = None, lm_head: Tensor | None = None
+) -> SpeculatorLoss:
+    teacher = None if lm_head is None else Teacher(lm_head).over(speculator.token_map, lm_head.device, lm_head.dtype)
+    return SpeculatorLoss(speculator, weights, teacher).double()
 
 
-def measure(loss: SpeculatorLoss, batch: Positions, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def measure(loss: SpeculatorLoss, batch: Packed, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     supervision = loss.supervise(batch)
     result: tuple[Tensor, Tensor] = loss(supervision, supervision.counts if counts is None else counts)
     return result
 
 
 class Split:
-    """Sequences with their states in float64, as a batch of cached positions."""
+    """Sequences with their states in float64, as a batch of cached sequences."""
 
     def __init__(self, rows: Sequence[TokenSequence], hidden: Sequence[Tensor]) -> None:
         self.rows, self.hidden = rows, hidden
 
-    def batch(self, chosen: Sequence[int] | None = None) -> Positions:
+    def batch(self, chosen: Sequence[int] | None = None) -> Packed:
         chosen = range(len(self.rows)) if chosen is None else chosen
-        rows = [self.rows[index] for index in chosen]
-        kept = [self.hidden[index][kept_positions(self.rows[index].mask)] for index in chosen]
-        ids, mask = (np.concatenate([getattr(row, name) for row in rows]) for name in ("ids", "mask"))
-        around = tokens_around(ids, mask, np.cumsum([0, *map(len, rows)], dtype=np.int64), 3)
-        return Positions(torch.cat(kept), *around)
+        kept = [self.hidden[index][np.flatnonzero(self.rows[index].mask[1:])] for index in chosen]
+        return replace(pack([self.rows[index] for index in chosen]), states={LAST: torch.cat(kept)})
 
     def by_hand(
         self, speculator: Speculator, weights: Sequence[float], lm_head: Tensor | None
@@ -321,8 +319,9 @@ def test_micro_batches_add_up_to_their_batch(
 def test_a_batch_without_supervised_tokens_moves_nothing(method: str, changed: dict[str, Any], soft: bool) -> None:
     """And every parameter still gets a gradient, which data-parallel training waits for."""
     speculator, batch = make(method, changed, None), make_batch()
-    empty = Positions(batch.states, batch.tokens, torch.zeros_like(batch.valid))
-    for nothing in (empty, batch[:0]):
+    alone = replace(pack([sequence([0, 1, 0, 0, 1])]), states={LAST: batch.states[LAST][:2]})  # no two in a row
+    none = replace(pack([]), states={LAST: batch.states[LAST][:0]})
+    for nothing in (alone, none):
         loss = make_loss(speculator, None, table() if soft else None)
         total, sums = measure(loss, nothing, torch.zeros(3, dtype=torch.long))
         speculator.zero_grad()

@@ -17,7 +17,7 @@ from spec.training.frozen import FrozenTask, validate
 from spec.training.loss import SpeculatorLoss
 from spec.training.resume import Checkpoints
 from spec.training.schedule import factor
-from tests.spec.training.runs import ALONE, D, N, make_config, make_speculator, weights_of
+from tests.spec.training.runs import ALONE, D, make_config, make_speculator, weights_of
 from tests.tiny import chain, sequence, store_features
 
 V = 64
@@ -64,8 +64,7 @@ def train_whole_tables(config: Config, speculator: Speculator, task: FrozenTask,
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = config.optim.lr * factor(config.optim, step, len(batches))
-        positions = reader.positions(task.share(batch), N)
-        supervision = loss.supervise(positions)
+        supervision = loss.supervise(reader.packed(task.share(batch)))
         optimizer.zero_grad()
         loss(supervision, supervision.counts)[0].backward()
         nn.utils.clip_grad_norm_(speculator.parameters(), config.optim.clip_grad)
