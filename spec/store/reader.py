@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec.device import on_this_device
-from spec.store import codecs, features
+from spec.store import features
+from spec.store.codecs import CODECS, Codec
 from spec.store.manifest import Manifest
 from spec.store.segment import DamagedError, StoreError
 
@@ -149,8 +150,8 @@ class SequenceReader(Protocol):
 class _Segment:
     """A decoded segment."""
 
-    def __init__(self, arrays: dict[str, NDArray[Any]], dtype: torch.dtype, encoding: str) -> None:
-        self.states = codecs.decode(arrays, dtype, encoding)
+    def __init__(self, arrays: dict[str, NDArray[Any]], dtype: torch.dtype, codec: Codec) -> None:
+        self.states = codec.decode(arrays, dtype)
         self.ids, self.mask = arrays["ids"], arrays["mask"]
         self.token_offsets, self.state_offsets = arrays["token_offsets"], arrays["state_offsets"]
         self.bytes = self.states.nbytes + 16 * len(self.ids)
@@ -308,7 +309,7 @@ class FeatureReader:
 
     def _decode(self, name: str) -> _Segment:
         arrays, attributes = self.collection.read(name)
-        return _Segment(arrays, self.dtype, attributes["encoding"])
+        return _Segment(arrays, self.dtype, CODECS[attributes["codec"]])
 
     def _make_room(self, needed: Counter[str]) -> None:
         done = {n: f.result().bytes for n, f in self._segments.items() if f.done() and f.exception() is None}

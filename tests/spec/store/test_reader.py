@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from spec.corpus import TokenSequence
 from spec.store import codecs
 from spec.store import reader as reader_module
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader, Positions, prefetch, tokens_around
@@ -90,15 +91,14 @@ def test_a_split_reads_back_in_the_order_of_the_data(tmp_path: Path, dtype: str,
     assert len(reader.manifest.segments) > 2
     assert len(reader) == len(rows)
     assert reader.dtype == getattr(torch, dtype)
-    how = codecs.encoding(codec)
     for index in [*range(len(rows)), 0]:
         found, row = reader.sequence(index), rows[index]
         np.testing.assert_array_equal(found.ids, row.ids)
         np.testing.assert_array_equal(found.mask, row.mask)
         assert found.positions.tolist() == [t for t, *_ in brute_force(row, 1)]
         exact = torch.from_numpy(states_of(row)[found.positions]).to(reader.dtype)
-        kept = {key: codecs.to_numpy(tensor) for key, tensor in codecs.encode(exact, how).items()}
-        assert torch.equal(found.states, codecs.decode(kept, reader.dtype, how))
+        kept = {key: codecs.to_numpy(tensor) for key, tensor in CODECS[codec].encode(exact).items()}
+        assert torch.equal(found.states, CODECS[codec].decode(kept, reader.dtype))
         assert found.states.dtype == reader.dtype
     if codec != "fp8":
         expected = expected_positions([rows[i] for i in (4, 10, 1)], 3, reader.dtype)
