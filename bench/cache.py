@@ -26,6 +26,7 @@ from spec.base import Base
 from spec.config import Config
 from spec.device import synchronize
 from spec.store import codecs, features, segment
+from spec.store.codecs import CODECS, Codec
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.plan import plan_groups
@@ -34,7 +35,6 @@ from stages import common
 ROUNDS = 5
 TOKENS = 16384
 SOURCE_RATE = 500e6
-CODECS = ("zstd", "none", "fp8")
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def cached_and_bare(
     def cached() -> None:
         collection = Collection(root / "cached", "features", IDENTITY)
         collection.create()
-        features.produce(model, collection, rows, groups, "zstd")
+        features.produce(model, collection, rows, groups, codecs.ZSTD)
 
     rates: dict[Callable[[], None], list[float]] = {cached: [], bare: []}
     for turn in range(rounds + 1):
@@ -89,7 +89,7 @@ def cached_and_bare(
     return rates[cached][1:], rates[bare][1:]  # first calls pay for allocations and code paths
 
 
-IDENTITY = {"dtype": "bfloat16", "encoding": codecs.EXACT}
+IDENTITY = {"dtype": "bfloat16", "encoding": codecs.NONE.encoding}
 
 
 def _padded(rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
@@ -144,7 +144,7 @@ def synthetic(config: Config, root: Path) -> None:
         for _ in range(3):
             collection = Collection(root, "features", {**IDENTITY, "codec": codec})
             collection.create()
-            took = seconds(partial(features.produce, model, collection, rows, groups, codec))
+            took = seconds(partial(features.produce, model, collection, rows, groups, CODECS[codec]))
             rates.append(size / 1e6 / took)
             shutil.rmtree(collection.folder)
         result.append([codec, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"])
@@ -157,20 +157,19 @@ def compare_codecs(config: Config, root: Path) -> None:
     eval_reader = reader(config, "eval")
     speculator = heads.load(common.MODEL)
     result = []
-    for codec in ("none", "zstd", "fp8"):
-        how = codecs.encoding(codec)
-        row = {name: codecs.to_numpy(tensor) for name, tensor in codecs.encode(states, how).items()}
+    for codec in CODECS.values():
+        row = {name: codecs.to_numpy(tensor) for name, tensor in codec.encode(states).items()}
         attributes = {"offsets": dict.fromkeys(row, "offsets")}
         writes, reads = [], []
         for number in range(5):
-            name = f"{codec}{number}"
+            name = f"{codec.name}{number}"
             writes.append(seconds(partial(segment.write, root, name, ["a"], [row], attributes, codec)))
             reads.append(seconds(partial(segment.read, root, name)))
-        stored = segment.read_record(root, f"{codec}0").size
-        walks = _walk_through(speculator, eval_reader, how)
+        stored = segment.read_record(root, f"{codec.name}0").size
+        walks = _walk_through(speculator, eval_reader, codec)
         result.append(
             [
-                codec,
+                codec.name,
                 f"{stored / states.nbytes:.3f}",
                 f"{states.nbytes / 1e6 / statistics.median(writes):,.0f}",
                 f"{states.nbytes / 1e6 / statistics.median(reads):,.0f}",
@@ -181,17 +180,17 @@ def compare_codecs(config: Config, root: Path) -> None:
     table(["codec", "size / (2 d a position)", "write MB/s", "read MB/s", "tokens per step"], result)
 
 
-def _walk_through(speculator: heads.Speculator, found: object, how: str) -> list[acceptance.Walk]:
+def _walk_through(speculator: heads.Speculator, found: object, codec: Codec) -> list[acceptance.Walk]:
     """The exact walk with states that were encoded and decoded."""
-    split = _Recoded(found, how)
+    split = _Recoded(found, codec)
     return acceptance.walks(split, acceptance.draft_answers(speculator, split), acceptance.head_drafts)  # type: ignore[arg-type]
 
 
 class _Recoded:
-    """A reader whose states went through an encoding."""
+    """A reader whose states went through a codec."""
 
-    def __init__(self, found: object, how: str) -> None:
-        self._found, self._how = found, how
+    def __init__(self, found: object, codec: Codec) -> None:
+        self._found, self._codec = found, codec
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._found, name)
@@ -201,9 +200,9 @@ class _Recoded:
 
     def sequences(self, indices: Sequence[int]) -> object:
         for index, sequence in self._found.sequences(indices):  # type: ignore[attr-defined]
-            encoded = codecs.encode(sequence.states, self._how)
+            encoded = self._codec.encode(sequence.states)
             arrays = {name: codecs.to_numpy(tensor) for name, tensor in encoded.items()}
-            states = codecs.decode(arrays, sequence.states.dtype, self._how)
+            states = self._codec.decode(arrays, sequence.states.dtype)
             yield index, type(sequence)(states, sequence.positions, sequence.ids, sequence.mask)
 
 

@@ -21,6 +21,7 @@ from bench.common import default_config, machine, real_states, seconds, table
 from spec import costs
 from spec.heads import LAST, Packed
 from spec.store import codecs, features
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest, make_manifest
 from spec.store.reader import FeatureReader, prefetch
@@ -108,22 +109,20 @@ def store(
 ) -> Manifest:
     """Sequences in a store of their own: states [N * P, d] in bfloat16, ids [N, T], and the mask [T] of each."""
     base = {"weights": "w", "tokenizer": "t"}
-    collection = Collection(root, "features", features.identity(base, "bfloat16", codec))
+    collection = Collection(root, "features", features.identity(base, "bfloat16", CODECS[codec]))
     collection.create()
-    how = codecs.encoding(codec)
-    offsets = {k: v for k, v in features.OFFSETS.items() if k != "scales" or how == codecs.FP8}
-    attributes = {"dtype": "bfloat16", "encoding": how, "offsets": offsets}
+    attributes = {"dtype": "bfloat16", "offsets": features.offsets(CODECS[codec])}
     count, length = ids.shape
     per_row, a_segment = len(states) // count, max(segment_tokens // length, 1)
     for start in range(0, count, a_segment):
         numbers = range(start, min(start + a_segment, count))
         rows = []
         for row in numbers:
-            encoded = codecs.encode(states[row * per_row : (row + 1) * per_row], how)
+            encoded = CODECS[codec].encode(states[row * per_row : (row + 1) * per_row])
             rows.append({**{k: codecs.to_numpy(v) for k, v in encoded.items()}, "ids": ids[row], "mask": mask})
         claim = collection.claim([str(row) for row in numbers])
         assert claim is not None
-        claim.commit(rows, attributes, codec)
+        claim.commit(rows, attributes, CODECS[codec])
     return make_manifest(
         collection,
         [str(row) for row in range(count)],

@@ -213,6 +213,7 @@ class Features(Section):
 
     store: Place | None = None
     codec: Literal["none", "zstd", "fp8"] = "zstd"
+    layer_codec: Literal["none", "zstd", "fp8"] = "zstd"
     segment_tokens: Positive = 65536
 
     @field_validator("store")

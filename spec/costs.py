@@ -11,10 +11,10 @@ import torch
 
 from spec.config import Config
 from spec.device import synchronize
-from spec.store.features import position_bytes
+from spec.store.codecs import CODECS
 
 SIZE = {"none": 1.0, "zstd": 0.69, "fp8": 0.85}
-"""What compression leaves of position_bytes, as measured on real states (docs/store.md)."""
+"""What compression leaves of Codec.position_bytes, as measured on real states (docs/store.md)."""
 
 BYTES_A_TOKEN = 5
 """Its id and its mask."""
@@ -90,7 +90,8 @@ def passed_params(model: Any) -> int:
 
 def stored_bytes(job: Job, dtype: str, codec: str) -> float:
     """Bytes on the disk: positions x bytes a position x what compression leaves, and ids and masks."""
-    return job.positions * position_bytes(job.hidden_size, dtype, codec) * SIZE[codec] + job.tokens * BYTES_A_TOKEN
+    each = CODECS[codec].position_bytes(job.hidden_size, dtype)
+    return job.positions * each * SIZE[codec] + job.tokens * BYTES_A_TOKEN
 
 
 def prefill_seconds(job: Job, machine: Machine) -> float:

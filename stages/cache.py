@@ -44,7 +44,7 @@ def cache(config: Config, worker: Path | None) -> None:
         _write_joint(config, sources)
         return
     splits = {split: _read(config, split, sources) for split in common.SPLITS}
-    identity = features.identity(sources["base"], config.model.dtype, config.features.codec)
+    identity = features.identity(sources["base"], config.model.dtype, features.codec_of(config.features))
     collection = Collection(common.store_root(config), "features", identity)
     keys = {split: [item_key(row.ids, row.mask) for row in rows] for split, rows in splits.items()}
     sequences = _Sequences(collection, splits, keys)
@@ -64,7 +64,9 @@ def cache(config: Config, worker: Path | None) -> None:
         if groups or not features.has_tables(collection):
             positions = sum(int(row.mask[1:].sum()) for row in missing)
             width = text_config(config, sources).hidden_size
-            needed = features.stored_bytes(positions, tokens, width, config.model.dtype, config.features.codec)
+            needed = features.stored_bytes(
+                positions, tokens, width, config.model.dtype, features.codec_of(config.features)
+            )
             common.need_space(collection.folder, needed, "cache")
             common.run_workers(config, "stages.cache", groups)
         report = {split: _write(config, split, sequences, sources["base"]) for split in splits}
@@ -116,7 +118,7 @@ def _work(config: Config, sequences: _Sequences, groups: list[list[int]], source
         features.save_tables(model, sequences.collection, rows)
     total = sum(len(rows[number].ids) for group in groups for number in group)
     with common.shared_progress(total, "tokens", "cache", me) as advance:
-        codec = config.features.codec
+        codec = features.codec_of(config.features)
         features.produce(model, sequences.collection, rows, groups, codec, advance, me.rank, me.world)
 
 

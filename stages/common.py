@@ -191,7 +191,7 @@ def open_manifest(config: Config, split: str) -> Manifest:
     manifest = Manifest.load(path)
     base = read_sources()["base"] if SOURCES.is_file() else manifest.base
     if config.model.freeze_base_model:
-        expected = features.identity(base, config.model.dtype, config.features.codec)
+        expected = features.identity(base, config.model.dtype, features.codec_of(config.features))
     else:
         expected = dict(Manifest.joint(base, config.model.dtype, 0, 0, "").identity)
     check_identity(manifest.identity, expected, str(path))

@@ -134,7 +134,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     source = {"name": str(common.TRAINED_BASE), "revision": None, **base.identify(common.TRAINED_BASE, trusted)}
     source["tokenizer"] = common.read_sources()["base"]["tokenizer"]  # it made the ids, and `forget` looks for it
     rows = corpus.read(common.responses_path("eval"))
-    identity = features.identity(source, config.model.dtype, config.features.codec)
+    identity = features.identity(source, config.model.dtype, features.codec_of(config.features))
     collection = Collection(common.store_root(config), "features", identity)
     keyed = list(map(FeatureRow.of, rows))
     with locks.in_use(collection.root):
@@ -146,7 +146,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
         total = sum(len(keyed[number].ids) for group in groups for number in group)
         with common.progress(total, "tokens", "evaluate: states of the trained base") as bar:
             features.save_tables(model, collection, keyed)
-            features.produce(model, collection, keyed, groups, config.features.codec, bar.update)
+            features.produce(model, collection, keyed, groups, features.codec_of(config.features), bar.update)
     manifest = features.describe(collection, rows, [row.key for row in keyed], source, greedy=False)
     return source, manifest
 

@@ -16,6 +16,7 @@ from spec.costs import Job, Machine
 from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
 from spec.store import answers, features
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from stages import common
@@ -137,7 +138,7 @@ def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: lis
     root, dtype = common.store_root(config), config.model.dtype
     written = Collection(root, "answers", answers.identity(sources["base"], dtype, config.respond)).find()
     estimated = any(row.prompt_length == len(row) for row in rows)
-    identity = features.identity(sources["base"], dtype, config.features.codec)
+    identity = features.identity(sources["base"], dtype, features.codec_of(config.features))
     cached = Collection(root, "features", identity).find()
     keyed, size = list(map(FeatureRow.of, rows)), config.features.segment_tokens
     lacking = [keyed[number] for group in features.plan(keyed, () if estimated else cached, size) for number in group]
@@ -158,7 +159,7 @@ def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
     root, dtype = common.store_root(config), config.model.dtype
     for codec in costs.SIZE:
         chosen = " <- features.codec" if codec == config.features.codec else ""
-        each = costs.SIZE[codec] * features.position_bytes(whole.hidden_size, dtype, codec)
+        each = costs.SIZE[codec] * CODECS[codec].position_bytes(whole.hidden_size, dtype)
         size = common.size(costs.stored_bytes(whole, dtype, codec))
         common.say(f"plan: states as {codec}: about {size}, {each:,.0f} bytes a position{chosen}")
     free = files.free_bytes(root)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 
 from spec.corpus import TokenSequence
 from spec.store import codecs, features
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest, make_manifest
 from spec.store.plan import item_key, plan_groups
@@ -167,21 +168,19 @@ def store_features(
 ) -> Manifest:
     """Put made-up features of rows into a store, in the layout of features.produce, and return their manifest."""
     base = {"name": "made-up", "revision": None, "weights": "w", "tokenizer": "t", "generation": "g"}
-    collection = Collection(root, "features", features.identity(base, dtype, codec))
+    collection = Collection(root, "features", features.identity(base, dtype, CODECS[codec]))
     collection.create()
     keys = [item_key(row.ids, row.mask) for row in rows]
-    encoding = codecs.encoding(codec)
-    offsets = {key: features.OFFSETS[key] for key in features.OFFSETS if key != "scales" or encoding == codecs.FP8}
-    attributes = {"dtype": dtype, "encoding": encoding, "offsets": offsets}
+    attributes = {"dtype": dtype, "offsets": features.offsets(CODECS[codec])}
     for group in plan_groups(keys, [len(row) for row in rows], collection.find(), lambda length: 0, segment_tokens):
         claim = collection.claim([keys[i] for i in group])
         assert claim is not None
         stored = []
         for row in (rows[i] for i in group):
             kept = torch.from_numpy(states(row)[features.kept_positions(row.mask)]).to(getattr(torch, dtype))
-            encoded = codecs.encode(kept, encoding)
+            encoded = CODECS[codec].encode(kept)
             stored.append({**{k: codecs.to_numpy(v) for k, v in encoded.items()}, "ids": row.ids, "mask": row.mask})
-        claim.commit(stored, attributes, codec)
+        claim.commit(stored, attributes, CODECS[codec])
     return make_manifest(
         collection,
         keys,

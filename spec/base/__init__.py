@@ -1,4 +1,4 @@
-"""The base model: where it is, what identifies it, what it can do, its hidden states, its own answers."""
+"""The base model: where it is, what identifies it, what it can do, what heads read of it, its own answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from spec.base.folder import BaseError, downloaded_revision, find_folder, identi
 from spec.base.limits import Limits, limits
 from spec.base.loading import Base, load, producer, stop_ids, unstopped_turn
 from spec.base.logits import LOOKED_AT, PLAIN, Logits, bias_of, find_logits, has_linear_logits
-from spec.base.states import BUCKET, bucket, hidden_states, prompt_bucket
+from spec.base.padding import BUCKET, bucket, prompt_bucket
+from spec.base.taps import Tapped, hidden_states, read_taps
 from spec.base.tokenizer import load_tokenizer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Findings",
     "Limits",
     "Logits",
+    "Tapped",
     "answer",
     "auto_class",
     "bias_of",
@@ -43,6 +45,7 @@ __all__ = [
     "prompt_bucket",
     "prompt_buckets",
     "read_config",
+    "read_taps",
     "resolve",
     "skeleton",
     "stop_ids",

@@ -13,7 +13,7 @@ import torch
 from spec.base.folder import BaseError
 from spec.base.limits import Limits, limits
 from spec.base.loading import Base
-from spec.base.states import prompt_bucket
+from spec.base.padding import prompt_bucket
 from spec.kv_cache import Memory
 
 log = logging.getLogger(__name__)

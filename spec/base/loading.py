@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from spec.base.check import auto_class, check_report, check_weights, read_config, skeleton
 from spec.base.folder import BaseError, add_code, refusals
 from spec.base.limits import Limits, limits_of
-from spec.base.states import hidden_states
+from spec.base.taps import hidden_states
 from spec.base.tokenizer import check_tokenizer, load_tokenizer
 from spec.config import Model
 from spec.corpus.chat import ChatTemplate

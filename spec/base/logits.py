@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec.base.folder import BaseError
-from spec.base.states import hidden_states
+from spec.base.taps import hidden_states
 
 if TYPE_CHECKING:
     from spec.base.loading import Base

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spec.config import Respond
+from spec.store import codecs
 from spec.store.collection import Collection, Writer, share_out
 from spec.store.plan import Parts, item_key, plan_groups
 from spec.store.segment import Row, rows_of
@@ -85,7 +86,7 @@ def produce(
         seeds = [params.seed ^ int(keys[row][:15], 16) for row in group[part]]
         return answer(asked, params.max_new_tokens, params.temperature, seeds, on_tokens)
 
-    with Writer("none") as writer:
+    with Writer(codecs.NONE) as writer:
         for index, claim in share_out(collection, [[keys[r] for r in group] for group in groups], rank, world):
             group = groups[index]
             lengths = [len(prompts[row]) for row in group]

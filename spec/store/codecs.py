@@ -11,11 +11,13 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numcodecs
 import numpy as np
 import torch
 import zarr
@@ -26,21 +28,72 @@ from zarr.codecs.numcodecs import Shuffle
 
 warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
 
-LEVEL = 1
-"""Of zstd."""
-
 _CHUNK_BYTES = 2**20
 _RESIDUE = 0x48674BC7  # the crc32c of anything that ends in its own
 _pipeline = threading.Lock()
 
-EXACT = "exact"
-FP8 = "fp8 e4m3 with a float32 scale a position"
 _FP8_MAX = 448.0  # the largest finite e4m3 number
+_LEVEL = 1  # of zstd
 
 
-def encoding(codec: str) -> str:
-    """What a codec makes of the numbers: states of different encodings are never mixed."""
-    return FP8 if codec == "fp8" else EXACT
+@dataclass(frozen=True)
+class Codec:
+    """How vectors are stored.
+
+    Attributes:
+        name: as features.codec and features.layer_codec have it.
+        rounds: whether numbers become float8_e4m3fn with a float32 scale a position; else every bit is kept.
+        compresses: whether bytes are compressed.
+    """
+
+    name: str
+    rounds: bool
+    compresses: bool
+
+    @property
+    def encoding(self) -> str:
+        """What it makes of the numbers: vectors of different encodings are never mixed."""
+        return "fp8 e4m3 with a float32 scale a position" if self.rounds else "exact"
+
+    def position_bytes(self, width: int, dtype: str) -> int:
+        """What a position takes before compression, in bytes."""
+        return width + 4 if self.rounds else width * (4 if dtype == "float32" else 2)
+
+    def encode(self, states: Tensor) -> dict[str, Tensor]:
+        """Finite vectors [P, width] as the tensors that are stored: `states` and, where it rounds, `scales` [P]."""
+        if not self.rounds:
+            return {"states": states}
+        exact = states.float()
+        # A scale of 0 would make 0 / 0 of a state of zeros.
+        scales = (exact.abs().amax(1) / _FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+        return {"states": (exact / scales[:, None]).to(torch.float8_e4m3fn), "scales": scales}
+
+    def decode(self, arrays: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> Tensor:
+        """What encode stored, [P, width] in the vectors' dtype."""
+        if not self.rounds:
+            return from_numpy(arrays["states"], dtype)
+        numbers = from_numpy(arrays["states"], torch.float8_e4m3fn).to(dtype)
+        return numbers.mul_(torch.from_numpy(arrays["scales"]).to(torch.float32)[:, None])
+
+    def compress(self, content: NDArray[Any]) -> bytes:
+        """The bytes of a little-endian chunk, as `compressors` would make them but for the crc32c."""
+        if not self.compresses:
+            return content.tobytes()
+        planes = numcodecs.Shuffle(content.itemsize).encode(content) if content.itemsize > 1 else content
+        return bytes(numcodecs.Zstd(_LEVEL).encode(planes))
+
+    def compressors(self, dtype: np.dtype[Any]) -> list[Any]:
+        """Zarr's bytes-to-bytes codecs for an array of this dtype; the last one is a crc32c of each chunk."""
+        if not self.compresses:
+            return [Crc32cCodec()]
+        planes = [Shuffle(elementsize=dtype.itemsize)] if dtype.itemsize > 1 else []
+        return [*planes, ZstdCodec(level=_LEVEL), Crc32cCodec()]
+
+
+NONE = Codec("none", rounds=False, compresses=False)
+ZSTD = Codec("zstd", rounds=False, compresses=True)
+FP8 = Codec("fp8", rounds=True, compresses=True)
+CODECS = {codec.name: codec for codec in (NONE, ZSTD, FP8)}
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
@@ -75,37 +128,6 @@ def check_shard(path: Path, chunks: int) -> None:
         index = checked(len(buffer) - 16 * chunks - 4, 16 * chunks + 4)
         for start, size in index.view("<u8").reshape(-1, 2).tolist():
             checked(start, size)
-
-
-def compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
-    """Zarr's bytes-to-bytes codecs for an array of this dtype; the last one is a crc32c of each chunk."""
-    if codec == "none":
-        return [Crc32cCodec()]
-    planes = [Shuffle(elementsize=dtype.itemsize)] if dtype.itemsize > 1 else []
-    return [*planes, ZstdCodec(level=LEVEL), Crc32cCodec()]
-
-
-def encode(states: Tensor, how: str) -> dict[str, Tensor]:
-    """States [P, d] as the tensors that are stored.
-
-    Args:
-        states: finite, of a floating dtype.
-        how: EXACT: `states` as they are; FP8: `states` float8_e4m3fn [P, d] and `scales` float32 [P].
-    """
-    if how == EXACT:
-        return {"states": states}
-    exact = states.float()
-    # A scale of 0 would make 0 / 0 of a state of zeros.
-    scales = (exact.abs().amax(1) / _FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
-    return {"states": (exact / scales[:, None]).to(torch.float8_e4m3fn), "scales": scales}
-
-
-def decode(arrays: dict[str, NDArray[Any]], dtype: torch.dtype, how: str) -> Tensor:
-    """What encode stored, [P, d] in the states' dtype."""
-    if how == EXACT:
-        return from_numpy(arrays["states"], dtype)
-    numbers = from_numpy(arrays["states"], torch.float8_e4m3fn).to(dtype)
-    return numbers.mul_(torch.from_numpy(arrays["scales"]).to(torch.float32)[:, None])
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from spec import files
 from spec.device import on_this_device
 from spec.store import segment
+from spec.store.codecs import Codec
 from spec.store.locks import Lock
 from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreError
 
@@ -262,10 +263,10 @@ class Claim:
     items: tuple[str, ...]
     lock: Lock
 
-    def commit(self, rows: Iterable[Row], attributes: Mapping[str, Any], codec: str) -> Record:
+    def commit(self, rows: Iterable[Row], attributes: Mapping[str, Any], codec: Codec) -> Record:
         """Write the segment, and give the claim back."""
         made = self.collection
-        known = {"identity": made.digest, "kind": made.kind, "codec": codec}
+        known = {"identity": made.digest, "kind": made.kind, "codec": codec.name}
         try:
             name = made.name_of(self.items)
             return segment.write(made.folder, name, self.items, list(rows), {**attributes, **known}, codec)
@@ -311,7 +312,7 @@ class Writer:
     At most one segment waits while one is written. Leaving the block waits for both and raises what went wrong.
     """
 
-    def __init__(self, codec: str) -> None:
+    def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="segment-writer")
         self._pending: list[tuple[Claim, Future[Record]]] = []

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from spec import base as base_model
 from spec.base import Base, Logits
+from spec.config import Features
 from spec.corpus import TokenSequence
 from spec.device import fetch, send
+from spec.heads import LAST, Tap
 from spec.store import codecs
+from spec.store.codecs import CODECS, Codec
 from spec.store.collection import Collection, Writer, share_out
 from spec.store.manifest import Manifest, make_manifest
 from spec.store.plan import Parts, item_key, plan_groups
@@ -26,7 +29,6 @@ BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; halved for as long as memory runs out."""
 
 POSITION_RULE = "state at t where mask[t+1]"
-OFFSETS = {"states": "state_offsets", "scales": "state_offsets", "ids": "token_offsets", "mask": "token_offsets"}
 TABLES = ("tables",)
 """In place of row keys: the segment of the base's embedding and lm_head."""
 
@@ -45,12 +47,23 @@ class FeatureRow:
         return cls(item_key(row.ids, row.mask), row.ids, row.mask)
 
 
+def offsets(codec: Codec) -> dict[str, str]:
+    """The arrays of a segment, and which offsets cut each of them into rows."""
+    vectors = ("states", "scales") if codec.rounds else ("states",)
+    return {**dict.fromkeys(vectors, "state_offsets"), **dict.fromkeys(("ids", "mask"), "token_offsets")}
+
+
 def kept_positions(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Positions t whose state is stored: those where x_{t+1} is supervised."""
     return np.flatnonzero(mask[1:])
 
 
-def identity(base: Mapping[str, str], dtype: str, codec: str) -> dict[str, Any]:
+def codec_of(params: Features, tap: Tap = LAST) -> Codec:
+    """How the vectors of a tap are stored."""
+    return CODECS[params.codec if tap.layer is None else params.layer_codec]
+
+
+def identity(base: Mapping[str, str], dtype: str, codec: Codec) -> dict[str, Any]:
     """Everything a state depends on besides the sequence.
 
     The base's tokenizer is part of it, since ids of another one mean another text; lossless codecs make no difference.
@@ -62,7 +75,7 @@ def identity(base: Mapping[str, str], dtype: str, codec: str) -> dict[str, Any]:
         "layer": "last",
         "norm": "after the final norm",
         "positions": POSITION_RULE,
-        "encoding": codecs.encoding(codec),
+        "encoding": codec.encoding,
         "producer": f"transformers, padded to {base_model.BUCKET}",
     }
 
@@ -98,16 +111,9 @@ def describe(
     )
 
 
-def position_bytes(hidden_size: int, dtype: str, codec: str) -> int:
-    """What a stored position takes before lossless compression, in bytes."""
-    if codec == "fp8":
-        return hidden_size + 4
-    return hidden_size * (4 if dtype == "float32" else 2)
-
-
-def stored_bytes(positions: int, tokens: int, hidden_size: int, dtype: str, codec: str) -> int:
+def stored_bytes(positions: int, tokens: int, hidden_size: int, dtype: str, codec: Codec) -> int:
     """Upper bound of what states, ids and mask take on the disk, in bytes."""
-    return positions * position_bytes(hidden_size, dtype, codec) + 5 * tokens
+    return positions * codec.position_bytes(hidden_size, dtype) + 5 * tokens
 
 
 @torch.inference_mode()
@@ -116,7 +122,7 @@ def produce(
     collection: Collection,
     rows: Sequence[FeatureRow],
     groups: Sequence[Sequence[int]],
-    codec: str,
+    codec: Codec,
     on_tokens: Callable[[int], object] = lambda count: None,
     rank: int = 0,
     world: int = 1,
@@ -135,12 +141,10 @@ def produce(
     Raises:
         StoreError: a state is NaN or infinite, or memory does not suffice for one row; names the row.
     """
-    encoding = codecs.encoding(codec)
     attributes = {
         "dtype": str(base.dtype).removeprefix("torch."),
         "positions": POSITION_RULE,
-        "encoding": encoding,
-        "offsets": {key: OFFSETS[key] for key in OFFSETS if key != "scales" or encoding == codecs.FP8},
+        "offsets": offsets(codec),
         "producer": base.producer,
     }
     parts = Parts(BATCH_TOKENS, "data.max_length")
@@ -155,7 +159,7 @@ def produce(
                 )
             width = base_model.bucket(max(lengths))
             batches = []
-            for part, batch in parts.run(partial(_forward, base, group, width, encoding), lengths, width):
+            for part, batch in parts.run(partial(_forward, base, group, width, codec), lengths, width):
                 batches.append(batch)
                 on_tokens(sum(lengths[part]))
             writer.write(claim, (row for batch in batches for row in batch.rows()), attributes)
@@ -184,7 +188,7 @@ class _Batch:
             yield {**{key: part[index] for key, part in parts.items()}, "ids": row.ids, "mask": row.mask}
 
 
-def _forward(base: Base, rows: Sequence[FeatureRow], width: int, encoding: str, part: slice) -> _Batch:
+def _forward(base: Base, rows: Sequence[FeatureRow], width: int, codec: Codec, part: slice) -> _Batch:
     """Run the base over a part of rows of one bucket; on CUDA nothing here waits for the device."""
     group = rows[part]
     ids = np.zeros((len(group), width), np.int64)
@@ -198,7 +202,7 @@ def _forward(base: Base, rows: Sequence[FeatureRow], width: int, encoding: str, 
     # amax hands NaN on, and is five times as fast as isfinite on a CPU.
     damaged = (~flat.abs().amax(1).isfinite()).float() if flat.numel() else flat.new_zeros(0, dtype=torch.float32)
     count = torch.zeros(len(group), device=base.device).index_add_(0, at // width, damaged)
-    encoded = {key: fetch(tensor) for key, tensor in codecs.encode(flat, encoding).items()}
+    encoded = {key: fetch(tensor) for key, tensor in codec.encode(flat).items()}
     return _Batch(group, encoded, fetch(count == 0))
 
 
@@ -226,7 +230,7 @@ def save_tables(base: Base, collection: Collection, rows: Sequence[FeatureRow]) 
         "logits": None if kind is None else asdict(kind),
         "producer": base.producer,
     }
-    claim.commit([row], attributes, "zstd")
+    claim.commit([row], attributes, codecs.ZSTD)
 
 
 def has_tables(collection: Collection) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spec.device import on_this_device
 from spec.heads import LAST, Packed
-from spec.store import codecs
+from spec.store.codecs import CODECS, Codec
 from spec.store.manifest import Manifest
 from spec.store.segment import DamagedError, StoreError
 
@@ -71,8 +71,8 @@ class SequenceReader(Protocol):
 class _Segment:
     """A decoded segment."""
 
-    def __init__(self, arrays: dict[str, NDArray[Any]], dtype: torch.dtype, encoding: str) -> None:
-        self._states = codecs.decode(arrays, dtype, encoding)
+    def __init__(self, arrays: dict[str, NDArray[Any]], dtype: torch.dtype, codec: Codec) -> None:
+        self._states = codec.decode(arrays, dtype)
         self._ids, self._mask = arrays["ids"], arrays["mask"]
         self._token_offsets, self._state_offsets = arrays["token_offsets"], arrays["state_offsets"]
         self.bytes = self._states.nbytes + 5 * len(self._ids)
@@ -231,7 +231,7 @@ class FeatureReader:
 
     def _decode(self, name: str) -> _Segment:
         arrays, attributes = self.collection.read(name)
-        return _Segment(arrays, self.dtype, attributes["encoding"])
+        return _Segment(arrays, self.dtype, CODECS[attributes["codec"]])
 
     def _make_room(self, needed: Counter[str]) -> None:
         done = {n: f.result().bytes for n, f in self._segments.items() if f.done() and f.exception() is None}

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from spec import files
 from spec.errors import SpecError
 from spec.store import codecs, shards
+from spec.store.codecs import Codec
 from spec.store.shards import Pieces
 
 FORMAT = 2
@@ -125,7 +126,7 @@ def write(
     items: Sequence[str],
     rows: Sequence[Row],
     attributes: Mapping[str, Any],
-    codec: str,
+    codec: Codec,
 ) -> Record:
     """Write the segment `folder/name`, which appears when all of it is on the disk.
 
@@ -138,7 +139,7 @@ def write(
         rows: at least one; all of the same arrays, whose first axes are cut into chunks.
         attributes: what a reader must know (real dtype, rule of positions, ...), kept in zarr.json.
             `attributes["offsets"]` names the offsets of each array; arrays of equal lengths may share them.
-        codec: as codecs.compressors takes it; every chunk carries a crc32c.
+        codec: of the bytes; every chunk carries a crc32c.
     """
     with files.whole(folder / name, folder=True) as temporary:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="segment-encoder") as pool:

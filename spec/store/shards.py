@@ -19,11 +19,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import zarr
-from numcodecs.shuffle import Shuffle
-from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from spec.store import codecs
+from spec.store.codecs import Codec
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Pieces:
         return np.concatenate(found)
 
 
-def save(group: zarr.Group, folder: Path, key: str, array: Pieces, codec: str, pool: Executor) -> None:
+def save(group: zarr.Group, folder: Path, key: str, array: Pieces, codec: Codec, pool: Executor) -> None:
     """Add an array of one shard to a group.
 
     Args:
@@ -71,7 +70,7 @@ def save(group: zarr.Group, folder: Path, key: str, array: Pieces, codec: str, p
         folder: where it lies.
         key: the array's name.
         array: all of it; an empty one has no shard.
-        codec: as codecs.compressors takes it.
+        codec: of its bytes; what it makes of numbers is done before.
         pool: encodes chunks.
     """
     rows = max(array.shape[0], 1)
@@ -83,11 +82,15 @@ def save(group: zarr.Group, folder: Path, key: str, array: Pieces, codec: str, p
         dtype=array.dtype,
         chunks=(chunk, *array.shape[1:]),
         shards=(chunk * count, *array.shape[1:]),
-        compressors=codecs.compressors(codec, array.dtype),
+        compressors=codec.compressors(array.dtype),
     )
     if all(array.shape):
-        encoded = pool.map(lambda start: _encode(array.rows(start, start + chunk), codec), range(0, rows, chunk))
-        _write(path_of(folder / key, len(array.shape)), encoded, count)
+
+        def encode(start: int) -> bytes:
+            part = array.rows(start, start + chunk)
+            return _with_crc(codec.compress(part.astype(part.dtype.newbyteorder("<"), copy=False)))
+
+        _write(path_of(folder / key, len(array.shape)), pool.map(encode, range(0, rows, chunk)), count)
 
 
 def path_of(array: Path, ndim: int) -> Path:
@@ -103,15 +106,6 @@ def _write(path: Path, chunks: Iterable[bytes], count: int) -> None:
             index[number] = file.tell(), len(content)
             file.write(content)
         file.write(_with_crc(index.tobytes()))
-
-
-def _encode(part: NDArray[Any], codec: str) -> bytes:
-    content: Any = part.astype(part.dtype.newbyteorder("<"), copy=False)
-    if codec == "none":
-        return _with_crc(content.tobytes())
-    if part.itemsize > 1:
-        content = Shuffle(part.itemsize).encode(content)
-    return _with_crc(Zstd(codecs.LEVEL).encode(content))
 
 
 def _with_crc(content: bytes) -> bytes:

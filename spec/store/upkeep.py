@@ -17,6 +17,7 @@ from typing import Any
 
 from spec import files
 from spec.store import index, segment
+from spec.store.codecs import CODECS
 from spec.store.collection import DAMAGED, Collection, collections
 from spec.store.index import Start
 from spec.store.locks import alone
@@ -304,6 +305,6 @@ def _forget(collection: Collection, name: str, given: Callable[[Row], bool], rem
     if left:
         claim = collection.claim([record.items[number] for number in left])
         if claim is not None:
-            rest = claim.commit([rows[number] for number in left], attributes, attributes["codec"])
+            rest = claim.commit([rows[number] for number in left], attributes, CODECS[attributes["codec"]])
             removal.bytes -= rest.size
     files.remove(collection.folder / name)

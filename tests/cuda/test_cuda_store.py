@@ -12,6 +12,7 @@ from spec.base import Base
 from spec.config import Model
 from spec.heads import LAST
 from spec.store import features
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest, make_manifest
@@ -35,12 +36,14 @@ def cached(root: Path, model: Base, codec: str) -> Manifest:
     """The states of forty sequences, as the cache stage stores them."""
     rows = chain(40, 290, longest=120)
     keyed = list(map(FeatureRow.of, rows))
-    collection = Collection(root, "features", features.identity(BASE, str(model.dtype).removeprefix("torch."), codec))
+    collection = Collection(
+        root, "features", features.identity(BASE, str(model.dtype).removeprefix("torch."), CODECS[codec])
+    )
     collection.create()
     keys = [row.key for row in keyed]
     groups = plan_groups(keys, [len(row.ids) for row in keyed], (), base_model.bucket, 1024)
     features.save_tables(model, collection, keyed)
-    features.produce(model, collection, keyed, groups, codec)
+    features.produce(model, collection, keyed, groups, CODECS[codec])
     return make_manifest(
         collection,
         keys,

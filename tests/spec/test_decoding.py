@@ -258,6 +258,13 @@ def test_the_walk_on_paper_is_the_real_loop(method: Method, source: Source) -> N
         assert made.accepted == acceptance.walk(matches, on_paper.length).tolist()
 
 
+class Embedded(nn.Embedding):
+    """A decoder whose states are the embedded tokens."""
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:  # type: ignore[override]
+        return SimpleNamespace(last_hidden_state=super().forward(ids))
+
+
 class Markov(nn.Module):
     """A causal LM whose logits depend on the last token alone; fast enough for many draws."""
 
@@ -265,7 +272,7 @@ class Markov(nn.Module):
         super().__init__()
         self.config = LlamaConfig(num_hidden_layers=1)  # for the cache, which stays empty
         self.generation_config = SimpleNamespace()
-        self.embedding = nn.Embedding.from_pretrained(torch.eye(len(logits)))
+        self.decoder = Embedded.from_pretrained(torch.eye(len(logits)))
         self.lm_head = nn.Linear(len(logits), len(logits), bias=False)
         self.lm_head.weight.data.copy_(logits.T)
         self._is_stateful = False
@@ -273,8 +280,12 @@ class Markov(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def get_decoder(self) -> nn.Module:
+        return self.decoder
+
     def forward(self, input_ids: Tensor, logits_to_keep: int, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.lm_head(self.embedding(input_ids[:, -logits_to_keep:])))
+        states = self.decoder(input_ids).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(states[:, -logits_to_keep:]))
 
 
 def markov(following: Sequence[int]) -> Base:

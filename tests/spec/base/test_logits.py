@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bench.bases import make, prompts
 from spec.base import PLAIN, Base, Logits, bias_of, find_logits, hidden_states
 from spec.store import features
+from spec.store.codecs import NONE
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.training.loss import linear_cross_entropy
@@ -50,7 +51,7 @@ def true_logits(base: Base) -> tuple[torch.Tensor, torch.Tensor]:
 def test_tables_hold_what_logits_are_made_of(family: str, tmp_path: Path) -> None:
     base = make(family)
     source = {"weights": "w", "tokenizer": "t"}
-    collection = Collection(tmp_path, "features", features.identity(source, "float32", "none"))
+    collection = Collection(tmp_path, "features", features.identity(source, "float32", NONE))
     collection.create()
     features.save_tables(base, collection, [FeatureRow(str(i), row, np.ones_like(row)) for i, row in enumerate(ROWS)])
     tables, kind = features.load_tables(collection), features.logits(collection)

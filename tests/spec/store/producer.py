@@ -25,6 +25,7 @@ from spec import base as base_model
 from spec.base import Base
 from spec.config import Model, Respond
 from spec.store import answers, features
+from spec.store.codecs import ZSTD
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.plan import item_key, plan_groups
@@ -38,7 +39,7 @@ COUNT = 14
 def collection(root: Path, kind: str) -> Collection:
     """Where a run's segments go."""
     if kind == "features":
-        return Collection(root, kind, features.identity(DIGESTS, "float32", "zstd"))
+        return Collection(root, kind, features.identity(DIGESTS, "float32", ZSTD))
     return Collection(root, kind, answers.identity(DIGESTS, "float32", RESPOND))
 
 
@@ -54,7 +55,7 @@ def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> No
         groups = plan_groups(keys, list(map(len, rows)), made.find(), base_model.bucket, 1)
         keyed = list(map(FeatureRow, keys, rows, masks))
         features.save_tables(base, made, keyed)
-        features.produce(base, made, keyed, groups, "zstd", rank=rank, world=world)
+        features.produce(base, made, keyed, groups, ZSTD, rank=rank, world=world)
     else:
         keys = list(map(item_key, rows))
         groups = plan_groups(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)

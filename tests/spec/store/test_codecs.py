@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from spec.store import codecs
-from spec.store.codecs import EXACT, FP8, decode, encode, from_numpy, to_numpy
+from spec.store.codecs import FP8, NONE, from_numpy, to_numpy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANTISSA = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
@@ -33,10 +33,10 @@ def stored(tensors: dict[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
 @given(states=states, dtype=st.sampled_from(DTYPES))
 def test_exact_states_come_back_bit_for_bit(states: NDArray[np.float32], dtype: torch.dtype) -> None:
     tensor = torch.from_numpy(states).to(dtype)
-    kept = stored(encode(tensor, EXACT))
+    kept = stored(NONE.encode(tensor))
     assert list(kept) == ["states"]
     assert kept["states"].dtype == (np.float32 if dtype == torch.float32 else np.uint16)
-    back = decode(kept, dtype, EXACT)
+    back = NONE.decode(kept, dtype)
     assert back.dtype == dtype
     assert to_numpy(back).tobytes() == kept["states"].tobytes() == to_numpy(tensor).tobytes()
 
@@ -49,7 +49,7 @@ def test_the_error_of_fp8_has_a_bound(states: NDArray[np.float32], dtype: torch.
     scale, of the quotient and of the result in its own dtype."""
     limit = torch.finfo(dtype).max
     exact = torch.from_numpy(states).clamp(-limit, limit).to(dtype)
-    back = decode(stored(encode(exact, FP8)), dtype, FP8)
+    back = FP8.decode(stored(FP8.encode(exact)), dtype)
     assert back.dtype == dtype
     assert back.isfinite().all()
     wanted, found = exact.double(), back.double()

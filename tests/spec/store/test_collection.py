@@ -16,6 +16,7 @@ import zarr
 
 from spec import files
 from spec.store import segment
+from spec.store.codecs import CODECS, NONE
 from spec.store.collection import Claim, Collection, Writer, collections, share_out
 from spec.store.segment import Record, Row, StoreError
 from tests.forked import forked
@@ -46,7 +47,7 @@ def claim(made: Collection, items: Sequence[str]) -> Claim:
 
 
 def commit(made: Collection, items: Sequence[str], codec: str = "none", **attributes: Any) -> Record:
-    return claim(made, items).commit([row(item) for item in items], {**ATTRIBUTES, **attributes}, codec)
+    return claim(made, items).commit([row(item) for item in items], {**ATTRIBUTES, **attributes}, CODECS[codec])
 
 
 def full(*_: object) -> Any:
@@ -297,7 +298,7 @@ def work(made: Collection, rank: int, world: int, done: list[int], pause: float 
     """What a worker does."""
     for index, claimed in share_out(made, GROUPS, rank, world):
         time.sleep(pause)
-        claimed.commit(map(row, GROUPS[index]), ATTRIBUTES, "none")
+        claimed.commit(map(row, GROUPS[index]), ATTRIBUTES, NONE)
         done.append(index)
 
 
@@ -381,7 +382,7 @@ def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> 
         threads.add(threading.current_thread())
         yield row(item)
 
-    with Writer("none") as writer:
+    with Writer(NONE) as writer:
         for item in "abcde":
             writer.write(claim(made, [item]), rows(item), ATTRIBUTES)
     assert set(made.find()) == set("abcde")
@@ -392,7 +393,7 @@ def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> 
 
 def test_the_writer_raises_what_went_wrong_with_rows(tmp_path: Path) -> None:
     made = collection(tmp_path)
-    with pytest.raises(OSError, match="the disk is full"), Writer("none") as writer:
+    with pytest.raises(OSError, match="the disk is full"), Writer(NONE) as writer:
         writer.write(claim(made, ["a"]), (full(item) for item in "a"), ATTRIBUTES)
     claim(made, ["a"]).release()
     assert made.find() == {}
@@ -405,7 +406,7 @@ def test_a_writer_that_has_failed_takes_no_more_and_keeps_no_claim(
     made, written = collection(tmp_path), []
 
     def produce() -> None:
-        with Writer("none") as writer:
+        with Writer(NONE) as writer:
             for index, claimed in share_out(made, GROUPS, 0, 1):
                 written.append(index)
                 writer.write(claimed, [row("a")], ATTRIBUTES)
@@ -429,7 +430,7 @@ def test_an_error_outside_keeps_what_is_being_written_and_drops_the_rest(
         return real(*arguments)
 
     def fail() -> None:
-        with Writer("none") as writer:
+        with Writer(NONE) as writer:
             for item in "ab":
                 writer.write(claim(made, [item]), [row(item)], ATTRIBUTES)
             started.wait(10)
@@ -456,7 +457,7 @@ def test_the_writer_holds_at_most_two_segments(tmp_path: Path, monkeypatch: pyte
     made = collection(tmp_path)
 
     def produce() -> None:
-        with Writer("none") as writer:
+        with Writer(NONE) as writer:
             for value in range(4):
                 writer.write(claim(made, [str(value)]), [row("a")], ATTRIBUTES)
                 accepted.append(value)

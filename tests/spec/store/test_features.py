@@ -19,6 +19,7 @@ from spec.base import Base
 from spec.config import Model
 from spec.corpus import TokenSequence
 from spec.store import codecs, features
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.plan import item_key, plan_groups
@@ -53,7 +54,7 @@ def key_of(row: TokenSequence) -> str:
 
 def made(root: Path, base: Base, codec: str = "none") -> Collection:
     dtype = str(base.dtype).removeprefix("torch.")
-    collection = Collection(root, "features", features.identity(BASE, dtype, codec))
+    collection = Collection(root, "features", features.identity(BASE, dtype, CODECS[codec]))
     collection.create()
     return collection
 
@@ -79,7 +80,7 @@ def produce(
 
     def work(rank: int) -> None:
         try:
-            features.produce(base, made(root, base, codec), items, groups, codec, on_tokens, rank, world)
+            features.produce(base, made(root, base, codec), items, groups, CODECS[codec], on_tokens, rank, world)
         except BaseException as error:
             failed.append(error)
 
@@ -98,7 +99,7 @@ def stored(collection: Collection, row: TokenSequence) -> torch.Tensor:
     """The states of a row, as a reader decodes them."""
     name, number = collection.find()[key_of(row)]
     arrays, attributes = collection.read(name)
-    states = codecs.decode(arrays, getattr(torch, attributes["dtype"]), attributes["encoding"])
+    states = CODECS[attributes["codec"]].decode(arrays, getattr(torch, attributes["dtype"]))
     return states[slice(*arrays["state_offsets"][number : number + 2])]
 
 
@@ -155,10 +156,8 @@ def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) ->
         wanted = stored(exact, row)
         assert torch.equal(
             stored(rounded, row),
-            codecs.decode(
-                {key: codecs.to_numpy(tensor) for key, tensor in codecs.encode(wanted, codecs.FP8).items()},
-                torch.bfloat16,
-                codecs.FP8,
+            codecs.FP8.decode(
+                {key: codecs.to_numpy(tensor) for key, tensor in codecs.FP8.encode(wanted).items()}, torch.bfloat16
             ),
         )
 
@@ -287,13 +286,13 @@ def test_states_that_are_no_numbers_are_never_stored(
 
 def test_the_identity_holds_what_a_state_depends_on() -> None:
     """Lossless codecs, and how answers end, are nothing to a state."""
-    given = features.identity(BASE, "float32", "none")
-    assert features.identity({**BASE, "generation": "h"}, "float32", "zstd") == given
+    given = features.identity(BASE, "float32", codecs.NONE)
+    assert features.identity({**BASE, "generation": "h"}, "float32", codecs.ZSTD) == given
     for field, changed in {
-        "base": ({**BASE, "weights": "v"}, "float32", "none"),
-        "tokenizer": ({**BASE, "tokenizer": "u"}, "float32", "none"),
-        "dtype": (BASE, "bfloat16", "none"),
-        "encoding": (BASE, "float32", "fp8"),
+        "base": ({**BASE, "weights": "v"}, "float32", codecs.NONE),
+        "tokenizer": ({**BASE, "tokenizer": "u"}, "float32", codecs.NONE),
+        "dtype": (BASE, "bfloat16", codecs.NONE),
+        "encoding": (BASE, "float32", codecs.FP8),
     }.items():
         found = features.identity(*changed)
         assert {name for name in given if given[name] != found[name]} == {field}
@@ -305,11 +304,11 @@ def test_stored_bytes_is_what_the_arrays_take(base: Base, half: Base, tmp_path: 
     rows = make_rows(5)
     collection = produce(base if dtype == "float32" else half, tmp_path, rows, codec=codec)
     arrays = [collection.read(name)[0] for name in collection.records()]
-    kept = [key for key in features.OFFSETS if key in arrays[0]]
-    assert ("scales" in kept) == (codec == "fp8")
+    kept = features.offsets(CODECS[codec])
+    assert kept.keys() < arrays[0].keys()
     found = sum(part[key].nbytes for part in arrays for key in kept)
     positions = sum(int(row.mask[1:].sum()) for row in rows)
-    assert features.stored_bytes(positions, sum(map(len, rows)), HIDDEN_SIZE, dtype, codec) == found
+    assert features.stored_bytes(positions, sum(map(len, rows)), HIDDEN_SIZE, dtype, CODECS[codec]) == found
 
 
 def test_positions_of_a_segment_are_counted(base: Base, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.store import codecs, segment
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.segment import DamagedError, Record, Row
 
@@ -51,7 +52,7 @@ def keys(rows: Sequence[Row]) -> list[str]:
 
 
 def write(folder: Path, rows: Sequence[Row], codec: str = "none", **attributes: Any) -> Record:
-    return segment.write(folder, NAME, keys(rows), rows, {**ATTRIBUTES, **attributes}, codec)
+    return segment.write(folder, NAME, keys(rows), rows, {**ATTRIBUTES, **attributes}, CODECS[codec])
 
 
 def read(folder: Path, name: str = NAME) -> list[Row]:
@@ -180,7 +181,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert claim is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codecs, "_CHUNK_BYTES", SMALL_CHUNKS)
-        claim.commit(rows, ATTRIBUTES, request.param)
+        claim.commit(rows, ATTRIBUTES, CODECS[request.param])
     yield collection
     assert_whole(collection)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spec.store import codecs, shards
+from spec.store.codecs import CODECS, Codec
 from spec.store.shards import Pieces
 
 DTYPES = [np.uint8, np.uint16, np.int32, np.int64, np.float32]
@@ -42,11 +43,11 @@ def whole(array: Pieces) -> NDArray[Any]:
 @settings(max_examples=80)
 @given(
     array=pieces(),
-    codec=st.sampled_from(["none", "zstd", "fp8"]),
+    codec=st.sampled_from(list(CODECS.values())),
     chunk=st.sampled_from([1, 8, 24, 64, 100, 2**20]),
 )
 def test_a_shard_is_byte_for_byte_zarrs(
-    tmp_path_factory: pytest.TempPathFactory, pool: Executor, array: Pieces, codec: str, chunk: int
+    tmp_path_factory: pytest.TempPathFactory, pool: Executor, array: Pieces, codec: Codec, chunk: int
 ) -> None:
     folder, joined = tmp_path_factory.mktemp("shard"), whole(array)
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +62,7 @@ def test_a_shard_is_byte_for_byte_zarrs(
         dtype=joined.dtype,
         chunks=made.chunks,
         shards=made.shards,
-        compressors=codecs.compressors(codec, joined.dtype),
+        compressors=codec.compressors(joined.dtype),
         config={"write_empty_chunks": True},
     )
     theirs[...] = joined

@@ -20,6 +20,7 @@ from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
 from spec.errors import SpecError
 from spec.store import answers, index, segment, upkeep
+from spec.store.codecs import NONE
 from spec.store.collection import Collection
 from spec.store.locks import in_use
 from spec.store.manifest import Manifest
@@ -75,7 +76,7 @@ def keep(root: Path, path: Path, manifest: Manifest) -> Path:
 def save_tables(collection: Collection) -> Record:
     claim = collection.claim(("tables",))
     assert claim is not None
-    return claim.commit([{"lm_head": np.ones((3, 2), np.float32)}], {"offsets": {"lm_head": "lm_head_offsets"}}, "none")
+    return claim.commit([{"lm_head": np.ones((3, 2), np.float32)}], {"offsets": {"lm_head": "lm_head_offsets"}}, NONE)
 
 
 def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group: int = 3) -> Collection:
@@ -87,7 +88,7 @@ def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group
         claim = collection.claim([item_key(prompt) for prompt in part])
         assert claim is not None
         rows = [{"prompt": prompt, "answer": prompt[::-1] + 1} for prompt in part]
-        claim.commit(rows, {"offsets": answers.OFFSETS}, "none")
+        claim.commit(rows, {"offsets": answers.OFFSETS}, NONE)
     return collection
 
 
@@ -330,7 +331,7 @@ def test_summaries_say_what_computed_the_segments(root: Path) -> None:
         claim = collection.claim([item])
         assert claim is not None
         attributes = {"offsets": {"ids": "offsets"}, "producer": {"torch": "2", "device": device}}
-        claim.commit([{"ids": np.zeros(1, np.int32)}], attributes, "none")
+        claim.commit([{"ids": np.zeros(1, np.int32)}], attributes, NONE)
     (summary,) = upkeep.summaries(root)
     assert summary.producers == ("torch 2, device H100", "torch 2, device cpu")
 

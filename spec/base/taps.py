@@ -1,0 +1,111 @@
+"""Reading the base's vectors: its last state, and what its layers read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spec.base.folder import BaseError
+from spec.base.limits import limits_of, positions_of
+from spec.heads import LAST, Tap
+
+
+class Tapped:
+    """Keeps the newest vectors of some taps, for every forward of the base that runs inside the block.
+
+    Attributes:
+        states: by tap its vectors [B, S, width] of the newest forward, at all positions.
+
+    Raises:
+        BaseError: the base has no such layer, or none that can be found.
+    """
+
+    def __init__(self, model: Any, taps: Sequence[Tap]) -> None:
+        self.states: dict[Tap, Tensor] = {}
+        decoder: Any = _decoder(model) if taps else None
+        self._reading: list[tuple[nn.Module, Tap]] = [
+            (decoder if tap.layer is None else _layer(decoder, tap.layer), tap) for tap in taps
+        ]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Tapped:
+        for module, tap in self._reading:
+            if tap.layer is None:
+                self._hooks.append(module.register_forward_hook(self._keep_output(tap)))
+            else:
+                self._hooks.append(module.register_forward_pre_hook(self._keep_input(tap), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep_output(self, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self.states[tap] = output.last_hidden_state
+
+        return keep
+
+    def _keep_input(self, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            vectors = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(vectors, Tensor) or vectors.ndim != 3:
+                found = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+                raise BaseError(
+                    f"layer {tap.layer} ({type(module).__name__}) reads {found}, expected one vector for each token "
+                    "[B, S, width]: heads that read layers cannot be trained for this base"
+                )
+            self.states[tap] = vectors
+
+        return keep
+
+
+def read_taps(model: Any, ids: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+    """The vectors [B, S, width] of each tap, at all positions of right-padded ids [B, S].
+
+    Every layer is causal, so that padding on the right changes no vector of a real token. Padding beyond the last
+    position that the model has is not read: its vectors are NaN.
+
+    Raises:
+        BaseError: the base has no such layer, or none that can be found.
+    """
+    length = ids.shape[1]
+    made_for = positions_of(model.config) or length
+    most = length if length <= made_for else limits_of(model).most or length
+    with Tapped(model, taps) as tapped:
+        _decoder(model)(input_ids=ids[:, :most], use_cache=False)
+    if length <= most:
+        return tapped.states
+    return {tap: F.pad(states, (0, 0, 0, length - most), value=torch.nan) for tap, states in tapped.states.items()}
+
+
+def hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """The states after the final norm, which lm_head reads, as read_taps gives them."""
+    return read_taps(model, ids, (LAST,))[LAST]
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The part of a causal language model that makes the last state."""
+    decoder: Any = model.get_decoder()
+    # Some models of images (Llama 4) hold a whole language model.
+    found: nn.Module = decoder.model if hasattr(decoder, "lm_head") else decoder
+    return found
+
+
+def _layer(decoder: Any, number: int) -> nn.Module:
+    """The layer whose input is the output after `number` layers."""
+    count, name = decoder.config.get_text_config().num_hidden_layers, type(decoder).__name__
+    lists = [
+        (path.count("."), module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise BaseError(f"{name} has no list of its {count} layers, so heads that read layers cannot be trained for it")
+    if not 0 <= number < count:
+        raise BaseError(f"{name} has the layers 0 to {count - 1}; there is no layer {number} to read")
+    return min(lists, key=lambda found: found[0])[1][number]  # experts lie deeper
