@@ -111,9 +111,7 @@ def test_a_file_that_git_lfs_has_not_fetched_is_told_by_its_name(tmp_path: Path)
     with pytest.raises(CorpusError, match=r"x.parquet: not a readable parquet file"):
         run(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
-    with pytest.raises(
-        CorpusError, match=r"x.parquet: .* \(a pointer of Git LFS.*git lfs pull"
-    ):
+    with pytest.raises(CorpusError, match=r"x.parquet: .* \(a pointer of Git LFS.*git lfs pull"):
         run(path)
 
 
