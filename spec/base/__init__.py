@@ -1,7 +1,5 @@
 """The base model: where it is, what identifies it, what it can do, what heads read of it, its own answers."""
 
-from __future__ import annotations
-
 from spec.base.answering import COMPACT, LEAST_ROWS, answer, prompt_buckets
 from spec.base.check import auto_class, check, read_config, skeleton
 from spec.base.findings import Findings, examine, examine_once
@@ -12,42 +10,3 @@ from spec.base.logits import LOOKED_AT, PLAIN, Logits, bias_of, find_logits, has
 from spec.base.padding import BUCKET, bucket, prompt_bucket
 from spec.base.taps import Tapped, hidden_states, read_taps
 from spec.base.tokenizer import load_tokenizer
-
-__all__ = [
-    "BUCKET",
-    "COMPACT",
-    "LEAST_ROWS",
-    "LOOKED_AT",
-    "PLAIN",
-    "Base",
-    "BaseError",
-    "Findings",
-    "Limits",
-    "Logits",
-    "Tapped",
-    "answer",
-    "auto_class",
-    "bias_of",
-    "bucket",
-    "check",
-    "downloaded_revision",
-    "examine",
-    "examine_once",
-    "find_folder",
-    "find_logits",
-    "has_linear_logits",
-    "hidden_states",
-    "identify",
-    "limits",
-    "load",
-    "load_tokenizer",
-    "producer",
-    "prompt_bucket",
-    "prompt_buckets",
-    "read_config",
-    "read_taps",
-    "resolve",
-    "skeleton",
-    "stop_ids",
-    "unstopped_turn",
-]

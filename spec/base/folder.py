@@ -195,7 +195,7 @@ def _shards(index: Path) -> list[Path]:
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
             raise ValueError("it names files outside its folder")
         return [index.parent / name for name in names]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BaseError(f"{index} is no index of weights ({one_line(error)}); copy it again") from None
 
 

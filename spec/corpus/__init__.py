@@ -11,26 +11,3 @@ from spec.corpus.files import check_apart, list_files
 from spec.corpus.layouts import Source, count_rows, inspect
 from spec.corpus.rows import Row, read_rows
 from spec.corpus.sequences import CorpusError, TokenSequence, answer, read, read_origin, spans, write
-
-__all__ = [
-    "PLAIN_TEMPLATE",
-    "ChatTemplate",
-    "CorpusError",
-    "PrefixError",
-    "Report",
-    "Row",
-    "Source",
-    "TokenSequence",
-    "answer",
-    "check_apart",
-    "count_rows",
-    "inspect",
-    "install_plain_template",
-    "list_files",
-    "read",
-    "read_origin",
-    "read_rows",
-    "spans",
-    "stream",
-    "write",
-]

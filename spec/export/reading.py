@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from spec import base, files, heads
+from spec.base.folder import weight_files
 from spec.config import MEDUSA, Model, parse_dims
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig
 
@@ -234,68 +234,31 @@ def _width(values: Mapping[str, Any], name: str) -> int:
 
 
 def _base_fields(values: Mapping[str, Any], known: KnownBase | None) -> dict[str, Any]:
-    named = {name: values.get(f"base_{name}") for name in ("model_name_or_path", "revision", "digest")}
-    digest = named["digest"] or ""
+    name, revision, digest = (values.get(f"base_{key}") for key in ("model_name_or_path", "revision", "digest"))
     if known is not None:
-        return {
-            "base_model_name_or_path": known.name,
-            "base_revision": known.revision,
-            "base_digest": digest or known.digest,
-        }
-    if not named["model_name_or_path"]:
+        name, revision, digest = known.name, known.revision, digest or known.digest
+    if not name:
         raise CheckpointError("it does not name the base; say which it is with --base")
-    return {
-        "base_model_name_or_path": named["model_name_or_path"],
-        "base_revision": named["revision"],
-        "base_digest": digest,
-    }
+    return {"base_model_name_or_path": name, "base_revision": revision, "base_digest": digest or ""}
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder; safetensors are preferred."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        paths = _parts(folder, f"{stem}.{suffix}")
-        if paths:
-            state: dict[str, Tensor] = {}
-            for path in paths:
-                state |= _load_safetensors(path) if suffix == "safetensors" else _load_pickle(path)
-            return state
-    raise CheckpointError("no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their parts")
-
-
-def _parts(folder: Path, name: str) -> list[Path]:
-    """The file of this name, or the files that its index lists."""
-    if (folder / name).is_file():
-        return [folder / name]
-    index = folder / f"{name}.index.json"
-    if not index.is_file():
-        return []
     try:
-        names = sorted(set(files.read_json(index)["weight_map"].values()))
-        paths = [folder / part for part in names]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of weights ({error!r})") from None
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    for part in names:
-        if part not in present:
-            raise CheckpointError(f"{index} lists {part!r}, which is not in this folder")
-    return paths
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        return heads.read_weights(path)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle makes torch raise anything
-        raise CheckpointError(f"{path} is not a whole file of torch.save: {error!r}") from None
+        paths = weight_files(folder)
+    except base.BaseError as error:
+        raise CheckpointError(str(error)) from None
+    if not paths:
+        raise CheckpointError("no weights: neither model.safetensors nor pytorch_model.bin, nor an index of parts")
+    state: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            state |= load_file(path) if path.suffix == ".safetensors" else heads.read_weights(path)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged pickle makes torch raise anything
+            raise CheckpointError(f"{path} is not a whole file of weights: {error!r}") from None
+    return state
 
 
 def _renamed(state: Mapping[str, Tensor], config: SpeculatorConfig) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from spec.errors import SpecError
 from spec.store.collection import IDENTITY, NAME, Collection
@@ -86,16 +85,16 @@ class Place:
             return content
         return None
 
-    def download(self, name: str, target: Path, on_bytes: OnBytes) -> None:
+    def download(self, name: str, target: Path) -> None:
         """Copy a file from here; one that is not here is left out, which verification notices."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._clear(f"read {name}"), contextlib.suppress(FileNotFoundError):
-            self._fs.get_file(f"{self._path}/{name}", str(target), callback=_callback(on_bytes))
+            self._fs.get_file(f"{self._path}/{name}", str(target))
 
-    def upload(self, source: Path, name: str, on_bytes: OnBytes = lambda count: None) -> None:
+    def upload(self, source: Path, name: str) -> None:
         """Copy a file to here."""
         with self._clear(f"write {name}"):
-            self._fs.put_file(str(source), f"{self._path}/{name}", callback=_callback(on_bytes))
+            self._fs.put_file(str(source), f"{self._path}/{name}")
 
     def _names(self, under: str) -> list[str]:
         with self._clear(f"list {self._path}{under}"), contextlib.suppress(FileNotFoundError):
@@ -134,11 +133,6 @@ class Lacking:
     def size(self) -> int:
         """Bytes of all its files."""
         return self.record.size + len(self.record.to_bytes())
-
-    @property
-    def where(self) -> str:
-        """Its folder, below either place."""
-        return f"{self.collection.folder.name}/{self.record.name}"
 
 
 class Transfer:
@@ -187,7 +181,7 @@ class Transfer:
     def copy(self, segments: Sequence[Lacking], on_bytes: OnBytes = lambda count: None) -> None:
         """Copy segments that `look` found; damaged ones are not copied, and named in `problems`.
 
-        One thread at a time calls `on_bytes` with the bytes just copied.
+        One thread at a time calls `on_bytes` with the bytes of a segment that is done.
 
         Raises:
             TransferError: a place cannot be reached. Segments in hand are completed, others are not begun.
@@ -275,50 +269,27 @@ class Transfer:
         )
 
     def _copy(self, item: Lacking, on_bytes: OnBytes) -> None:
-        left = item.size
+        collection, name = item.collection, item.record.name
+        where = f"{collection.folder.name}/{name}"
 
-        def count(more: int) -> None:
-            nonlocal left
-            with self._lock:
-                left -= more
-                on_bytes(more)
+        def fill(folder: Path) -> None:  # where the segment is verified afterwards
+            for path in item.record.files:
+                self.source.download(f"{where}/{path}", folder / path)
+            (folder / RECORD).write_bytes(item.record.to_bytes())
 
         try:
-            if not self.target.folder:
-                self._send(item, count)
-            else:
+            if self.target.folder:
                 if item.damaged:
-                    item.collection.set_aside(item.record.name)
-                item.collection.receive(item.record.name, partial(self._fill, item, count))
+                    collection.set_aside(name)
+                collection.receive(name, fill)
+            else:
+                record = collection.verify(name)
+                for path in (*record.files, RECORD):  # the record last: only then is the segment visible
+                    self.target.upload(collection.folder / name / path, f"{where}/{path}")
             with self._lock:
                 self.copied += 1
-            self._settled[item.collection.folder.name].add(item.record.name)
+            self._settled[collection.folder.name].add(name)
         except DamagedError as error:
-            self._refuse(item.collection.folder.name, item.record.name, error.reason)
-        count(left)
-
-    def _send(self, item: Lacking, on_bytes: OnBytes) -> None:
-        """Verify a segment of the source and copy it, its record last: only then is it visible."""
-        record = item.collection.verify(item.record.name)
-        for path in (*record.files, RECORD):
-            self.target.upload(item.collection.folder / record.name / path, f"{item.where}/{path}", on_bytes)
-
-    def _fill(self, item: Lacking, on_bytes: OnBytes, folder: Path) -> None:
-        """Copy a segment into a folder, where it is verified afterwards."""
-        for path in item.record.files:
-            self.source.download(f"{item.where}/{path}", folder / path, on_bytes)
-        (folder / RECORD).write_bytes(item.record.to_bytes())
-
-
-def _callback(on_bytes: OnBytes) -> Any:
-    """Tells `on_bytes` of the bytes of one file, as fsspec counts them."""
-    from fsspec.callbacks import Callback
-
-    done = 0
-
-    def hook(size: int | None, value: int, **_: Any) -> None:
-        nonlocal done
-        done, more = value, value - done
-        on_bytes(more)
-
-    return Callback(hooks={"bytes": hook})
+            self._refuse(collection.folder.name, name, error.reason)
+        with self._lock:
+            on_bytes(item.size)

@@ -203,19 +203,6 @@ def test_a_stage_gives_the_recipes_error_as_its_own(tiny, tmp_path, monkeypatch,
 # The mix
 
 
-def test_overlap_recognizes_restated_texts():
-    evaluation = [
-        "A class of 50 students has various hobbies. 10 like to bake, 5 like to play basketball.",
-        "Prince Thaddeus slew 100 dragons with his mighty sword, while Prince Arthur slew fewer.",
-        "How many of the rest take a bath?",
-    ]
-    overlap = prompts.Overlap(evaluation)
-    assert overlap.repeats("A class of 96 students has various hobbies; 8 like to play chess."), "other numbers"
-    assert overlap.repeats("Prince Arthur slew three dragons using his mighty sword."), "other words around them"
-    for text in ("What are dragons?", "How many birds crossed the lake on Sunday?", ""):
-        assert not overlap.repeats(text)
-
-
 def test_failing_generators_are_reported_with_their_error(tmp_path):
     wheel = tmp_path / "reasoning_gym.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,27 +38,17 @@ def test_what_fetch_does_not_find(folder: Path, ready: Path, override: str, mess
 
 
 @pytest.mark.parametrize(
-    ("columns", "overrides", "message"),
+    ("override", "message"),
     [
-        ({"question": []}, (), "no rows"),
-        ({"colour": ["red"]}, (), "colour"),
-        ({"question": ["a", None]}, (), "null"),
-        ({"question": ["a"], "answer": [""]}, ("respond.source=data",), "answer"),
-        ({"question": ["a"]}, ("respond.source=data",), "answer"),
-        ({"question": ["a"]}, ("data.prompt_key=prompt.text",), "prompt"),
-        ({"question": ["word " * 500]}, ("data.max_length=32",), "max_length"),
-        (None, (), "parquet"),
+        ("respond.source=data", "answers are needed, but no column holds them"),
+        ("data.prompt_key=prompt.text", "no column 'prompt.text', which data.prompt_key names"),
+        ("data.max_length=32", "data.max_length is 32"),
     ],
 )
-def test_training_file(folder: Path, columns: dict[str, Any] | None, overrides: tuple[str, ...], message: str) -> None:
-    path = folder / "bad.parquet"
-    if columns is None:
-        path.write_text("question,answer\n")
-    else:
-        pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), path)
-    named = f"data.train_files={path}"
-    ok("fetch", named)
-    assert message in refused("tokenize", named, *overrides)
+def test_a_file_of_which_the_parameters_leave_nothing(folder: Path, override: str, message: str) -> None:
+    pq.write_table(pa.table({"question": ["word " * 500]}), folder / "bad.parquet")
+    ok("fetch", "data.train_files=bad.parquet")
+    assert message in refused("tokenize", "data.train_files=bad.parquet", override)
     assert not (folder / "data/tokens/train.parquet").exists()
 
 

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from spec import base, corpus
 from spec.store.manifest import Manifest
 from stages import cli, common
-from tests.stages.workspace import call, ok, prepare, run_through
+from tests.stages.workspace import ok, prepare, refused, run_through
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
 
@@ -24,19 +23,17 @@ def turns(question: str, *keys: str) -> list[dict[str, str]]:
     return [{role: user, content: question}, {role: assistant, content: "b"}]
 
 
-LAYOUTS: dict[str, tuple[Any, str]] = {  # columns for a question, and what of its prompt is more than the question
-    "messages": (lambda q: {"messages": turns(q)}, ""),
-    "sharegpt": (lambda q: {"conversations": turns(q, "from", "value", "human", "gpt")}, ""),
-    "json": (lambda q: {"messages": json.dumps(turns(q))}, ""),
-    "alpaca": (lambda q: {"instruction": q, "input": "more", "output": "b"}, "\n\nmore"),
-    "dolly": (lambda q: {"instruction": q, "context": "more", "response": "b"}, "\n\nmore"),
-    "openorca": (lambda q: {"system_prompt": "Be brief.", "question": q, "response": "b"}, "Be brief."),
-    "trl": (lambda q: {"prompt": turns(q)[:1], "completion": turns(q)[1:]}, ""),
-    "preferences": (lambda q: {"prompt": q, "chosen": turns(q), "rejected": turns(q)}, ""),
-    "verl": (lambda q: {"prompt": turns(q)[:1], "extra_info": {"answer": "b", "index": 0}}, ""),
-    "tools": (lambda q: {"messages": turns(q), "tools": json.dumps([TOOL])}, "weather"),
-    "ultrachat": (lambda q: {"prompt": q, "prompt_id": "0", "messages": turns(q)}, ""),
-    "text": (lambda q: {"text": q + " b"}, ""),
+LAYOUTS: dict[str, Any] = {  # columns for a question
+    "messages": lambda q: {"messages": turns(q)},
+    "sharegpt": lambda q: {"conversations": turns(q, "from", "value", "human", "gpt")},
+    "json": lambda q: {"messages": json.dumps(turns(q))},
+    "alpaca": lambda q: {"instruction": q, "input": "more", "output": "b"},
+    "openorca": lambda q: {"system_prompt": "Be brief.", "question": q, "response": "b"},
+    "trl": lambda q: {"prompt": turns(q)[:1], "completion": turns(q)[1:]},
+    "preferences": lambda q: {"prompt": q, "chosen": turns(q), "rejected": turns(q)},
+    "verl": lambda q: {"prompt": turns(q)[:1], "extra_info": {"answer": "b", "index": 0}},
+    "tools": lambda q: {"messages": turns(q), "tools": json.dumps([TOOL])},
+    "text": lambda q: {"text": q + " b"},
 }
 
 
@@ -49,26 +46,11 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     template.write_text(tools + template.read_text())
     for split in common.SPLITS:
         (root / split).mkdir()
-        for name, (columns, _) in LAYOUTS.items():
+        for name, columns in LAYOUTS.items():
             rows = [columns(f"{split} {i}") for i in range(2)]
             pq.write_table(pa.Table.from_pylist(rows), root / f"{split}/{name}.parquet")
     run_through(root, "evaluate", *(f"data.{split}_files={root / split}" for split in common.SPLITS))
     return root
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout(ready: Path, name: str) -> None:
-    tokenizer = base.load_tokenizer(ready / "base")
-    rows = [row for row in corpus.read(ready / "data/tokens/train.parquet") if row.domain == name]
-    for i, row in enumerate(rows):
-        prompt = tokenizer.decode(row.ids[: row.prompt_length])
-        answer = tokenizer.decode(corpus.answer(row))
-        more = LAYOUTS[name][1]
-        assert f"train {i}" in (prompt or answer)
-        assert more in prompt
-        assert answer == ("b<|im_end|>" if prompt else f"train {i} b")
-        assert row.mask.tolist() == [0] * row.prompt_length + [1] * (len(row) - row.prompt_length)
-    assert len(rows) == 2
 
 
 def test_all_of_them_are_evaluated(ready: Path) -> None:
@@ -91,7 +73,7 @@ def write(path: Path, *questions: str | None) -> str:
 def test_bad_rows_are_left_out_where_they_may_be(folder: Path) -> None:
     named = f"data.train_files={write(folder / 'x.parquet', 'a', None)}"
     ok("fetch", named)
-    assert "1 of 2 rows cannot be used" in call("tokenize", named).output
+    assert "1 of 2 rows cannot be used" in refused("tokenize", named)
     assert not list((folder / "data/tokens").iterdir())
     assert "1 bad rows left out: 1 x column question is null" in ok("tokenize", named, "data.skip_bad_rows=true")
 
@@ -101,7 +83,7 @@ def test_splits_share_no_file_and_what_prompts_they_share_is_said(folder: Path) 
     ok("fetch", train, val)
     assert "tokenize val: 1 prompts are in train too" in ok("tokenize", train, val)
     write(folder / "val.parquet", "a", "train")
-    assert "are the same file, in data.train_files and in data.val_files" in call("fetch", train, val).output
+    assert "are the same file, in data.train_files and in data.val_files" in refused("fetch", train, val)
 
 
 def test_limits_are_those_of_the_base(folder: Path) -> None:
@@ -116,9 +98,9 @@ def inspect(path: str | Path) -> str:
 
 def test_inspect_shows_how_data_is_read(ready: Path, folder: Path) -> None:
     output = inspect(ready / "train")
-    assert "12 files with 24 rows; looked at 24" in output
+    assert "10 files with 20 rows; looked at 20" in output
     assert "alpaca.parquet: prompts in instruction and input, answers in output" in output
-    assert "turns by role: user 22, assistant 22, system 2; 2 to 3 turns a conversation" in output
+    assert "turns by role: user 18, assistant 18, system 2; 2 to 3 turns a conversation" in output
     assert "user\ntrain 0\n\nmore<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]" in output
     assert "bad row: " in inspect(write(folder / "x.parquet", "a", None))
     pq.write_table(pa.table({"question": ["a"], "history": ["b"]}), folder / "y.parquet")

@@ -43,16 +43,6 @@ SPACE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'BOT: ' }}{% endif %}"
 )
-# Thoughts are rendered for the last turn alone, and history is closed by another token (Qwen 3, gpt-oss).
-THINK = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'assistant' %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% elif loop.last %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + message['content'] + '<|endoftext|>' }}"
-    "{% else %}{{ '<|im_start|>assistant\n' + message['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 # The generation prompt opens a thought that no ready answer continues (DeepSeek R1's distillates).
 FORCED_THINK = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 # No special token closes an answer (Alpaca).

@@ -17,7 +17,6 @@ from .families import (
     CHATML,
     FORCED_THINK,
     SPACE,
-    THINK,
     UNCLOSED,
     assistant,
     byte_level,
@@ -32,49 +31,9 @@ from .families import (
 )
 
 
-def test_chatml_supervises_the_answer_and_its_end_but_not_the_newline_after_it() -> None:
-    tokenizer = byte_level()
-    sequence = encode(tokenizer, [user("how are you?"), assistant("hello there")])
-    assert supervised(tokenizer, sequence) == ["hello there<|im_end|>"]
-    assert tokenizer.decode(sequence.ids).endswith("<|im_start|>assistant\nhello there<|im_end|>")
-    assert prompt_ids(sequence) == serving(tokenizer, [user("how are you?")])
-    assert corpus.answer(sequence).tolist() == sequence.ids[sequence.mask == 1].tolist()
-
-
-def test_every_turn_of_a_conversation_is_supervised_and_the_prompt_reaches_to_the_last() -> None:
-    tokenizer = byte_level()
-    messages = [user("a"), assistant("the answer is 42"), user("b"), assistant(""), user("c"), assistant("x")]
-    sequence = encode(tokenizer, messages)
-    assert supervised(tokenizer, sequence) == ["the answer is 42<|im_end|>", "<|im_end|>", "x<|im_end|>"]
-    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
-    assert tokenizer.decode(corpus.answer(sequence)) == "x<|im_end|>"
-
-
-def test_default_and_own_system_messages_are_part_of_the_prompt() -> None:
-    tokenizer = byte_level()
-    assert tokenizer.decode(encode(tokenizer, [user("a"), assistant("b")]).ids).startswith(
-        "<|im_start|>system\nBe kind.<|im_end|>\n"
-    )
-    messages = [{"role": "system", "content": ""}, user("a"), assistant("b")]
-    sequence = encode(tokenizer, messages)
-    assert tokenizer.decode(sequence.ids).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
-    assert supervised(tokenizer, sequence) == ["b<|im_end|>"]
-    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
-
-
 def test_an_earlier_turn_of_weight_0_is_not_supervised() -> None:
     messages = [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}]
     assert supervised(byte_level(), encode(byte_level(), messages)) == ["d<|im_end|>"]
-
-
-def test_an_answer_that_is_to_be_written_leaves_only_the_prompt() -> None:
-    tokenizer = byte_level()
-    messages = [user("a"), assistant("b"), user("c")]
-    sequence = encode(tokenizer, messages)
-    assert sequence.prompt_length == len(sequence)
-    assert sequence.ids.tolist() == serving(tokenizer, messages)
-    assert supervised(tokenizer, sequence) == ["b<|im_end|>"]
-    assert corpus.answer(sequence).tolist() == []
 
 
 def test_an_answer_that_merges_with_its_prompt_continues_from_the_tokens_that_serving_feeds() -> None:
@@ -133,14 +92,6 @@ def test_llama2_style_tokens_do_not_gain_a_space_at_a_merged_boundary() -> None:
     assert prompt_ids(sequence) == serving(tokenizer, [user("a")])
 
 
-def test_a_template_that_renders_history_otherwise_than_the_last_turn() -> None:
-    tokenizer = byte_level(THINK, eos_token="<|endoftext|>")
-    messages = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("d")]
-    sequence = encode(tokenizer, messages)
-    assert supervised(tokenizer, sequence) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|endoftext|>"]
-    assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
-
-
 def test_a_template_without_an_end_of_turn_token_supervises_the_content_alone(tmp_path: Path) -> None:
     tokenizer = byte_level(UNCLOSED)
     assert ChatTemplate(tokenizer).end_of_turn is None
@@ -185,20 +136,8 @@ def test_the_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
     assert tokenizer.convert_ids_to_tokens(corpus.answer(sequence).tolist()) == ["▁Hi", "</s>"]
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    [
-        "\n",
-        "\n\n",
-        " ",
-        " the answer ",
-        "a\r\n",
-        "é\u0301",
-        "👩‍👩‍👧",
-        "\n\nthe answer is 42\n",
-        "<think>",
-        "def f(x):\n    ",
-    ]
-)
+AWKWARD = ["\n", "\n\n", " ", " the answer ", "a\r\n", "é\u0301", "👩‍👩‍👧", "\n\nthe answer is 42\n", "<think>"]
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from([*AWKWARD, "def f(x):\n    "])
 
 
 @st.composite

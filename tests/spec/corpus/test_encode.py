@@ -11,15 +11,7 @@ import pytest
 from spec import corpus
 from spec.corpus import CorpusError
 
-from .families import (
-    FORCED_THINK,
-    assistant,
-    byte_level,
-    run,
-    save,
-    serving,
-    user,
-)
+from .families import FORCED_THINK, assistant, byte_level, run, save, serving, user
 
 
 def test_the_report_counts_what_was_kept(tmp_path: Path) -> None:

@@ -17,9 +17,7 @@ from spec.corpus import CorpusError
 from spec.corpus.files import domain_of
 from spec.files import digest_file
 
-from .families import (
-    save,
-)
+from .families import save
 
 
 def test_list_files_takes_files_and_folders(tmp_path: Path) -> None:
@@ -143,13 +141,8 @@ def test_other_formats_are_refused_with_the_command_that_converts_them(
     ("path", "domain"),
     [
         *(("train-00000-of-00003", "train"), ("part-0001", "part"), ("a/maths/0000", "maths"), ("gsm8k", "gsm8k")),
-        *(
-            ("part-00000-3f2a9c-c000.snappy", "part"),
-            ("aime-2024", "aime-2024"),
-            ("chunk_12", "chunk"),
-            ("hard_2", "hard_2"),
-            ("7", "a"),
-        ),
+        *(("part-00000-3f2a9c-c000.snappy", "part"), ("aime-2024", "aime-2024"), ("chunk_12", "chunk")),
+        *(("hard_2", "hard_2"), ("7", "a")),
     ],
 )
 def test_shards_of_one_file_are_one_domain(path: str, domain: str) -> None:

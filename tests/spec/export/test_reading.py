@@ -116,7 +116,7 @@ def test_an_index_that_leads_elsewhere(exported: Path, names: object) -> None:
     (exported / "model.safetensors").unlink()
     weight_map = {f"w{i}": name for i, name in enumerate(names)} if isinstance(names, list) else names
     files.write_json(exported / "model.safetensors.index.json", {"weight_map": weight_map})
-    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (lists|is no index)"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (names|is no index)"):
         read(str(exported))
 
 
@@ -135,7 +135,7 @@ def test_damaged_pickles(exported: Path, zipped: bool) -> None:
 
 def test_torn_and_missing_weights(exported: Path) -> None:
     (exported / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a whole file of weights"):
         read(str(exported))
     (exported / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no weights: neither model\.safetensors nor pytorch_model\.bin"):

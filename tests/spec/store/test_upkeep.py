@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec import files
 from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
 from spec.errors import SpecError
@@ -54,10 +53,6 @@ def snapshot(root: Path) -> dict[Path, tuple[int, bytes]]:
         for path in root.rglob("*")
         if path.name != ".in-use"
     }
-
-
-def bytes_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def folder_of(root: Path, manifest: Manifest) -> Path:
@@ -140,12 +135,12 @@ def test_what_a_manifest_names_stays_and_what_none_names_goes(root: Path, tmp_pa
     keep(root, tmp_path / "train.json", kept)
     age_all(root)
     young = store_features(root, chain(3, 24, seed=2))
-    expected_bytes = sum(bytes_of(folder / name) for name in unnamed)
+    size = sum(file.stat().st_size for name in unnamed for file in (folder / name).rglob("*") if file.is_file())
     removal = upkeep.gc(root, AGE)
     assert set(segment.names(folder)) == {*kept.segments, *young.segments}
     assert removal.segments == len(unnamed) > 1
     assert removal.rows == 6
-    assert removal.bytes == expected_bytes
+    assert removal.bytes == size
     assert removal.kept == len(kept.segments) + len(young.segments)
     assert {path.name for path in removal.paths} == unnamed
     assert len(list(FeatureReader(kept, root).sequences(range(6)))) == 6
@@ -343,21 +338,11 @@ def damage(folder: Path, name: str, key: str = "ids") -> None:
     path.write_bytes(content)
 
 
-def test_verify_reads_everything(root: Path) -> None:
-    manifest = store_features(root, chain(6, 24))
-    save_tables(manifest.collection(root))
-    save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
-    seen: list[int] = []
-    whole, problems = upkeep.verify(root, True, seen.append)
-    assert (whole, problems) == (len(manifest.segments) + 3, [])
-    assert sum(seen) == sum(summary.bytes for summary in upkeep.summaries(root))
-    assert len(seen) == whole
-
-
 @pytest.mark.parametrize("set_aside", [False, True])
 def test_verify_names_each_damaged_segment(root: Path, set_aside: bool) -> None:
     rows = chain(12, 24)
     manifest = store_features(root, rows)
+    save_tables(manifest.collection(root))
     asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
     folder = folder_of(root, manifest)
     first, second, third, *rest = manifest.segments
@@ -366,8 +351,9 @@ def test_verify_names_each_damaged_segment(root: Path, set_aside: bool) -> None:
     damage(folder, third, "states")
     damage(asked.folder, asked.name_of([item_key(np.asarray([7], np.int32))]), "answer")
     before = snapshot(root)
-    whole, problems = upkeep.verify(root, set_aside)
-    assert whole == len(rest) + 1
+    seen: list[int] = []
+    whole, problems = upkeep.verify(root, set_aside, seen.append)
+    assert whole == len(rest) + 2 == len(seen)
     assert all(isinstance(problem, DamagedError) for problem in problems)
     named = {problem.name for problem in problems if isinstance(problem, DamagedError)}
     assert named == {first, second, third, asked.name_of([item_key(np.asarray([7], np.int32))])}
@@ -378,7 +364,9 @@ def test_verify_names_each_damaged_segment(root: Path, set_aside: bool) -> None:
     assert upkeep.verify(root, True) == (whole, [])
     assert {path.name for path in folder.glob(".damaged-*")} == {f".damaged-{name}" for name in (first, second, third)}
     assert store_features(root, rows) == manifest  # only these are computed again
-    assert upkeep.verify(root, True) == (whole + 3, [])
+    seen.clear()
+    assert upkeep.verify(root, True, seen.append) == (whole + 3, [])
+    assert sum(seen) == stored_bytes(root)
 
 
 def test_verify_goes_on_behind_a_collection_that_cannot_be_read(root: Path) -> None:
@@ -396,11 +384,7 @@ def test_verify_goes_on_behind_a_collection_that_cannot_be_read(root: Path) -> N
 
 def contents(root: Path) -> bytes:
     """Everything a store holds, names of files included."""
-    return b"\n".join(
-        part
-        for path in sorted(root.rglob("*"))
-        for part in (str(path).encode(), path.read_bytes() if path.is_file() else b"")
-    )
+    return b"\n".join(part for path, (_, data) in snapshot(root).items() for part in (str(path).encode(), data))
 
 
 def given_rows(prompts: Sequence[Ids], texts: Sequence[Ids] = ()) -> dict[bytes, index.Start | None]:
@@ -436,6 +420,10 @@ def digests(collection: Collection) -> dict[str, str]:
     return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
 
 
+def stored_bytes(root: Path) -> int:
+    return sum(summary.bytes for summary in upkeep.summaries(root))
+
+
 @settings(max_examples=10)
 @given(
     gone=st.sets(st.integers(0, 7)),
@@ -452,9 +440,14 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
     save_tables(collection)
     asked = save_answers(root, [row.ids for row in rows], group=limit // 10 + 1)
     foreign = save_answers(root, [row.ids for row in rows], tokenizer="u").folder
+    keep(root, root.parent / "train.json", manifest)
     before, untouched = (digests(collection), digests(asked)), snapshot(foreign)
+    folders, size = set(root.glob("*/*/")), stored_bytes(root)
+    segments = len(manifest.segments) + len(asked.records())
     removal = upkeep.forget(root, "t", given_rows([rows[i].ids[:4] for i in gone]))
-    assert removal.rows == 2 * len(gone)
+    assert (removal.rows, removal.bytes) == (2 * len(gone), size - stored_bytes(root))
+    assert removal.segments == len(folders - set(root.glob("*/*/")))
+    assert removal.kept == (segments - removal.segments if gone else 0)
     assert snapshot(foreign) == untouched
     shutil.rmtree(foreign)
     everything = contents(root)
@@ -514,19 +507,6 @@ def test_rows_that_the_index_knows_go_whatever_made_them(root: Path) -> None:
     assert set(index.find(root, {row.source for row in rows})) == {rows[1].source, rows[2].source}
 
 
-def test_what_is_counted_is_what_is_gone(root: Path) -> None:
-    rows = rows_of(9)
-    manifest = store_features(root, rows, segment_tokens=40)
-    collection = manifest.collection(root)
-    size = sum(record.size for record in collection.records().values())
-    touched = {manifest.segment[index] for index in (0, 1, 8)}
-    removal = upkeep.forget(root, "t", given_rows([], [rows[i].ids for i in (0, 1, 8)]))
-    fresh = Collection(root, "features", manifest.identity).records()
-    assert (removal.segments, removal.rows) == (len(touched), 3)
-    assert removal.kept == len(manifest.segments) - len(touched)
-    assert removal.bytes == size - sum(record.size for record in fresh.values())
-
-
 def test_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
     """Damaged segments that were set aside, and what killed processes left half-written."""
     rows = rows_of(9)
@@ -577,10 +557,3 @@ def test_forgetting_that_was_interrupted_is_completed_by_the_next(root: Path, mo
     without = {item_key(row.ids, row.mask) for row in rows[::3]}
     assert digests(collection) == {key: digest for key, digest in before.items() if key not in without}
     assert upkeep.verify(root, False)[1] == []
-
-
-def test_roots_hold_nothing_of_any_row(root: Path, tmp_path: Path) -> None:
-    rows = rows_of(4)
-    made = keep(root, tmp_path / "train.json", store_features(root, rows))
-    assert not any(trace in made.read_bytes() for row in rows for trace in traces(row))
-    assert set(files.read_json(made)) == {"path", "file", "segments"}
