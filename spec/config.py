@@ -7,7 +7,6 @@ params.yaml lists every key with the values that won on the embedded default.
 from __future__ import annotations
 
 import datetime
-import difflib
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
@@ -29,39 +26,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from spec.errors import SpecError
+from spec.section import Dims, DimsField, Positive, Section, explain
 
 
 class ConfigError(SpecError):
     """Parameters that cannot be used: says which key, what was found and what would fit."""
-
-
-Dims = tuple[int, ...]
-
-
-def parse_dims(value: object) -> Dims:
-    """Read a width (``512``) or a dot-separated stack of widths (``"1024.2048"``).
-
-    Raises:
-        ValueError: an entry that is not a positive integer, or a float: YAML reads an unquoted 1024.2560 as one.
-    """
-    if isinstance(value, float):
-        raise ValueError(
-            f"{value!r} is a number with a fraction; a list of widths must be quoted: "
-            "'\"1024.2048\"' in YAML and on the command line of dvc"
-        )
-    entries = value.split(".") if isinstance(value, str) else value if isinstance(value, tuple | list) else [value]
-    try:
-        dims = tuple(int(str(entry)) for entry in entries)
-    except ValueError:
-        raise ValueError(f'{value!r} is not an integer or a dot-separated list such as "1024.2048"') from None
-    if not dims or min(dims) < 1:
-        raise ValueError(f"{value!r} has a width below 1")
-    return dims
-
-
-def format_dims(dims: Dims) -> int | str:
-    """Write widths as parse_dims reads them: an int for one width, else "1024.2048"."""
-    return dims[0] if len(dims) == 1 else ".".join(map(str, dims))
 
 
 def check_recurrent(method: str, emb_dim: Dims, proj_dim: Dims, tie_weights: bool) -> None:
@@ -119,29 +88,16 @@ Dtype = Literal["bfloat16", "float32", "float16"]
 DraftSource = Literal["head", "ngram", "hybrid"]
 
 MethodField = Annotated[Method, BeforeValidator(_method)]
-DimsField = Annotated[Dims, BeforeValidator(parse_dims), PlainSerializer(format_dims)]
 Place = Annotated[str, AfterValidator(_expand)]
 Paths = Annotated[
     tuple[Annotated[str, Field(min_length=1), AfterValidator(_expand)], ...],
     BeforeValidator(lambda value: () if value is None else _listed(value)),
 ]
-Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class Section(BaseModel):
-    """A group of parameters: frozen, no unknown keys, no silent conversions; null stands for its defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_empty(cls, values: Any) -> Any:
-        return {} if values is None else values
 
 
 class Data(Section):
@@ -355,7 +311,7 @@ def from_mapping(tree: dict[str, Any], source: str = "parameters", overrides: Se
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n  ".join([f"{source}:", *explain(error, Config)])) from None
+        raise ConfigError("\n  ".join([f"{source}:", *explain(error)])) from None
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -395,26 +351,3 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[name] = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         tree[name] = text
-
-
-def explain(error: ValidationError, section: type[Section]) -> Iterator[str]:
-    """A line on each wrong key of a section: where, what was found, what would fit."""
-    for each in error.errors():
-        location = [str(part) for part in each["loc"]]
-        message = each["msg"].removeprefix("Value error, ")
-        message = f"{message[0].lower()}{message[1:]}"
-        if each["type"] == "extra_forbidden":
-            known = _fields(section, location[:-1])
-            close = difflib.get_close_matches(location[-1], known, n=1)
-            message = "unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
-        elif each["type"] not in ("value_error", "missing"):
-            message += f", found {each['input']!r}"
-        yield ": ".join([*filter(None, [".".join(location)]), message])
-
-
-def _fields(section: type[Section], location: Sequence[str]) -> list[str]:
-    for name in location:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        section = annotation
-    return list(section.model_fields)

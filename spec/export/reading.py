@@ -17,8 +17,9 @@ from torch import Tensor
 
 from spec import base, files, heads
 from spec.base.folder import weight_files
-from spec.config import MEDUSA, Model, parse_dims
+from spec.config import MEDUSA, Model
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig
+from spec.section import parse_dims
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from spec.config import DimsField, MethodField, Positive, Section, check_recurrent, explain
+from spec.config import MethodField, check_recurrent
+from spec.section import DimsField, Positive, Section, explain
 
 # Keys that from_json passes over: to_json writes the first three for other readers, and tools of the Hugging Face
 # family add the rest. None of them says anything about the network.
@@ -106,4 +107,4 @@ class SpeculatorConfig(Section):
         try:
             return cls.model_validate({key: value for key, value in values.items() if key not in IGNORED_KEYS})
         except ValidationError as error:
-            raise ValueError("; ".join(explain(error, cls))) from None
+            raise ValueError("; ".join(explain(error))) from None

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spec.config import Dims
+from spec.section import Dims
 
 M = TypeVar("M", bound=nn.Module)
 

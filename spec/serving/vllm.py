@@ -27,9 +27,10 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from spec import heads
-from spec.config import Decode, explain
+from spec.config import Decode
 from spec.drafting import Drafter
 from spec.heads import PositionWise
+from spec.section import explain
 from spec.serving import ServingError
 
 TESTED = "0.32"
@@ -215,7 +216,7 @@ def _options(additional: Any) -> tuple[str, Decode]:
     try:
         return checkpoint, Decode.model_validate(options)
     except ValidationError as error:
-        raise ServingError(f"additional_config.{OPTIONS}: {'; '.join(explain(error, Decode))}") from None
+        raise ServingError(f"additional_config.{OPTIONS}: {'; '.join(explain(error))}") from None
 
 
 def _changed() -> str:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from spec.config import Config, ConfigError, Section, flatten, format_dims, from_mapping, load, parse_dims, save
+from spec.config import Config, ConfigError, flatten, from_mapping, load, save
+from spec.section import Section, format_dims, parse_dims
 
 ROOT = Path(__file__).resolve().parents[2]
 
