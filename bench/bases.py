@@ -255,7 +255,7 @@ def _generate(base: Base, prompt: Sequence[int]) -> list[int]:
 
 def _decoded(base: Base, asked: Sequence[list[int]], written: Sequence[list[int]]) -> tuple[str, str]:
     """Whether decoding with drafts writes the answers, and whether the exact walk has its steps."""
-    shape = heads.SpeculatorConfig(
+    shape = heads.SumRnnConfig(
         method="sum_rnn",
         hidden_size=base.hidden_size,
         vocab_size=base.vocab_size,
@@ -267,7 +267,7 @@ def _decoded(base: Base, asked: Sequence[list[int]], written: Sequence[list[int]
         base_digest="digest",
     )
     speculator = heads.build(shape)
-    heads.init_from_base(speculator, base.embedding[: base.vocab_size], base.lm_head, 0)
+    speculator.initialise({"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head})
     decode = Decode(ngram_min=1)
     model = LanguageModelWithSpeculator(base, speculator, decode)
     same, steps = True, True

@@ -7,6 +7,8 @@ params.yaml lists every key with the values that won on the embedded default.
 from __future__ import annotations
 
 import datetime
+import functools
+import logging
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     PlainSerializer,
+    SerializeAsAny,
     ValidationError,
     field_validator,
     model_validator,
@@ -26,26 +29,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from spec.errors import SpecError
-from spec.section import Dims, DimsField, Positive, Section, explain
+from spec.heads.config import Params
+from spec.heads.registry import METHODS, method, others_keys
+from spec.section import Positive, Section, explain, is_dims
+
+log = logging.getLogger(__name__)
 
 
 class ConfigError(SpecError):
     """Parameters that cannot be used: says which key, what was found and what would fit."""
-
-
-def check_recurrent(method: str, emb_dim: Dims, proj_dim: Dims, tie_weights: bool) -> None:
-    """Refuse what makes no sum_rnn or sum_lstm.
-
-    Raises:
-        ValueError: names the fields and their values.
-    """
-    if emb_dim[-1] != proj_dim[-1]:
-        raise ValueError(
-            f"emb_dim ends in {emb_dim[-1]} and proj_dim in {proj_dim[-1]}: the token embedding and the projected "
-            "state are added, so their last widths must be equal"
-        )
-    if method == "sum_lstm" and not tie_weights:
-        raise ValueError("method sum_lstm shares its weights over the heads: set tie_weights to true")
 
 
 def _listed(value: object) -> object:
@@ -61,15 +53,6 @@ def _command(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
-MEDUSA = "method medusa is gone: vLLM dropped such heads in 0.33, and they were the weakest; use sum_rnn or sum_lstm"
-
-
-def _method(value: object) -> object:
-    if value == "medusa":
-        raise ValueError(MEDUSA)
-    return value
-
-
 DATE = datetime.date(2026, 1, 1)
 """The guide's default of data.date."""
 
@@ -83,11 +66,9 @@ def _day(value: object) -> object:
         raise ValueError(f"{value!r} is not a date; write it as 2026-01-31") from None
 
 
-Method = Literal["sum_rnn", "sum_lstm"]
 Dtype = Literal["bfloat16", "float32", "float16"]
 DraftSource = Literal["head", "ngram", "hybrid"]
 
-MethodField = Annotated[Method, BeforeValidator(_method)]
 Place = Annotated[str, AfterValidator(_expand)]
 Paths = Annotated[
     tuple[Annotated[str, Field(min_length=1), AfterValidator(_expand)], ...],
@@ -121,24 +102,23 @@ class Data(Section):
         return {"train": self.train_files, "val": self.val_files, "eval": self.eval_files}[split]
 
 
-class Speculator(Section):
-    """The draft heads (docs/format.md names their files)."""
+@functools.cache
+def _say_ignored(message: str) -> None:
+    log.info(message)
 
-    method: MethodField = "sum_rnn"
-    n_predict: Annotated[int, Field(ge=1, le=32)] = 5
-    inner_dim: DimsField = (1024,)
-    emb_dim: DimsField = (1024,)
-    proj_dim: DimsField = (1024,)
-    scale_input: bool = False
-    tie_weights: bool = True
-    tie_lstm_embs: bool = False
-    init: str = "random"
-    draft_vocab_size: Positive | None = None
 
-    @model_validator(mode="after")
-    def _addable(self) -> Speculator:
-        check_recurrent(self.method, self.emb_dim, self.proj_dim, self.tie_weights)
-        return self
+def _of_method(value: object) -> object:
+    """The section of a file as its method's parameters; keys that other methods alone have are left out."""
+    values = {} if value is None else value
+    if not isinstance(values, Mapping):
+        return value
+    name = values.get("method", "sum_rnn")
+    others = others_keys(name)
+    for key in sorted(others.keys() & values.keys()):
+        if values[key] != others[key]:
+            _say_ignored(f"model.speculator.{key}={values[key]} is ignored: method {name} does not use it")
+    own = {key: each for key, each in values.items() if key not in others}
+    return method(name).Params.model_validate({"method": name, **own})
 
 
 class Model(Section):
@@ -150,7 +130,9 @@ class Model(Section):
     trust_remote_code: bool = False
     freeze_base_model: bool = True
     speculator_loss_coeff: NonNegative = 1.0
-    speculator: Speculator = Speculator()
+    speculator: Annotated[SerializeAsAny[Params], BeforeValidator(_of_method)] = Field(
+        default_factory=lambda: method("sum_rnn").Params(method="sum_rnn")
+    )
 
 
 class Respond(Section):
@@ -266,13 +248,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        weights, n = self.optim.head_weights, self.model.speculator.n_predict
+        weights, speculator = self.optim.head_weights, self.model.speculator
+        n, longest = speculator.n_predict, speculator.longest_draft
         if weights is not None and len(weights) != n:
             raise ValueError(f"optim.head_weights has {len(weights)} numbers and model.speculator.n_predict is {n}")
-        if self.decode.draft == "head" and (self.decode.draft_len or 0) > n:
+        length = self.decode.draft_len
+        if self.decode.draft == "head" and length is not None and longest is not None and length > longest:
             raise ValueError(
-                f"decode.draft_len is {self.decode.draft_len} and model.speculator.n_predict is {n}: with draft=head a "
-                "step drafts at most one token a head"
+                f"decode.draft_len is {length}, and the heads of model.speculator draft at most {longest} tokens at a "
+                "step (draft=head)"
             )
         if not self.model.freeze_base_model and self.optim.loss == "kl":
             raise ValueError("optim.loss=kl distils a frozen base: set model.freeze_base_model to true, or loss to ce")
@@ -327,6 +311,13 @@ def flatten(config: Config) -> dict[str, object]:
     return dict(visit("", config.model_dump(mode="json")))
 
 
+def listed() -> dict[str, object]:
+    """Every key of the built-in methods and of all other sections by its dotted key, with the guide's default."""
+    section = "model.speculator."
+    others = others_keys(Config().model.speculator.method)
+    return flatten(Config()) | {f"{section}{key}": value for key, value in others.items()}
+
+
 def save(config: Config, path: Path) -> None:
     """Write every parameter to a YAML file that load reads back to an equal Config."""
     with path.open("w") as file:
@@ -344,7 +335,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
-    if name in ("inner_dim", "emb_dim", "proj_dim"):
+    if any(is_dims(method(each).Params, name) for each in METHODS):
         tree[name] = text.strip("\"'")  # read as a number, 1024.2560 would become 1024.256
         return
     try:

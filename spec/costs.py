@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from spec import heads
 from spec.config import Config
 from spec.device import synchronize
+from spec.errors import SpecError
+from spec.heads import OnBase
 from spec.store.codecs import CODECS
 
 SIZE = {"none": 1.0, "zstd": 0.69, "fp8": 0.85}
@@ -41,11 +44,9 @@ class Job:
         positions: stored states; about the tokens of the answers.
         answers: tokens that the base has yet to write.
         rows: answers that are written together (respond.batch_size).
-        n_predict: heads n.
-        width: of the heads, h.
-        outputs: rows of a head's output matrix: draft_vocab_size, or V.
-        teachers: times that the base's logits behind a position are made in training (optim.loss=kl): once for heads
-            that share their output matrix, else once a head; never with ce.
+        head_operations: weights that the heads multiply for a position (Speculator.operations).
+        teacher_operations: weights that are multiplied to make the base's logits behind a position (optim.loss=kl): its
+            lm_head, once for heads that share their output matrix, else once a head; never with ce.
     """
 
     base_params: float
@@ -54,18 +55,25 @@ class Job:
     positions: float
     answers: float
     rows: int
-    n_predict: int
-    width: int
-    outputs: int
-    teachers: int = 0
+    head_operations: float
+    teacher_operations: float = 0
 
 
 def make_job(
     config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
 ) -> Job:
-    """What the parameters make of a base and its data."""
-    speculator = config.model.speculator
-    teachers = 1 if speculator.tie_weights else speculator.n_predict
+    """What the parameters make of a base and its data.
+
+    Raises:
+        SpecError: heads that this base cannot have.
+    """
+    params = config.model.speculator
+    base = OnBase(hidden_size=hidden, vocab_size=vocab, base_model_name_or_path="", base_digest="")
+    try:
+        shape = heads.on_base(params, base)
+    except ValueError as error:
+        raise SpecError(f"model.speculator: {error}") from None
+    teachers = params.output_matrices if config.optim.loss == "kl" else 0
     return Job(
         base_params=base_params,
         hidden_size=hidden,
@@ -73,10 +81,8 @@ def make_job(
         positions=positions,
         answers=answers,
         rows=config.respond.batch_size,
-        n_predict=speculator.n_predict,
-        width=speculator.inner_dim[-1],
-        outputs=speculator.draft_vocab_size or vocab,
-        teachers=teachers if config.optim.loss == "kl" else 0,
+        head_operations=heads.method(params.method).operations(shape),
+        teacher_operations=teachers * shape.head_rows * hidden,
     )
 
 
@@ -109,20 +115,13 @@ def answer_seconds(job: Job, machine: Machine) -> float:
     return job.answers / job.rows * step / machine.devices
 
 
-def head_operations(job: Job) -> float:
-    """Operations of one position's training step: forward and backward are 6 a weight that is multiplied.
-
-    A head multiplies its output matrix (outputs x h) and its projection (d x h for the first, h x h for the others).
-    A teacher's logits (outputs x d) are made forward alone.
-    """
-    weights = job.n_predict * job.outputs * job.width
-    weights += job.width * job.hidden_size + (job.n_predict - 1) * job.width**2
-    return 6.0 * weights + 2.0 * job.teachers * job.outputs * job.hidden_size
-
-
 def epoch_seconds(job: Job, machine: Machine) -> float:
-    """Seconds of one epoch over the cached positions (train)."""
-    return head_operations(job) * job.positions / (machine.flops * machine.devices)
+    """Seconds of one epoch over the cached positions (train).
+
+    Forward and backward are 6 operations a weight that the heads multiply; a teacher's logits are made forward alone.
+    """
+    operations = 6 * job.head_operations + 2 * job.teacher_operations
+    return operations * job.positions / (machine.flops * machine.devices)
 
 
 def loop_epoch_seconds(job: Job, machine: Machine) -> float:

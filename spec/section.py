@@ -51,6 +51,12 @@ DimsField = Annotated[Dims, BeforeValidator(parse_dims), PlainSerializer(format_
 Positive = Annotated[int, Field(ge=1)]
 
 
+def is_dims(section: type[BaseModel], name: str) -> bool:
+    """Whether a field holds widths."""
+    field = section.model_fields.get(name)
+    return field is not None and any(getattr(each, "func", None) is parse_dims for each in field.metadata)
+
+
 class Section(BaseModel):
     """A group of parameters: frozen, no unknown keys, no silent conversions; null stands for its defaults."""
 

@@ -82,6 +82,8 @@ def stage(body: Callable[..., None]) -> click.Command:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
         for noisy in ("httpx", "urllib3", "alembic", "mlflow", "aiobotocore", "botocore"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        if options.get("worker"):  # what the launching process has said already
+            logging.getLogger("spec.config").setLevel(logging.WARNING)
         with clear_errors():
             config = config_module.load(params, overrides)
             check_listed(params)
@@ -112,7 +114,7 @@ def check_listed(params: Path) -> None:
     absent = [key for key in sorted(read) if not _has(present, key.split("."))]
     lines = [
         f"  {name}: {json.dumps(value)}"
-        for name, value in config_module.flatten(Config()).items()
+        for name, value in config_module.listed().items()
         if any(f"{name}.".startswith(f"{key}.") for key in absent)
     ]
     if lines:

@@ -57,8 +57,9 @@ def plan(
         if base_params is None or hidden is None or vocab is None or tokens is None:
             raise SpecError("for a base that is not here give all of --base-params, --hidden, --vocab and --tokens")
         # The widths of params.yaml are another base's: heads are as wide as this one, over its whole vocabulary.
+        speculator = config.model.speculator.as_wide_as(hidden)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"speculator": speculator})})
         job = costs.make_job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
-        job = replace(job, width=hidden, outputs=vocab)
         common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
         _print_bytes(job, job, config)
         _print_formulas(config, job, job, machine)

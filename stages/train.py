@@ -195,7 +195,7 @@ def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manif
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
     readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
     train_reader = readers["train"]
-    with_tables = config.model.speculator.init == "base" or config.optim.loss == "kl"
+    with_tables = start.needs_tables(config.model.speculator) or config.optim.loss == "kl"
     tables = features.load_tables(train_reader.collection) if with_tables else {}
     speculator = start.initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
     teacher = None

@@ -20,7 +20,7 @@ from spec import base as base_model
 from spec import costs, heads
 from spec.base import Base
 from spec.decoding import LanguageModelWithSpeculator
-from spec.heads import Speculator, SpeculatorConfig
+from spec.heads import Speculator, SumRnnConfig
 from spec.store.features import FeatureRow
 from spec.store.plan import item_key, plan_groups
 
@@ -66,7 +66,7 @@ def random_heads(sizes: Sizes, outputs: int, device: torch.device) -> Speculator
     Its weights are drawn on the device: on a CPU that takes half a minute.
     """
     drafted = outputs if outputs < sizes.vocabulary else None
-    config = SpeculatorConfig(
+    config = SumRnnConfig(
         method="sum_rnn",
         hidden_size=sizes.hidden,
         vocab_size=sizes.vocabulary,

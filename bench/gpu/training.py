@@ -25,7 +25,6 @@ from bench.recipes import Measured, Recipe
 from spec import config as config_module
 from spec import costs
 from spec.config import Config
-from spec.costs import Job
 from spec.heads import Speculator
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader, prefetch
@@ -134,17 +133,14 @@ def empty(device: torch.device) -> None:
 
 def compare(setting: Setting, name: str, card: costs.Machine) -> None:
     """Ours and the public recipe on the same batches."""
-    check, sizes = setting.check, setting.check.sizes
+    check = setting.check
     found = {form: setting.measure(form) for form in ("ours", "public")}
     ours, public = found["ours"], found["public"]
     check.figure(f"{name}: ours, positions/s", f"{ours.rate:,.0f}")
     check.figure(f"{name}: public recipe, positions/s", f"{public.rate:,.0f}")
     check.figure(f"{name}: ours / public recipe", f"{ours.rate / public.rate:.2f}")
-    outputs = setting.speculator.config.head_rows
-    job = Job(0, sizes.hidden, sizes.vocabulary, 0, 0, 0, 1, sizes.n_predict, sizes.hidden, outputs)
-    check.figure(
-        f"{name}: ours, share of the card's bf16 rate", f"{costs.head_operations(job) * ours.rate / card.flops:.3f}"
-    )
+    operations = 6 * setting.speculator.operations(setting.speculator.config)  # forward and backward
+    check.figure(f"{name}: ours, share of the card's bf16 rate", f"{operations * ours.rate / card.flops:.3f}")
     check.figure(f"{name}: ours, GB above static", f"{ours.memory / 1e9:.2f}")
     check.figure(f"{name}: public recipe, GB above static", f"{public.memory / 1e9:.2f}")
     check.figure(f"{name}: memory, ours / public recipe", f"{ours.memory / max(public.memory, 1):.2f}")

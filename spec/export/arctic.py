@@ -15,19 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from spec.errors import SpecError
-from spec.heads import SpeculatorConfig
+from spec.heads import SpeculatorConfig, SumLstmConfig, SumRnnConfig
+
+HeldConfig = SumRnnConfig | SumLstmConfig
+"""Those of the methods that the format holds."""
 
 
 class ExportError(SpecError):
     """A speculator that the format cannot hold, or a folder that is in the way: says why, and what would fit."""
 
 
-def check(config: SpeculatorConfig) -> None:
-    """Refuse what the format cannot hold: it has one width for all, and the whole vocabulary.
+def check(config: SpeculatorConfig) -> HeldConfig:
+    """The config, where the format can hold it: it has two methods, one width for all, and the whole vocabulary.
 
     Raises:
         ExportError: the reason, and what would fit.
     """
+    if not isinstance(config, HeldConfig):
+        raise ExportError(
+            f"format arctic holds sum_rnn and sum_lstm, and this speculator's method is {config.method}: "
+            "ArcticInference has no class for it"
+        )
     dims = {key: getattr(config, key) for key in ("inner_dim", "emb_dim", "proj_dim")}
     found = ", ".join(f"{key} {'.'.join(map(str, value))}" for key, value in dims.items())
     if any(len(value) > 1 for value in dims.values()):
@@ -46,14 +54,15 @@ def check(config: SpeculatorConfig) -> None:
             f"the token, and this speculator's {config.draft_vocab_size} rows stand for others. Train with "
             "model.speculator.draft_vocab_size=null"
         )
-    if config.method == "sum_lstm" and not config.tie_lstm_embs:
+    if isinstance(config, SumLstmConfig) and not config.tie_lstm_embs:
         raise ExportError(
             "format arctic: ArcticInference serves a sum_lstm only where its gates share one embedding. "
             "Train with model.speculator.tie_lstm_embs=true"
         )
+    return config
 
 
-def engine_config(config: SpeculatorConfig, base_architectures: Sequence[str]) -> dict[str, Any]:
+def engine_config(config: HeldConfig, base_architectures: Sequence[str]) -> dict[str, Any]:
     """What the engine reads in config.json.
 
     Args:
@@ -73,7 +82,7 @@ def engine_config(config: SpeculatorConfig, base_architectures: Sequence[str]) -
         "n_candidates": n,
         "top_k_tokens_per_head": [1] * n,
         "tie_weights": config.tie_weights,
-        "tie_lstm_embs": config.tie_lstm_embs,
+        "tie_lstm_embs": isinstance(config, SumLstmConfig),  # as check accepts it
         "scale_input": config.scale_input,
         # vLLM derives a head size from the config and divides by this (vllm#34106).
         "num_attention_heads": 1,

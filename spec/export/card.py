@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spec.heads import SpeculatorConfig
+from spec.export.arctic import HeldConfig
 
 MARK = "<!-- written by spec export -->"
 """Tells an export from another folder that holds a model."""
@@ -28,7 +28,7 @@ class Measured:
 
 
 def text(
-    config: SpeculatorConfig,
+    config: HeldConfig,
     parameters: int,
     dtype: torch.dtype,
     digest: str,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spec import base, files, heads
 from spec.base.folder import weight_files
-from spec.config import MEDUSA, Model
-from spec.heads import CheckpointError, Speculator, SpeculatorConfig
+from spec.config import Model
+from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnnConfig, registry
 from spec.section import parse_dims
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 _ADAPTER = "adapter_config.json"
 _DOWNLOADED = ["config.json", _ADAPTER, "*.safetensors", "*.bin", "*.index.json"]
 _READ = "Read are the MLP speculators of IBM (fms), and Arctic's MLP and LSTM speculators"
-_MOST_HEADS = 32
-"""As many as params.yaml takes; no public speculator has more."""
 _NEUTRAL = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
 """Keys that say nothing about the network."""
 
@@ -91,14 +89,12 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     values = _read_config(folder)
     name, fields = _format_of(values, folder)
     try:
-        config = SpeculatorConfig.from_json({**fields(values), **_base_fields(values, known)})
+        config = registry.parse_config({**fields(values), **_base_fields(values, known)})
     except ValueError as error:  # CheckpointError is one, too
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    if config.n_predict > _MOST_HEADS:
-        raise CheckpointError(f"{folder / 'config.json'}: n_predict is {config.n_predict}, at most {_MOST_HEADS} fit")
     if known is not None:
         heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
-    left = sorted(set(values) - SpeculatorConfig.model_fields.keys() - {"input_hidden_dim"} - _NEUTRAL)
+    left = sorted(set(values) - type(config).model_fields.keys() - {"input_hidden_dim"} - _NEUTRAL)
     log.info(
         "%s is in %s: its weights and shape are read; %s",
         folder,
@@ -155,7 +151,7 @@ def _refusal(values: Mapping[str, Any], folder: Path) -> str:
     if method is not None or "speculators_config" in values:
         return f"{path}: the format of the library speculators (method {method!r}), which is not read. {_READ}"
     if "medusa" in kind or any("medusa" in name for name in values):
-        return f"{path}: Medusa's heads, with or without biases. {MEDUSA}"
+        return f"{path}: Medusa's heads, with or without biases. {registry.GONE['medusa']}"
     if "eagle3" in kind or ("draft_vocab_size" in values and "mlp_speculator" not in kind):
         return f"{path}: an EAGLE-3 head, which this project does not train yet and does not read. {_READ}"
     if "eagle" in kind or (values.get("num_hidden_layers") == 1 and "fc.weight" in _tensor_names(folder)):
@@ -269,7 +265,7 @@ def _renamed(state: Mapping[str, Tensor], config: SpeculatorConfig) -> dict[str,
         re.sub(r"^(emb|proj|ln)\.(\d+)\.(weight|bias)$", r"\1.\2.0.\3", key.removeprefix("speculator.")): tensor
         for key, tensor in state.items()
     }
-    if config.method != "sum_rnn" or not config.tie_weights:
+    if not isinstance(config, SumRnnConfig) or not config.tie_weights:
         return found
     for name in list(found):  # files of torch.save have a key for every head, tied or not
         alias = re.match(r"(emb|ln|proj)\.(\d+)\.(.*)", name)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from spec import files, heads
 from spec.export import arctic, card
-from spec.export.arctic import ExportError
-from spec.heads import Speculator, SpeculatorConfig, checkpoint
+from spec.export.arctic import ExportError, HeldConfig
+from spec.heads import Speculator, checkpoint
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -26,7 +26,7 @@ CARD = "README.md"
 class Written:
     """The speculator's config, the bytes of its weights, and the command by which the engine serves it."""
 
-    config: SpeculatorConfig
+    config: HeldConfig
     bytes: int
     command: str
 
@@ -55,8 +55,7 @@ def write(
             something else.
         FileNotFoundError, CheckpointError: no checkpoint in source.
     """
-    config = heads.read_config(source)
-    arctic.check(config)
+    config = arctic.check(heads.read_config(source))
     _check_free(folder)
     if base is not None:
         config = config.model_copy(update={"base_model_name_or_path": base, "base_revision": None})
@@ -91,7 +90,7 @@ def tensors(speculator: Speculator, dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-def _config(config: SpeculatorConfig, base_architectures: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+def _config(config: HeldConfig, base_architectures: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """The engine's keys, and those by which the base is known when the folder is imported."""
     base = {name: getattr(config, name) for name in ("base_model_name_or_path", "base_revision", "base_digest")}
     return {

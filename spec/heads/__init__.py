@@ -1,10 +1,9 @@
-"""Speculators: small networks that draft a base model's next tokens from its hidden state (torch alone).
+"""Speculators: small networks that draft a base model's next tokens from its hidden state (torch and pydantic alone).
 
-``build`` makes one from a ``SpeculatorConfig``, ``init_random`` or ``init_from_base`` gives it its first weights,
-``save`` and ``load`` keep it. ``Packed`` holds what it reads, ``Speculator`` says what it does.
+``method`` finds a kind of head by its name, ``build`` makes one from a config, ``initialise`` gives it its first
+weights, ``save`` and ``load`` keep it. ``Packed`` holds what it reads, ``Speculator`` says what it does.
 """
 
-from spec.heads.build import build
 from spec.heads.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -16,10 +15,10 @@ from spec.heads.checkpoint import (
     restore,
     save,
 )
-from spec.heads.config import SpeculatorConfig
-from spec.heads.init import init_from_base, init_random
+from spec.heads.config import OnBase, Params, SpeculatorConfig
 from spec.heads.packed import LAST, Packed, Supervision, Tap, supervise
 from spec.heads.position_wise import PositionWise
+from spec.heads.registry import build, method, on_base, parse_config
 from spec.heads.speculator import Session, Speculator
-from spec.heads.sum_lstm import SumLstm
-from spec.heads.sum_rnn import SumRnn
+from spec.heads.sum_lstm import SumLstm, SumLstmConfig
+from spec.heads.sum_rnn import SumRnn, SumRnnConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from spec import files
 from spec.errors import SpecError
-from spec.heads.build import METHODS, build
+from spec.heads import registry
 from spec.heads.config import SpeculatorConfig
 from spec.heads.speculator import Speculator
 
@@ -37,7 +38,7 @@ def save(speculator: Speculator, folder: str | os.PathLike[str], dtype: torch.dt
     Raises:
         TypeError: a wrapper for data-parallel training, or a fused copy.
     """
-    if not isinstance(speculator, tuple(METHODS.values())):
+    if not isinstance(speculator, Speculator) or not isinstance(speculator, registry.method(speculator.config.method)):
         raise TypeError(f"save takes a speculator as build made it, not a {type(speculator).__name__}")
     path = Path(folder)
     with files.whole(path / WEIGHTS) as temporary, temporary.open("wb") as file:
@@ -47,28 +48,46 @@ def save(speculator: Speculator, folder: str | os.PathLike[str], dtype: torch.dt
 
 
 def load(
-    folder: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tables: Mapping[str, Tensor] | None = None,
 ) -> Speculator:
-    """Read what save wrote, its weights as they are stored unless a dtype is given.
+    """Read what save wrote, its weights as they are stored unless a dtype is given; tables as for restore.
 
     Raises:
         FileNotFoundError: pytorch_model.bin or config.json is missing.
         CheckpointError: as read_config, read_weights and restore.
     """
     config = read_config(folder)
-    return restore(config, read_weights(_existing(folder, WEIGHTS))).to(device=device, dtype=dtype)
+    return restore(config, read_weights(_existing(folder, WEIGHTS)), tables).to(device=device, dtype=dtype)
 
 
-def restore(config: SpeculatorConfig, state: dict[str, Tensor]) -> Speculator:
+def restore(
+    config: SpeculatorConfig, state: dict[str, Tensor], tables: Mapping[str, Tensor] | None = None
+) -> Speculator:
     """The config's network with these weights, which it takes over as they are; tied ones may have any of their names.
 
+    Args:
+        config: of the network.
+        state: its own weights.
+        tables: the base's "embedding" and "lm_head", for a head that borrows them.
+
     Raises:
-        CheckpointError: names or shapes that do not fit the config, or tied weights that differ.
+        CheckpointError: names or shapes that do not fit the config, tied weights that differ, or no tables for a head
+            that borrows them.
     """
     try:
         with torch.device("meta"):  # no time and memory for weights that are replaced at once
-            speculator = build(config, state.get("token_map"))
-        speculator.load_state_dict(_with_aliases(state, speculator), assign=True)
+            speculator = registry.build(config, state.get("token_map"))
+        lacking = sorted(set(speculator.borrowed.values()) - (tables or {}).keys())
+        if lacking:
+            raise CheckpointError(f"{config.method} reads the base's {' and '.join(lacking)}: give the base's tables")
+        places = {name: tensor for name, tensor in speculator.state_dict().items() if name in speculator.borrowed}
+        speculator.load_state_dict(_with_aliases(state, speculator) | places, assign=True)
+        speculator.lend(tables or {})
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{WEIGHTS}: {error}") from None
     except RuntimeError as error:  # names or shapes; it lists them
@@ -88,7 +107,7 @@ def read_config(folder: str | os.PathLike[str]) -> SpeculatorConfig:
         values = files.read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"found a {type(values).__name__}, expected an object")
-        return SpeculatorConfig.from_json(values)
+        return registry.parse_config(values)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -130,10 +149,13 @@ def check_base(
 
 
 def weights(speculator: Speculator, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The state dict on the CPU in a dtype, tied weights still tied, so that torch.save stores each of them once."""
+    """The state dict on the CPU in a dtype, without what is borrowed; tied weights are still tied, so that torch.save
+    stores each of them once."""
     seen: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for key, tensor in speculator.state_dict(keep_vars=True).items():
+        if key in speculator.borrowed:
+            continue
         if id(tensor) not in seen:
             stored = dtype if tensor.is_floating_point() else None
             seen[id(tensor)] = tensor.detach().to(device="cpu", dtype=stored).contiguous()

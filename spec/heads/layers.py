@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spec.section import Dims
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module, covariant=True)
 
 
 def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:

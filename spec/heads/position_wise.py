@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spec.heads.config import SpeculatorConfig
-from spec.heads.layers import rms_normalize
 from spec.heads.packed import LAST, Packed, Tap
 from spec.heads.speculator import Session, Speculator
 
@@ -98,11 +95,6 @@ class PositionWise(Speculator):
             drafts.append(tokens)
         return torch.stack(drafts, 1)
 
-    def _scaled(self, states: Tensor) -> Tensor:
-        """The states as the first projection reads them: with scale_input, rms_normalize(h) / sqrt(2)."""
-        states = states.to(self.head(0).weight.dtype)
-        return rms_normalize(states) / math.sqrt(2) if self.config.scale_input else states
-
 
 class _Session(Session):
     """The newest state and token: such a head remembers nothing else."""
@@ -118,15 +110,3 @@ class _Session(Session):
 
     def crop(self, n: int) -> None:
         pass
-
-
-def mixing_weight(config: SpeculatorConfig) -> float:
-    """Alpha, by which the token embedding is multiplied before it is added to the projected state.
-
-    It lets the base's state keep half of the magnitude up to the last head (fms-extras, ArcticTraining:
-    ``emb_weight / state_weight``). Their formula counts on an embedding of variance 1/w, which is true of a table
-    at initialisation; a stack ends in a Linear over unit variance, so there the factor w is left out.
-    """
-    state_weight: float = 0.5 ** (0.5 / config.n_predict)
-    width = config.sum_width if len(config.emb_dim) == 1 else 1
-    return math.sqrt((1 - state_weight**2) * width / 2) / state_weight

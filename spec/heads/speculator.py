@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from spec.heads.config import SpeculatorConfig
+from spec.heads.config import Params, SpeculatorConfig
 from spec.heads.layers import RMSNorm
 from spec.heads.packed import LAST, Packed, Tap
 
@@ -52,6 +52,12 @@ class Speculator(nn.Module, ABC):
     Raises:
         ValueError: a token_map that does not fit config.draft_vocab_size.
     """
+
+    Params: ClassVar[type[Params]]
+    """The method's section of params.yaml."""
+
+    Config: ClassVar[type[SpeculatorConfig]]
+    """Params, and what is known of the base: config.json."""
 
     joint: ClassVar[bool] = False
     """Whether it can be trained jointly with the base."""
@@ -131,6 +137,23 @@ class Speculator(nn.Module, ABC):
             if isinstance(module, RMSNorm | nn.Embedding)
             for parameter, _ in module.named_parameters()
         )
+
+    @abstractmethod
+    def initialise(self, tables: Mapping[str, Tensor] | None = None, seed: int = 0) -> None:
+        """Give the weights their first values, in place: random ones, or where the base's tables are given, from them.
+
+        Args:
+            tables: the base's "embedding" and "lm_head", [V, d].
+            seed: of what is random.
+
+        Raises:
+            ValueError: tables of another shape than the config's [vocab_size, hidden_size].
+        """
+
+    @classmethod
+    @abstractmethod
+    def operations(cls, config: SpeculatorConfig) -> float:
+        """Weights that one position's training step multiplies, of all depths."""
 
 
 def _checked(token_map: Tensor | None, config: SpeculatorConfig) -> Tensor | None:

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Self, cast
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spec.heads.config import SpeculatorConfig
 from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, linear, projection_stack, widths
-from spec.heads.position_wise import Carry, PositionWise, mixing_weight
+from spec.heads.position_wise import Carry, PositionWise
+from spec.heads.recurrent import Recurrent, RecurrentConfig, RecurrentParams, mixing_weight
 
 
-class SumLstm(PositionWise):
+class SumLstmParams(RecurrentParams):
+    """Attributes:
+    tie_lstm_embs: the four gates share one embedding.
+    """
+
+    tie_lstm_embs: bool = False
+
+    @model_validator(mode="after")
+    def _tied(self) -> Self:
+        if not self.tie_weights:
+            raise ValueError("method sum_lstm shares its weights over the heads: set tie_weights to true")
+        return self
+
+
+class SumLstmConfig(SumLstmParams, RecurrentConfig):
+    """The parameters and the base."""
+
+
+class SumLstm(Recurrent):
     """An LSTM cell whose four gates each read ``proj(s) + alpha * emb(x_{t+1+i})``; all weights are tied.
 
     ``c = c * sigmoid(forget) + GELU(cell_ln(cell)) * sigmoid(input)``; ``s = GELU(state_ln(c)) * sigmoid(output)``,
@@ -25,7 +44,11 @@ class SumLstm(PositionWise):
     layout has it.
     """
 
-    def __init__(self, config: SpeculatorConfig, token_map: Tensor | None = None) -> None:
+    Params = SumLstmParams
+    Config = SumLstmConfig
+    config: SumLstmConfig
+
+    def __init__(self, config: SumLstmConfig, token_map: Tensor | None = None) -> None:
         super().__init__(config, token_map)
         w, inner = config.sum_width, config.inner_dim
         self.alpha = mixing_weight(config)
@@ -44,6 +67,9 @@ class SumLstm(PositionWise):
         self.inner = PerHead([nn.Sequential(*widths(inner))])
         # The public state dict has a key for every head, tied or not.
         self.head = PerHead([linear(inner[-1], config.head_rows)] * config.n_predict)
+
+    def state_projections(self) -> PerHead[nn.Module]:
+        return self.cell_proj
 
     def start(self, states: Tensor) -> Carry:
         state = self._scaled(states)
@@ -93,7 +119,7 @@ class SumLstm(PositionWise):
         return PerHead([first, later])
 
 
-class FusedSumLstm(PositionWise):
+class FusedSumLstm(Recurrent):
     """A SumLstm with one matrix product for all gates, and the same drafts up to rounding.
 
     Later changes to the projections of the SumLstm do not reach it.
@@ -109,6 +135,9 @@ class FusedSumLstm(PositionWise):
         for name, j in (("first", 0), ("later", 1)):  # [4w, d] and [4w, h]
             weights = [cast(nn.Linear, proj(j)).weight.detach() for proj in lstm.projections()]
             self.register_buffer(name, torch.cat(weights))
+
+    def state_projections(self) -> PerHead[nn.Module]:
+        return self.lstm.state_projections()
 
     def start(self, states: Tensor) -> Carry:
         return self.lstm.start(states)

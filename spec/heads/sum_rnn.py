@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spec.heads.config import SpeculatorConfig
 from spec.heads.layers import PerHead, adapter, embedding_stack, linear, norm_stack, projection_stack
-from spec.heads.position_wise import Carry, PositionWise, mixing_weight
+from spec.heads.position_wise import Carry
+from spec.heads.recurrent import Recurrent, RecurrentConfig, RecurrentParams, mixing_weight
 
 
-class SumRnn(PositionWise):
+class SumRnnParams(RecurrentParams):
+    """Nothing but what sum_rnn and sum_lstm share."""
+
+
+class SumRnnConfig(SumRnnParams, RecurrentConfig):
+    """The parameters and the base."""
+
+
+class SumRnn(Recurrent):
     """``s = GELU(ln_i(proj_i(s) + alpha * emb_i(x_{t+1+i})))``, ``logits_i = head_i(s)``, starting from s = h_t.
 
     With tie_weights the heads share emb, ln and head; the first projection (from the base's width) is its own, the
     others share one. A Linear ``adapter`` stands between sum and norm where their widths differ.
     """
 
-    def __init__(self, config: SpeculatorConfig, token_map: Tensor | None = None) -> None:
+    Params = SumRnnParams
+    Config = SumRnnConfig
+
+    def __init__(self, config: SumRnnConfig, token_map: Tensor | None = None) -> None:
         super().__init__(config, token_map)
         n, d, w, inner = config.n_predict, config.hidden_size, config.sum_width, config.inner_dim
         own = 1 if config.tie_weights else n
@@ -31,6 +42,9 @@ class SumRnn(PositionWise):
         heads = [linear(inner[-1], config.head_rows) for _ in range(own)]
         # The public state dict has a key for every head, tied or not.
         self.head = PerHead(heads if own == n else heads * n)
+
+    def state_projections(self) -> PerHead[nn.Module]:
+        return self.proj
 
     def start(self, states: Tensor) -> Carry:
         return (self._scaled(states),)

@@ -11,35 +11,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec import heads
-from spec.config import Config, Speculator
+from spec.config import Config
 from spec.errors import SpecError
-from spec.heads import SpeculatorConfig
+from spec.heads import OnBase, Params, Speculator, SpeculatorConfig
 from spec.store.manifest import Manifest
 
 
-def shape_on(params: Speculator, manifest: Manifest) -> SpeculatorConfig:
+def shape_on(params: Params, manifest: Manifest) -> SpeculatorConfig:
     """The network that params ask for, on the base that the features come from.
 
     Raises:
         SpecError: values that make no network on this base.
     """
-    values = {
-        **params.model_dump(exclude={"init"}),
-        "hidden_size": manifest.hidden_size,
-        "vocab_size": manifest.vocab_size,
-        "base_model_name_or_path": manifest.base["name"],
-        "base_revision": manifest.base["revision"],
-        "base_digest": manifest.base["weights"],
-    }
+    base = OnBase(
+        hidden_size=manifest.hidden_size,
+        vocab_size=manifest.vocab_size,
+        base_model_name_or_path=manifest.base["name"],
+        base_digest=manifest.base["weights"],
+        base_revision=manifest.base["revision"],
+    )
     try:
-        return SpeculatorConfig.from_json(values)
+        return heads.on_base(params, base)
     except ValueError as error:
         raise SpecError(f"model.speculator: {error}") from None
 
 
 def initialise(
     config: Config, shape: SpeculatorConfig, counts: NDArray[np.int64], tables: Mapping[str, Tensor]
-) -> heads.Speculator:
+) -> Speculator:
     """A speculator with its first weights: random, the base's tables, or an earlier checkpoint's.
 
     Args:
@@ -51,33 +50,34 @@ def initialise(
     Raises:
         SpecError: a checkpoint that is missing or of another shape.
     """
-    init = config.model.speculator.init
+    init, seed = config.model.speculator.init, config.trainer.seed
     if init not in ("random", "base"):
-        return _warm(Path(init), shape)
+        return _warm(Path(init), shape, tables)
     speculator = heads.build(shape, _frequent_tokens(counts, shape.draft_vocab_size))
-    if init == "base":
-        heads.init_from_base(speculator, tables["embedding"], tables["lm_head"], config.trainer.seed)
-    else:
-        heads.init_random(speculator, config.trainer.seed)
+    speculator.initialise(tables if init == "base" else None, seed)
+    speculator.lend(tables)
     return speculator
 
 
-def _warm(folder: Path, shape: SpeculatorConfig) -> heads.Speculator:
+def needs_tables(params: Params) -> bool:
+    """Whether initialise reads the base's tables."""
+    return params.init == "base" or bool(heads.method(params.method).borrowed)
+
+
+def _warm(folder: Path, shape: SpeculatorConfig, tables: Mapping[str, Tensor]) -> Speculator:
     if not folder.is_dir():
         raise SpecError(f'model.speculator.init: {str(folder)!r} is neither "random", "base" nor a checkpoint folder')
     try:
-        saved = heads.load(folder, dtype=torch.float32)
+        saved = heads.load(folder, dtype=torch.float32, tables=tables)
         heads.check_base(saved.config, shape.vocab_size, shape.hidden_size, "", allow_other_weights=True)
     except (heads.CheckpointError, OSError) as error:
         raise SpecError(f"model.speculator.init: {error}") from None
-    unused = {"init"} if shape.method == "sum_lstm" else {"init", "tie_lstm_embs"}
-    for name in [name for name in Speculator.model_fields if name not in unused]:
-        found, asked = getattr(saved.config, name), getattr(shape, name)
+    for name in [name for name in heads.method(shape.method).Params.model_fields if name != "init"]:
+        found, asked = getattr(saved.config, name, None), getattr(shape, name)
         if found != asked:
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
-    speculator = heads.build(shape, saved.token_map)
-    speculator.load_state_dict(saved.state_dict())
-    return speculator
+    saved.config = shape
+    return saved
 
 
 def _frequent_tokens(counts: NDArray[np.int64], count: int | None) -> Tensor | None:

@@ -10,7 +10,6 @@ from spec.base import Base
 from spec.config import Model
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import Source
-from spec.heads import init_from_base
 from tests.spec.training.runs import make_speculator
 from tests.tiny import Family, make_base
 
@@ -29,7 +28,7 @@ def lm(model: Base) -> LanguageModelWithSpeculator:
     speculator = make_speculator(
         hidden_size=model.hidden_size, vocab_size=model.vocab_size, inner_dim=(32,), emb_dim=(32,), proj_dim=(32,)
     )
-    init_from_base(speculator, model.embedding[: model.vocab_size].cpu(), model.lm_head.cpu())
+    speculator.initialise({"embedding": model.embedding[: model.vocab_size].cpu(), "lm_head": model.lm_head.cpu()})
     return LanguageModelWithSpeculator(model, speculator.to(model.device))
 
 

@@ -13,7 +13,7 @@ from spec import base, heads
 from spec.config import Decode, Model
 from spec.decoding import LanguageModelWithSpeculator
 from spec.evaluation import SOURCES
-from spec.heads import CheckpointError, Speculator, build, init_from_base
+from spec.heads import CheckpointError, Speculator, build
 from stages import embedded
 from tests.spec.heads.reference import config
 from tests.workspace import REPOSITORY
@@ -32,7 +32,7 @@ def speculator_for(model: base.Base) -> Speculator:
         pass
     widths: dict[str, Any] = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (576,))
     made = build(config(hidden_size=model.hidden_size, vocab_size=model.vocab_size, **widths))
-    init_from_base(made, model.embedding[: model.vocab_size], model.lm_head, seed=0)
+    made.initialise({"embedding": model.embedding[: model.vocab_size], "lm_head": model.lm_head})
     return made
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spec import acceptance
 from spec.acceptance import Answer, Walk, draft_answers, interval, loops, tokens_per_step, walk, walks
 from spec.corpus import TokenSequence
-from spec.heads import LAST, Speculator, build, init_random
+from spec.heads import LAST, Speculator, build
 from spec.store.reader import FeatureReader
 from tests.spec.heads.reference import config
 from tests.tiny import chain, sequence, store_features
@@ -182,7 +182,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> FeatureReader:
 def speculator(method: Any, draft_vocab_size: int | None = None) -> Speculator:
     shape = config(method, hidden_size=D, vocab_size=V, draft_vocab_size=draft_vocab_size)
     made = build(shape, torch.arange(1, V, 2) if draft_vocab_size else None)
-    init_random(made, seed=1)
+    made.initialise(seed=1)
     return made.double()
 
 

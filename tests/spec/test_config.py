@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from spec.config import Config, ConfigError, flatten, from_mapping, load, save
+from spec.config import Config, ConfigError, flatten, from_mapping, listed, load, save
 from spec.section import Section, format_dims, parse_dims
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", ["", "model:\n  speculator:\noptim:\n"])
 def test_the_guides_defaults_hold_where_a_file_lacks_a_key(text: str, tmp_path: Path) -> None:
-    found = flatten(load(written(tmp_path, text)))
+    found = listed() | flatten(load(written(tmp_path, text)))
     assert {key: found[key] for key in GUIDE} == GUIDE
 
 
@@ -97,9 +97,9 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
 )
 def test_overrides_reach_any_key(override: str, value: object, tmp_path: Path) -> None:
     key = override.partition("=")[0].strip()
-    changed = flatten(Config()) | {key: value}
-    assert flatten(from_overrides([override])) == changed
-    assert flatten(load(written(tmp_path, "optim:\nmodel: {speculator: null}\n"), [override])) == changed
+    changed = listed() | {key: value}
+    assert listed() | flatten(from_overrides([override])) == changed
+    assert listed() | flatten(load(written(tmp_path, "optim:\nmodel: {speculator: null}\n"), [override])) == changed
 
 
 def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path) -> None:
@@ -118,7 +118,10 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"model": {"speculator": {"n_predict": 3.5}}}, ["model.speculator.n_predict", "found 3.5"]),
         ({"model": {"speculator": {"n_predict": True}}}, ["model.speculator.n_predict", "found True"]),
         ({"model": {"speculator": {"tie_weights": "yes"}}}, ["tie_weights", "boolean", "found 'yes'"]),
-        ({"model": {"speculator": {"method": "sum_mlp"}}}, ["method", "sum_rnn", "sum_lstm", "found 'sum_mlp'"]),
+        (
+            {"model": {"speculator": {"method": "sum_mlp"}}},
+            ["model.speculator: method 'sum_mlp'", "sum_rnn, sum_lstm"],
+        ),
         ({"model": {"dtype": "int8"}}, ["model.dtype", "bfloat16", "found 'int8'"]),
         ({"optim": {"lr": "fast"}}, ["optim.lr", "number", "found 'fast'"]),
         ({"optim": {"lr": 0}}, ["optim.lr", "greater than 0", "found 0"]),
@@ -144,7 +147,7 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"trainer": {"launcher": "srun 'a"}}, ["trainer.launcher", "o closing quotation"]),
         ({"decode": {"ngram_min": 9}}, ["decode", "ngram_min 9 is above ngram_max 8"]),
         ({"data": 5}, ["data", "found 5"]),
-        ({"model": {"speculator": {"method": "medusa"}}}, ["model.speculator.method: method medusa is gone"]),
+        ({"model": {"speculator": {"method": "medusa"}}}, ["model.speculator: method medusa is gone"]),
         ({"model": {"speculator": {"emb_dim": "1024.512"}}}, ["emb_dim ends in 512 and proj_dim in 1024", "added"]),
         (
             {"model": {"speculator": {"method": "sum_lstm", "tie_weights": False}}},
@@ -153,7 +156,7 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"optim": {"head_weights": [1.0]}}, ["\n  optim.head_weights has 1 numbers and", "n_predict is 5"]),
         (
             {"decode": {"draft": "head", "draft_len": 6}},
-            ["decode.draft_len is 6 and model.speculator.n_predict is 5"],
+            ["decode.draft_len is 6, and the heads of model.speculator draft at most 5"],
         ),
         (
             {"model": {"freeze_base_model": False}, "optim": {"loss": "kl"}},
@@ -336,14 +339,22 @@ def test_what_is_saved_loads_back_equal(tree: dict[str, Any], tmp_path_factory: 
 def test_params_yaml_lists_every_key_and_no_other() -> None:
     """dvc's -S refuses a key that the file lacks."""
     tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
-    assert set(leaves(tree)) == set(flatten(Config()))
+    assert set(leaves(tree)) == set(listed())
     load(ROOT / "params.yaml")
 
 
 def test_dvc_yaml_names_parameters_that_exist() -> None:
-    known = set(flatten(Config()))
+    known = set(listed())
     stages = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
     named = [param for stage in stages.values() for param in stage["params"]]
     assert named
     missing = [p for p in named if p not in known and not any(key.startswith(f"{p}.") for key in known)]
     assert missing == []
+
+
+def test_what_the_method_does_not_use_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for value in (False, True, True):
+        section = {"method": "sum_rnn", "tie_lstm_embs": value}
+        assert from_mapping({"model": {"speculator": section}}) == Config()
+    assert caplog.messages == ["model.speculator.tie_lstm_embs=True is ignored: method sum_rnn does not use it"]

@@ -18,9 +18,7 @@ JOB = Job(
     positions=6e8,
     answers=6e8,
     rows=64,
-    n_predict=3,
-    width=4096,
-    outputs=128256,
+    head_operations=3 * 128256 * 4096 + 3 * 4096**2,
 )
 MACHINE = Machine(flops=400e12, bandwidth=3e12)
 
@@ -45,7 +43,7 @@ def test_seconds_of_each_stage() -> None:
 def test_a_teacher_costs_a_third_of_a_head_at_most() -> None:
     alone = costs.epoch_seconds(JOB, MACHINE)
     for teachers in (1, 3):
-        more = costs.epoch_seconds(replace(JOB, teachers=teachers), MACHINE) - alone
+        more = costs.epoch_seconds(replace(JOB, teacher_operations=teachers * 128256 * 4096), MACHINE) - alone
         assert more == pytest.approx(teachers * 2 * 128256 * 4096 * 6e8 / 400e12)
         assert more < teachers * alone / 9
 

@@ -32,10 +32,10 @@ from transformers import (
 
 from spec import acceptance
 from spec.base import Base, BaseError, answer, hidden_states, identify
-from spec.config import Decode, Method
+from spec.config import Decode
 from spec.decoding import DecodingError, LanguageModelWithSpeculator, probabilities
 from spec.drafting import Source, drafts_along
-from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnn, build, init_from_base, save
+from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnn, build, save
 from tests.spec.heads.reference import config
 
 V, D = 12, 16
@@ -88,15 +88,16 @@ def with_stops(base: Base, stops: Sequence[int] = ()) -> Base:
     return Base(base.model, SimpleNamespace(pad_token_id=0, eos_token_id=None), base.digest, base.device, base.dtype)
 
 
-def speculator_config(n: int = 3, method: Method = "sum_rnn", **changed: Any) -> SpeculatorConfig:
+def speculator_config(n: int = 3, method: str = "sum_rnn", **changed: Any) -> SpeculatorConfig:
     return config(method, n_predict=n, **({"hidden_size": D, "vocab_size": V} | changed))
 
 
 @lru_cache
-def head(base: str, seed: int, method: Method, n: int) -> Speculator:
+def head(base: str, seed: int, method: str, n: int) -> Speculator:
     model = tiny(base, seed).model
     made = build(speculator_config(n, method))
-    init_from_base(made, model.get_input_embeddings().weight, model.get_output_embeddings().weight, seed)
+    tables = {"embedding": model.get_input_embeddings().weight, "lm_head": model.get_output_embeddings().weight}
+    made.initialise(tables, seed)
     return made
 
 
@@ -163,7 +164,7 @@ prompts = st.lists(st.integers(0, V - 1), min_size=1, max_size=24)
 def test_speculative_greedy_is_plain_greedy(
     kind: str,
     seed: int,
-    method: Method,
+    method: str,
     source: Source,
     n: int,
     prompt: list[int],
@@ -241,7 +242,7 @@ def test_figures_of_a_generation() -> None:
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
 @torch.inference_mode()
-def test_the_walk_on_paper_is_the_real_loop(method: Method, source: Source) -> None:
+def test_the_walk_on_paper_is_the_real_loop(method: str, source: Source) -> None:
     for seed, stop in itertools.product(range(3), (False, True)):
         base = with_stops(tiny("llama", seed))
         speculator = head("llama", seed, method, 3)

@@ -22,7 +22,7 @@ from tests.stages.workspace import ok, prepare, run_through
 )
 def test_heads_that_share_their_matrix_share_a_teacher(overrides: list[str], teachers: int) -> None:
     config = from_mapping({}, overrides=["model.speculator.n_predict=4", *overrides])
-    assert make_job(config, 1e8, 576, 49152, 1e6, 1e6, 0).teachers == teachers
+    assert make_job(config, 1e8, 576, 49152, 1e6, 1e6, 0).teacher_operations == teachers * 49152 * 576
 
 
 def test_an_epoch_costs_the_same_whatever_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

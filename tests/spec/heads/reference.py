@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spec.heads import Speculator, SpeculatorConfig, build
+from spec.heads import Speculator, SpeculatorConfig, build, parse_config
 from spec.heads.layers import RMSNorm
 
 State = dict[str, Tensor]
@@ -24,7 +24,7 @@ def config(method: str = "sum_rnn", **changes: object) -> SpeculatorConfig:
         "base_model_name_or_path": "some/base",
         "base_digest": "d1",
     }
-    return SpeculatorConfig(**(values | changes))  # type: ignore[arg-type]
+    return parse_config(values | changes)
 
 
 def randomized(c: SpeculatorConfig, token_map: Tensor | None = None) -> Speculator:

@@ -5,16 +5,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spec.heads import Speculator, build, init_from_base, init_random
+from spec.heads import Speculator, build
 
 from .reference import config, inputs
 
 
-def tables(rows: int = 23, d: int = 12) -> tuple[Tensor, Tensor]:
+def tables(rows: int = 23, d: int = 12) -> dict[str, Tensor]:
     """Embedding and lm_head with a common offset and a few strong directions, as real ones have."""
     g = torch.Generator().manual_seed(7)
     spread = torch.linspace(3, 0.3, d)
-    return tuple(torch.randn(rows, d, generator=g) * spread + 2 * torch.randn(d, generator=g) for _ in range(2))  # type: ignore[return-value]
+    return {
+        name: torch.randn(rows, d, generator=g) * spread + 2 * torch.randn(d, generator=g)
+        for name in ("embedding", "lm_head")
+    }
 
 
 def same(a: Speculator, b: Speculator) -> bool:
@@ -26,7 +29,7 @@ def same(a: Speculator, b: Speculator) -> bool:
 def test_random_weights_have_the_public_spread(method: str) -> None:
     c = config(method, hidden_size=48, vocab_size=400, inner_dim=(64,), emb_dim=(64,), proj_dim=(64,))
     speculator = build(c)
-    init_random(speculator)
+    speculator.initialise()
     for name, p in speculator.named_parameters():
         if "ln" in name:
             assert torch.equal(p, torch.full_like(p, float(name.endswith("weight"))))
@@ -38,12 +41,12 @@ def test_random_weights_have_the_public_spread(method: str) -> None:
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
 def test_weights_follow_the_seed_alone(method: str) -> None:
     a, b = build(config(method)), build(config(method))
-    for start in (init_random, lambda speculator, seed: init_from_base(speculator, *tables(), seed)):
-        start(a, 3)
+    for start in (None, tables()):
+        a.initialise(start, 3)
         torch.rand(5)
-        start(b, 3)
+        b.initialise(start, 3)
         assert same(a, b)
-        start(b, 4)
+        b.initialise(start, 4)
         assert not same(a, b)
 
 
@@ -51,8 +54,8 @@ def test_equal_widths_copy_the_tables() -> None:
     """Up to the mean row and one factor; the embedding also up to a rotation, which keeps all its inner products."""
     c = config(inner_dim=(12,), emb_dim=(12,), proj_dim=(12,))
     speculator = build(c)
-    embedding, lm_head = tables()
-    init_from_base(speculator, embedding, lm_head)
+    embedding, lm_head = tables().values()
+    speculator.initialise({"embedding": embedding, "lm_head": lm_head})
     w = speculator.state_dict()
     rows = lm_head - lm_head.mean(0)
     torch.testing.assert_close(w["head.0.weight"], rows / rows.square().sum(1).mean().sqrt())
@@ -66,8 +69,8 @@ def test_equal_widths_copy_the_tables() -> None:
 def test_narrower_heads_keep_what_varies_most() -> None:
     c = config()  # 8 of 12
     speculator = build(c)
-    embedding, lm_head = tables()
-    init_from_base(speculator, embedding, lm_head)
+    embedding, lm_head = tables().values()
+    speculator.initialise({"embedding": embedding, "lm_head": lm_head})
     w = speculator.state_dict()
     states = torch.randn(4, 12)
     exact = states @ (lm_head - lm_head.mean(0)).T
@@ -79,7 +82,7 @@ def test_narrower_heads_keep_what_varies_most() -> None:
 def test_wider_heads_have_no_dead_columns() -> None:
     c = config(inner_dim=(20,), emb_dim=(20,), proj_dim=(20,))
     speculator = build(c)
-    init_from_base(speculator, *tables())
+    speculator.initialise(tables())
     for name, p in speculator.named_parameters():
         if name.startswith(("head", "emb")):
             assert p.square().sum(0).min() > 0.01
@@ -93,8 +96,8 @@ def test_the_first_loss_is_sane(method: str, width: tuple[int, ...], size: int |
     kept = None if size is None else torch.arange(0, 18, 2)
     c = config(method, inner_dim=width, emb_dim=width, proj_dim=width, tie_lstm_embs=True, draft_vocab_size=size)
     speculator = build(c, kept)
-    embedding, lm_head = tables()
-    init_from_base(speculator, embedding, lm_head)
+    embedding, lm_head = tables().values()
+    speculator.initialise({"embedding": embedding, "lm_head": lm_head})
     states, tokens = inputs(c, positions=200)
     logits = speculator(states, tokens)
     targets = torch.randint(logits.shape[-1], logits.shape[:-1])
@@ -102,10 +105,10 @@ def test_the_first_loss_is_sane(method: str, width: tuple[int, ...], size: int |
 
 
 def test_tied_bases_do_not_start_by_repeating_their_input() -> None:
-    _, table = tables(200)
+    table = tables(200)["lm_head"]
     c = config(vocab_size=200, scale_input=True)
     speculator = build(c)
-    init_from_base(speculator, table, table)
+    speculator.initialise({"embedding": table, "lm_head": table})
     states, tokens = inputs(c, positions=200)
     for i, logits in enumerate(speculator(states, tokens)):
         assert (logits.argmax(-1) == tokens[:, i]).float().mean() < 0.05
@@ -113,7 +116,7 @@ def test_tied_bases_do_not_start_by_repeating_their_input() -> None:
 
 def test_untied_heads_are_all_filled() -> None:
     speculator = build(config(tie_weights=False))
-    init_from_base(speculator, *tables())
+    speculator.initialise(tables())
     w = speculator.state_dict()
     assert torch.equal(w["head.0.weight"], w["head.2.weight"])
     assert torch.equal(w["proj.2.0.weight"], torch.eye(8))
@@ -121,13 +124,12 @@ def test_untied_heads_are_all_filled() -> None:
 
 def test_half_precision_tables_and_weights() -> None:
     speculator = build(config()).to(torch.bfloat16)
-    init_from_base(speculator, *(t.to(torch.bfloat16) for t in tables()))
+    speculator.initialise({name: table.to(torch.bfloat16) for name, table in tables().items()})
     assert all(p.isfinite().all() for p in speculator.parameters())
 
 
 def test_tables_of_another_base_are_refused() -> None:
-    embedding, lm_head = tables()
     with pytest.raises(ValueError, match=r"lm_head has shape \[24, 12\], expected \[23, 12\]"):
-        init_from_base(build(config()), embedding, tables(24)[1])
+        build(config()).initialise(tables() | {"lm_head": tables(24)["lm_head"]})
     with pytest.raises(ValueError, match=r"embedding has shape \[23, 11\]"):
-        init_from_base(build(config()), embedding[:, :11], lm_head)
+        build(config()).initialise(tables() | {"embedding": tables()["embedding"][:, :11]})

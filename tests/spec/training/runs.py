@@ -30,7 +30,7 @@ from spec import workers
 from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.errors import SpecError
-from spec.heads import Speculator, SpeculatorConfig, build, init_random
+from spec.heads import Speculator, build, parse_config
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop
@@ -65,10 +65,10 @@ def make_speculator(method: Any = "sum_rnn", seed: int = 0, **changed: Any) -> S
     """With random weights; a draft vocabulary is the last ids."""
     shape: dict[str, Any] = {"inner_dim": (16,), "emb_dim": (16,), "proj_dim": (16,), "n_predict": N}
     shape |= {"hidden_size": D, "vocab_size": V, "base_model_name_or_path": "", "base_digest": ""}
-    config = SpeculatorConfig(method=method, **(shape | changed))
+    config = parse_config({"method": method, **shape, **changed})
     drafted = config.draft_vocab_size
     speculator = build(config, None if drafted is None else torch.arange(config.vocab_size)[-drafted:])
-    init_random(speculator, seed)
+    speculator.initialise(seed=seed)
     return speculator
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spec.corpus import TokenSequence
-from spec.heads import LAST, Packed, Speculator, SpeculatorConfig, build, init_random
+from spec.heads import LAST, Packed, Speculator, build
 from spec.training import loss as loss_module
 from spec.training.joint import pack
 from spec.training.loss import SpeculatorLoss, linear_cross_entropy
 from spec.training.teacher import Teacher
+from tests.spec.heads.reference import config
 from tests.tiny import sequence
 
 V, D, P = 19, 8, 23
@@ -161,18 +162,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def make(method: Any, changed: dict[str, Any], drafted: int | None) -> Speculator:
     shape: dict[str, Any] = {"inner_dim": (6,), "emb_dim": (6,), "proj_dim": (6,)}
-    config = SpeculatorConfig(
-        method=method,
-        hidden_size=D,
-        vocab_size=V,
-        n_predict=3,
-        draft_vocab_size=drafted,
-        base_model_name_or_path="",
-        base_digest="",
-        **(shape | changed),
-    )
-    speculator = build(config, None if drafted is None else torch.arange(V)[-drafted:])
-    init_random(speculator)
+    c = config(method, hidden_size=D, vocab_size=V, draft_vocab_size=drafted, **(shape | changed))
+    speculator = build(c, None if drafted is None else torch.arange(V)[-drafted:])
+    speculator.initialise()
     return speculator.double()
 
 

@@ -27,6 +27,6 @@ def test_heads_start_from_the_bases_tables_where_they_are_asked_to(method: Any) 
     config = config_module.from_mapping({"model": {"speculator": {"init": "base"}}, "trainer": {"seed": 3}})
     made = start.initialise(config, shape(method), np.zeros(23, np.int64), tables)
     expected = heads.build(shape(method))
-    heads.init_from_base(expected, tables["embedding"], tables["lm_head"], 3)
+    expected.initialise(tables, 3)
     for name, weight in expected.state_dict().items():
         assert torch.equal(made.state_dict()[name], weight)
