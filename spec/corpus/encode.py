@@ -34,40 +34,26 @@ RENDERED = re.compile(
 
 @dataclass
 class Report:
-    """What happened to the rows; `stream` counts in it as it goes.
-
-    rejected: rows that cannot be used, by reason; rejected_rows names the first of them.
-    beyond: dropped rows that are longer than the base has positions.
-    stretched: kept rows that are longer than what the base was trained for.
-    empty: dropped rows of plain text with fewer than two tokens: there is nothing to predict.
-    unanswered: kept rows without an answer in the data, to be written by the base.
-    shortened: kept rows whose answer was left off, because it does not fit max_length or the template cannot place
-        it; the base writes another (never where answers are needed).
-    unplaced: earlier assistant turns of kept rows that are not supervised, since the template renders them otherwise
-        than after their generation prompt.
-    rendered: kept rows in which a user's turn looks like the rendering of a chat template, which renders it once more.
-    prompts: a hash of each kept row's prompt or text, by which splits are compared.
-    turns: kept conversations by their number of turns; roles: their turns by role.
-    """
+    """What happened to the rows; `stream` counts in it as it goes."""
 
     rows: int = 0
     kept: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    rejected_rows: list[str] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)  # rows that cannot be used, by reason
+    rejected_rows: list[str] = field(default_factory=list)  # the first of them
     too_long: int = 0
-    beyond: int = 0
-    stretched: int = 0
-    empty: int = 0
-    unanswered: int = 0
-    shortened: int = 0
-    unplaced: int = 0
-    rendered: int = 0
+    beyond: int = 0  # dropped rows that are longer than the base has positions
+    stretched: int = 0  # kept rows that are longer than what the base was trained for
+    empty: int = 0  # dropped rows of plain text with fewer than two tokens: there is nothing to predict
+    unanswered: int = 0  # kept rows without an answer in the data, to be written by the base
+    shortened: int = 0  # kept rows whose answer does not fit or has no place: the base writes another
+    unplaced: int = 0  # earlier turns, unsupervised as they are not rendered after their generation prompt
+    rendered: int = 0  # kept rows in which a user's turn looks like the rendering of a chat template
     tokens: int = 0
     supervised: int = 0
     domains: Counter[str] = field(default_factory=Counter)
-    roles: Counter[str] = field(default_factory=Counter)
-    turns: Counter[int] = field(default_factory=Counter)
-    prompts: set[int] = field(default_factory=set)
+    roles: Counter[str] = field(default_factory=Counter)  # turns of kept conversations
+    turns: Counter[int] = field(default_factory=Counter)  # kept conversations by their number of turns
+    prompts: set[int] = field(default_factory=set)  # a hash of each kept row's prompt or text, to compare splits
     layouts: dict[Path, Layout] = field(default_factory=dict)
     empty_files: list[Path] = field(default_factory=list)
     plain_template: bool = False
@@ -93,10 +79,7 @@ class Report:
             (self.empty, "rows dropped: empty text"),
             (self.shortened, "answers left off: too long or not where the template's generation prompt ends"),
             (self.unanswered, "rows without an answer"),
-            (
-                self.rendered,
-                "rows in which a user's turn looks rendered by a chat template already, as with <|im_start|>",
-            ),
+            (self.rendered, "rows in which a user's turn looks rendered by a chat template already (<|im_start|>)"),
             (self.unplaced, "earlier assistant turns not supervised: not rendered as what follows a generation prompt"),
         ):
             if count:
@@ -113,11 +96,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A row's sequence; `shortened` and `unplaced` as in Report."""
-
     row: Row
     sequence: TokenSequence
-    shortened: bool = False
+    shortened: bool = False  # as in Report
     unplaced: int = 0
 
 
@@ -139,18 +120,15 @@ def stream(
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenSequence]:
-    """Tokenize the first max_samples rows (None: all) of the files, in order.
+    """Tokenize the first max_samples rows (None: all) of the files, in order, and count in `report` meanwhile.
 
     prompt_key, response_key: columns, dots reach into structs; None: found by name (see layouts.py).
     max_length: rows with more tokens are dropped; so are prompts that leave no room for one token of an answer.
     need_answers: a row without an answer is a bad row. Otherwise such rows are welcome, and an answer that does not
         fit is left off rather than its row dropped, as the base writes it anew.
-    report: counted in while the sequences are taken.
-    date: see ChatTemplate.
     ignore_columns: columns that count as absent.
     skip_bad_rows: rows that cannot be used are left out; otherwise they are an error once all rows are read.
-    max_positions: longer rows are dropped, as with max_length; None: no limit.
-    trained_positions: longer rows are kept and counted; None: not known.
+    max_positions, trained_positions: longer rows are dropped as with max_length, or kept and counted; None: no limit.
     vocab_size: rows of the base's lm_head, which a token needs; None: not checked.
     progress: called with the number of rows done since the last call.
 

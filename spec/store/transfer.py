@@ -43,10 +43,6 @@ class TransferError(StoreError):
 class Place:
     """A store's layout in a folder or at a URL. Each method raises TransferError where it cannot be reached or refuses.
 
-    Attributes:
-        url: as it was given.
-        folder: the folder where it is one, else None.
-
     Raises:
         StoreError: fsspec does not know the URL, lacks a package for it, or cannot connect.
     """
@@ -117,17 +113,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Lacking:
-    """A segment that the target lacks, or has a damaged record of.
+    """A segment that the target lacks, or has a damaged record of."""
 
-    Attributes:
-        collection: at the target where that is a folder, else at the source.
-        record: the source's.
-        damaged: whether the target has a damaged one.
-    """
-
-    collection: Collection
-    record: Record
-    damaged: bool
+    collection: Collection  # at the target where that is a folder, else at the source
+    record: Record  # the source's
+    damaged: bool  # whether the target has a damaged one
 
     @property
     def size(self) -> int:
@@ -136,17 +126,11 @@ class Lacking:
 
 
 class Transfer:
-    """Copies what the target lacks. At least one of the two places is a folder.
+    """Copies from `source` what `target` lacks. At least one of the two places is a folder.
 
-    Args:
-        source: where segments come from.
-        target: where they go to.
-        only: names of segments by their collection's folder; None: all that the source has.
-
-    Attributes:
-        found: the number of segments that the target had already.
-        copied: the number of segments copied.
-        problems: what could not be copied, and why.
+    only: names of segments by their collection's folder; None: all that the source has.
+    found, copied: numbers of segments that the target had already, and that were copied.
+    problems: what could not be copied, and why.
 
     Raises:
         StoreError: both places are the same folder.
@@ -181,10 +165,8 @@ class Transfer:
     def copy(self, segments: Sequence[Lacking], on_bytes: OnBytes = lambda count: None) -> None:
         """Copy segments that `look` found; damaged ones are not copied, and named in `problems`.
 
-        One thread at a time calls `on_bytes` with the bytes of a segment that is done.
-
-        Raises:
-            TransferError: a place cannot be reached. Segments in hand are completed, others are not begun.
+        One thread at a time calls `on_bytes` with the bytes of a segment that is done. Where a place cannot be reached
+        (a TransferError), segments in hand are completed and others are not begun.
         """
         for collection in {item.collection.folder: item.collection for item in segments}.values():
             path = f"{collection.folder.name}/{IDENTITY}"
@@ -203,10 +185,8 @@ class Transfer:
     def follow(self, stopping: threading.Event, on_look: OnBytes, on_bytes: OnBytes) -> None:
         """Copy what is there and what is added, until `stopping` is set; then look a last time.
 
-        `on_look` is called with the bytes that are to be copied now.
-
-        Raises:
-            TransferError: the last look failed. When an earlier one fails, the next one tries again.
+        `on_look` is called with the bytes that are to be copied now. A look that fails is tried again, but for the
+        last one, whose TransferError is raised.
         """
         last = False
         while not last:
@@ -260,13 +240,12 @@ class Transfer:
 
     def _refuse(self, folder: str, name: str, reason: object) -> None:
         self._settled[folder].add(name)
-        self.problems.append(
-            StoreError(
-                f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
-                "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and "
-                "push it again from a store that has it"
-            )
+        problem = (
+            f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
+            "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and push "
+            "it again from a store that has it"
         )
+        self.problems.append(StoreError(problem))
 
     def _copy(self, item: Lacking, on_bytes: OnBytes) -> None:
         collection, name = item.collection, item.record.name
