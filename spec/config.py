@@ -31,18 +31,13 @@ from ruamel.yaml.error import YAMLError
 from spec.errors import SpecError
 from spec.heads.config import Params
 from spec.heads.registry import METHODS, method, others_keys
-from spec.section import Positive, Section, explain, is_dims
+from spec.section import Positive, Section, explain, is_dims, listed
 
 log = logging.getLogger(__name__)
 
 
 class ConfigError(SpecError):
     """Parameters that cannot be used: says which key, what was found and what would fit."""
-
-
-def _listed(value: object) -> object:
-    """One string, or a list as YAML has it, as a tuple."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 def _expand(path: str) -> str:
@@ -72,7 +67,7 @@ DraftSource = Literal["head", "ngram", "hybrid"]
 Place = Annotated[str, AfterValidator(_expand)]
 Paths = Annotated[
     tuple[Annotated[str, Field(min_length=1), AfterValidator(_expand)], ...],
-    BeforeValidator(lambda value: () if value is None else _listed(value)),
+    BeforeValidator(lambda value: () if value is None else listed(value)),
 ]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -89,7 +84,7 @@ class Data(Section):
     eval_files: Paths = ("data/prompts/eval.parquet",)
     prompt_key: str | None = None
     response_key: str | None = None
-    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    ignore_columns: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
     skip_bad_rows: bool = False
     max_length: Annotated[int, Field(ge=4)] = 1024
     date: Annotated[datetime.date | None, BeforeValidator(_day)] = DATE
@@ -171,8 +166,8 @@ class Optim(Section):
     lr: Rate = 1e-4
     base_lr: Rate = 1e-5
     loss: Literal["ce", "kl"] = "ce"
-    head_weights: Annotated[tuple[Rate, ...] | None, BeforeValidator(_listed)] = None
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_listed)] = (0.9, 0.95)
+    head_weights: Annotated[tuple[Rate, ...] | None, BeforeValidator(listed)] = None
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(listed)] = (0.9, 0.95)
     weight_decay: NonNegative = 0.01
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_ratio: Fraction = 0.05
@@ -191,7 +186,7 @@ class Trainer(Section):
     save_freq: Positive = 1000
     test_freq: Positive = 500
     early_stop: Positive | None = None
-    logger: Annotated[tuple[Literal["console", "mlflow"], ...], BeforeValidator(_listed)] = ("console", "mlflow")
+    logger: Annotated[tuple[Literal["console", "mlflow"], ...], BeforeValidator(listed)] = ("console", "mlflow")
     seed: Seed = 0
     experiment_name: str = "speculator"
     tracking_uri: str | None = None
@@ -311,7 +306,7 @@ def flatten(config: Config) -> dict[str, object]:
     return dict(visit("", config.model_dump(mode="json")))
 
 
-def listed() -> dict[str, object]:
+def every_key() -> dict[str, object]:
     """Every key of the built-in methods and of all other sections by its dotted key, with the guide's default."""
     section = "model.speculator."
     others = others_keys(Config().model.speculator.method)

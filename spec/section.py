@@ -47,6 +47,11 @@ def format_dims(dims: Dims) -> int | str:
     return dims[0] if len(dims) == 1 else ".".join(map(str, dims))
 
 
+def listed(value: object) -> object:
+    """One string, or a list as YAML has it, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 DimsField = Annotated[Dims, BeforeValidator(parse_dims), PlainSerializer(format_dims)]
 Positive = Annotated[int, Field(ge=1)]
 

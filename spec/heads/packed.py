@@ -39,6 +39,7 @@ class Packed:
         mask: [T], whether a token is supervised.
         offsets: R + 1 places where sequences begin, and T; on the CPU, whatever the device.
         starts: [P] ascending places t from which heads draft, those of "answers": x_{t+1} is supervised.
+        bounds: R + 1 places in starts where those of each sequence begin, and P; on the CPU.
         states: by tap its vectors, [P, width] (answers) or [T, width] (all).
     """
 
@@ -46,6 +47,7 @@ class Packed:
     mask: Tensor
     offsets: tuple[int, ...]
     starts: Tensor
+    bounds: tuple[int, ...]
     states: Mapping[Tap, Tensor]
 
     @classmethod
@@ -54,7 +56,9 @@ class Packed:
         offsets = tuple(accumulate(lengths, initial=0))
         following = F.pad(mask, (0, 1))
         following[list(offsets)] = False  # nothing comes before a first token
-        return cls(ids, mask, offsets, following.nonzero()[:, 0] - 1, states)
+        starts = following.nonzero()[:, 0] - 1
+        bounds = torch.searchsorted(starts, torch.tensor(offsets, device=starts.device)).tolist()
+        return cls(ids, mask, offsets, starts, tuple(bounds), states)
 
     @classmethod
     def join(cls, parts: Sequence[Packed]) -> Packed:
@@ -76,7 +80,7 @@ class Packed:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Packed:
         states = {tap: change(tensor) for tap, tensor in self.states.items()}
-        return Packed(change(self.ids), change(self.mask), self.offsets, change(self.starts), states)
+        return Packed(change(self.ids), change(self.mask), self.offsets, change(self.starts), self.bounds, states)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,11 @@ from torch import Tensor
 from spec.heads.config import OnBase, Params, SpeculatorConfig
 from spec.heads.speculator import Speculator
 
-METHODS = {"sum_rnn": "spec.heads.sum_rnn:SumRnn", "sum_lstm": "spec.heads.sum_lstm:SumLstm"}
+METHODS = {
+    "sum_rnn": "spec.heads.sum_rnn:SumRnn",
+    "sum_lstm": "spec.heads.sum_lstm:SumLstm",
+    "eagle3": "spec.heads.eagle3:Eagle3",
+}
 GROUP = "spec.heads"
 GONE = {
     "medusa": "method medusa is gone: vLLM dropped such heads in 0.33, and they were the weakest; use sum_rnn or "

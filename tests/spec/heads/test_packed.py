@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ def pack(rows: list[list[bool]]) -> Packed:
     """Of each token its id is 1 + its place, and of each start its state is its place."""
     mask = torch.tensor([flag for row in rows for flag in row], dtype=torch.bool)
     packed = Packed.of(torch.arange(1, len(mask) + 1), mask, map(len, rows), {})
-    return Packed(packed.ids, packed.mask, packed.offsets, packed.starts, {LAST: packed.starts[:, None].float()})
+    return replace(packed, states={LAST: packed.starts[:, None].float()})
 
 
 @settings(max_examples=200)
@@ -24,6 +26,7 @@ def test_drafts_start_where_the_next_token_is_supervised(rows: list[list[bool]],
     packed = pack(rows)
     bounds = zip(packed.offsets, rows, strict=False)
     assert packed.starts.tolist() == [o + t for o, row in bounds for t in range(len(row) - 1) if row[t + 1]]
+    assert packed.bounds == tuple(int((packed.starts < offset).sum()) for offset in packed.offsets)
     joined = Packed.join([pack(rows[:cut]), pack(rows[cut:])])
     assert joined.offsets == packed.offsets
     assert torch.equal(joined.starts, packed.starts)

@@ -1,5 +1,7 @@
 """All methods against the reference, and what they share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def test_whole_sequences_are_as_their_positions(c: SpeculatorConfig, lengths: li
     ids, mask = torch.randint(23, (total,)), torch.rand(total) < 0.7
     packed = Packed.of(ids, mask, lengths, {})
     states = torch.randn(len(packed.starts), c.hidden_size)
-    packed = Packed(ids, mask, packed.offsets, packed.starts, {LAST: states})
+    packed = replace(packed, states={LAST: states})
     rows = torch.randperm(len(states))[:4]
     tokens = torch.nn.functional.pad(ids, (0, 9))[packed.starts[rows, None] + torch.arange(1, c.n_predict + 1)]
     wanted = speculator(states[rows], tokens)
