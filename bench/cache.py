@@ -12,23 +12,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 
 from bench.common import default_config, load_base, machine, reader, real_states, seconds, spread, table
 from spec import acceptance, base, corpus, heads
 from spec.base import Base
 from spec.config import Config
 from spec.device import synchronize
+from spec.heads import LAST
 from spec.store import codecs, features, segment
 from spec.store.codecs import CODECS, Codec
 from spec.store.collection import Collection
-from spec.store.features import FeatureRow
+from spec.store.features import FeatureRow, TapStore
 from spec.store.plan import plan_groups
 from stages import common
 
@@ -77,9 +78,7 @@ def cached_and_bare(
         synchronize(model.device)
 
     def cached() -> None:
-        collection = Collection(root / "cached", "features", IDENTITY)
-        collection.create()
-        features.produce(model, collection, rows, groups, codecs.ZSTD)
+        features.produce(model, [store_in(root / "cached", codecs.ZSTD)], rows, [(group, (0,)) for group in groups])
 
     rates: dict[Callable[[], None], list[float]] = {cached: [], bare: []}
     for turn in range(rounds + 1):
@@ -89,7 +88,11 @@ def cached_and_bare(
     return rates[cached][1:], rates[bare][1:]  # first calls pay for allocations and code paths
 
 
-IDENTITY = {"dtype": "bfloat16", "encoding": codecs.NONE.encoding}
+def store_in(root: Path, codec: Codec) -> TapStore:
+    """A store of its own for the last states."""
+    collection = Collection(root, "states", {"codec": codec.name})
+    collection.create()
+    return TapStore(LAST, codec, collection)
 
 
 def _padded(rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
@@ -106,19 +109,21 @@ def _padded(rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]]) -> Sequ
     return batches
 
 
-@dataclass
-class Source:
+class Source(nn.Module):
     """A model that hands out real states at SOURCE_RATE, as a device does: it works on while the host handles what
     it gave, but never more than one batch ahead."""
 
-    states: torch.Tensor
-    dtype: torch.dtype = torch.bfloat16
-    due: float = 0.0
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
+    dtype = torch.bfloat16
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states, self.due = states, 0.0
 
     def get_decoder(self) -> Source:
         return self
 
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         B, S = input_ids.shape
         size = B * S * self.states.shape[1] * 2
         now, takes = time.perf_counter(), size / SOURCE_RATE
@@ -130,6 +135,7 @@ class Source:
 def synthetic(config: Config, root: Path) -> None:
     width, length, count = 512, 512, 1600  # 818,000 positions: 940 MB at d=576
     model = Base(Source(real_states(config, features.BATCH_TOKENS)), None, "", torch.device("cpu"), Source.dtype)
+    vars(model)["limits"] = base.Limits(None, False, 49152, False, True)
     generator = np.random.default_rng(0)
     mask = np.ones(length, np.uint8)
     rows = [FeatureRow(str(i), generator.integers(0, 49152, length, np.int32), mask) for i in range(count)]
@@ -139,15 +145,14 @@ def synthetic(config: Config, root: Path) -> None:
     size = count * (length - 1) * model.model.states.shape[1] * 2
     result = []
     torch.set_num_threads(1)  # the host of a device computes nothing
-    for codec in CODECS:
+    for codec in CODECS.values():
         rates = []
         for _ in range(3):
-            collection = Collection(root, "features", {**IDENTITY, "codec": codec})
-            collection.create()
-            took = seconds(partial(features.produce, model, collection, rows, groups, CODECS[codec]))
+            store = store_in(root, codec)
+            took = seconds(partial(features.produce, model, [store], rows, [(group, (0,)) for group in groups]))
             rates.append(size / 1e6 / took)
-            shutil.rmtree(collection.folder)
-        result.append([codec, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"])
+            shutil.rmtree(store.collection.folder)
+        result.append([codec.name, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"])
     print(f"\n2. A source of {SOURCE_RATE / 1e6:.0f} MB/s, {size / 1e6:,.0f} MB of real states, {len(groups)} segments")
     table(["codec", "MB/s of states stored: median", "lowest to highest"], result)
 

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.common import default_config, machine, real_states, seconds, table
+from spec.corpus import TokenSequence
 from spec.heads import LAST, Packed
-from spec.store import codecs, features
+from spec.store import codecs, features, identity
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest, make_manifest
@@ -109,9 +110,10 @@ def store(
 ) -> Manifest:
     """Sequences in a store of their own: states [N * P, d] in bfloat16, ids [N, T], and the mask [T] of each."""
     base = {"weights": "w", "tokenizer": "t"}
-    collection = Collection(root, "features", features.identity(base, "bfloat16", CODECS[codec]))
+    collection = Collection(root, "states", identity.states(base, "bfloat16", LAST, CODECS[codec], "bfloat16"))
     collection.create()
-    attributes = {"dtype": "bfloat16", "offsets": features.offsets(CODECS[codec])}
+    width, offsets = states.shape[1], features.offsets(CODECS[codec])
+    attributes = {"dtype": "bfloat16", "width": width, "offsets": offsets}
     count, length = ids.shape
     per_row, a_segment = len(states) // count, max(segment_tokens // length, 1)
     for start in range(0, count, a_segment):
@@ -124,16 +126,15 @@ def store(
         assert claim is not None
         claim.commit(rows, attributes, CODECS[codec])
     return make_manifest(
-        collection,
+        [collection],
         [str(row) for row in range(count)],
+        [TokenSequence(row, mask, "a", length - per_row) for row in ids],
         base={"name": "bench", "revision": None, **base},
-        hidden_size=states.shape[1],
+        dtype="bfloat16",
+        hidden_size=width,
         vocab_size=vocab_size,
-        prompt_length=[length - per_row] * count,
-        written=[True] * count,
-        domains=["a"] * count,
-        tokens=count * length,
-        positions=len(states),
+        layers=1,
+        greedy=True,
     )
 
 

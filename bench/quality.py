@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from bench.common import default_config, machine, reader, table
 from spec import acceptance, plots
 from spec.config import Config
 from spec.heads import Speculator
-from spec.store import features
+from spec.store import tables as base_tables
 from spec.store.reader import FeatureReader
 from spec.training import loop
 from spec.training.frozen import FrozenTask
@@ -100,7 +101,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     found = {split: reader(config, split) for split in ("train", "val", "eval")}
     found["train"] = first(found["train"], count or config.data.max_samples or len(found["train"]))
     shape = shape_on(config.model.speculator, found["train"].manifest)
-    tables = features.load_tables(found["train"].collection)
+    tables = base_tables.load(found["train"].tables)
     speculator = initialise(config, shape, found["train"].token_counts(), tables)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         task = FrozenTask(config, speculator, found["train"], found["val"], worker, Teacher(tables["lm_head"]))
@@ -120,9 +121,9 @@ def walked(speculator: Speculator, found: FeatureReader) -> float:
 def first(found: FeatureReader, count: int) -> FeatureReader:
     """A reader of the first sequences of a split."""
     manifest = found.manifest
-    per_sequence = ("segment", "row", "prompt_length", "written", "domain")
-    cut = {name: getattr(manifest, name)[:count] for name in per_sequence}
-    return FeatureReader(replace(manifest, **cut), found.collection.root)
+    taps = [replace(each, segment=each.segment[:count], row=each.row[:count]) for each in manifest.taps]
+    cut: dict[str, Any] = {name: getattr(manifest, name)[:count] for name in ("prompt_length", "written", "domain")}
+    return FeatureReader(replace(manifest, taps=taps, **cut), found.root)
 
 
 if __name__ == "__main__":

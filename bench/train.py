@@ -24,7 +24,7 @@ from bench import recipes
 from bench.common import default_config, load_base, machine, reader, spread, table
 from spec import base, costs
 from spec.device import synchronize
-from spec.store import features
+from spec.store import tables as base_tables
 from spec.training.start import initialise, shape_on
 from spec.training.teacher import Teacher
 from spec.workers import this_worker
@@ -139,7 +139,7 @@ def one(request: Mapping[str, object]) -> dict[str, float]:
     worker = this_worker()
     data = reader(default_config(), "train")
     shape = shape_on(config.model.speculator, data.manifest)
-    tables = features.load_tables(data.collection)
+    tables = base_tables.load(data.tables)
     speculator = initialise(config, shape, data.token_counts(), tables).to(worker.device)
     order = data.order(0, 0)
     parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]

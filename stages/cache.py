@@ -1,38 +1,31 @@
-"""cache: the frozen base runs once over every sequence; its hidden states go to the store."""
+"""cache: the frozen base runs once over every sequence; what heads read of it goes to the store."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spec import base, corpus, files
+from spec import base, files
 from spec.config import Config
 from spec.corpus import TokenSequence
-from spec.store import features, index, locks, upkeep
+from spec.store import features, index, locks, tables, upkeep
 from spec.store.collection import Collection
-from spec.store.features import FeatureRow
-from spec.store.manifest import Manifest
-from spec.store.plan import item_key
+from spec.store.features import FeatureRow, Group, TapStore
+from spec.store.manifest import Manifest, make_manifest
 from spec.workers import this_worker
 from stages import common
 
 
 @dataclass(frozen=True)
-class _Sequences:
-    """Every sequence of every split, and where its states are kept."""
+class _Kept:
+    """Where the store keeps what belongs to the base and its vectors."""
 
-    collection: Collection
-    splits: dict[str, list[TokenSequence]]
-    keys: dict[str, list[str]]
-
-    def rows(self) -> list[FeatureRow]:
-        return [
-            FeatureRow(key, row.ids, row.mask)
-            for split, rows in self.splits.items()
-            for key, row in zip(self.keys[split], rows, strict=True)
-        ]
+    root: Path
+    taps: list[TapStore]
+    tables: Collection
 
 
 @common.worker_option
@@ -40,37 +33,72 @@ class _Sequences:
 def cache(config: Config, worker: Path | None) -> None:
     """Run the base over what the store lacks, and write data/features/SPLIT.json."""
     sources = common.read_sources()
+    splits = {split: common.read_responses(config, split, sources) for split in common.SPLITS}
     if not config.model.freeze_base_model:
         _write_joint(config, sources)
         return
-    splits = {split: _read(config, split, sources) for split in common.SPLITS}
-    identity = features.identity(sources["base"], config.model.dtype, features.codec_of(config.features))
-    collection = Collection(common.store_root(config), "features", identity)
-    keys = {split: [item_key(row.ids, row.mask) for row in rows] for split, rows in splits.items()}
-    sequences = _Sequences(collection, splits, keys)
+    rows = {split: list(map(FeatureRow.of, each)) for split, each in splits.items()}
+    every = list(itertools.chain.from_iterable(rows.values()))
     if worker is not None:
-        _work(config, sequences, files.read_json(worker), sources)
+        plan = files.read_json(worker)
+        common.check_arithmetic(plan["arithmetic"], config)
+        _work(config, _kept(config, sources, plan["arithmetic"]), every, plan["groups"], sources)
         return
-    rows = sequences.rows()
-    with locks.in_use(collection.root):
-        index.write(collection.root, itertools.chain.from_iterable(splits.values()))
-        groups = common.plan_missing(
-            collection, "cache", lambda known: features.plan(rows, known, config.features.segment_tokens)
-        )
-        missing = [rows[number] for group in groups for number in group]
-        tokens = sum(len(row.ids) for row in missing)
-        unique = len({row.key for row in rows})
-        common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
-        if groups or not features.has_tables(collection):
-            positions = sum(int(row.mask[1:].sum()) for row in missing)
-            width = text_config(config, sources).hidden_size
-            needed = features.stored_bytes(
-                positions, tokens, width, config.model.dtype, features.codec_of(config.features)
-            )
-            common.need_space(collection.folder, needed, "cache")
-            common.run_workers(config, "stages.cache", groups)
-        report = {split: _write(config, split, sequences, sources["base"]) for split in splits}
+    computed_in = common.arithmetic_here(config)
+    kept = _kept(config, sources, computed_in)
+    with locks.in_use(kept.root):
+        index.write(kept.root, itertools.chain.from_iterable(splits.values()))
+        known = [common.known_rows(store.collection, "cache") for store in kept.taps]
+        with_tables = tables.ITEM in common.known_rows(kept.tables, "cache")
+        groups = features.plan(every, known, config.features.segment_tokens)
+        _say_missing(kept, every, groups)
+        if groups or not with_tables:
+            needed = _needed_bytes(config, sources, kept, every, groups)
+            common.need_space(kept.root, needed, "cache")
+            common.run_workers(config, "stages.cache", {"arithmetic": computed_in, "groups": groups})
+        report = {}
+        for split, each in splits.items():
+            manifest = _manifest(config, kept, each, [row.key for row in rows[split]], sources["base"])
+            report[split] = _write(kept, split, manifest)
     _report(report)
+
+
+def _kept(config: Config, sources: dict[str, Any], computed_in: str) -> _Kept:
+    root = common.store_root(config)
+    taps = features.tap_stores(root, sources["base"], config, computed_in)
+    return _Kept(root, taps, tables.collection(root, sources["base"], config.model.dtype))
+
+
+def _say_missing(kept: _Kept, rows: list[FeatureRow], groups: list[Group]) -> None:
+    """How many sequences are to be computed, and for each tap how many the store has in another arithmetic."""
+    missing = [rows[number] for numbers, _ in groups for number in numbers]
+    tokens, unique = sum(len(row.ids) for row in missing), len({row.key for row in rows})
+    common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
+    for number, store in enumerate(kept.taps):
+        keys = {rows[index].key for numbers, taps in groups if number in taps for index in numbers}
+        if keys:
+            common.say_computed_elsewhere(store.collection, keys, "cache")
+
+
+def _needed_bytes(
+    config: Config, sources: dict[str, Any], kept: _Kept, rows: list[FeatureRow], groups: list[Group]
+) -> int:
+    """What the segments of some groups take at most."""
+    width = text_config(config, sources).hidden_size
+    needed = 0
+    for numbers, taps in groups:
+        group = [rows[number] for number in numbers]
+        vectors = sum(kept.taps[tap].position_bytes(group, width, config.model.dtype) for tap in taps)
+        needed += vectors + len(taps) * 5 * sum(len(row.ids) for row in group)
+    return needed
+
+
+def _manifest(
+    config: Config, kept: _Kept, rows: list[TokenSequence], keys: list[str], source: dict[str, Any]
+) -> Manifest:
+    greedy = config.base_answers and config.respond.temperature == 0
+    collections = [store.collection for store in kept.taps]
+    return make_manifest(collections, keys, rows, base=source, **tables.shape(kept.tables), greedy=greedy)
 
 
 def _report(report: dict[str, dict[str, float]]) -> None:
@@ -84,15 +112,8 @@ def _write_joint(config: Config, sources: dict[str, Any]) -> None:
     """Empty manifests: when the base is trained too, its states are never the same twice."""
     text = text_config(config, sources)
     for split in common.SPLITS:
-        _read(config, split, sources)
-        target = common.features_path(split)
-        Manifest.joint(
-            sources["base"],
-            config.model.dtype,
-            text.hidden_size,
-            text.vocab_size,
-            files.digest_file(common.responses_path(split)),
-        ).save(target)
+        target, content = common.features_path(split), files.digest_file(common.responses_path(split))
+        Manifest.joint(sources["base"], config.model.dtype, text, content).save(target)
         common.say(f"cache {split}: nothing to cache, the base is trained too -> {target}")
     _report({})
 
@@ -102,52 +123,48 @@ def text_config(config: Config, sources: dict[str, Any]) -> Any:
     return base.read_config(common.base_folder(config, sources), config.model.trust_remote_code).get_text_config()
 
 
-def _read(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequence]:
-    path = common.responses_path(split)
-    common.check_origin(path, common.responses_origin(config, sources))
-    return corpus.read(path)
-
-
-def _work(config: Config, sequences: _Sequences, groups: list[list[int]], sources: dict[str, Any]) -> None:
+def _work(config: Config, kept: _Kept, rows: list[FeatureRow], groups: list[Group], sources: dict[str, Any]) -> None:
     """This worker's part."""
     me = this_worker()
     folder = common.base_folder(config, sources)
     model = base.load(config.model, folder, sources["base"]["weights"])
-    rows = sequences.rows()
     if me.first:
-        features.save_tables(model, sequences.collection, rows)
-    total = sum(len(rows[number].ids) for group in groups for number in group)
+        tables.save(model, kept.tables, [row.ids for row in rows])
+    total = sum(len(rows[number].ids) for numbers, _ in groups for number in numbers)
     with common.shared_progress(total, "tokens", "cache", me) as advance:
-        codec = features.codec_of(config.features)
-        features.produce(model, sequences.collection, rows, groups, codec, advance, me.rank, me.world)
+        features.produce(model, kept.taps, rows, groups, advance, me.rank, me.world)
 
 
-def _write(config: Config, split: str, sequences: _Sequences, base: dict[str, Any]) -> dict[str, float]:
-    """The split's manifest; returns what it comes to."""
-    collection, rows = sequences.collection, sequences.splits[split]
-    greedy = config.base_answers and config.respond.temperature == 0
-    manifest = features.describe(collection, rows, sequences.keys[split], base, greedy)
+def _write(kept: _Kept, split: str, manifest: Manifest) -> dict[str, float]:
+    """Keep the split's manifest; returns what it comes to."""
     target = common.features_path(split)
     manifest.save(target)
-    answered = upkeep.root_segments(collection.root, common.responses_path(split))
-    upkeep.add_root(collection.root, target, {**answered, collection.folder.name: manifest.segments})
-    # A segment may hold rows of other splits: what one of its positions takes is what this split pays for each of its.
-    used = [collection.record(name) for name in manifest.segments]
-    stored = sum(record.size for record in used)
-    held = sum(features.positions_of(collection, record.name) for record in used)
-    a_position = stored / held if held else 0.0
+    answered = upkeep.root_segments(kept.root, common.responses_path(split))
+    upkeep.add_root(kept.root, target, {**answered, **manifest.needed(kept.root)})
+    stored = sum(
+        _bytes_of(store, places.segments, manifest) for store, places in zip(kept.taps, manifest.taps, strict=True)
+    )
+    a_position = stored / manifest.positions if manifest.positions else 0.0
     share = manifest.positions / manifest.tokens
     common.say(
-        f"cache {split}: {len(rows)} sequences, {manifest.positions:,} positions ({share:.0%} of {manifest.tokens:,} "
-        f"tokens), {a_position:,.0f} bytes each ({common.size(a_position * manifest.positions)}) -> {target}"
+        f"cache {split}: {len(manifest)} sequences, {manifest.positions:,} positions ({share:.0%} of "
+        f"{manifest.tokens:,} tokens), {a_position:,.0f} bytes each ({common.size(stored)}) -> {target}"
     )
     return {
-        "sequences": len(rows),
+        "sequences": len(manifest),
         "tokens": manifest.tokens,
         "positions": manifest.positions,
         "share_kept": round(share, 4),
         "bytes_per_position": round(a_position, 1),
     }
+
+
+def _bytes_of(store: TapStore, segments: Sequence[str], manifest: Manifest) -> float:
+    """What a split takes of its segments of a tap, which may hold rows of other splits: its part of their vectors."""
+    size = sum(store.collection.record(name).size for name in segments)
+    held = sum(features.vectors_of(store.collection, name) for name in segments)
+    mine = manifest.positions if store.tap.positions == "answers" else manifest.tokens
+    return size * mine / held if held else 0.0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from tqdm import tqdm
 from spec import base, corpus, files
 from spec import config as config_module
 from spec.config import Config
+from spec.corpus import TokenSequence
+from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
-from spec.store import answers, features, upkeep
+from spec.store import identity, upkeep
 from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
 from spec.workers import Worker
@@ -184,7 +186,7 @@ def store_root(config: Config) -> Path:
 
 
 def open_manifest(config: Config, split: str) -> Manifest:
-    """The split's manifest, made for these parameters and this base.
+    """The split's manifest, which is believed where it is of this base and of a base that is trained or not as here.
 
     Raises:
         StoreError: it is missing, or made for others; names what differs.
@@ -192,14 +194,14 @@ def open_manifest(config: Config, split: str) -> Manifest:
     path = features_path(split)
     manifest = Manifest.load(path)
     base = read_sources()["base"] if SOURCES.is_file() else manifest.base
-    if config.model.freeze_base_model:
-        expected = features.identity(base, config.model.dtype, features.codec_of(config.features))
-    else:
-        expected = dict(Manifest.joint(base, config.model.dtype, 0, 0, "").identity)
-    check_identity(manifest.identity, expected, str(path))
+    found, expected = (
+        {"freeze_base_model": frozen, "base": of["weights"], "tokenizer": of["tokenizer"]}
+        for frozen, of in ((manifest.frozen, manifest.base), (config.model.freeze_base_model, base))
+    )
+    check_identity(found, expected, str(path))
     root = store_root(config)
-    if manifest.segments and not upkeep.touch_root(root, path):  # it came with git and DVC, not from a stage here
-        upkeep.add_root(root, path, {manifest.collection(root).folder.name: manifest.segments})
+    if manifest.frozen and not upkeep.touch_root(root, path):  # it came with git and DVC, not from a stage here
+        upkeep.add_root(root, path, manifest.needed(root))
     return manifest
 
 
@@ -216,37 +218,65 @@ def check_joint(manifest: Manifest, split: str) -> None:
         )
 
 
-def responses_origin(config: Config, sources: dict[str, Any]) -> dict[str, Any]:
-    """What data/responses/SPLIT.parquet depends on beside the tokens."""
-    if not config.base_answers:
-        return {"source": "data", "tokenizer": sources["base"]["tokenizer"]}
-    return {"source": "base", **answers.identity(sources["base"], config.model.dtype, config.respond)}
+def arithmetic_here(config: Config) -> str:
+    """What the base computes in on this machine."""
+    return str(arithmetic(config.model.dtype, choose_device())).removeprefix("torch.")
 
 
-def check_origin(path: Path, expected: dict[str, Any]) -> None:
-    """Refuse sequences that were made with other parameters or another base.
+def check_arithmetic(planned: str, config: Config) -> None:
+    """Check that a worker computes as the stage that started it does, by which the results are named.
 
     Raises:
-        StoreError: names what differs.
+        SpecError: it does not.
     """
-    check_identity(corpus.read_origin(path), expected, str(path))
+    if arithmetic_here(config) != planned:
+        raise SpecError(
+            f"this worker computes in {arithmetic_here(config)}, and the stage that started it in {planned}: start it "
+            "on a machine like those of its workers (a GPU, or the same kind of CPU)"
+        )
 
 
-def plan_missing(
-    collection: Collection, name: str, make_plan: Callable[[Iterable[str]], list[list[int]]]
-) -> list[list[int]]:
-    """Groups of rows that the store lacks; what is seen to be damaged is set aside and counts as missing.
+def responses_origin(config: Config, sources: dict[str, Any], computed_in: str) -> dict[str, Any]:
+    """What data/responses/SPLIT.parquet depends on beside the tokens, where the base computed in this arithmetic."""
+    if not config.base_answers:
+        return {"source": "data", "tokenizer": sources["base"]["tokenizer"]}
+    return {"source": "base", **identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)}
+
+
+def read_responses(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequence]:
+    """What respond wrote for these parameters and this base, in whatever arithmetic.
+
+    Raises:
+        StoreError: it was made for others; names what differs.
+    """
+    path = responses_path(split)
+    found = corpus.read_origin(path)
+    check_identity(found, responses_origin(config, sources, found.get("arithmetic", "")), str(path))
+    return corpus.read(path)
+
+
+def known_rows(collection: Collection, name: str) -> dict[str, tuple[str, int]]:
+    """Where the rows that the store has lie; what is seen to be damaged is set aside and counts as missing.
 
     Args:
-        collection: of the store.
+        collection: of the store; made where it is missing.
         name: of the stage.
-        make_plan: given the keys that the store has.
     """
     collection.create()
     for damaged, error in collection.survey()[1].items():
         target = collection.set_aside(damaged)
         say(f"{name}: segment {damaged} is damaged ({error.reason}): moved to {target}, its rows are computed again")
-    return make_plan(collection.find())
+    return collection.find()
+
+
+def say_computed_elsewhere(collection: Collection, missing: Set[str], name: str) -> None:
+    """Say which of the missing rows the store has from a machine that computes in another arithmetic."""
+    here = collection.identity["arithmetic"]
+    for other in {"bfloat16", "float16", "float32"} - {here}:
+        elsewhere = Collection(collection.root, collection.kind, {**collection.identity, "arithmetic": other})
+        count = len(missing & elsewhere.find().keys())
+        if count:
+            say(f"{name}: the store has {count} of them computed in {other}; here they are computed again, in {here}")
 
 
 def need_space(

@@ -13,10 +13,9 @@ from spec import acceptance, base, corpus, evaluation, files, heads, plots, reco
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device
-from spec.store import features, index, locks
-from spec.store.collection import Collection
+from spec.store import features, index, locks, tables
 from spec.store.features import FeatureRow
-from spec.store.manifest import Manifest
+from spec.store.manifest import Manifest, make_manifest
 from spec.store.reader import FeatureReader
 from stages import common
 
@@ -53,7 +52,9 @@ def evaluate(config: Config) -> None:
     try:
         root = common.store_root(config)
         with locks.in_use(root):
-            metrics, shown = _measure(config, source, FeatureReader(manifest, root), shape.n_predict)
+            reader = FeatureReader(manifest, root)
+            reader.check()
+            metrics, shown = _measure(config, source, reader, shape.n_predict)
         artifacts = {str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()}
         lines = _report(metrics, shown)
         made: dict[str, Any] = {"metrics": _flat(metrics), "headline": HEADLINE, "artifacts": artifacts}
@@ -77,9 +78,9 @@ def _measure(
     """
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
-    kind = features.logits(reader.collection)
-    tables = {} if kind is None else features.load_tables(reader.collection)
-    lm_head, bias = (tables[name].to(device, dtype) if name in tables else None for name in ("lm_head", "bias"))
+    kind = tables.logits(reader.tables)
+    found = {} if kind is None else tables.load(reader.tables)
+    lm_head, bias = (found[name].to(device, dtype) if name in found else None for name in ("lm_head", "bias"))
     with common.progress(
         (1 + (kind is not None)) * reader.manifest.positions, "positions", "evaluate: exact walk"
     ) as bar:
@@ -134,21 +135,22 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
     source = {"name": str(common.TRAINED_BASE), "revision": None, **base.identify(common.TRAINED_BASE, trusted)}
     source["tokenizer"] = common.read_sources()["base"]["tokenizer"]  # it made the ids, and `forget` looks for it
     rows = corpus.read(common.responses_path("eval"))
-    identity = features.identity(source, config.model.dtype, features.codec_of(config.features))
-    collection = Collection(common.store_root(config), "features", identity)
+    root = common.store_root(config)
+    stores = features.tap_stores(root, source, config, common.arithmetic_here(config))
+    kept = tables.collection(root, source, config.model.dtype)
     keyed = list(map(FeatureRow.of, rows))
-    with locks.in_use(collection.root):
-        index.write(collection.root, rows)
-        groups = common.plan_missing(
-            collection, "evaluate", lambda known: features.plan(keyed, known, config.features.segment_tokens)
-        )
+    with locks.in_use(root):
+        index.write(root, rows)
+        known = [common.known_rows(store.collection, "evaluate") for store in stores]
+        common.known_rows(kept, "evaluate")
+        groups = features.plan(keyed, known, config.features.segment_tokens)
         model = base.load(config.model, common.TRAINED_BASE, source["weights"])
-        total = sum(len(keyed[number].ids) for group in groups for number in group)
+        total = sum(len(keyed[number].ids) for numbers, _ in groups for number in numbers)
         with common.progress(total, "tokens", "evaluate: states of the trained base") as bar:
-            features.save_tables(model, collection, keyed)
-            features.produce(model, collection, keyed, groups, features.codec_of(config.features), bar.update)
-    manifest = features.describe(collection, rows, [row.key for row in keyed], source, greedy=False)
-    return source, manifest
+            tables.save(model, kept, [row.ids for row in rows])
+            features.produce(model, stores, keyed, groups, bar.update)
+    keys, collections = [row.key for row in keyed], [store.collection for store in stores]
+    return source, make_manifest(collections, keys, rows, base=source, **tables.shape(kept), greedy=False)
 
 
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:

@@ -15,7 +15,7 @@ from spec.corpus import TokenSequence
 from spec.costs import Job, Machine
 from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
-from spec.store import answers, features
+from spec.store import answers, features, identity
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
@@ -129,20 +129,25 @@ def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[Toke
     for split in common.SPLITS:
         tokens += corpus.read(common.tokens_path(split))
         with_answers = common.responses_path(split)
-        if with_answers.is_file() and corpus.read_origin(with_answers) == common.responses_origin(config, sources):
-            responses += corpus.read(with_answers)
+        if with_answers.is_file():
+            found = corpus.read_origin(with_answers)
+            if found == common.responses_origin(config, sources, found.get("arithmetic", "")):
+                responses += corpus.read(with_answers)
     prompts = [row.ids[: row.prompt_length] for row in tokens if row.prompt_length and config.base_answers]
     return prompts, responses or tokens
 
 
 def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: list[TokenSequence]) -> _Work:
     root, dtype = common.store_root(config), config.model.dtype
-    written = Collection(root, "answers", answers.identity(sources["base"], dtype, config.respond)).find()
+    computed_in = common.arithmetic_here(config)
+    content = identity.answers(sources["base"], dtype, config.respond, computed_in)
+    written = Collection(root, "answers", content).find()
     estimated = any(row.prompt_length == len(row) for row in rows)
-    identity = features.identity(sources["base"], dtype, features.codec_of(config.features))
-    cached = Collection(root, "features", identity).find()
-    keyed, size = list(map(FeatureRow.of, rows)), config.features.segment_tokens
-    lacking = [keyed[number] for group in features.plan(keyed, () if estimated else cached, size) for number in group]
+    stores = features.tap_stores(root, sources["base"], config, computed_in)
+    cached = [() if estimated else store.collection.find() for store in stores]
+    keyed = list(map(FeatureRow.of, rows))
+    groups = features.plan(keyed, cached, config.features.segment_tokens)
+    lacking = [keyed[number] for numbers, _ in groups for number in numbers]
     most = config.respond.max_new_tokens if estimated else 0
     return _Work(
         sequences=len(rows),

@@ -17,8 +17,8 @@ from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
 from spec.errors import SpecError
 from spec.serving import require_vllm
-from spec.store import answers, index, locks, upkeep
-from spec.store.collection import Collection
+from spec.store import answers, identity, index, locks, upkeep
+from spec.store.collection import Collection, check_identity
 from spec.store.plan import item_key
 from spec.workers import this_worker
 from stages import common
@@ -41,17 +41,20 @@ def respond(config: Config, worker: Path | None) -> None:
     tokens = {split: _read(split, sources) for split in common.SPLITS}
     if not config.base_answers:
         for split, rows in tokens.items():
-            _write(split, rows, "", common.responses_origin(config, sources))
+            _write(split, rows, "", common.responses_origin(config, sources, ""))
         return
     if config.respond.engine == "vllm":
         require_vllm()
     asked = [row.ids[: row.prompt_length] for rows in tokens.values() for row in rows if row.prompt_length]
-    identity = answers.identity(sources["base"], config.model.dtype, config.respond)
-    collection = Collection(common.store_root(config), "answers", identity)
+    plan = None if worker is None else files.read_json(worker)
+    computed_in = common.arithmetic_here(config) if plan is None else plan["arithmetic"]
+    content = identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)
+    collection = Collection(common.store_root(config), "answers", content)
     prompts = _Prompts(collection, list(map(item_key, asked)), asked)
     folder = common.base_folder(config, sources)
-    if worker is not None:
-        _work(config, prompts, files.read_json(worker), folder, sources)
+    if plan is not None:
+        common.check_arithmetic(computed_in, config)
+        _work(config, prompts, plan["groups"], folder, sources)
         return
     bucket: Callable[[int], int] = base.prompt_bucket
     if config.respond.engine == "transformers":
@@ -59,26 +62,24 @@ def respond(config: Config, worker: Path | None) -> None:
     stops = base.stop_ids(folder, config.model.trust_remote_code)
     with locks.in_use(collection.root):
         index.write(collection.root, itertools.chain.from_iterable(tokens.values()))
-        size = config.respond.batch_size
-        groups = common.plan_missing(
-            collection, "respond", lambda known: answers.plan(prompts.ids, known, size, bucket)
-        )
-        missing = sum(map(len, groups))
-        common.say(f"respond: {missing} of {len(set(prompts.keys))} answers are to be written by the base")
+        groups = answers.plan(prompts.ids, common.known_rows(collection, "respond"), config.respond.batch_size, bucket)
+        missing = {prompts.keys[row] for group in groups for row in group}
+        common.say(f"respond: {len(missing)} of {len(set(prompts.keys))} answers are to be written by the base")
         if groups:
-            common.need_space(collection.folder, missing * (4 * config.respond.max_new_tokens + 64), "respond")
-            common.run_workers(config, "stages.respond", groups)
+            common.say_computed_elsewhere(collection, missing, "respond")
+            common.need_space(collection.folder, len(missing) * (4 * config.respond.max_new_tokens + 64), "respond")
+            common.run_workers(config, "stages.respond", {"arithmetic": computed_in, "groups": groups})
         written = dict(zip(prompts.keys, answers.read(collection, prompts.keys), strict=True))
         places = collection.find()
         for split, rows in tokens.items():
-            _complete(config, split, rows, written, stops, common.responses_origin(config, sources))
+            _complete(config, split, rows, written, stops, common.responses_origin(config, sources, computed_in))
             used = {places[item_key(row.ids[: row.prompt_length])][0] for row in rows if row.prompt_length}
             upkeep.add_root(collection.root, common.responses_path(split), {collection.folder.name: sorted(used)})
 
 
 def _read(split: str, sources: dict[str, Any]) -> list[TokenSequence]:
     path = common.tokens_path(split)
-    common.check_origin(path, {"tokenizer": sources["base"]["tokenizer"]})
+    check_identity(corpus.read_origin(path), {"tokenizer": sources["base"]["tokenizer"]}, str(path))
     return corpus.read(path)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from spec import base, corpus, files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store import features, index, locks, segment, upkeep
+from spec.store import index, locks, segment, upkeep
 from spec.store.manifest import Manifest
 from spec.store.transfer import Place, Transfer
 from stages import common
@@ -51,14 +51,6 @@ def info(config: Config, manifest: Path | None) -> None:
 
 
 def _describe(root: Path, manifest: Manifest, path: Path) -> None:
-    collection = manifest.collection(root)
-    missing = []
-    for name, digest in zip(manifest.segments, manifest.digests, strict=True):
-        try:
-            if collection.record(name).digest != digest:
-                missing.append(name)
-        except segment.DamagedError:
-            missing.append(name)
     counts = np.bincount(np.asarray(manifest.domain, np.int64), minlength=len(manifest.domains))
     domains = ", ".join(f"{name} {count}" for name, count in zip(manifest.domains, counts, strict=True))
     share = manifest.positions / max(manifest.tokens, 1)
@@ -67,11 +59,21 @@ def _describe(root: Path, manifest: Manifest, path: Path) -> None:
         f"({share:.0%} of {manifest.tokens:,} tokens)\n"
         f"    base: {manifest.base['name']} ({manifest.base['weights'][:16]}), {manifest.dtype}, "
         f"d={manifest.hidden_size}, V={manifest.vocab_size}\n"
-        f"    digest: {manifest.digest}\n"
-        f"    in {collection.folder}: {len(manifest.segments)} segments, {len(missing)} missing or damaged"
+        f"    digest: {manifest.digest}"
     )
-    for name in missing:
-        common.say(f"    MISSING: {name}")
+    for places in manifest.taps:
+        collection, missing = places.collection(root), []
+        for name, digest in zip(places.segments, places.digests, strict=True):
+            try:
+                if collection.record(name).digest != digest:
+                    missing.append(name)
+            except segment.DamagedError:
+                missing.append(name)
+        tap = f"layer {places.identity['layer']} at {places.tap.positions}"
+        held = f"{len(places.segments)} segments, {len(missing)} missing or damaged"
+        common.say(f"    {tap}, in {collection.folder}: {held}")
+        for name in missing:
+            common.say(f"    MISSING: {name}")
 
 
 @common.stage_of(store)
@@ -216,9 +218,7 @@ def pull(config: Config, url: str, manifests: tuple[Path, ...], dry_run: bool) -
     """
     root, source = common.store_root(config), Place(url)
     if not source.collections():
-        raise SpecError(
-            f"{url} holds no store: there is no folder such as features-0123456789abcdef; check the address"
-        )
+        raise SpecError(f"{url} holds no store: there is no folder such as states-0123456789abcdef; check the address")
     _copy(root, Transfer(source, Place(root), _named(root, manifests)), "pull", False, dry_run)
 
 
@@ -227,9 +227,7 @@ def _named(root: Path, manifests: tuple[Path, ...]) -> dict[str, set[str]] | Non
     found: dict[str, set[str]] = {}
     for path in manifests:
         manifest = Manifest.load(path)
-        collection = manifest.collection(root)
-        tables = [collection.name_of(features.TABLES)] if manifest.segments else []
-        needed = {**upkeep.root_segments(root, path), collection.folder.name: [*manifest.segments, *tables]}
+        needed = {**upkeep.root_segments(root, path), **manifest.needed(root)}
         for folder, names in needed.items():
             found.setdefault(folder, set()).update(names)
     return found if manifests else None

@@ -21,7 +21,8 @@ from spec.config import Config, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
 from spec.record import RUN_FILE
-from spec.store import features, locks
+from spec.store import locks
+from spec.store import tables as base_tables
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop, start
@@ -73,7 +74,7 @@ def train(config: Config, worker: Path | None) -> None:
         if joint:
             common.check_joint(manifest, split)
             continue
-        FeatureReader(manifest, common.store_root(config))  # complains about a store that lacks something
+        FeatureReader(manifest, common.store_root(config)).check()
         if not manifest.positions:
             raise SpecError(f"{common.features_path(split)} has no position to train on: no token of it is supervised")
     mark = common.TRAINED_BASE / _MARK
@@ -196,17 +197,15 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
     readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
     train_reader = readers["train"]
     with_tables = start.needs_tables(config.model.speculator) or config.optim.loss == "kl"
-    tables = features.load_tables(train_reader.collection) if with_tables else {}
+    tables = base_tables.load(train_reader.tables) if with_tables else {}
     speculator = start.initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
     teacher = None
     if config.optim.loss == "kl":
-        found = features.logits(train_reader.collection)
+        found = base_tables.logits(train_reader.tables)
         if found is None:
-            tables_at = train_reader.collection.folder / train_reader.collection.name_of(features.TABLES)
             raise SpecError(
                 f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
-                "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce. If an "
-                f"earlier version filled the store, remove {tables_at} and run `spec cache`"
+                "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce"
             )
         teacher = Teacher(tables["lm_head"], found, tables.get("bias"))
     return FrozenTask(config, speculator, train_reader, readers["val"], me, teacher)

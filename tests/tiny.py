@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, Qwen2Config
 
 from spec.corpus import TokenSequence
-from spec.store import codecs, features
+from spec.heads import LAST, Tap
+from spec.store import codecs, features, identity
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest, make_manifest
@@ -165,34 +166,33 @@ def store_features(
     segment_tokens: int = 64,
     codec: str = "none",
     states: Callable[[TokenSequence], NDArray[np.float32]] = states_of,
+    taps: Sequence[Tap] = (LAST,),
 ) -> Manifest:
-    """Put made-up features of rows into a store, in the layout of features.produce, and return their manifest."""
+    """Put made-up features of rows into a store, in the layout of features.produce, and return their manifest.
+
+    What layer k reads are the states plus k + 1.
+    """
     base = {"name": "made-up", "revision": None, "weights": "w", "tokenizer": "t", "generation": "g"}
-    collection = Collection(root, "features", features.identity(base, dtype, CODECS[codec]))
-    collection.create()
-    keys = [item_key(row.ids, row.mask) for row in rows]
-    attributes = {"dtype": dtype, "offsets": features.offsets(CODECS[codec])}
-    for group in plan_groups(keys, [len(row) for row in rows], collection.find(), lambda length: 0, segment_tokens):
-        claim = collection.claim([keys[i] for i in group])
-        assert claim is not None
-        stored = []
-        for row in (rows[i] for i in group):
-            kept = torch.from_numpy(states(row)[features.kept_positions(row.mask)]).to(getattr(torch, dtype))
-            encoded = CODECS[codec].encode(kept)
-            stored.append({**{k: codecs.to_numpy(v) for k, v in encoded.items()}, "ids": row.ids, "mask": row.mask})
-        claim.commit(stored, attributes, CODECS[codec])
-    return make_manifest(
-        collection,
-        keys,
-        base=base,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        prompt_length=[row.prompt_length for row in rows],
-        written=[row.prompt_length > 0 for row in rows],
-        domains=[row.domain for row in rows],
-        tokens=sum(map(len, rows)),
-        positions=sum(int(row.mask[1:].sum()) for row in rows),
-    )
+    keys, lengths = [item_key(row.ids, row.mask) for row in rows], [len(row) for row in rows]
+    made = CODECS[codec]
+    attributes = {"dtype": dtype, "width": hidden_size, "offsets": features.offsets(made)}
+    collections = []
+    for tap in taps:
+        collection = Collection(root, "states", identity.states(base, dtype, tap, made, dtype))
+        collection.create()
+        collections.append(collection)
+        for group in plan_groups(keys, lengths, collection.find(), lambda length: 0, segment_tokens):
+            claim = collection.claim([keys[i] for i in group])
+            assert claim is not None
+            stored = []
+            for row in (rows[i] for i in group):
+                vectors = states(row) + (0 if tap.layer is None else tap.layer + 1)
+                kept = torch.from_numpy(vectors[features.kept_positions(row.mask, tap)]).to(getattr(torch, dtype))
+                arrays = {name: codecs.to_numpy(tensor) for name, tensor in made.encode(kept).items()}
+                stored.append({**arrays, "ids": row.ids, "mask": row.mask})
+            claim.commit(stored, attributes, made)
+    shape = {"dtype": dtype, "hidden_size": hidden_size, "vocab_size": vocab_size, "layers": 2}
+    return make_manifest(collections, keys, rows, base=base, **shape, greedy=True)
 
 
 def with_instructions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from spec.heads import LAST, Tap
 
 
 class Tapped:
-    """Keeps the newest vectors of some taps, for every forward of the base that runs inside the block.
+    """Keeps the newest vectors of some taps, for every forward of the base that its thread runs inside the block.
 
     Attributes:
         states: by tap its vectors [B, S, width] of the newest forward, at all positions.
@@ -31,6 +32,7 @@ class Tapped:
             (decoder if tap.layer is None else _layer(decoder, tap.layer), tap) for tap in taps
         ]
         self._hooks: list[Any] = []
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> Tapped:
         for module, tap in self._reading:
@@ -46,7 +48,7 @@ class Tapped:
 
     def _keep_output(self, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.states[tap] = output.last_hidden_state
+            self._keep(tap, output.last_hidden_state)
 
         return keep
 
@@ -59,9 +61,13 @@ class Tapped:
                     f"layer {tap.layer} ({type(module).__name__}) reads {found}, expected one vector for each token "
                     "[B, S, width]: heads that read layers cannot be trained for this base"
                 )
-            self.states[tap] = vectors
+            self._keep(tap, vectors)
 
         return keep
+
+    def _keep(self, tap: Tap, vectors: Tensor) -> None:
+        if threading.get_ident() == self._thread:  # others may run the same model
+            self.states[tap] = vectors
 
 
 def read_taps(model: Any, ids: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:

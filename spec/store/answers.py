@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,24 +14,7 @@ from spec.store.collection import Collection, Writer, share_out
 from spec.store.plan import Parts, item_key, plan_groups
 from spec.store.segment import Row, rows_of
 
-ENGINES = {"transformers": "transformers, padded to powers of two", "vllm": "vllm"}
-"""What an answer's arithmetic depends on, by respond.engine."""
-
 OFFSETS = {"prompt": "prompt_offsets", "answer": "answer_offsets"}
-
-
-def identity(base: Mapping[str, str], dtype: str, params: Respond) -> dict[str, Any]:
-    """Everything an answer depends on besides the prompt's tokens."""
-    return {
-        "base": base["weights"],
-        "tokenizer": base["tokenizer"],
-        "generation": base["generation"],
-        "dtype": dtype,
-        "max_new_tokens": params.max_new_tokens,
-        "temperature": params.temperature,
-        "seed": params.seed if params.temperature else None,
-        "producer": ENGINES[params.engine],
-    }
 
 
 def plan(
@@ -86,8 +68,9 @@ def produce(
         seeds = [params.seed ^ int(keys[row][:15], 16) for row in group[part]]
         return answer(asked, params.max_new_tokens, params.temperature, seeds, on_tokens)
 
-    with Writer(codecs.NONE) as writer:
-        for index, claim in share_out(collection, [[keys[r] for r in group] for group in groups], rank, world):
+    wanted = [[(collection, [keys[row] for row in group])] for group in groups]
+    with Writer() as writer:
+        for index, claims in share_out(wanted, rank, world):
             group = groups[index]
             lengths = [len(prompts[row]) for row in group]
             answers = [ids for _, found in parts.run(partial(ask, group), lengths) for ids in found]
@@ -95,7 +78,8 @@ def produce(
                 {"prompt": prompts[row], "answer": np.asarray(ids, np.int32)}
                 for row, ids in zip(group, answers, strict=True)
             ]
-            writer.write(claim, rows, attributes)
+            (claim,) = claims
+            writer.write(claims, partial(claim.commit, rows, attributes, codecs.NONE))
 
 
 def read(collection: Collection, keys: Sequence[str]) -> list[NDArray[np.int32]]:

@@ -33,7 +33,7 @@ class Collection:
 
     Attributes:
         root: the store.
-        kind: what is kept: "features" or "answers".
+        kind: what is kept: "states" of one tap, the base's "tables", or "answers".
         identity: everything the content depends on beside the row itself.
     """
 
@@ -54,7 +54,10 @@ class Collection:
             identity = json.loads(content)
             version = identity.pop("format")
             if version != FORMAT:
-                raise ValueError(f"its format is {version}, this version reads {FORMAT}; `spec store gc` removes it")
+                raise ValueError(
+                    f"its format is {version}, this version reads {FORMAT}: `spec respond` and `spec cache` make anew "
+                    "what it holds, and `spec store gc` removes it"
+                )
             found = cls(folder.parent, folder.name.rpartition("-")[0], identity)
             if found._identity_bytes() != content or found.folder.name != folder.name:
                 raise ValueError(f"{IDENTITY} is not as it was written")
@@ -278,65 +281,98 @@ class Claim:
         self.lock.release()
 
 
-def share_out(
-    collection: Collection, groups: Sequence[Sequence[str]], rank: int, world: int
-) -> Iterator[tuple[int, Claim]]:
-    """Claim groups for one of `world` workers: its own share first, then what nobody has begun, then what others
-    left undone when they died.
+Wanted = tuple[Collection, Sequence[str]]
+"""A segment that is to be computed: its collection, and the content keys of its rows."""
 
-    It ends when every group (its rows' content keys) is committed, by whomever. Leaving early gives back the claim that
-    came last. Wrong ranks cost only time.
+
+def share_out(groups: Sequence[Sequence[Wanted]], rank: int, world: int) -> Iterator[tuple[int, list[Claim]]]:
+    """Claim groups of segments for one of `world` workers: its own share first, then what nobody has begun, then what
+    others left undone when they died. With a group come claims to those of its segments that are not there yet.
+
+    It ends when every segment is committed, by whomever. Leaving early gives back the claims that came last. Wrong
+    ranks cost only time.
 
     Raises:
         StoreError: the folder that the stage made is not to be seen from here.
     """
-    if not collection.folder.is_dir():
-        raise StoreError(
-            f"{collection.folder} is not here, though the stage that started this worker made it: all nodes need the "
-            "same features.store on a file system that they share"
-        )
+    for folder in {collection.folder for group in groups for collection, _ in group}:
+        if not folder.is_dir():
+            raise StoreError(
+                f"{folder} is not here, though the stage that started this worker made it: all nodes need the same "
+                "features.store on a file system that they share"
+            )
     own_first = sorted(range(len(groups)), key=lambda index: index % world != rank % world)
     for wait in (False, True):
         for index in own_first:
-            if not collection.holds(groups[index]) and (claim := collection.claim(groups[index], wait)):
+            if claims := _claim_all(groups[index], wait):
                 try:
-                    yield index, claim
+                    yield index, claims
                 except GeneratorExit:  # or a second try of the same process would wait for itself
-                    claim.release()
+                    release(claims)
                     raise
 
 
-class Writer:
-    """Commits segments on a thread of its own, so that the base never waits for compression or the disk.
+def _claim_all(group: Sequence[Wanted], wait: bool) -> list[Claim]:
+    """Claims to those of a group's segments that are not there; none where another process computes one of them, unless
+    told to `wait` for it.
 
-    At most one segment waits while one is written. Leaving the block waits for both and raises what went wrong.
+    All processes take locks in the order of the folders' names, so that no two of them wait for each other.
+    """
+    claims: list[Claim] = []
+    for collection, items in sorted(group, key=lambda wanted: wanted[0].folder):
+        if collection.holds(items):
+            continue
+        claim = collection.claim(items, wait)
+        if claim is not None:
+            claims.append(claim)
+        elif not collection.holds(items):
+            release(claims)
+            return []
+    return claims
+
+
+def release(claims: Iterable[Claim]) -> None:
+    """Give claims back."""
+    for claim in claims:
+        claim.release()
+
+
+class Writer:
+    """Commits groups of segments on a thread of its own, so that the base never waits for compression or the disk.
+
+    At most one group waits while one is written. Leaving the block waits for both and raises what went wrong.
     """
 
-    def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+    def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="segment-writer")
-        self._pending: list[tuple[Claim, Future[Record]]] = []
+        self._pending: list[tuple[Sequence[Claim], Future[None]]] = []
 
-    def write(self, claim: Claim, rows: Iterable[Row], attributes: Mapping[str, Any]) -> None:
-        """Commit a segment soon; waits only when two are already on their way.
+    def write(self, claims: Sequence[Claim], commit: Callable[[], object]) -> None:
+        """Commit a group soon; waits only when two are already on their way.
 
         Args:
-            claim: the right to it.
-            rows: iterated on the writer's thread, so that making them ready delays nobody.
-            attributes: of the segment.
+            claims: the rights to its segments, which are given back when `commit` has ended.
+            commit: called on the writer's thread, so that making rows ready delays nobody.
         """
         while len(self._pending) > 1:
             self._pending.pop(0)[1].result()
-        self._pending.append((claim, self._pool.submit(on_this_device(claim.commit), rows, attributes, self._codec)))
+        self._pending.append((claims, self._pool.submit(on_this_device(self._run), claims, commit)))
+
+    @staticmethod
+    def _run(claims: Sequence[Claim], commit: Callable[[], object]) -> None:
+        try:
+            commit()
+        finally:
+            release(claims)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            for claim, future in reversed(self._pending):  # what waits first, while it still waits
+            for claims, future in reversed(self._pending):  # what waits first, while it still waits
                 if kind is not None and future.cancel():  # the run has failed: keep what is being written, no more
-                    claim.release()
+                    release(claims)
                 else:
                     future.result()
         finally:

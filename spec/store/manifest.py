@@ -9,8 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from spec import files
+from spec.corpus import TokenSequence
+from spec.heads import LAST, Tap
+from spec.store import identity, tables
 from spec.store.collection import Collection
-from spec.store.segment import StoreError
+from spec.store.segment import FORMAT, StoreError
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the vectors of one tap lie, for each sequence of a split.
+
+    Attributes:
+        identity: of the collection that holds them.
+        width: of a vector.
+        segments: names of the segments used.
+        digests: the content digest of each of them.
+        segment: for each sequence, an index into segments.
+        row: for each sequence, its row in that segment.
+    """
+
+    identity: Mapping[str, Any]
+    width: int
+    segments: Sequence[str]
+    digests: Sequence[str]
+    segment: Sequence[int]
+    row: Sequence[int]
+
+    @property
+    def tap(self) -> Tap:
+        """Which vectors they are."""
+        return identity.tap_of(self.identity)
+
+    def collection(self, root: Path) -> Collection:
+        """The collection of a store that holds the segments."""
+        return Collection(root, "states", self.identity)
 
 
 @dataclass(frozen=True)
@@ -18,31 +51,27 @@ class Manifest:
     """A split: where each of its sequences lies in the store, in the order of the data.
 
     Attributes:
-        identity: of the collection that holds the segments.
         base: name, revision and digests of the base, as sources.json gives them.
-        hidden_size: width d of a state.
+        dtype: of the states and the base's tables.
+        hidden_size: width d of the vectors that lm_head reads.
         vocab_size: rows V of the base's lm_head.
-        segments: names of the segments used.
-        digests: the content digest of each of them.
-        segment: for each sequence, an index into segments.
-        row: for each sequence, its row in that segment.
+        layers: of the base.
+        taps: where the vectors of each tap lie, LAST first; none where the base is trained too.
         content: SHA-256 over the digests of all sequences, in order.
         prompt_length: tokens before the last answer.
         written: whether the base wrote that answer greedily.
         domain: an index into domains.
         domains: names.
         tokens: of all sequences.
-        positions: stored states of all sequences.
+        positions: "answers" positions of all sequences.
     """
 
-    identity: Mapping[str, Any]
     base: Mapping[str, Any]
+    dtype: str
     hidden_size: int
     vocab_size: int
-    segments: Sequence[str]
-    digests: Sequence[str]
-    segment: Sequence[int]
-    row: Sequence[int]
+    layers: int
+    taps: Sequence[Places]
     content: str
     prompt_length: Sequence[int]
     written: Sequence[bool]
@@ -52,13 +81,17 @@ class Manifest:
     positions: int
 
     def __len__(self) -> int:
-        return len(self.segment)
+        return len(self.prompt_length)
 
     @property
-    def dtype(self) -> str:
-        """Of the states."""
-        dtype: str = self.identity["dtype"]
-        return dtype
+    def frozen(self) -> bool:
+        """Whether the base is frozen, so that states are kept."""
+        return bool(self.taps)
+
+    @property
+    def last(self) -> Places:
+        """Where the base's last states lie."""
+        return self.taps[0]
 
     @property
     def digest(self) -> str:
@@ -66,79 +99,110 @@ class Manifest:
 
         It does not depend on the base's name or on how sequences are grouped into segments.
         """
-        placed = ("base", "segments", "digests", "segment", "row")
-        return files.digest_json({name: value for name, value in asdict(self).items() if name not in placed})
+        entry = asdict(self)
+        del entry["base"]
+        entry["taps"] = [{"identity": tap["identity"], "width": tap["width"]} for tap in entry["taps"]]
+        return files.digest_json(entry)
 
     def save(self, path: Path) -> None:
         """Write the manifest, one field a line."""
-        fields = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
+        fields = {"format": FORMAT, **asdict(self)}
+        lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
         with files.whole(path) as temporary:
-            temporary.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
         """Read a manifest.
 
         Raises:
-            StoreError: a file that is missing or no manifest.
+            StoreError: a file that is missing, of another format, or no manifest.
         """
         try:
-            return cls(**files.read_json(path))
-        except (OSError, TypeError, ValueError) as error:
-            raise StoreError(f"{path} is not a manifest of features ({error}); run the cache stage") from None
+            entry = files.read_json(path)
+            version = entry.pop("format", 2)
+            if version != FORMAT:
+                raise ValueError(f"its format is {version}, this version reads {FORMAT}")
+            return cls(**{**entry, "taps": [Places(**places) for places in entry["taps"]]})
+        except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise StoreError(f"{path} is not a manifest of features ({error}); run `spec cache`") from None
 
     @classmethod
-    def joint(cls, base: Mapping[str, Any], dtype: str, hidden_size: int, vocab_size: int, content: str) -> Manifest:
+    def joint(cls, base: Mapping[str, Any], dtype: str, text: Any, content: str) -> Manifest:
         """The manifest of a split whose states are not cached, because the base is trained too.
 
-        `content` is the SHA-256 of the file that holds the sequences.
+        Args:
+            base: as in Manifest; dtype likewise.
+            dtype: of the base that is saved.
+            text: configuration of the base's language model.
+            content: SHA-256 of the file that holds the sequences.
         """
-        identity = {"mode": "joint", "base": base["weights"], "tokenizer": base["tokenizer"], "dtype": dtype}
-        return cls(identity, base, hidden_size, vocab_size, [], [], [], [], content, [], [], [], [], 0, 0)
+        shape = (text.hidden_size, text.vocab_size, text.num_hidden_layers)
+        return cls(base, dtype, *shape, [], content, [], [], [], [], 0, 0)
 
-    def collection(self, root: Path) -> Collection:
-        """The collection of a store that holds the segments."""
-        return Collection(root, "features", self.identity)
+    def tables(self, root: Path) -> Collection:
+        """The collection of a store that holds the base's tables."""
+        return tables.collection(root, self.base, self.dtype)
+
+    def needed(self, root: Path) -> dict[str, list[str]]:
+        """The segments of a store that the split needs, by their collection's folder."""
+        found = {places.collection(root).folder.name: list(places.segments) for places in self.taps}
+        kept = self.tables(root)
+        return {**found, kept.folder.name: [kept.name_of([tables.ITEM])]} if self.taps else {}
 
 
 def make_manifest(
-    collection: Collection,
+    collections: Sequence[Collection],
     keys: Sequence[str],
+    rows: Sequence[TokenSequence],
     *,
     base: Mapping[str, Any],
+    dtype: str,
     hidden_size: int,
     vocab_size: int,
-    prompt_length: Sequence[int],
-    written: Sequence[bool],
-    domains: Sequence[str],
-    tokens: int,
-    positions: int,
+    layers: int,
+    greedy: bool,
 ) -> Manifest:
-    """The manifest of sequences that are all in a collection.
+    """The manifest of sequences of which every collection holds the vectors.
 
     Args:
-        collection: holds them.
-        keys: content key of each, in the order of the data.
-        domains: name of each sequence's domain; the rest is as in Manifest.
+        collections: one a tap, that of LAST first.
+        keys: content key of each sequence, in the order of the data.
+        rows: the sequences.
+        base: as in Manifest; dtype, hidden_size, vocab_size and layers likewise.
+        greedy: whether the base wrote the last answers greedily.
     """
-    places, records = collection.find(), collection.records()
-    used = list(dict.fromkeys(places[key][0] for key in keys))
-    number = {name: index for index, name in enumerate(used)}
-    names = sorted(set(domains))
+    domains = sorted({row.domain for row in rows})
+    found = [_places(collection, keys) for collection in collections]
+    assert found[0][0].tap == LAST
     return Manifest(
-        identity=collection.identity,
         base=base,
+        dtype=dtype,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
+        layers=layers,
+        taps=[places for places, _ in found],
+        content=files.digest_json([digests for _, digests in found]),
+        prompt_length=[row.prompt_length for row in rows],
+        written=[greedy and row.prompt_length > 0 for row in rows],
+        domain=[domains.index(row.domain) for row in rows],
+        domains=domains,
+        tokens=sum(map(len, rows)),
+        positions=sum(int(row.mask[1:].sum()) for row in rows),
+    )
+
+
+def _places(collection: Collection, keys: Sequence[str]) -> tuple[Places, list[str]]:
+    """Where the vectors of some sequences lie, and the digest of each."""
+    found, records = collection.find(), collection.records()
+    used = list(dict.fromkeys(found[key][0] for key in keys))
+    number = {name: index for index, name in enumerate(used)}
+    places = Places(
+        identity=collection.identity,
+        width=collection.read(used[0], only=())[1]["width"],
         segments=used,
         digests=[records[name].digest for name in used],
-        segment=[number[places[key][0]] for key in keys],
-        row=[places[key][1] for key in keys],
-        content=files.digest_json([records[name].digests[row] for name, row in map(places.__getitem__, keys)]),
-        prompt_length=prompt_length,
-        written=written,
-        domain=[names.index(domain) for domain in domains],
-        domains=names,
-        tokens=tokens,
-        positions=positions,
+        segment=[number[found[key][0]] for key in keys],
+        row=[found[key][1] for key in keys],
     )
+    return places, [records[name].digests[row] for name, row in map(found.__getitem__, keys)]

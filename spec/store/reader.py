@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec.device import on_this_device
-from spec.heads import LAST, Packed
+from spec.heads import Packed
 from spec.store.codecs import CODECS, Codec
+from spec.store.collection import Collection
 from spec.store.manifest import Manifest
-from spec.store.segment import DamagedError, StoreError
+from spec.store.segment import Arrays, DamagedError, StoreError
 
 WINDOW = 8
 """Segments that are shuffled together: an epoch reads each segment once, and about this many are in use."""
@@ -40,6 +41,9 @@ MEMORY_SHARE = 0.25
 """Of the memory that is free at the start: what decoded segments may keep, shared by the workers of a machine."""
 
 T = TypeVar("T")
+
+Key = tuple[int, str]
+"""A segment: the number of its tap in the manifest, and its name."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class SequenceReader(Protocol):
 class _Segment:
     """A decoded segment."""
 
-    def __init__(self, arrays: dict[str, NDArray[Any]], dtype: torch.dtype, codec: Codec) -> None:
+    def __init__(self, arrays: Arrays, dtype: torch.dtype, codec: Codec) -> None:
         self._states = codec.decode(arrays, dtype)
         self._ids, self._mask = arrays["ids"], arrays["mask"]
         self._token_offsets, self._state_offsets = arrays["token_offsets"], arrays["state_offsets"]
@@ -88,9 +92,10 @@ class _Segment:
 
 
 class FeatureReader:
-    """Reads the sequences of one split from the store; every chunk's checksum is checked at every read.
+    """Reads the sequences of one split from the store, with the vectors of every tap that its manifest lists.
 
-    Decoded segments stay in memory as far as there is room, so that a split that fits is decoded once.
+    Every chunk's checksum is checked at every read. Segments of different taps may hold different sequences. Decoded
+    segments stay in memory as far as there is room, so that a split that fits is decoded once.
 
     Args:
         manifest: the split.
@@ -98,31 +103,39 @@ class FeatureReader:
         memory: bytes that decoded segments may keep beyond those in use; None: MEMORY_SHARE of what is free.
 
     Raises:
-        StoreError: the store lacks a segment, or holds another one than the manifest names.
+        StoreError: the store holds another identity under the name of a tap's collection.
     """
 
     def __init__(self, manifest: Manifest, store: Path, memory: int | None = None) -> None:
-        self.manifest = manifest
-        self.collection = manifest.collection(store)
-        self.collection.check()
+        self.manifest, self.root = manifest, store
+        self._collections = [places.collection(store) for places in manifest.taps]
+        for collection in self._collections:
+            collection.check()
+        self._digests: dict[Key, str] = {
+            (tap, name): digest
+            for tap, places in enumerate(manifest.taps)
+            for name, digest in zip(places.segments, places.digests, strict=True)
+        }
         machine = MEMORY_SHARE * psutil.virtual_memory().available
         self._memory = machine / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if memory is None else memory
-        self._segments: OrderedDict[str, Future[_Segment]] = OrderedDict()
+        self._segments: OrderedDict[Key, Future[_Segment]] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="segment-reader")
-        for name, digest in zip(manifest.segments, manifest.digests, strict=True):
+
+    def check(self) -> None:
+        """Check that every segment is there, as far as it shows without reading its arrays.
+
+        Raises:
+            StoreError: the store lacks a segment, or holds another one than the manifest names.
+        """
+        for tap, name in self._digests:
             try:
-                record = self.collection.record(name)
+                self._check((tap, name))
             except DamagedError as error:
                 raise StoreError(
-                    f"segment {name} is not in {self.collection.folder}, or damaged ({error.reason}); run the cache "
+                    f"segment {name} is not in {error.folder}, or damaged ({error.reason}); run the cache "
                     "stage (it computes only what is missing), or point features.store to the manifest's own store"
                 ) from error
-            if record.digest != digest:
-                raise StoreError(
-                    f"segment {name} in {self.collection.folder} has the digest {record.digest}, but the manifest "
-                    f"names {digest}; run the cache stage again"
-                )
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -133,25 +146,33 @@ class FeatureReader:
         dtype: torch.dtype = getattr(torch, self.manifest.dtype)
         return dtype
 
+    @property
+    def tables(self) -> Collection:
+        """Where the base's tables are kept."""
+        return self.manifest.tables(self.root)
+
     def packed(self, indices: Sequence[int], pin: bool = False) -> Packed:
         """These sequences, one after the other; in page-locked memory if asked for."""
-        rows = self.manifest.row
-        found = [(self._load(self._name(index)).result(), rows[index]) for index in indices]
-        tokens = [segment.tokens(row) for segment, row in found]
+        found = [[self._load(key).result() for key in self._keys(index)] for index in indices]
+        tokens = [found[0].tokens(self.manifest.last.row[index]) for index, found in zip(indices, found, strict=True)]
         ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in tokens)])
         mask = np.concatenate([np.zeros(0, np.bool_), *(mask != 0 for _, mask in tokens)])
-        none = torch.empty(0, self.manifest.hidden_size, dtype=self.dtype)
-        states = _together([none, *(segment.states(row) for segment, row in found)], pin)
+        states = {}
+        for tap, places in enumerate(self.manifest.taps):
+            none = torch.empty(0, places.width, dtype=self.dtype)
+            parts = [each[tap].states(places.row[index]) for index, each in zip(indices, found, strict=True)]
+            states[places.tap] = _together([none, *parts], pin)
         lengths = [len(ids) for ids, _ in tokens]
-        packed = Packed.of(torch.from_numpy(ids), torch.from_numpy(mask), lengths, {LAST: states})
+        packed = Packed.of(torch.from_numpy(ids), torch.from_numpy(mask), lengths, states)
         return packed.pin() if pin else packed
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """All sequences, shuffled: segments first, then sequences within a window of WINDOW segments."""
         generator = np.random.default_rng([seed, epoch])
-        place = np.empty(len(self.manifest.segments), np.int64)
+        last = self.manifest.last
+        place = np.empty(len(last.segments), np.int64)
         place[generator.permutation(len(place))] = np.arange(len(place))
-        window = place[np.asarray(self.manifest.segment, np.int64)] // WINDOW
+        window = place[np.asarray(last.segment, np.int64)] // WINDOW
         return [int(i) for i in np.lexsort((generator.random(len(window)), window))]
 
     def share(self, batch: Sequence[int], rank: int, world: int) -> list[int]:
@@ -159,7 +180,7 @@ class FeatureReader:
 
         Sequences of one segment stay together, so that a worker decodes but a part of a window's segments.
         """
-        ordered = sorted(batch, key=lambda index: (self.manifest.segment[index], index))
+        ordered = sorted(batch, key=lambda index: (self.manifest.last.segment[index], index))
         return ordered[len(ordered) * rank // world : len(ordered) * (rank + 1) // world]
 
     def batches(self, parts: Iterable[Sequence[int]], pin: bool = False) -> Iterator[Packed]:
@@ -177,7 +198,7 @@ class FeatureReader:
         Raises:
             DamagedError: when a sequence of a damaged segment is reached.
         """
-        place = self.manifest.segment, self.manifest.row
+        place = self.manifest.last.segment, self.manifest.last.row
         ordered = sorted(indices, key=lambda index: (place[0][index], place[1][index]))
         for (index,) in self._decoded_ahead([index] for index in ordered):
             yield index, self.packed([index])
@@ -185,62 +206,78 @@ class FeatureReader:
     def _decoded_ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
         """The parts themselves, while what they and the next ones need is decoded."""
         source = iter(parts)
-        waiting: deque[tuple[Sequence[int], set[str]]] = deque()
-        needed: Counter[str] = Counter()
+        waiting: deque[tuple[Sequence[int], set[Key]]] = deque()
+        needed: Counter[Key] = Counter()
+        most = (WINDOW + AHEAD) * len(self.manifest.taps)
         while True:
-            while not waiting or (len(needed) < WINDOW + AHEAD and len(waiting) < LOOK_AHEAD):
+            while not waiting or (len(needed) < most and len(waiting) < LOOK_AHEAD):
                 if (part := next(source, None)) is None:
                     break
-                names = {self._name(index) for index in part}
-                waiting.append((part, names))
-                needed.update(names)
-                for name in sorted(names):
-                    self._load(name, needed)
+                keys = {key for index in part for key in self._keys(index)}
+                waiting.append((part, keys))
+                needed.update(keys)
+                for key in sorted(keys):
+                    self._load(key, needed)
             if not waiting:
                 return
-            part, names = waiting.popleft()
+            part, keys = waiting.popleft()
             yield part
-            needed -= Counter(names)
+            needed -= Counter(keys)
 
     def token_counts(self, prompts: bool = False) -> NDArray[np.int64]:
         """How often each token [V] is supervised in the split, or with `prompts` how often it occurs at all; reads no
         states."""
         counts = np.zeros(self.manifest.vocab_size, np.int64)
         rows: dict[int, list[int]] = {}
-        for segment, row in zip(self.manifest.segment, self.manifest.row, strict=True):
+        last = self.manifest.last
+        for segment, row in zip(last.segment, last.row, strict=True):
             rows.setdefault(segment, []).append(row)
         for segment, used in rows.items():
-            arrays, _ = self.collection.read(self.manifest.segments[segment], ("ids", "mask", "token_offsets"))
+            arrays, _ = self._read((0, last.segments[segment]), ("ids", "mask", "token_offsets"))
             for row in used:
                 tokens = slice(*arrays["token_offsets"][row : row + 2])
                 wanted = (arrays["mask"][tokens] != 0) | prompts
                 counts += np.bincount(arrays["ids"][tokens][wanted], minlength=len(counts))
         return counts
 
-    def _name(self, index: int) -> str:
-        return self.manifest.segments[self.manifest.segment[index]]
+    def _keys(self, index: int) -> list[Key]:
+        """Of each tap the segment in which a sequence lies."""
+        return [(tap, places.segments[places.segment[index]]) for tap, places in enumerate(self.manifest.taps)]
 
-    def _load(self, name: str, needed: Counter[str] | None = None) -> Future[_Segment]:
+    def _load(self, key: Key, needed: Counter[Key] | None = None) -> Future[_Segment]:
         """The segment, being decoded or decoded; makes room by dropping those used longest ago and not needed."""
         with self._lock:
-            if name not in self._segments:
+            if key not in self._segments:
                 self._make_room(needed or Counter())
-                self._segments[name] = self._pool.submit(self._decode, name)
-            self._segments.move_to_end(name)
-            return self._segments[name]
+                self._segments[key] = self._pool.submit(self._decode, key)
+            self._segments.move_to_end(key)
+            return self._segments[key]
 
-    def _decode(self, name: str) -> _Segment:
-        arrays, attributes = self.collection.read(name)
+    def _decode(self, key: Key) -> _Segment:
+        arrays, attributes = self._read(key)
         return _Segment(arrays, self.dtype, CODECS[attributes["codec"]])
 
-    def _make_room(self, needed: Counter[str]) -> None:
-        done = {n: f.result().bytes for n, f in self._segments.items() if f.done() and f.exception() is None}
+    def _read(self, key: Key, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
+        self._check(key)
+        return self._collections[key[0]].read(key[1], only)
+
+    def _check(self, key: Key) -> None:
+        tap, name = key
+        record = self._collections[tap].record(name)
+        if record.digest != self._digests[key]:
+            raise StoreError(
+                f"segment {name} in {self._collections[tap].folder} has the digest {record.digest}, but the manifest "
+                f"names {self._digests[key]}; run the cache stage again"
+            )
+
+    def _make_room(self, needed: Counter[Key]) -> None:
+        done = {key: f.result().bytes for key, f in self._segments.items() if f.done() and f.exception() is None}
         total = sum(done.values())
-        for name in [n for n in done if n not in needed][:-1]:
+        for key in [key for key in done if key not in needed][:-1]:
             if total <= self._memory:
                 break
-            total -= done[name]
-            del self._segments[name]
+            total -= done[key]
+            del self._segments[key]
 
 
 def _together(tensors: list[Tensor], pin: bool) -> Tensor:

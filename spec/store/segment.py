@@ -26,7 +26,7 @@ from spec.store import codecs, shards
 from spec.store.codecs import Codec
 from spec.store.shards import Pieces
 
-FORMAT = 2
+FORMAT = 3
 RECORD = "record.json"
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -46,7 +46,7 @@ class DamagedError(StoreError):
             f"segment {name} in {folder} is missing or damaged ({reason}); run `spec store verify`, which sets damaged "
             "segments aside, then `spec respond` and `spec cache`: only these are computed again"
         )
-        self.name, self.reason = name, str(reason)
+        self.folder, self.name, self.reason = folder, name, str(reason)
 
 
 @dataclass(frozen=True)

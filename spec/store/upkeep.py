@@ -151,11 +151,9 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
             for path in sorted(folder.iterdir()):
                 if not path.is_dir():
                     continue
-                litter = _is_litter(path)
-                tables = not litter and _is_tables(path)
-                if path.name in named or tables or (not litter and path.stat().st_mtime > before):
+                if path.name in named or (not _is_litter(path) and path.stat().st_mtime > before):
                     removal.kept += 1
-                    rest += not tables
+                    rest += 1
                     continue
                 _count(removal, path)
                 if remove:
@@ -193,12 +191,6 @@ def _is_litter(path: Path) -> bool:
     return path.name.startswith(DAMAGED) or path.name.endswith((files.PARTIAL, files.OLD))
 
 
-def _is_tables(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return bool(json.loads((path / segment.RECORD).read_bytes())["items"] == ["tables"])
-    return False
-
-
 def _count(removal: Removal, path: Path) -> None:
     removal.segments += 1
     removal.bytes += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -232,13 +224,14 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
         rendered = {source: {start} for source, start in rows.items() if start is not None}
         for folder in collections(root):
             collection = Collection.open(folder)
+            if collection.kind == "tables":
+                continue
             known = [indexed, rendered] if collection.identity.get("tokenizer") == tokenizer else [indexed]
             if not any(known):
                 continue
             given = _matcher(known, found)
             for name in segment.names(folder):
-                if not _is_tables(folder / name):
-                    _forget(collection, name, given, removal)
+                _forget(collection, name, given, removal)
             for path in filter(_is_litter, folder.iterdir()):
                 files.remove(path)  # it cannot be read, so it may hold them
         index.drop(root, rows)

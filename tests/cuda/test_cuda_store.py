@@ -11,12 +11,11 @@ from spec import base as base_model
 from spec.base import Base
 from spec.config import Model
 from spec.heads import LAST
-from spec.store import features
+from spec.store import features, identity, tables
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
-from spec.store.features import FeatureRow
+from spec.store.features import FeatureRow, TapStore
 from spec.store.manifest import Manifest, make_manifest
-from spec.store.plan import plan_groups
 from spec.store.reader import FeatureReader
 from spec.training.frozen import FrozenTask
 from spec.training.teacher import Teacher
@@ -36,31 +35,20 @@ def cached(root: Path, model: Base, codec: str) -> Manifest:
     """The states of forty sequences, as the cache stage stores them."""
     rows = chain(40, 290, longest=120)
     keyed = list(map(FeatureRow.of, rows))
-    collection = Collection(
-        root, "features", features.identity(BASE, str(model.dtype).removeprefix("torch."), CODECS[codec])
-    )
-    collection.create()
-    keys = [row.key for row in keyed]
-    groups = plan_groups(keys, [len(row.ids) for row in keyed], (), base_model.bucket, 1024)
-    features.save_tables(model, collection, keyed)
-    features.produce(model, collection, keyed, groups, CODECS[codec])
-    return make_manifest(
-        collection,
-        keys,
-        base=BASE,
-        **features.tables_shape(collection),
-        prompt_length=[row.prompt_length for row in rows],
-        written=[False] * len(rows),
-        domains=[row.domain for row in rows],
-        tokens=sum(map(len, rows)),
-        positions=sum(int(row.mask[1:].sum()) for row in rows),
-    )
+    dtype, made = str(model.dtype).removeprefix("torch."), CODECS[codec]
+    collection = Collection(root, "states", identity.states(BASE, dtype, LAST, made, dtype))
+    kept = tables.collection(root, BASE, dtype)
+    for each in (collection, kept):
+        each.create()
+    tables.save(model, kept, [row.ids for row in rows])
+    features.produce(model, [TapStore(LAST, made, collection)], keyed, features.plan(keyed, [()], 1024))
+    return make_manifest([collection], [row.key for row in keyed], rows, base=BASE, **tables.shape(kept), greedy=False)
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd", "fp8"])
 def test_what_the_device_writes_is_whole_and_right(codec: str, model: Base, tmp_path: Path) -> None:
     manifest = cached(tmp_path, model, codec)
-    whole, damaged = manifest.collection(tmp_path).survey()
+    whole, damaged = manifest.last.collection(tmp_path).survey()
     assert whole
     assert not damaged
     reader = FeatureReader(manifest, tmp_path)
@@ -78,7 +66,7 @@ def test_heads_train_from_it(model: Base, tmp_path: Path, worker: Worker) -> Non
     shape = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
     speculator = make_speculator(**shape).to(worker.device)
     config = make_config(optim={"lr": 0.01, "loss": "kl"})
-    teacher = Teacher(features.load_tables(reader.collection)["lm_head"])
+    teacher = Teacher(tables.load(reader.tables)["lm_head"])
     task = FrozenTask(config, speculator, reader, reader, worker, teacher)
     optimizer = torch.optim.AdamW(task.parameters(), fused=True)
     losses = []

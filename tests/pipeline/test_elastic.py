@@ -66,7 +66,7 @@ class Command:
 
 def segments(store: Path) -> set[str]:
     """Names of the committed segments."""
-    return {path.parent.name for path in store.glob("features-*/*/record.json")}
+    return {path.parent.name for path in store.glob("states-*/*/record.json")}
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -1,14 +1,16 @@
 """What was made for another base, dtype, codec or length is refused, by name and with both values."""
 
-import dataclasses
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
 from spec import files
 from spec.store.manifest import Manifest
-from stages import common
+from stages import cli, common
 from tests.stages.workspace import ok, refused
 
 
@@ -23,19 +25,11 @@ STAGES = [("train", "train"), ("train", "val"), ("evaluate", "eval")]
 
 
 @pytest.mark.parametrize(("stage", "split"), STAGES[::2])
-@pytest.mark.parametrize(
-    ("override", "field", "found", "expected"),
-    [
-        ("model.dtype=bfloat16", "dtype", "float32", "bfloat16"),
-        ("features.codec=fp8", "encoding", "exact", "fp8"),
-    ],
-)
-def test_features_of_other_parameters(
-    folder: Path, stage: str, split: str, override: str, field: str, found: str, expected: str
-) -> None:
-    message = refused(stage, override)
-    assert f"data/features/{split}.json: its {field} is '{found}', and '{expected}" in message
-    assert "Run the stages that make it again" in message
+def test_a_manifest_is_believed(folder: Path, stage: str, split: str) -> None:
+    """Whatever the parameters would make of it now: dvc runs the cache stage where one of them has changed."""
+    if stage == "evaluate":
+        ok("train", "trainer.total_epochs=1")
+    ok(stage, "features.codec=fp8", "features.segment_tokens=1", "trainer.total_epochs=1")
 
 
 @pytest.mark.parametrize(
@@ -60,28 +54,19 @@ def test_another_generation_config_changes_no_feature(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "split"), STAGES)
-def test_features_made_in_another_way(folder: Path, stage: str, split: str) -> None:
-    """As another version of the cache stage would have written, in each part of the identity or with one more."""
-    path = common.features_path(split)
-    manifest = Manifest.load(path)
-    for field in (*manifest.identity, "quantised"):
-        dataclasses.replace(manifest, identity={**manifest.identity, field: "another"}).save(path)
-        expected = manifest.identity.get(field)
-        assert f"{path}: its {field} is 'another', and {expected!r} is expected" in refused(stage)
-    assert not Path("models").exists()
-
-
-@pytest.mark.parametrize(("stage", "split"), STAGES)
 def test_the_manifest_of_joint_training_holds_no_features(folder: Path, stage: str, split: str) -> None:
     base = common.read_sources()["base"]
-    Manifest.joint(base, "float32", 32, 304, "").save(common.features_path(split))
-    assert f"data/features/{split}.json: its layer is None, and 'last' is expected" in refused(stage)
+    text = SimpleNamespace(hidden_size=32, vocab_size=304, num_hidden_layers=2)
+    Manifest.joint(base, "float32", text, "").save(common.features_path(split))
+    assert f"data/features/{split}.json: its freeze_base_model is False, and True is expected" in refused(stage)
 
 
 def test_features_are_not_what_joint_training_is_made_from(folder: Path) -> None:
     joint = ("model.freeze_base_model=false", "respond.source=data")
-    assert "data/features/train.json: its mode is None, and 'joint' is expected" in refused("train", *joint)
-    assert "data/features/eval.json: its mode is None, and 'joint' is expected" in refused("evaluate", *joint)
+    assert "data/features/train.json: its freeze_base_model is True, and False is expected" in refused("train", *joint)
+    assert "data/features/eval.json: its freeze_base_model is True, and False is expected" in refused(
+        "evaluate", *joint
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,3 +104,27 @@ def test_heads_of_another_base_are_not_evaluated(folder: Path) -> None:
     ):
         path.write_text(json.dumps(values | {name: value}))
         assert words in refused("evaluate")
+
+
+def test_what_another_arithmetic_computed_is_said_before_it_is_computed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of a GPU are not mixed with those of a CPU that computes in float32; the manifest stays what it is."""
+    store = "features.store=own"
+    for arithmetic in ("bfloat16", "float32"):
+        monkeypatch.setattr(common, "arithmetic_here", lambda config, found=arithmetic: found)
+        said = ok("respond", store) + ok("cache", store)
+    assert re.search(r"respond: the store has \d+ of them computed in bfloat16; here .* again, in float32", said)
+    assert re.search(r"cache: the store has \d+ of them computed in bfloat16; here .* again, in float32", said)
+    assert len(list(Path("own").glob("states-*"))) == len(list(Path("own").glob("answers-*"))) == 2
+    assert len(list(Path("own").glob("tables-*"))) == 1
+    monkeypatch.setattr(common, "arithmetic_here", lambda config: "bfloat16")
+    assert "cache: 0 of" in ok("cache", store)  # answers are read whatever they were computed in
+    ok("train", store, "trainer.total_epochs=1")
+
+
+def test_a_worker_that_computes_otherwise_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_json(Path("plan.json"), {"arithmetic": "bfloat16", "groups": []})
+    for stage in ("respond", "cache"):
+        result = CliRunner().invoke(cli.main, [stage, "--worker", "plan.json"])
+        assert "this worker computes in float32, and the stage that started it in bfloat16" in result.output

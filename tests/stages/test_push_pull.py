@@ -64,9 +64,11 @@ def test_what_a_manifest_needs(ready: Path, tmp_path: Path, monkeypatch: pytest.
     assert store("push", str(tmp_path / "copy"), "--manifest", "data/features/val.json").exit_code == 0
     manifest = Manifest.load(common.features_path("val"))
     place = Place(tmp_path / "copy")
-    answers, states = place.collections()
-    assert set(place.segments(states)) == {*manifest.segments, manifest.collection(Path()).name_of(["tables"])}
+    answers, states, tables = place.collections()
     assert place.segments(answers)
+    assert {name: place.segments(name) for name in (states, tables)} == {
+        name: sorted(segments) for name, segments in manifest.needed(Path()).items()
+    }
 
 
 def test_errors(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +77,8 @@ def test_errors(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "leave out --manifest" in store("push", URL, "--follow", "--manifest", "data/features/val.json").output
     shutil.copytree("store", tmp_path / "store")
     manifest = Manifest.load(common.features_path("val"))
-    name = manifest.segments[0]
-    (manifest.collection(tmp_path / "store").folder / name / "ids/c/0").write_bytes(b"")
+    name = manifest.last.segments[0]
+    (manifest.last.collection(tmp_path / "store").folder / name / "ids/c/0").write_bytes(b"")
     result = store("push", str(tmp_path / "copy"), "-S", f"features.store={tmp_path / 'store'}")
     assert result.exit_code == 1
     assert f"segment {name} in {tmp_path}/store" in result.output
@@ -98,6 +100,6 @@ def test_follow_ends_when_it_is_told_to(ready: Path, tmp_path: Path, number: sig
         while not Place(url).collections():  # so it has begun
             assert process.poll() is None
         process.send_signal(number)
-        assert f"{len(made.segments)} segments are copied -> {url}" in process.stdout.read()
+        assert f"{len(made.last.segments)} segments are copied -> {url}" in process.stdout.read()
     assert process.returncode == 0
     assert Transfer(Place(root), Place(url)).look() == []

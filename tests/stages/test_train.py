@@ -97,7 +97,7 @@ def test_manifests_that_came_with_dvc_keep_their_segments_once_they_are_read(fol
     ok("train", "trainer.total_epochs=1")
     for path in paths.values():
         manifest = Manifest.load(path)
-        assert upkeep.root_segments(root, path) == {manifest.collection(root).folder.name: manifest.segments}
+        assert upkeep.root_segments(root, path) == manifest.needed(root)
 
 
 def test_a_diverged_run_keeps_no_heads(folder: Path) -> None:

@@ -12,10 +12,7 @@ from torch.nn import functional as F
 
 from bench.bases import make, prompts
 from spec.base import PLAIN, Base, Logits, bias_of, find_logits, hidden_states
-from spec.store import features
-from spec.store.codecs import NONE
-from spec.store.collection import Collection
-from spec.store.features import FeatureRow
+from spec.store import tables
 from spec.training.loss import linear_cross_entropy
 
 KINDS = {
@@ -48,14 +45,13 @@ def true_logits(base: Base) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("family", KINDS)
 def test_tables_hold_what_logits_are_made_of(family: str, tmp_path: Path) -> None:
     base = make(family)
-    source = {"weights": "w", "tokenizer": "t"}
-    collection = Collection(tmp_path, "features", features.identity(source, "float32", NONE))
+    collection = tables.collection(tmp_path, {"weights": "w"}, "float32")
     collection.create()
-    features.save_tables(base, collection, [FeatureRow(str(i), row, np.ones_like(row)) for i, row in enumerate(ROWS)])
-    tables, kind = features.load_tables(collection), features.logits(collection)
+    tables.save(base, collection, ROWS)
+    found, kind = tables.load(collection), tables.logits(collection)
     assert kind == KINDS[family]
     states, logits = true_logits(base)
-    torch.testing.assert_close(kind.apply_(states @ tables["lm_head"].T, tables.get("bias")), logits)
+    torch.testing.assert_close(kind.apply_(states @ found["lm_head"].T, found.get("bias")), logits)
 
 
 @pytest.mark.parametrize("family", KINDS)

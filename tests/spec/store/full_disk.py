@@ -61,13 +61,13 @@ def fill_up(base: Base, kind: str, mount: Path) -> list[int]:
 
 
 def main() -> None:
-    """Prints the counts of features and of answers."""
+    """Prints the counts of states and of answers."""
     base_folder, mount = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     base = base_model.load(Model(), base_folder, "digest", torch.device("cpu"), dtype="float32")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(mount)], check=True)
     try:
-        print(json.dumps({kind: fill_up(base, kind, mount) for kind in ("features", "answers")}))
+        print(json.dumps({kind: fill_up(base, kind, mount) for kind in ("states", "answers")}))
     finally:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 

@@ -24,23 +24,24 @@ import torch
 from spec import base as base_model
 from spec.base import Base
 from spec.config import Model, Respond
-from spec.store import answers, features
+from spec.heads import LAST
+from spec.store import answers, features, identity
 from spec.store.codecs import ZSTD
 from spec.store.collection import Collection
-from spec.store.features import FeatureRow
+from spec.store.features import FeatureRow, TapStore
 from spec.store.plan import item_key, plan_groups
 
 DIGESTS = {"weights": "w", "tokenizer": "t", "generation": "g"}
 RESPOND = Respond(max_new_tokens=3, batch_size=1, temperature=1.0)
 COUNT = 14
-"""Segments of a run, beside that of the tables."""
+"""Segments of a run."""
 
 
 def collection(root: Path, kind: str) -> Collection:
     """Where a run's segments go."""
-    if kind == "features":
-        return Collection(root, kind, features.identity(DIGESTS, "float32", ZSTD))
-    return Collection(root, kind, answers.identity(DIGESTS, "float32", RESPOND))
+    if kind == "states":
+        return Collection(root, kind, identity.states(DIGESTS, "float32", LAST, ZSTD, "float32"))
+    return Collection(root, kind, identity.answers(DIGESTS, "float32", RESPOND, "float32"))
 
 
 def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> None:
@@ -49,13 +50,11 @@ def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> No
     made.create()
     generator = np.random.default_rng(0)
     rows = [generator.integers(3, 290, 20 + number).astype(np.int32) for number in range(COUNT)]
-    if kind == "features":
+    if kind == "states":
         masks = [np.resize(np.asarray([0, 1, 1], np.uint8), len(row)) for row in rows]
-        keys = [item_key(row, mask) for row, mask in zip(rows, masks, strict=True)]
-        groups = plan_groups(keys, list(map(len, rows)), made.find(), base_model.bucket, 1)
-        keyed = list(map(FeatureRow, keys, rows, masks))
-        features.save_tables(base, made, keyed)
-        features.produce(base, made, keyed, groups, ZSTD, rank=rank, world=world)
+        keyed = [FeatureRow(item_key(row, mask), row, mask) for row, mask in zip(rows, masks, strict=True)]
+        groups = features.plan(keyed, [made.find()], 1)
+        features.produce(base, [TapStore(LAST, ZSTD, made)], keyed, groups, rank=rank, world=world)
     else:
         keys = list(map(item_key, rows))
         groups = plan_groups(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from spec import base as base_model
 from spec.base import Base
 from spec.config import Model, Respond
-from spec.store import answers
+from spec.store import answers, identity
 from spec.store.collection import Collection
 from spec.store.plan import item_key, plan_groups
 from spec.store.segment import rows_of
@@ -43,7 +43,7 @@ def make_prompts(count: int = 8, longest: int = 90) -> list[Prompt]:
 
 
 def made(root: Path, params: Respond) -> Collection:
-    collection = Collection(root, "answers", answers.identity(BASE, "float32", params))
+    collection = Collection(root, "answers", identity.answers(BASE, "float32", params, "float32"))
     collection.create()
     return collection
 
@@ -175,16 +175,17 @@ def test_every_prompt_is_sampled_with_a_seed_of_its_own(base: Base, tmp_path: Pa
         {"base": {**BASE, "tokenizer": "u"}},
         {"base": {**BASE, "generation": "h"}},
         {"dtype": "bfloat16"},
+        {"arithmetic": "bfloat16"},
         {"params": Respond(max_new_tokens=13)},
         {"params": Respond(max_new_tokens=12, temperature=0.5)},
     ],
 )
 def test_identity_holds_what_an_answer_depends_on(changed: dict[str, object]) -> None:
     """A greedy answer needs no seed, and the batch is not part of it."""
-    given = {"base": BASE, "dtype": "float32", "params": GREEDY}
+    given = {"base": BASE, "dtype": "float32", "params": GREEDY, "arithmetic": "float32"}
     same = {"params": GREEDY.model_copy(update={"seed": 5, "batch_size": 9})}
-    assert answers.identity(**given) == answers.identity(**(given | same))  # type: ignore[arg-type]
-    assert answers.identity(**given) != answers.identity(**(given | changed))  # type: ignore[arg-type]
+    assert identity.answers(**given) == identity.answers(**(given | same))  # type: ignore[arg-type]
+    assert identity.answers(**given) != identity.answers(**(given | changed))  # type: ignore[arg-type]
 
 
 def test_a_group_that_does_not_fit_into_memory_is_answered_in_parts(

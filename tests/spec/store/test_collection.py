@@ -6,7 +6,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def full(*_: object) -> Any:
 
 def test_a_worker_that_does_not_see_the_stages_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"features-[0-9a-f]{16} is not here, .*the same features.store"):
-        next(share_out(Collection(tmp_path, "features", IDENTITY), [["a"]], 1, 2))
+        next(share_out([[(Collection(tmp_path, "features", IDENTITY), ["a"])]], 1, 2))
 
 
 @pytest.mark.parametrize("changed", [{"base": "v"}, {"dtype": "float32"}, {"norm": "before"}, {"extra": 1}])
@@ -140,7 +141,7 @@ def test_another_value_of_any_field_is_refused_with_both_values(tmp_path: Path, 
             look()
 
 
-SPOILT = [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 2', json.dumps({"format": 2, **IDENTITY}).encode()]
+SPOILT = [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 3', json.dumps({"format": 3, **IDENTITY}).encode()]
 
 
 @pytest.mark.parametrize("content", SPOILT)
@@ -180,8 +181,8 @@ def test_a_folder_that_is_no_collection_does_not_open(tmp_path: Path) -> None:
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(StoreError, match=rf"{made.folder} is no collection"):
             Collection.open(made.folder)
-    path.write_bytes(content.replace(b'"format": 2', b'"format": 1'))
-    with pytest.raises(StoreError, match="its format is 1, this version reads 2"):
+    path.write_bytes(content.replace(b'"format": 3', b'"format": 2'))
+    with pytest.raises(StoreError, match="its format is 2, this version reads 3: `spec respond` and `spec cache` make"):
         Collection.open(made.folder)
 
 
@@ -294,9 +295,14 @@ def test_cleaning_takes_what_the_dead_left_and_nothing_of_the_living(tmp_path: P
 GROUPS = [[f"{number}", f"{number}+"] for number in range(13)]
 
 
+def wanted(made: Collection) -> list[list[tuple[Collection, list[str]]]]:
+    """The groups, each of one segment."""
+    return [[(made, group)] for group in GROUPS]
+
+
 def work(made: Collection, rank: int, world: int, done: list[int], pause: float = 0.0) -> None:
     """What a worker does."""
-    for index, claimed in share_out(made, GROUPS, rank, world):
+    for index, (claimed,) in share_out(wanted(made), rank, world):
         time.sleep(pause)
         claimed.commit(map(row, GROUPS[index]), ATTRIBUTES, NONE)
         done.append(index)
@@ -363,7 +369,7 @@ def test_who_fails_gives_its_claim_back(tmp_path: Path) -> None:
     made = collection(tmp_path)
 
     def fail() -> None:
-        for _ in share_out(made, GROUPS, 0, 1):
+        for _ in share_out(wanted(made), 0, 1):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -372,7 +378,44 @@ def test_who_fails_gives_its_claim_back(tmp_path: Path) -> None:
     assert together(tmp_path, [0], 1, pause=0) == [list(range(len(GROUPS)))]
 
 
+def test_a_group_comes_with_claims_to_those_of_its_segments_that_are_missing(tmp_path: Path) -> None:
+    """In the order of the folders' names, whatever the group's own; none while another process computes one of them."""
+    stores = [collection(tmp_path, layer=layer) for layer in range(3)]
+    ordered = sorted(stores, key=lambda made: made.folder)
+    group = [(made, ["a", "b"]) for made in stores]
+    commit(ordered[1], ["a", "b"])
+    held = claim(ordered[2], ["a", "b"])
+    found: list[list[Collection]] = []
+
+    def one() -> None:
+        for _, claims in share_out([group], 0, 1):
+            found.append([each.collection for each in claims])
+            for each in claims:
+                each.commit([row("a"), row("b")], ATTRIBUTES, NONE)
+
+    worker = threading.Thread(target=one)
+    worker.start()
+    time.sleep(0.05)
+    assert found == []  # it waits
+    held.release()
+    worker.join(10)
+    assert found == [[ordered[0], ordered[2]]]
+    assert all(made.holds(["a", "b"]) for made in stores)
+
+
+def test_a_writer_gives_back_all_claims_of_a_group(tmp_path: Path) -> None:
+    stores = [collection(tmp_path, layer=layer) for layer in range(2)]
+    with pytest.raises(OSError, match="the disk is full"), Writer() as writer:
+        writer.write([claim(made, ["a"]) for made in stores], full)
+    for made in stores:
+        claim(made, ["a"]).release()
+
+
 # The writer ----------------------------------------------------------------------------------------------------------
+
+
+def write(writer: Writer, claimed: Claim, rows: Iterable[Row]) -> None:
+    writer.write([claimed], partial(claimed.commit, rows, ATTRIBUTES, NONE))
 
 
 def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> None:
@@ -382,9 +425,9 @@ def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> 
         threads.add(threading.current_thread())
         yield row(item)
 
-    with Writer(NONE) as writer:
+    with Writer() as writer:
         for item in "abcde":
-            writer.write(claim(made, [item]), rows(item), ATTRIBUTES)
+            write(writer, claim(made, [item]), rows(item))
     assert set(made.find()) == set("abcde")
     assert len(threads) == 1
     assert threading.current_thread() not in threads
@@ -393,8 +436,8 @@ def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> 
 
 def test_the_writer_raises_what_went_wrong_with_rows(tmp_path: Path) -> None:
     made = collection(tmp_path)
-    with pytest.raises(OSError, match="the disk is full"), Writer(NONE) as writer:
-        writer.write(claim(made, ["a"]), (full(item) for item in "a"), ATTRIBUTES)
+    with pytest.raises(OSError, match="the disk is full"), Writer() as writer:
+        write(writer, claim(made, ["a"]), (full(item) for item in "a"))
     claim(made, ["a"]).release()
     assert made.find() == {}
 
@@ -406,10 +449,10 @@ def test_a_writer_that_has_failed_takes_no_more_and_keeps_no_claim(
     made, written = collection(tmp_path), []
 
     def produce() -> None:
-        with Writer(NONE) as writer:
-            for index, claimed in share_out(made, GROUPS, 0, 1):
+        with Writer() as writer:
+            for index, claims in share_out(wanted(made), 0, 1):
                 written.append(index)
-                writer.write(claimed, [row("a")], ATTRIBUTES)
+                write(writer, claims[0], [row("a")])
 
     with pytest.raises(OSError, match="the disk is full"):
         produce()
@@ -430,9 +473,9 @@ def test_an_error_outside_keeps_what_is_being_written_and_drops_the_rest(
         return real(*arguments)
 
     def fail() -> None:
-        with Writer(NONE) as writer:
+        with Writer() as writer:
             for item in "ab":
-                writer.write(claim(made, [item]), [row(item)], ATTRIBUTES)
+                write(writer, claim(made, [item]), [row(item)])
             started.wait(10)
             threading.Timer(0.05, go.set).start()
             raise ZeroDivisionError
@@ -457,9 +500,9 @@ def test_the_writer_holds_at_most_two_segments(tmp_path: Path, monkeypatch: pyte
     made = collection(tmp_path)
 
     def produce() -> None:
-        with Writer(NONE) as writer:
+        with Writer() as writer:
             for value in range(4):
-                writer.write(claim(made, [str(value)]), [row("a")], ATTRIBUTES)
+                write(writer, claim(made, [str(value)]), [row("a")])
                 accepted.append(value)
 
     producer = threading.Thread(target=produce)

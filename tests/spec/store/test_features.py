@@ -18,11 +18,12 @@ from spec import base as base_model
 from spec.base import Base
 from spec.config import Model
 from spec.corpus import TokenSequence
-from spec.store import codecs, features
+from spec.heads import LAST, Tap
+from spec.store import codecs, features, identity, tables
 from spec.store.codecs import CODECS
-from spec.store.collection import Collection
-from spec.store.features import FeatureRow
-from spec.store.plan import item_key, plan_groups
+from spec.store.collection import Claim, Collection
+from spec.store.features import FeatureRow, TapStore
+from spec.store.plan import item_key
 from spec.store.segment import DamagedError, StoreError, rows_of
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
 
@@ -52,16 +53,14 @@ def key_of(row: TokenSequence) -> str:
     return item_key(row.ids, row.mask)
 
 
-def made(root: Path, base: Base, codec: str = "none") -> Collection:
-    dtype = str(base.dtype).removeprefix("torch.")
-    collection = Collection(root, "features", features.identity(BASE, dtype, CODECS[codec]))
-    collection.create()
-    return collection
-
-
-def missing(rows: Sequence[TokenSequence], collection: Collection) -> list[list[int]]:
-    keys = [key_of(row) for row in rows]
-    return plan_groups(keys, [len(row) for row in rows], collection.find(), base_model.bucket, LIMIT)
+def made(root: Path, base: Base, codec: str = "none", taps: Sequence[Tap] = (LAST,)) -> list[TapStore]:
+    dtype, computed = (str(each).removeprefix("torch.") for each in (base.dtype, base.model.dtype))
+    stores = []
+    for tap in taps:
+        content = identity.states(BASE, dtype, tap, CODECS[codec], computed)
+        stores.append(TapStore(tap, CODECS[codec], Collection(root, "states", content)))
+        stores[-1].collection.create()
+    return stores
 
 
 def produce(
@@ -71,16 +70,17 @@ def produce(
     world: int = 1,
     codec: str = "none",
     on_tokens: Callable[[int], object] = lambda count: None,
+    taps: Sequence[Tap] = (LAST,),
 ) -> Collection:
-    """Fill a store as `world` workers do at the same time, each with a collection of its own."""
-    collection = made(root, base, codec)
-    groups = missing(rows, collection)
+    """Fill a store as `world` workers do at the same time, each with collections of its own; that of the first tap."""
+    stores = made(root, base, codec, taps)
     items = [FeatureRow(key_of(row), row.ids, row.mask) for row in rows]
+    groups = features.plan(items, [store.collection.find() for store in stores], LIMIT)
     failed: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            features.produce(base, made(root, base, codec), items, groups, CODECS[codec], on_tokens, rank, world)
+            features.produce(base, made(root, base, codec, taps), items, groups, on_tokens, rank, world)
         except BaseException as error:
             failed.append(error)
 
@@ -92,7 +92,7 @@ def produce(
         thread.join()
     for error in failed:
         raise error
-    return collection
+    return stores[0].collection
 
 
 def stored(collection: Collection, row: TokenSequence) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_tokens_and_masks_lie_beside_the_states(base: Base, tmp_path: Path, code
         assert collection.verify(name).items[number] == key_of(row)
         attributes = collection.read(name)[1]
         assert attributes["producer"] == base.producer
-        assert attributes["positions"] == features.POSITION_RULE
+        assert attributes["width"] == HIDDEN_SIZE
 
 
 def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_an_interrupted_run_ends_with_the_segments_of_an_uninterrupted_one(
 
     with pytest.raises(StoppedError):
         produce(half, tmp_path / "late", rows, on_tokens=stop)
-    begun = set(digests(made(tmp_path / "late", half)))
+    begun = set(digests(made(tmp_path / "late", half)[0].collection))
     assert len(begun) < len(once.records())
     assert digests(produce(half, tmp_path / "late", rows)) == digests(once)
     assert begun <= set(digests(once))
@@ -252,15 +252,15 @@ def test_running_out_of_memory_changes_no_bit(half: Base, tmp_path: Path, monkey
     rows = make_rows(24)
     monkeypatch.setitem(globals(), "LIMIT", 2000)
     plenty = produce(half, tmp_path / "plenty", rows)
-    real, tried = base_model.hidden_states, []
+    real, tried = base_model.read_taps, []
 
-    def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    def read_taps(model: Any, ids: torch.Tensor, taps: Sequence[Tap]) -> dict[Tap, torch.Tensor]:
         tried.append(ids.numel())
         if ids.numel() > 300:
             raise torch.OutOfMemoryError("no memory left")
-        return real(model, ids)
+        return real(model, ids, taps)
 
-    monkeypatch.setattr(base_model, "hidden_states", hidden_states)
+    monkeypatch.setattr(base_model, "read_taps", read_taps)
     counts: list[int] = []
     assert digests(produce(half, tmp_path / "little", rows, on_tokens=counts.append)) == digests(plenty)
     assert sum(counts) == sum(map(len, rows))
@@ -280,22 +280,116 @@ def test_states_that_are_no_numbers_are_never_stored(
         StoreError, match=rf"{key_of(bad)} \(it begins with the ids \[11, 299, 13, 14\]\) is NaN or inf"
     ):
         produce(broken, tmp_path, [good, bad], codec=codec)
-    assert made(tmp_path, broken, codec).find() == {}
+    assert made(tmp_path, broken, codec)[0].collection.find() == {}
     assert set(produce(broken, tmp_path, [good], codec=codec).find()) == {key_of(good)}
+
+
+# Several taps --------------------------------------------------------------------------------------------------------
+
+TAPS = (LAST, Tap(0, "all"), Tap(1))
+
+
+def test_every_tap_of_a_sequence_comes_from_one_forward(half: Base, tmp_path: Path) -> None:
+    rows = make_rows(8)
+    with shapes_of(half) as shapes:
+        produce(half, tmp_path, rows, codec="zstd", taps=TAPS)
+    assert sum(count for count, _ in shapes) == len(rows)
+    stores = made(tmp_path, half, "zstd", TAPS)
+    for row in rows:
+        ids = torch.zeros(1, base_model.bucket(len(row)), dtype=torch.long)
+        ids[0, : len(row)] = torch.from_numpy(row.ids)
+        with torch.no_grad():
+            expected = base_model.read_taps(half.model, ids, TAPS)
+        for store in stores:
+            kept = features.kept_positions(row.mask, store.tap)
+            assert len(kept) == (len(row) if store.tap.positions == "all" else row.mask[1:].sum())
+            assert torch.equal(stored(store.collection, row), expected[store.tap][0, kept].to(half.dtype))
+
+
+def test_only_taps_that_the_store_lacks_are_computed(half: Base, tmp_path: Path) -> None:
+    """Changing the taps computes the new ones alone, changing them back computes nothing."""
+    rows, more = make_rows(8), make_rows(4, seed=1)
+    before = digests(produce(half, tmp_path, rows))
+    produce(half, tmp_path, more, taps=TAPS[1:2])
+    with shapes_of(half) as shapes:
+        last = produce(half, tmp_path, [*rows, *more], taps=TAPS)
+    assert sum(count for count, _ in shapes) == len(rows) + len(more)  # all of them lack the third tap
+    assert before.items() < digests(last).items()
+    for store in made(tmp_path, half, taps=TAPS):
+        assert store.collection.find().keys() == {key_of(row) for row in [*rows, *more]}
+        alone = produce(half, tmp_path / "alone", [*rows, *more], taps=(store.tap,))
+        assert row_digests(store.collection) == row_digests(alone)
+    with shapes_of(half) as shapes:
+        for taps in (TAPS[:1], TAPS[::-1]):
+            produce(half, tmp_path, [*more, *rows], taps=taps)
+    assert shapes == []
+
+
+def test_sequences_that_lack_the_same_taps_share_a_group() -> None:
+    rows = [FeatureRow(f"{number}", np.zeros(40, np.int32), np.ones(40, np.uint8)) for number in range(6)]
+    rows.append(FeatureRow("long", np.zeros(100, np.int32), np.ones(100, np.uint8)))
+    groups = features.plan(rows, [{"0", "1", "4"}, {"1", "2", "long"}], 80)
+    assert groups == [([6], (0,)), ([0, 4], (1,)), ([2], (0,)), ([3, 5], (0, 1))]
+
+
+def test_workers_and_stages_share_several_taps(half: Base, tmp_path: Path) -> None:
+    """Two workers with all taps and one of another run with some of them: nobody waits for ever."""
+    rows = make_rows(16)
+    alone = [digests(produce(half, tmp_path / f"{n}", rows, taps=(tap,))) for n, tap in enumerate(TAPS)]
+    other = threading.Thread(target=produce, args=(half, tmp_path / "many", rows), kwargs={"taps": TAPS[:0:-1]})
+    other.start()
+    produce(half, tmp_path / "many", rows, 2, taps=TAPS)
+    other.join(30)
+    assert not other.is_alive()
+    for store, expected in zip(made(tmp_path / "many", half, taps=TAPS), alone, strict=True):
+        assert digests(store.collection) == expected
+        assert list(store.collection.folder.glob(".lock-*")) == []
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_what_a_stopped_run_committed_of_some_taps_is_not_computed_again(
+    half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    rows = make_rows(12)
+    real, written = Claim.commit, []
+
+    def commit(self: Claim, *arguments: Any) -> Any:
+        if len(written) == after:
+            raise StoppedError
+        written.append(self.collection.folder)
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "commit", commit)
+        with pytest.raises(StoppedError):
+            produce(half, tmp_path / "late", rows, taps=TAPS)
+    begun = [digests(store.collection) for store in made(tmp_path / "late", half, taps=TAPS)]
+    assert sum(map(len, begun)) == after
+    produce(half, tmp_path / "late", rows, taps=TAPS)
+    produce(half, tmp_path / "once", rows, taps=TAPS)
+    for before, late, once in zip(begun, *(made(tmp_path / n, half, taps=TAPS) for n in ("late", "once")), strict=True):
+        assert before.items() <= digests(late.collection).items()
+        assert row_digests(late.collection) == row_digests(once.collection)
 
 
 def test_the_identity_holds_what_a_state_depends_on() -> None:
     """Lossless codecs, and how answers end, are nothing to a state."""
-    given = features.identity(BASE, "float32", codecs.NONE)
-    assert features.identity({**BASE, "generation": "h"}, "float32", codecs.ZSTD) == given
+    values: dict[str, Any] = {"base": BASE, "dtype": "bfloat16", "tap": LAST, "codec": codecs.NONE}
+    values["arithmetic"] = "bfloat16"
+    given = identity.states(**values)
+    assert identity.states(**{**values, "base": {**BASE, "generation": "h"}, "codec": codecs.ZSTD}) == given
     for field, changed in {
-        "base": ({**BASE, "weights": "v"}, "float32", codecs.NONE),
-        "tokenizer": ({**BASE, "tokenizer": "u"}, "float32", codecs.NONE),
-        "dtype": (BASE, "bfloat16", codecs.NONE),
-        "encoding": (BASE, "float32", codecs.FP8),
+        "base": {"base": {**BASE, "weights": "v"}},
+        "tokenizer": {"base": {**BASE, "tokenizer": "u"}},
+        "dtype": {"dtype": "float32"},
+        "layer": {"tap": Tap(0)},
+        "positions": {"tap": Tap(positions="all")},
+        "encoding": {"codec": codecs.FP8},
+        "arithmetic": {"arithmetic": "float32"},
     }.items():
-        found = features.identity(*changed)
+        found = identity.states(**{**values, **changed})
         assert {name for name in given if given[name] != found[name]} == {field}
+        assert identity.tap_of(found) == changed.get("tap", LAST)
 
 
 @pytest.mark.parametrize("codec", ["none", "fp8"])
@@ -307,35 +401,36 @@ def test_stored_bytes_is_what_the_arrays_take(base: Base, half: Base, tmp_path: 
     kept = features.offsets(CODECS[codec])
     assert kept.keys() < arrays[0].keys()
     found = sum(part[key].nbytes for part in arrays for key in kept)
-    positions = sum(int(row.mask[1:].sum()) for row in rows)
-    assert features.stored_bytes(positions, sum(map(len, rows)), HIDDEN_SIZE, dtype, CODECS[codec]) == found
+    store = TapStore(LAST, CODECS[codec], collection)
+    states = store.position_bytes(list(map(FeatureRow.of, rows)), HIDDEN_SIZE, dtype)
+    assert states + 5 * sum(map(len, rows)) == found
 
 
-def test_positions_of_a_segment_are_counted(base: Base, tmp_path: Path) -> None:
+def test_vectors_of_a_segment_are_counted(base: Base, tmp_path: Path) -> None:
     rows = make_rows(9)
     collection = produce(base, tmp_path, rows)
-    found = sum(features.positions_of(collection, name) for name in collection.records())
+    found = sum(features.vectors_of(collection, name) for name in collection.records())
     assert found == sum(int(row.mask[1:].sum()) for row in rows)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tables_are_kept_once_beside_the_states(base: Base, half: Base, tmp_path: Path, dtype: str) -> None:
+def test_tables_are_kept_once(base: Base, half: Base, tmp_path: Path, dtype: str) -> None:
     model = base if dtype == "float32" else half
-    collection = made(tmp_path, model)
-    assert not features.has_tables(collection)
+    collection, rows = tables.collection(tmp_path, BASE, dtype), [row.ids for row in make_rows(3)]
+    collection.create()
     with pytest.raises(DamagedError):
-        features.load_tables(collection)
-    features.save_tables(model, collection, list(map(FeatureRow.of, make_rows(3))))
-    assert features.has_tables(collection)
-    tables = features.load_tables(collection)
-    assert tables["lm_head"].shape == tables["embedding"].shape == (VOCAB_SIZE, HIDDEN_SIZE)
-    assert tables["lm_head"].dtype == getattr(torch, dtype)
-    assert torch.equal(tables["lm_head"], model.lm_head.to(model.dtype))  # weights are widened, so no bit is lost
-    assert torch.equal(tables["embedding"].to(model.model.dtype), model.embedding[:VOCAB_SIZE])
-    assert features.tables_shape(collection) == {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
-    assert features.logits(collection) == base_model.PLAIN
+        tables.load(collection)
+    tables.save(model, collection, rows)
+    found = tables.load(collection)
+    assert found["lm_head"].shape == found["embedding"].shape == (VOCAB_SIZE, HIDDEN_SIZE)
+    assert found["lm_head"].dtype == getattr(torch, dtype)
+    assert torch.equal(found["lm_head"], model.lm_head.to(model.dtype))  # weights are widened, so no bit is lost
+    assert torch.equal(found["embedding"].to(model.model.dtype), model.embedding[:VOCAB_SIZE])
+    shape = {"dtype": dtype, "hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE, "layers": 2}
+    assert tables.shape(collection) == shape
+    assert tables.logits(collection) == base_model.PLAIN
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    features.save_tables(model, collection, list(map(FeatureRow.of, make_rows(3))))
+    tables.save(model, collection, rows)
     times.pop(collection.folder)  # locks come and go in it
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert collection.verify(next(iter(collection.records()))).items == ("tables",)

@@ -49,7 +49,7 @@ def assert_nothing_left_over(collection: Collection, names: set[str]) -> None:
     assert {name for name in left if not name.startswith(".identity.json.")} == {"identity.json", *names}
 
 
-@pytest.mark.parametrize("kind", ["features", "answers"])
+@pytest.mark.parametrize("kind", ["states", "answers"])
 def test_a_killed_run_goes_on_where_it_was(run: Run, tmp_path: Path, kind: str) -> None:
     root, log = tmp_path / "whole", tmp_path / "log"
     run(root=str(tmp_path / "warm"), kind=kind, log=str(log))
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_where_it_was(run: Run, tmp_path: Path, kind: str) 
     whole = run(root=str(root), kind=kind, log=str(log))
     assert whole["statuses"] == [0]
     expected, duration = digests(root, kind), whole["seconds"]
-    assert len(expected) == producer.COUNT + (kind == "features")
+    assert len(expected) == producer.COUNT
     assert sorted(begun(log)) == sorted(expected)
     generator = random.Random(kind)
     kills = in_the_middle = 0
@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_where_it_was(run: Run, tmp_path: Path, kind: str) 
     assert in_the_middle >= KILLS // 3
 
 
-@pytest.mark.parametrize("kind", ["features", "answers"])
+@pytest.mark.parametrize("kind", ["states", "answers"])
 def test_other_workers_finish_what_a_killed_one_began(run: Run, tmp_path: Path, kind: str) -> None:
     log = tmp_path / "log"
     whole = run(root=str(tmp_path / "whole"), kind=kind, log=str(log), world=2)

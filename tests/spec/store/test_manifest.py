@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.corpus import TokenSequence
+from spec.heads import LAST, Tap
 from spec.store.manifest import Manifest
 from spec.store.segment import StoreError
 from tests.tiny import chain, sequence, states_of, store_features
@@ -31,21 +32,21 @@ def test_round_trip(manifest: Manifest, tmp_path: Path) -> None:
     assert loaded.digest == manifest.digest
     assert len(loaded) == 6
     assert loaded.dtype == "float32"
-    assert loaded.collection(tmp_path / "store").records().keys() == set(loaded.segments)
+    assert loaded.last.collection(tmp_path / "store").records().keys() == set(loaded.last.segments)
     lines = path.read_text().splitlines()
-    assert len(lines) == len(dataclasses.fields(Manifest)) + 2  # one field a line: a diff can be read
+    assert len(lines) == len(dataclasses.fields(Manifest)) + 3  # one field a line: a diff can be read
 
 
 def test_it_says_where_each_sequence_lies(tmp_path: Path) -> None:
     rows = chain(9, 24)
     manifest = store_features(tmp_path, [*rows, rows[2]])
-    collection = manifest.collection(tmp_path)
+    collection = manifest.last.collection(tmp_path)
     records = collection.records()
-    assert manifest.digests == [records[name].digest for name in manifest.segments]
-    assert len(set(manifest.segments)) == len(manifest.segments) == len(records)
+    assert manifest.last.digests == [records[name].digest for name in manifest.last.segments]
+    assert len(set(manifest.last.segments)) == len(manifest.last.segments) == len(records)
     for index, row in enumerate([*rows, rows[2]]):
-        arrays, _ = collection.read(manifest.segments[manifest.segment[index]])
-        tokens = slice(*arrays["token_offsets"][manifest.row[index] : manifest.row[index] + 2])
+        arrays, _ = collection.read(manifest.last.segments[manifest.last.segment[index]])
+        tokens = slice(*arrays["token_offsets"][manifest.last.row[index] : manifest.last.row[index] + 2])
         assert arrays["ids"][tokens].tolist() == row.ids.tolist()
     assert [manifest.domains[number] for number in manifest.domain] == [row.domain for row in [*rows, rows[2]]]
 
@@ -89,13 +90,17 @@ def test_the_digest_follows_content_and_order(tmp_path: Path) -> None:
 
 
 PLACED = {"base", "segments", "digests", "segment", "row"}
+"""Those of taps among them."""
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("identity", {"base": "v"}),
+        ("identity", {"layer": "last", "positions": "all"}),
+        ("width", 9),
         ("hidden_size", 9),
+        ("layers", 9),
+        ("dtype", "float16"),
         ("vocab_size", 9),
         ("content", "0" * 64),
         ("prompt_length", [0] * 6),
@@ -112,9 +117,24 @@ PLACED = {"base", "segments", "digests", "segment", "row"}
     ],
 )
 def test_the_digest_follows_every_field_but_places(manifest: Manifest, field: str, value: Any) -> None:
-    changed = dataclasses.replace(manifest, **{field: value})
+    if hasattr(manifest, field):
+        changed = dataclasses.replace(manifest, **{field: value})
+    else:
+        changed = dataclasses.replace(manifest, taps=[dataclasses.replace(manifest.last, **{field: value})])
     assert changed != manifest
     assert (changed.digest == manifest.digest) == (field in PLACED)
+
+
+def test_it_lists_every_tap(tmp_path: Path) -> None:
+    taps = (LAST, Tap(0, "all"), Tap(1))
+    manifest = store_features(tmp_path, ROWS, taps=taps)
+    assert [places.tap for places in manifest.taps] == list(taps)
+    alone = store_features(tmp_path, ROWS)
+    assert manifest.last == alone.last
+    assert manifest.digest != alone.digest
+    folders = {places.collection(tmp_path).folder.name: list(places.segments) for places in manifest.taps}
+    assert len(folders) == 3
+    assert folders.items() < manifest.needed(tmp_path).items()
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"identity": {}}', '"text"', '{"unknown": 1}', "\0"])
@@ -122,5 +142,12 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str | None) -> 
     path = tmp_path / "train.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(StoreError, match=r"train\.json is not a manifest.*run the cache stage"):
+    with pytest.raises(StoreError, match=r"train\.json is not a manifest.*run `spec cache`"):
+        Manifest.load(path)
+
+
+def test_a_manifest_of_an_earlier_format_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text('{"identity": {}, "segments": []}')
+    with pytest.raises(StoreError, match=r"its format is 2, this version reads 3\); run `spec cache`"):
         Manifest.load(path)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.corpus import TokenSequence
-from spec.heads import LAST, Packed
+from spec.heads import LAST, Packed, Tap
 from spec.store import codecs
 from spec.store import reader as reader_module
 from spec.store.codecs import CODECS
@@ -55,7 +55,7 @@ def test_a_split_reads_back_in_the_order_of_the_data(tmp_path: Path, dtype: str,
     rows = chain(9, 24)
     rows = [*rows, rows[3], sequence([0, 0, 0])]  # a repeated row, and one without a state
     reader = FeatureReader(store_features(tmp_path, rows, dtype=dtype, codec=codec), tmp_path)
-    assert len(reader.manifest.segments) > 2
+    assert len(reader.manifest.last.segments) > 2
     assert len(reader) == len(rows)
     assert reader.dtype == getattr(torch, dtype)
     for index in [*range(len(rows)), 0]:
@@ -89,7 +89,7 @@ def test_order_is_a_permutation_that_follows_from_seed_and_epoch(wide: Wide) -> 
 def test_the_order_mixes_the_segments_of_a_window_and_no_more(wide: Wide) -> None:
     _, manifest, root = wide
     order = FeatureReader(manifest, root).order(0, 0)
-    segments = [manifest.segment[index] for index in order]
+    segments = [manifest.last.segment[index] for index in order]
     assert len(set(segments)) > 3 * reader_module.WINDOW
     first = list(dict.fromkeys(segments))[: reader_module.WINDOW]
     window = segments[: sum(segment in first for segment in segments)]
@@ -103,9 +103,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count: Counter[str] = Counter()
     real = Collection.read
 
-    def read(self: Collection, name: str, *only: Sequence[str]) -> object:
+    def read(self: Collection, name: str, only: Sequence[str] | None = None) -> object:
         count[name] += 1
-        return real(self, name, *only)
+        return real(self, name, only)
 
     monkeypatch.setattr(Collection, "read", read)
     return count
@@ -119,13 +119,13 @@ def parts_of(order: Sequence[int], size: int) -> list[Sequence[int]]:
 @pytest.mark.parametrize("epoch", range(3))
 def test_an_epoch_reads_each_segment_once_and_holds_few(wide: Wide, reads: Counter[str], size: int, epoch: int) -> None:
     _, manifest, root = wide
-    assert len(manifest.segments) > 3 * reader_module.WINDOW
+    assert len(manifest.last.segments) > 3 * reader_module.WINDOW
     reader = FeatureReader(manifest, root, memory=0)
     held = []
     for _ in reader.batches(parts_of(reader.order(0, epoch), size)):
         held.append(len(reader._segments))
-    assert reads == dict.fromkeys(manifest.segments, 1)
-    assert max(held) <= reader_module.WINDOW + reader_module.AHEAD + size + 1 < len(manifest.segments)
+    assert reads == dict.fromkeys(manifest.last.segments, 1)
+    assert max(held) <= reader_module.WINDOW + reader_module.AHEAD + size + 1 < len(manifest.last.segments)
 
 
 def test_sequences_read_each_segment_once(wide: Wide, reads: Counter[str]) -> None:
@@ -136,7 +136,7 @@ def test_sequences_read_each_segment_once(wide: Wide, reads: Counter[str]) -> No
         assert found.ids.tolist() == rows[index].ids.tolist()
         held.append(len(reader._segments))
     assert len(held) == len(rows)
-    assert reads == dict.fromkeys(manifest.segments, 1)
+    assert reads == dict.fromkeys(manifest.last.segments, 1)
     assert max(held) <= reader_module.WINDOW + reader_module.AHEAD + 2
 
 
@@ -148,7 +148,7 @@ def test_with_room_a_segment_is_decoded_once_for_good(wide: Wide, reads: Counter
     list(reader.sequences(range(len(reader))))
     for index in range(len(reader)):
         reader.packed([index])
-    assert reads == dict.fromkeys(manifest.segments, 1)
+    assert reads == dict.fromkeys(manifest.last.segments, 1)
 
 
 def test_as_much_is_kept_as_there_is_room_for(wide: Wide, reads: Counter[str]) -> None:
@@ -203,7 +203,7 @@ def test_sequences_come_with_their_indices_in_the_order_of_the_store(
     rows, manifest, root = wide
     found = list(FeatureReader(manifest, root, memory).sequences(indices))
     assert sorted(index for index, _ in found) == sorted(indices)
-    places = [(manifest.segment[index], manifest.row[index]) for index, _ in found]
+    places = [(manifest.last.segment[index], manifest.last.row[index]) for index, _ in found]
     assert places == sorted(places)
     for index, one in found:
         assert_equal(one, expected([rows[index]]))
@@ -216,9 +216,9 @@ def test_parts_are_asked_for_ahead_but_not_all_at_once(wide: Wide) -> None:
     asked: list[int] = []
 
     def parts() -> Iterator[list[int]]:
-        by_segment = sorted(range(len(reader)), key=lambda index: manifest.segment[index])
+        by_segment = sorted(range(len(reader)), key=lambda index: manifest.last.segment[index])
         for index in by_segment * 1000:
-            asked.append(manifest.segment[index])
+            asked.append(manifest.last.segment[index])
             yield [index]
 
     stream = reader.batches(parts())
@@ -238,7 +238,7 @@ def test_the_shares_of_all_ranks_are_the_batch(wide: Wide, batch: list[int], wor
     assert sorted(index for share in shares for index in share) == sorted(batch)
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
-    segments = [[manifest.segment[index] for index in share] for share in shares]
+    segments = [[manifest.last.segment[index] for index in share] for share in shares]
     flat = [segment for share in segments for segment in share]
     assert flat == sorted(flat)  # so that two workers share at most the segment between them
 
@@ -248,7 +248,7 @@ def test_token_counts_are_those_of_the_supervised_tokens(tmp_path: Path, reads: 
     rows = [*rows, rows[2]]  # a row that is there twice counts twice
     manifest = store_features(tmp_path, [*rows, *chain(5, 24, seed=9)])  # rows of other splits lie between
     split = store_features(tmp_path, rows)
-    assert set(split.segments) < set(manifest.segments)
+    assert set(split.last.segments) < set(manifest.last.segments)
     counts = np.zeros(24, np.int64)
     for row in rows:
         np.add.at(counts, row.ids[row.mask != 0], 1)
@@ -257,9 +257,52 @@ def test_token_counts_are_those_of_the_supervised_tokens(tmp_path: Path, reads: 
     found = reader.token_counts()
     assert found.tolist() == counts.tolist()
     assert found.dtype == np.int64
-    assert reads == dict.fromkeys(split.segments, 1)
+    assert reads == dict.fromkeys(split.last.segments, 1)
     everything = np.bincount(np.concatenate([row.ids for row in rows]), minlength=24)
     assert reader.token_counts(prompts=True).tolist() == everything.tolist()
+
+
+# Several taps ---------------------------------------------------------------------------------------------------------
+
+
+TAPS = (LAST, Tap(0, "all"), Tap(1))
+
+
+@pytest.fixture(scope="module")
+def tapped(tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    """A split whose taps lie in segments of other sequences, in another order."""
+    rows, root = chain(30, 24, longest=12), tmp_path_factory.mktemp("tapped")
+    store_features(root, rows, segment_tokens=30)
+    store_features(root, [*rows[::-2], *chain(7, 24, seed=5)], segment_tokens=17, taps=TAPS[:2])
+    return rows, store_features(root, rows, segment_tokens=50, taps=TAPS), root
+
+
+@settings(max_examples=25)
+@given(parts=st.lists(st.lists(st.integers(0, 29), max_size=5), max_size=12), memory=st.sampled_from([0, 2000, 10**9]))
+def test_taps_are_joined_sequence_by_sequence(tapped: Wide, parts: list[list[int]], memory: int) -> None:
+    rows, manifest, root = tapped
+    assert len({tuple(places.segment) for places in manifest.taps}) == len(TAPS)
+    for part, found in zip(parts, FeatureReader(manifest, root, memory).batches(parts), strict=True):
+        chosen = [rows[index] for index in part]
+        wanted = expected(chosen)
+        whole = torch.cat([torch.empty(0, 8), *(torch.from_numpy(states_of(row)) for row in chosen)])
+        states = {LAST: wanted.states[LAST], TAPS[1]: whole + 1, TAPS[2]: wanted.states[LAST] + 2}
+        assert_equal(found, replace(wanted, states=states))
+
+
+def test_the_order_is_that_of_the_last_states_alone(tapped: Wide) -> None:
+    _, manifest, root = tapped
+    reader, alone = (FeatureReader(split, root) for split in (manifest, replace(manifest, taps=manifest.taps[:1])))
+    assert reader.order(1, 2) == alone.order(1, 2)
+    assert reader.share(range(20), 1, 3) == alone.share(range(20), 1, 3)
+    assert [index for index, _ in reader.sequences(range(30))] == [index for index, _ in alone.sequences(range(30))]
+
+
+def test_an_epoch_reads_each_segment_of_each_tap_once(tapped: Wide, reads: Counter[str]) -> None:
+    _, manifest, root = tapped
+    reader = FeatureReader(manifest, root)
+    list(reader.batches(parts_of(reader.order(0, 0), 4)))
+    assert reads == {name: 1 for places in manifest.taps for name in places.segments}
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -267,32 +310,35 @@ def test_token_counts_are_those_of_the_supervised_tokens(tmp_path: Path, reads: 
 
 def test_a_missing_segment_is_named(tmp_path: Path) -> None:
     manifest = store_features(tmp_path, chain(6, 24))
-    lost = manifest.segments[1]
-    folder = Collection(tmp_path, "features", manifest.identity).folder
+    lost = manifest.last.segments[1]
+    folder = manifest.last.collection(tmp_path).folder
     shutil.rmtree(folder / lost)
     with pytest.raises(StoreError, match=rf"segment {lost} is not in {folder}, or damaged .*run the cache stage"):
-        FeatureReader(manifest, tmp_path)
-    with pytest.raises(StoreError, match=rf"segment {manifest.segments[0]} is not in"):
-        FeatureReader(manifest, tmp_path / "elsewhere")
+        FeatureReader(manifest, tmp_path).check()
+    with pytest.raises(StoreError, match=rf"segment {manifest.last.segments[0]} is not in"):
+        FeatureReader(manifest, tmp_path / "elsewhere").check()
 
 
 def test_a_segment_of_another_digest_is_named(tmp_path: Path) -> None:
     manifest = store_features(tmp_path, chain(6, 24))
-    other = replace(manifest, digests=[manifest.digests[0], "0" * 64, *manifest.digests[2:]])
-    with pytest.raises(StoreError, match=rf"segment {manifest.segments[1]} in .* has the digest {manifest.digests[1]}"):
-        FeatureReader(other, tmp_path)
+    last = manifest.last
+    changed = replace(last, digests=[last.digests[0], "0" * 64, *last.digests[2:]])
+    reader = FeatureReader(replace(manifest, taps=[changed]), tmp_path)
+    for look in (reader.check, reader.token_counts, lambda: list(reader.sequences(range(6)))):
+        with pytest.raises(StoreError, match=rf"segment {last.segments[1]} in .* has the digest {last.digests[1]}"):
+            look()
 
 
 def test_a_store_whose_identity_was_changed_is_never_read(tmp_path: Path) -> None:
     manifest = store_features(tmp_path, chain(6, 24))
-    path = manifest.collection(tmp_path).folder / "identity.json"
-    path.write_text(path.read_text().replace('"norm": "after', '"norm": "before'))
-    with pytest.raises(StoreError, match=r"its norm is 'before the final norm', and 'after the final norm' is expect"):
+    path = manifest.last.collection(tmp_path).folder / "identity.json"
+    path.write_text(path.read_text().replace('"layer": "last"', '"layer": 3'))
+    with pytest.raises(StoreError, match=r"its layer is 3, and 'last' is expected"):
         FeatureReader(manifest, tmp_path)
 
 
-def damage(reader: FeatureReader, name: str, key: str = "states") -> None:
-    (path,) = (path for path in (reader.collection.folder / name / key / "c").rglob("*") if path.is_file())
+def damage(folder: Path, name: str, key: str = "states") -> None:
+    (path,) = (path for path in (folder / name / key / "c").rglob("*") if path.is_file())
     content = path.read_bytes()
     path.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
 
@@ -303,12 +349,12 @@ def test_damage_is_met_where_it_lies_and_nowhere_before(wide: Wide, tmp_path: Pa
     copy = shutil.copytree(root, tmp_path / "copy")
     reader = FeatureReader(manifest, copy, memory)
     parts = parts_of(reader.order(0, 0), 3)
-    wrong = manifest.segments[manifest.segment[parts[9][1]]]
-    damage(reader, wrong)
+    wrong = manifest.last.segments[manifest.last.segment[parts[9][1]]]
+    damage(manifest.last.collection(copy).folder, wrong)
     reached = next(
         number
         for number, part in enumerate(parts)
-        if any(manifest.segments[manifest.segment[i]] == wrong for i in part)
+        if any(manifest.last.segments[manifest.last.segment[i]] == wrong for i in part)
     )
     stream = reader.batches(parts)
     for part in parts[:reached]:
@@ -316,13 +362,13 @@ def test_damage_is_met_where_it_lies_and_nowhere_before(wide: Wide, tmp_path: Pa
     with pytest.raises(DamagedError, match=wrong) as caught:
         next(stream)
     assert caught.value.name == wrong
-    whole = [part for part in parts if all(manifest.segments[manifest.segment[i]] != wrong for i in part)]
+    whole = [part for part in parts if all(manifest.last.segments[manifest.last.segment[i]] != wrong for i in part)]
     assert len(list(reader.batches(whole))) == len(whole)  # the rest reads on
     found = []
     with pytest.raises(DamagedError, match=wrong):  # noqa: PT012
         for index, _ in reader.sequences(range(len(reader))):
-            found.append(manifest.segment[index])
-    assert len(found) == sum(number < manifest.segments.index(wrong) for number in manifest.segment)
+            found.append(manifest.last.segment[index])
+    assert len(found) == sum(number < manifest.last.segments.index(wrong) for number in manifest.last.segment)
 
 
 def prefetching() -> bool:

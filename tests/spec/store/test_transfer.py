@@ -95,30 +95,31 @@ def test_there_and_back(root: Path, made: Manifest, url: str, tmp_path: Path) ->
     work, seen = Transfer(Place(root), Place(url)), list[int]()
     lacking = work.look()
     work.copy(lacking, seen.append)
-    assert (work.copied, work.problems) == (len(made.segments), [])
+    assert (work.copied, work.problems) == (len(made.last.segments), [])
     assert (
         sum(seen)
         == sum(item.size for item in lacking)
-        == sum(map(len, content(root).values())) - len((made.collection(root).folder / "identity.json").read_bytes())
+        == sum(map(len, content(root).values()))
+        - len((made.last.collection(root).folder / "identity.json").read_bytes())
     )
     assert content(url) == content(root)
     assert copy(root, url).copied == 0
     second = tmp_path / "second"
-    assert copy(url, second).copied == len(made.segments)
+    assert copy(url, second).copied == len(made.last.segments)
     assert content(second) == content(root)
-    assert upkeep.verify(second, set_aside=False) == (len(made.segments), [])
+    assert upkeep.verify(second, set_aside=False) == (len(made.last.segments), [])
     FeatureReader(made, second)
     assert copy(url, second).copied == 0
 
 
 def test_only_what_is_named_is_copied(root: Path, made: Manifest, url: str, tmp_path: Path) -> None:
-    folder = made.collection(root).folder.name
-    assert copy(root, url, {folder: made.segments[:2]}).copied == 2
-    assert segment_names(url) == set(made.segments[:2])
-    work = copy(url, tmp_path / "second", {folder: made.segments[1:3]})
-    assert segment_names(tmp_path / "second") == {made.segments[1]}
+    folder = made.last.collection(root).folder.name
+    assert copy(root, url, {folder: made.last.segments[:2]}).copied == 2
+    assert segment_names(url) == set(made.last.segments[:2])
+    work = copy(url, tmp_path / "second", {folder: made.last.segments[1:3]})
+    assert segment_names(tmp_path / "second") == {made.last.segments[1]}
     (problem,) = work.problems
-    assert made.segments[2] in str(problem)
+    assert made.last.segments[2] in str(problem)
     assert "is missing or damaged" in str(problem)
 
 
@@ -127,7 +128,7 @@ def test_a_damaged_segment_is_named_and_the_rest_is_copied(
     root: Path, made: Manifest, url: str, tmp_path: Path, what: str
 ) -> None:
     copy(root, url)
-    name, folder = made.segments[1], made.collection(root).folder.name
+    name, folder = made.last.segments[1], made.last.collection(root).folder.name
     where = f"{folder}/{name}/" + {"record": segment.RECORD, "outside": segment.RECORD}.get(what, "states/c/0/0")
     data = content(url)[where]
     if what == "outside":
@@ -142,8 +143,8 @@ def test_a_damaged_segment_is_named_and_the_rest_is_copied(
             put(place, where, changed.get(what, data[: len(data) // (1 if what == "outside" else 2)]))
     for source, target in ((url, tmp_path / "pulled"), (root, f"{url}/pushed")):
         work = copy(source, target)
-        assert work.copied == len(made.segments) - 1
-        assert segment_names(target) == set(made.segments) - {name}
+        assert work.copied == len(made.last.segments) - 1
+        assert segment_names(target) == set(made.last.segments) - {name}
         (problem,) = work.problems
         assert name in str(problem)
         assert "is missing or damaged" in str(problem)
@@ -152,7 +153,7 @@ def test_a_damaged_segment_is_named_and_the_rest_is_copied(
 
 def test_a_damaged_record_at_the_target_is_replaced(root: Path, made: Manifest, url: str) -> None:
     copy(root, url)
-    where = f"{made.collection(root).folder.name}/{made.segments[0]}/{segment.RECORD}"
+    where = f"{made.last.collection(root).folder.name}/{made.last.segments[0]}/{segment.RECORD}"
     put(url, where, b"{}")
     assert copy(root, url).copied == 1
     assert content(url) == content(root)
@@ -160,7 +161,7 @@ def test_a_damaged_record_at_the_target_is_replaced(root: Path, made: Manifest, 
 
 def test_the_identities_must_agree(root: Path, made: Manifest, url: str, tmp_path: Path) -> None:
     copy(root, url)
-    where = f"{made.collection(root).folder.name}/identity.json"
+    where = f"{made.last.collection(root).folder.name}/identity.json"
     for damaged in (b"{}", b"", content(url)[where].replace(b"float32", b"float16")):
         put(url, where, damaged)
         store_features(root, chain(3, 99))
@@ -201,7 +202,7 @@ def test_follow_copies_what_is_added_and_outlives_a_failure(
     for count in (4, 12, 24):
         made = store_features(root, ROWS[:count])
         deadline = threading.Event()
-        while not set(made.segments) <= segment_names(url):
+        while not set(made.last.segments) <= segment_names(url):
             assert thread.is_alive()
             deadline.wait(0.05)
     store_features(root, chain(30, 500, seed=1))
@@ -217,14 +218,14 @@ def _raise(error: Exception) -> Any:
 
 def test_another_process_that_writes_the_segment_is_waited_for(root: Path, made: Manifest, tmp_path: Path) -> None:
     second = tmp_path / "second"
-    copy(root, second, {made.collection(root).folder.name: made.segments[1:]})
-    lock = Lock.acquire(made.collection(second).folder / f".lock-{made.segments[0]}")
+    copy(root, second, {made.last.collection(root).folder.name: made.last.segments[1:]})
+    lock = Lock.acquire(made.last.collection(second).folder / f".lock-{made.last.segments[0]}")
     assert lock is not None
     thread = threading.Thread(target=copy, args=(root, second))
     thread.start()
     thread.join(0.3)
     assert thread.is_alive()
-    assert made.segments[0] not in segment_names(second)
+    assert made.last.segments[0] not in segment_names(second)
     lock.release()
     thread.join()
     assert content(second) == content(root)

@@ -54,19 +54,21 @@ def snapshot(root: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 def folder_of(root: Path, manifest: Manifest) -> Path:
-    return manifest.collection(root).folder
+    return manifest.last.collection(root).folder
 
 
 def keep(root: Path, path: Path, manifest: Manifest) -> Path:
     """Save a manifest in a workspace, and tell the store, as the cache stage does. Returns its root."""
     before = set((root / upkeep.ROOTS).glob("*"))
     manifest.save(path)
-    upkeep.add_root(root, path, {folder_of(root, manifest).name: manifest.segments})
+    upkeep.add_root(root, path, manifest.needed(root))
     (made,) = set((root / upkeep.ROOTS).glob("*")) - before
     return made
 
 
-def save_tables(collection: Collection) -> Record:
+def save_tables(root: Path, manifest: Manifest) -> Record:
+    collection = manifest.tables(root)
+    collection.create()
     claim = collection.claim(("tables",))
     assert claim is not None
     return claim.commit([{"lm_head": np.ones((3, 2), np.float32)}], {"offsets": {"lm_head": "lm_head_offsets"}}, NONE)
@@ -128,59 +130,53 @@ def root(tmp_path: Path) -> Path:
 
 def test_what_a_manifest_names_stays_and_what_none_names_goes(root: Path, tmp_path: Path) -> None:
     kept = store_features(root, chain(6, 24))
-    unnamed = set(store_features(root, chain(6, 24, seed=1)).segments)
+    unnamed = set(store_features(root, chain(6, 24, seed=1)).last.segments)
     folder = folder_of(root, kept)
     keep(root, tmp_path / "train.json", kept)
     age_all(root)
     young = store_features(root, chain(3, 24, seed=2))
     size = sum(file.stat().st_size for name in unnamed for file in (folder / name).rglob("*") if file.is_file())
     removal = upkeep.gc(root, AGE)
-    assert set(segment.names(folder)) == {*kept.segments, *young.segments}
+    assert set(segment.names(folder)) == {*kept.last.segments, *young.last.segments}
     assert removal.segments == len(unnamed) > 1
     assert removal.rows == 6
     assert removal.bytes == size
-    assert removal.kept == len(kept.segments) + len(young.segments)
+    assert removal.kept == len(kept.last.segments) + len(young.last.segments)
     assert {path.name for path in removal.paths} == unnamed
     assert len(list(FeatureReader(kept, root).sequences(range(6)))) == 6
     upkeep.gc(root, 0)
-    assert set(segment.names(folder)) == set(kept.segments)
+    assert set(segment.names(folder)) == set(kept.last.segments)
 
 
 def test_litter_and_damage_go_and_damage_that_is_named_stays(root: Path, tmp_path: Path) -> None:
     kept = store_features(root, chain(6, 24))
-    collection = kept.collection(root)
+    collection = kept.last.collection(root)
     keep(root, tmp_path / "train.json", kept)
-    spoilt = store_features(root, chain(3, 24, seed=1)).segments[0]
-    aside = store_features(root, chain(3, 24, seed=2)).segments[0]
+    spoilt = store_features(root, chain(3, 24, seed=1)).last.segments[0]
+    aside = store_features(root, chain(3, 24, seed=2)).last.segments[0]
     (collection.folder / spoilt / segment.RECORD).write_text("{")
     aged(collection.folder / spoilt)
     collection.set_aside(aside)
-    shutil.copytree(collection.folder / kept.segments[0], collection.folder / f".{spoilt}{HALF}")
-    (collection.folder / kept.segments[1] / segment.RECORD).unlink()
-    aged(collection.folder / kept.segments[1])
+    shutil.copytree(collection.folder / kept.last.segments[0], collection.folder / f".{spoilt}{HALF}")
+    (collection.folder / kept.last.segments[1] / segment.RECORD).unlink()
+    aged(collection.folder / kept.last.segments[1])
     removal = upkeep.gc(root, AGE)
     left = {path.name for path in collection.folder.iterdir() if path.is_dir()}
-    others = {name for seed in (1, 2) for name in store_features(root, chain(3, 24, seed=seed)).segments}
-    assert left - others == set(kept.segments)
+    others = {name for seed in (1, 2) for name in store_features(root, chain(3, 24, seed=seed)).last.segments}
+    assert left - others == set(kept.last.segments)
     assert not any(name.startswith(".") or name in (spoilt, aside) for name in left)
     assert removal.segments == 3
 
 
-def test_tables_stay_as_long_as_their_collection_does(root: Path, tmp_path: Path) -> None:
+def test_tables_stay_as_long_as_a_manifest_needs_them(root: Path, tmp_path: Path) -> None:
     manifest = store_features(root, chain(3, 24))
-    collection = manifest.collection(root)
-    tables = save_tables(collection)
+    tables = save_tables(root, manifest)
     age_all(root)
     held = keep(root, tmp_path / "train.json", manifest)
     upkeep.gc(root, AGE)
-    assert set(collection.records()) == {*manifest.segments, tables.name}
+    assert set(manifest.tables(root).records()) == {tables.name}
     held.unlink()
-    other = store_features(root, chain(3, 24, seed=1)).segments  # young
     upkeep.gc(root, AGE)
-    assert set(segment.names(collection.folder)) == {*other, tables.name}
-    age_all(root)
-    upkeep.gc(root, AGE)
-    assert not collection.folder.exists()  # nobody can need the tables alone
     assert {path.name for path in root.iterdir()} == {upkeep.ROOTS, ".in-use"}
 
 
@@ -200,12 +196,12 @@ def test_a_root_counts_as_long_as_its_file_is_there_or_it_was_used_lately(root: 
     removal = upkeep.gc(root, AGE)
     assert set(segment.names(folder)) == {name for split in "ade" for name in splits[split].segments}
     assert {name for name, path in roots.items() if path.exists()} == set("ade")
-    assert removal.segments == len(splits["b"].segments) + len(splits["c"].segments)
+    assert removal.segments == len(splits["b"].last.segments) + len(splits["c"].last.segments)
 
 
 def test_a_dry_run_counts_the_same_and_removes_nothing(root: Path, tmp_path: Path) -> None:
     kept, gone = store_features(root, chain(6, 24)), store_features(root, chain(6, 24, seed=1))
-    collection = kept.collection(root)
+    collection = kept.last.collection(root)
     keep(root, tmp_path / "kept.json", kept)
     aged(keep(root, tmp_path / "gone.json", gone))
     (tmp_path / "gone.json").unlink()
@@ -217,8 +213,8 @@ def test_a_dry_run_counts_the_same_and_removes_nothing(root: Path, tmp_path: Pat
     assert snapshot(root) == before
     assert dry == upkeep.gc(root, AGE)
     assert dry.segments == len(gone.segments) + 2
-    assert set(segment.names(collection.folder)) == set(kept.segments)
-    assert upkeep.gc(root, AGE) == Removal(kept=len(kept.segments))
+    assert set(segment.names(collection.folder)) == set(kept.last.segments)
+    assert upkeep.gc(root, AGE) == Removal(kept=len(kept.last.segments))
 
 
 def test_nothing_is_removed_while_a_stage_uses_the_store(root: Path, tmp_path: Path) -> None:
@@ -272,7 +268,7 @@ def test_what_is_not_the_stores_is_left_alone(root: Path) -> None:
     before = {
         path: found for path, found in snapshot(root).items() if not path.is_relative_to(folder_of(root, manifest))
     }
-    assert upkeep.verify(root, True) == (len(manifest.segments), [])
+    assert upkeep.verify(root, True) == (len(manifest.last.segments), [])
     assert [summary.folder for summary in upkeep.summaries(root)] == [folder_of(root, manifest)]
     upkeep.forget(root, "t", given_rows([chain(3, 24)[0].ids]))
     upkeep.gc(root, 0)
@@ -302,14 +298,14 @@ def test_a_store_that_is_not_there_is_empty(root: Path) -> None:
 def test_summaries_say_what_a_store_holds(root: Path) -> None:
     manifest = store_features(root, chain(6, 24))
     asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
-    collection = manifest.collection(root)
-    spoilt, aside, *whole = manifest.segments
+    collection = manifest.last.collection(root)
+    spoilt, aside, *whole = manifest.last.segments
     (collection.folder / spoilt / segment.RECORD).unlink()
     collection.set_aside(aside)
     first, second = upkeep.summaries(root)
     assert (first.folder, second.folder) == (asked.folder, collection.folder)
     assert (first.segments, first.rows, first.damaged) == (2, 4, ())
-    assert second.identity == manifest.identity
+    assert second.identity == manifest.last.identity
     records = [segment.read_record(collection.folder, name) for name in whole]
     assert second.segments == len(whole)
     assert second.rows == sum(len(record.items) for record in records)
@@ -318,7 +314,7 @@ def test_summaries_say_what_a_store_holds(root: Path) -> None:
 
 
 def test_summaries_say_what_computed_the_segments(root: Path) -> None:
-    collection = Collection(root, "features", {"base": "w"})
+    collection = Collection(root, "states", {"base": "w"})
     collection.create()
     for item, device in (("a", "cpu"), ("b", "H100"), ("c", "cpu")):
         claim = collection.claim([item])
@@ -340,10 +336,10 @@ def damage(folder: Path, name: str, key: str = "ids") -> None:
 def test_verify_names_each_damaged_segment(root: Path, set_aside: bool) -> None:
     rows = chain(12, 24)
     manifest = store_features(root, rows)
-    save_tables(manifest.collection(root))
+    save_tables(root, manifest)
     asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
     folder = folder_of(root, manifest)
-    first, second, third, *rest = manifest.segments
+    first, second, third, *rest = manifest.last.segments
     (folder / first / segment.RECORD).unlink()
     damage(folder, second)  # which no size and no record shows
     damage(folder, third, "states")
@@ -372,7 +368,7 @@ def test_verify_goes_on_behind_a_collection_that_cannot_be_read(root: Path) -> N
     asked = save_answers(root, [[1, 2]])
     (asked.folder / "identity.json").write_text("{")
     whole, (problem,) = upkeep.verify(root, True)
-    assert whole == len(manifest.segments)
+    assert whole == len(manifest.last.segments)
     assert str(asked.folder) in str(problem)
     assert len(list(segment.names(asked.folder))) == 1  # nothing says that its segments are damaged
 
@@ -434,14 +430,14 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
     root = tmp_path_factory.mktemp("store")
     rows = rows_of(8)
     manifest = store_features(root, rows, codec=codec, segment_tokens=limit)
-    collection = manifest.collection(root)
-    save_tables(collection)
+    collection = manifest.last.collection(root)
+    save_tables(root, manifest)
     asked = save_answers(root, [row.ids for row in rows], group=limit // 10 + 1)
     foreign = save_answers(root, [row.ids for row in rows], tokenizer="u").folder
     keep(root, root.parent / "train.json", manifest)
     before, untouched = (digests(collection), digests(asked)), snapshot(foreign)
     folders, size = set(root.glob("*/*/")), stored_bytes(root)
-    segments = len(manifest.segments) + len(asked.records())
+    segments = len(manifest.last.segments) + len(asked.records())
     removal = upkeep.forget(root, "t", given_rows([rows[i].ids[:4] for i in gone]))
     assert (removal.rows, removal.bytes) == (2 * len(gone), size - stored_bytes(root))
     assert removal.segments == len(folders - set(root.glob("*/*/")))
@@ -467,12 +463,12 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
         assert len(list(FeatureReader(made, root).sequences(range(len(left))))) == len(left)
     if gone:
         with pytest.raises(StoreError, match="is not in"):
-            FeatureReader(manifest, root)
+            FeatureReader(manifest, root).check()
 
 
 def test_every_continuation_of_a_prompt_goes(root: Path) -> None:
     ours, others = rows_of(4, start=[7, 8, 9]), rows_of(4, seed=1, start=[7, 8])
-    collection = store_features(root, [*ours, *others]).collection(root)
+    collection = store_features(root, [*ours, *others]).last.collection(root)
     prompt = np.asarray([7, 8, 9], np.int32)
     removal = upkeep.forget(root, "t", given_rows([prompt]))
     assert removal.rows == 4
@@ -483,7 +479,7 @@ def test_every_continuation_of_a_prompt_goes(root: Path) -> None:
 def test_a_text_goes_only_as_a_whole(root: Path) -> None:
     rows = rows_of(4)
     longer = sequence([1] * (len(rows[0]) + 1), [*rows[0].ids, 5])
-    collection = store_features(root, [*rows, longer]).collection(root)
+    collection = store_features(root, [*rows, longer]).last.collection(root)
     other_mask = sequence([1] * len(rows[0]), rows[0].ids)  # the same text, supervised otherwise
     store_features(root, [other_mask])
     removal = upkeep.forget(root, "t", given_rows([], [rows[0].ids, rows[1].ids[:-1]]))
@@ -497,7 +493,7 @@ def test_rows_that_the_index_knows_go_whatever_made_them(root: Path) -> None:
     rows = [replace(row, source=bytes([0, number, *[0] * 14])) for number, row in enumerate(rows_of(4))]
     index.write(root, rows[:3])
     index.write(root, rows[2:])
-    collection = store_features(root, rows).collection(root)
+    collection = store_features(root, rows).last.collection(root)
     removal = upkeep.forget(root, "of another tokenizer", {rows[0].source: None, rows[3].source: None, b"other": None})
     assert (removal.rows, removal.indexed, removal.missed) == (2, 2, [2])
     assert set(digests(collection)) == {item_key(row.ids, row.mask) for row in rows[1:3]}
@@ -509,8 +505,8 @@ def test_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
     """Damaged segments that were set aside, and what killed processes left half-written."""
     rows = rows_of(9)
     manifest = store_features(root, rows, segment_tokens=40)
-    collection = manifest.collection(root)
-    first, second = manifest.segments[manifest.segment[0]], manifest.segments[manifest.segment[8]]
+    collection = manifest.last.collection(root)
+    first, second = manifest.last.segments[manifest.last.segment[0]], manifest.last.segments[manifest.last.segment[8]]
     assert first != second
     damage(collection.folder, first)
     collection.set_aside(first)
@@ -524,7 +520,7 @@ def test_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
 def test_a_damaged_segment_stops_it_since_it_may_hold_them(root: Path) -> None:
     rows = rows_of(4)
     manifest = store_features(root, rows)
-    damage(folder_of(root, manifest), manifest.segments[0])
+    damage(folder_of(root, manifest), manifest.last.segments[0])
     with pytest.raises(DamagedError, match=r"spec store verify"):
         upkeep.forget(root, "t", given_rows([rows[0].ids[:5]]))
     upkeep.verify(root, True)
@@ -534,7 +530,7 @@ def test_a_damaged_segment_stops_it_since_it_may_hold_them(root: Path) -> None:
 
 def test_forgetting_that_was_interrupted_is_completed_by_the_next(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(9)
-    collection = store_features(root, rows, segment_tokens=40).collection(root)
+    collection = store_features(root, rows, segment_tokens=40).last.collection(root)
     before = digests(collection)
     real, removed = shutil.rmtree, []
 

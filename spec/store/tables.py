@@ -1,0 +1,82 @@
+"""The base's own tables, by which training needs no base: embedding, lm_head, and how they make its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spec import base as base_model
+from spec.base import Base, Logits
+from spec.store import codecs, identity
+from spec.store.collection import Collection
+
+ITEM = "tables"
+"""In place of a row's key."""
+
+
+def collection(root: Path, base: Mapping[str, str], dtype: str) -> Collection:
+    """Where the tables of a base are kept."""
+    return Collection(root, "tables", identity.tables(base, dtype))
+
+
+def save(base: Base, kept: Collection, rows: Sequence[NDArray[np.int32]]) -> None:
+    """Keep the embedding and lm_head [V, d], and lm_head's bias [V] where it has one.
+
+    How lm_head makes the base's logits is found out on the first of `rows`, ids [T] of real sequences.
+    """
+    claim = kept.claim([ITEM])
+    if claim is None:
+        return
+    try:
+        tables = {"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head}
+        kind = base_model.find_logits(base, rows)
+        bias = base_model.bias_of(base.model)
+        if bias is not None:
+            tables["bias"] = bias
+        row = {name: codecs.to_numpy(each.detach().cpu().to(base.dtype).contiguous()) for name, each in tables.items()}
+        attributes = {
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "offsets": {name: f"{name}_offsets" for name in row},
+            "vocab_size": base.vocab_size,
+            "hidden_size": base.hidden_size,
+            "layers": base.model.config.get_text_config().num_hidden_layers,
+            "logits": None if kind is None else asdict(kind),
+            "producer": base.producer,
+        }
+        claim.commit([row], attributes, codecs.ZSTD)
+    finally:
+        claim.release()
+
+
+def shape(kept: Collection) -> dict[str, Any]:
+    """The base's dtype, hidden_size, vocab_size and layers, as Manifest has them; reads no table."""
+    attributes = _attributes(kept)
+    return {name: attributes[name] for name in ("dtype", "hidden_size", "vocab_size", "layers")}
+
+
+def logits(kept: Collection) -> Logits | None:
+    """How the base's logits follow from its tables and states, so that soft targets follow from the cache alone."""
+    found = _attributes(kept)["logits"]
+    return None if found is None else Logits(**found)
+
+
+def load(kept: Collection) -> dict[str, Tensor]:
+    """The base's "embedding" and "lm_head", each [V, d], and where lm_head has one its "bias" [V].
+
+    Raises:
+        DamagedError: they are missing or damaged.
+    """
+    arrays, attributes = kept.read(kept.name_of([ITEM]))
+    dtype = getattr(torch, attributes["dtype"])
+    return {name: codecs.from_numpy(arrays[name], dtype) for name in attributes["offsets"]}
+
+
+def _attributes(kept: Collection) -> dict[str, Any]:
+    return kept.read(kept.name_of([ITEM]), only=())[1]
