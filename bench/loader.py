@@ -134,6 +134,7 @@ def store(
         hidden_size=width,
         vocab_size=vocab_size,
         layers=1,
+        layer=None,
         greedy=True,
     )
 

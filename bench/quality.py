@@ -101,7 +101,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     found = {split: reader(config, split) for split in ("train", "val", "eval")}
     found["train"] = first(found["train"], count or config.data.max_samples or len(found["train"]))
     shape = shape_on(config.model.speculator, found["train"].manifest)
-    tables = base_tables.load(found["train"].tables)
+    tables = base_tables.Tables(found["train"].tables)
     speculator = initialise(config, shape, found["train"].token_counts(), tables)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         task = FrozenTask(config, speculator, found["train"], found["val"], worker, Teacher(tables["lm_head"]))

@@ -139,7 +139,7 @@ def one(request: Mapping[str, object]) -> dict[str, float]:
     worker = this_worker()
     data = reader(default_config(), "train")
     shape = shape_on(config.model.speculator, data.manifest)
-    tables = base_tables.load(data.tables)
+    tables = base_tables.Tables(data.tables)
     speculator = initialise(config, shape, data.token_counts(), tables).to(worker.device)
     order = data.order(0, 0)
     parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]

@@ -170,13 +170,16 @@ def draft_answers(
     reader: SequenceReader,
     indices: Sequence[int] | None = None,
     on_positions: Callable[[int], object] = lambda count: None,
+    n: int | None = None,
 ) -> list[Answer]:
-    """Draft after every token of the last answer of each sequence; no base model is needed.
+    """Draft n tokens (n_predict by default) after every token of the last answer of each sequence.
+
+    No base model is needed.
 
     Sequences of plain text count as answers that begin at their second token; sequences without a state before
     their answer are left out.
     """
-    device = next(speculator.parameters()).device
+    device, length = next(speculator.parameters()).device, n or speculator.config.n_predict
     answers: list[Answer] = []
     pending: list[tuple[int, Packed, Tensor]] = []
 
@@ -184,7 +187,7 @@ def draft_answers(
         packed = Packed.join([packed for _, packed, _ in pending])
         before = accumulate((len(packed.starts) for _, packed, _ in pending), initial=0)
         rows = torch.cat([rows + count for (_, _, rows), count in zip(pending, before, strict=False)])
-        drafts = speculator.draft_along(packed.to(device), rows.to(device), speculator.config.n_predict).cpu().numpy()
+        drafts = speculator.draft_along(packed.to(device), rows.to(device), length).cpu().numpy()
         sizes = np.cumsum([len(rows) for *_, rows in pending])[:-1]
         for (index, one, kept), drafted in zip(pending, np.split(drafts, sizes), strict=True):
             first, last = one.starts[kept[0]], one.starts[kept[-1]]

@@ -253,6 +253,11 @@ class Config(Section):
                 f"decode.draft_len is {length}, and the heads of model.speculator draft at most {longest} tokens at a "
                 "step (draft=head)"
             )
+        if not self.model.freeze_base_model and not method(speculator.method).joint:
+            raise ValueError(
+                f"method {speculator.method} reads whole sequences of a frozen base, and is not trained jointly with it: "
+                "set model.freeze_base_model to true, or method to sum_rnn or sum_lstm"
+            )
         if not self.model.freeze_base_model and self.optim.loss == "kl":
             raise ValueError("optim.loss=kl distils a frozen base: set model.freeze_base_model to true, or loss to ce")
         return self

@@ -22,7 +22,7 @@ from spec import base as bases
 from spec.base import Base
 from spec.base.taps import Tapped
 from spec.config import Decode, Model
-from spec.drafting import DecodingError, Drafter, Source
+from spec.drafting import DecodingError, Drafter, Source, head_length
 from spec.heads import Speculator
 from spec.kv_cache import Memory
 
@@ -133,7 +133,7 @@ class LanguageModelWithSpeculator:
         params = Model.model_validate({"dtype": name, "trust_remote_code": trust_remote_code})
         loaded = bases.load(params, folder, digest, None if device is None else torch.device(device))
         heads.check_base(config, loaded.vocab_size, loaded.hidden_size, digest, allow_other_weights=allow_other_weights)
-        speculator = heads.load(checkpoint, loaded.device, loaded.model.dtype)
+        speculator = heads.load(checkpoint, loaded.device, loaded.model.dtype, loaded.tables)
         return cls(loaded, speculator, decode)
 
     def generate(
@@ -211,7 +211,8 @@ class LanguageModelWithSpeculator:
             stops = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
         if max_new_tokens < 1:
             raise DecodingError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        drafter = Drafter(self.decode, None if self.speculator is None else self.speculator.config.n_predict, draft)
+        length = None if self.speculator is None else head_length(self.decode, self.speculator.config)
+        drafter = Drafter(self.decode, length, draft)
         if not self.base.limits.takes_back and (draft or self.decode.draft) != "none":
             raise DecodingError(
                 f"{type(self.base.model).__name__} keeps a recurrent state, from which rejected drafts cannot be "
@@ -233,7 +234,7 @@ class LanguageModelWithSpeculator:
         memory = Memory(model)
         speculator = self.speculator if drafter.uses_heads else None
         session = None if speculator is None else speculator.session()
-        taps = () if speculator is None else speculator.taps(speculator.config)
+        taps = () if speculator is None else speculator.taps
         drafted = 0  # by the heads, since the base last read something
 
         def from_heads(k: int) -> Tensor | list[int]:  # [k]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from spec.config import Decode
 from spec.errors import SpecError
+from spec.heads import SpeculatorConfig
 
 Source = Literal["none", "head", "ngram", "hybrid"]
 """What a step drafts: nothing (plain decoding), the heads' draft, an n-gram's continuation, or the latter where its
@@ -87,6 +88,12 @@ class NgramIndex:
                 copied = [*self._ids[start : start + count], *after]
                 return [copied[i % period] for i in range(count)]
         return []
+
+
+def head_length(decode: Decode, config: SpeculatorConfig) -> int:
+    """How many tokens the heads draft at a step: decode.draft_len, n_predict by default, as many as they can."""
+    wanted, longest = decode.draft_len or config.n_predict, config.longest_draft
+    return wanted if longest is None else min(wanted, longest)
 
 
 class Drafter:

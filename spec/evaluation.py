@@ -15,7 +15,7 @@ from spec.acceptance import Answer, Drafts, Walk
 from spec.base import PLAIN, Logits
 from spec.config import Decode
 from spec.decoding import Generation, LanguageModelWithSpeculator
-from spec.drafting import Source, drafts_along
+from spec.drafting import Source, drafts_along, head_length
 from spec.heads import Speculator
 from spec.store.reader import FeatureReader, SequenceReader
 
@@ -71,9 +71,9 @@ def offline(
         kind: what turns lm_head times the state into the base's logits.
         bias: [V] of lm_head.
     """
-    answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions)
+    n = max(head_length(decode, speculator.config), speculator.config.n_predict)
+    answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions, n=n)
     walks = {source: acceptance.walks(reader, answers, drafts_of(source, decode)) for source in SOURCES}
-    n = speculator.config.n_predict
     long = decode.model_copy(update={"draft_len": max(LENGTHS)})
     lengths = {source: (decode, LENGTHS[:n]) if source == "head" else (long, LENGTHS) for source in SOURCES}
     by_length = {

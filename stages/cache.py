@@ -65,7 +65,8 @@ def cache(config: Config, worker: Path | None) -> None:
 
 def _kept(config: Config, sources: dict[str, Any], computed_in: str) -> _Kept:
     root = common.store_root(config)
-    taps = features.tap_stores(root, sources["base"], config, computed_in)
+    layers = text_config(config, sources).num_hidden_layers
+    taps = features.tap_stores(root, sources["base"], config, computed_in, layers)
     return _Kept(root, taps, tables.collection(root, sources["base"], config.model.dtype))
 
 

@@ -44,7 +44,8 @@ def evaluate(config: Config) -> None:
     shape = heads.read_config(common.MODEL)
     if not config.model.freeze_base_model:
         common.check_joint(manifest, "eval")
-        source, manifest = _with_trained_base(config)
+        source, manifest = _with_trained_base(config, manifest.layers)
+    manifest = manifest.reading(shape.taps(shape.layers))
     heads.check_base(shape, manifest.vocab_size, manifest.hidden_size, source["weights"])
     sources = {**common.read_sources(), "base": source}
     tags = {"features": manifest.digest, "method": shape.method}
@@ -79,12 +80,13 @@ def _measure(
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
     kind = tables.logits(reader.tables)
-    found = {} if kind is None else tables.load(reader.tables)
-    lm_head, bias = (found[name].to(device, dtype) if name in found else None for name in ("lm_head", "bias"))
+    found = tables.Tables(reader.tables)
+    known = () if kind is None else found
+    lm_head, bias = (found[name].to(device, dtype) if name in known else None for name in ("lm_head", "bias"))
     with common.progress(
         (1 + (kind is not None)) * reader.manifest.positions, "positions", "evaluate: exact walk"
     ) as bar:
-        speculator = heads.load(common.MODEL, device, dtype)
+        speculator = heads.load(common.MODEL, device, dtype, found)
         measured = evaluation.offline(
             speculator, reader, config.decode, lm_head, bar.update, kind=kind or base.PLAIN, bias=bias
         )
@@ -129,14 +131,14 @@ def _decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
+def _with_trained_base(config: Config, layers: int) -> tuple[dict[str, Any], Manifest]:
     """The base that joint training made, and the eval split with its states, which are cached here."""
     trusted = config.model.trust_remote_code
     source = {"name": str(common.TRAINED_BASE), "revision": None, **base.identify(common.TRAINED_BASE, trusted)}
     source["tokenizer"] = common.read_sources()["base"]["tokenizer"]  # it made the ids, and `forget` looks for it
     rows = corpus.read(common.responses_path("eval"))
     root = common.store_root(config)
-    stores = features.tap_stores(root, source, config, common.arithmetic_here(config))
+    stores = features.tap_stores(root, source, config, common.arithmetic_here(config), layers)
     kept = tables.collection(root, source, config.model.dtype)
     keyed = list(map(FeatureRow.of, rows))
     with locks.in_use(root):
@@ -156,7 +158,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:
     folder = base.resolve(source["name"], source["revision"], config.model.trust_remote_code)
     model = base.load(config.model, folder, source["weights"], dtype=dtype)
-    speculator = heads.load(common.MODEL, model.device, model.model.dtype)
+    speculator = heads.load(common.MODEL, model.device, model.model.dtype, model.tables)
     return LanguageModelWithSpeculator(model, speculator, config.decode)
 
 

@@ -102,7 +102,7 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
     meta = base.skeleton(folder, config.model.trust_remote_code)
     text = meta.config.get_text_config()
     prompts, rows = _rows(config, sources)
-    work = _work(config, sources, prompts, rows)
+    work = _work(config, sources, prompts, rows, text.num_hidden_layers)
     about = "at most " if work.estimated else ""
     common.say(
         f"plan: {work.sequences:,} sequences, {about}{work.tokens:,} tokens, {about}{work.positions:,} positions to "
@@ -137,13 +137,13 @@ def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[Toke
     return prompts, responses or tokens
 
 
-def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: list[TokenSequence]) -> _Work:
+def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: list[TokenSequence], layers: int) -> _Work:
     root, dtype = common.store_root(config), config.model.dtype
     computed_in = common.arithmetic_here(config)
     content = identity.answers(sources["base"], dtype, config.respond, computed_in)
     written = Collection(root, "answers", content).find()
     estimated = any(row.prompt_length == len(row) for row in rows)
-    stores = features.tap_stores(root, sources["base"], config, computed_in)
+    stores = features.tap_stores(root, sources["base"], config, computed_in, layers)
     cached = [() if estimated else store.collection.find() for store in stores]
     keyed = list(map(FeatureRow.of, rows))
     groups = features.plan(keyed, cached, config.features.segment_tokens)

@@ -65,6 +65,8 @@ def train(config: Config, worker: Path | None) -> None:
     """Train the heads; the best on val go to models/speculator, curves and metrics to results/train."""
     manifests = {split: common.open_manifest(config, split) for split in ("train", "val")}
     shape = start.shape_on(config.model.speculator, manifests["train"])
+    if config.model.freeze_base_model:
+        manifests = {split: manifest.reading(shape.taps(shape.layers)) for split, manifest in manifests.items()}
     if worker is not None:
         with joined() as me:
             _work(config, shape, manifests, me)
@@ -196,8 +198,7 @@ def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manif
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
     readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
     train_reader = readers["train"]
-    with_tables = start.needs_tables(config.model.speculator) or config.optim.loss == "kl"
-    tables = base_tables.load(train_reader.tables) if with_tables else {}
+    tables = base_tables.Tables(train_reader.tables)
     speculator = start.initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
     teacher = None
     if config.optim.loss == "kl":
@@ -225,8 +226,8 @@ def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTas
     counts = np.zeros(shape.vocab_size, np.int64)
     for row in rows["train"]:
         counts += np.bincount(row.ids[row.mask != 0], minlength=shape.vocab_size)
-    tables = {"embedding": base.embedding[: base.vocab_size].detach(), "lm_head": base.lm_head.detach()}
-    speculator = start.initialise(config, shape, counts, {name: table.cpu() for name, table in tables.items()})
+    tables = {name: table.detach().cpu() for name, table in base.tables.items()}
+    speculator = start.initialise(config, shape, counts, tables)
     return JointTask(config, base, speculator.to(me.device), rows["train"], rows["val"], me)
 
 

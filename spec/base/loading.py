@@ -56,6 +56,11 @@ class Base:
         return weight
 
     @property
+    def tables(self) -> dict[str, torch.Tensor]:
+        """What heads borrow: "embedding" and "lm_head", each [V, d]."""
+        return {"embedding": self.embedding[: self.vocab_size], "lm_head": self.lm_head}
+
+    @property
     def embedding(self) -> torch.Tensor:
         """The input table [>= V, d]."""
         weight: torch.Tensor = self.model.get_input_embeddings().weight

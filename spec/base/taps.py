@@ -27,9 +27,8 @@ class Tapped:
 
     def __init__(self, model: Any, taps: Sequence[Tap]) -> None:
         self.states: dict[Tap, Tensor] = {}
-        decoder: Any = _decoder(model) if taps else None
         self._reading: list[tuple[nn.Module, Tap]] = [
-            (decoder if tap.layer is None else _layer(decoder, tap.layer), tap) for tap in taps
+            (_decoder(model) if tap.layer is None else _layer(model, tap.layer), tap) for tap in taps
         ]
         self._hooks: list[Any] = []
         self._thread = threading.get_ident()
@@ -102,16 +101,23 @@ def _decoder(model: Any) -> nn.Module:
     return found
 
 
-def _layer(decoder: Any, number: int) -> nn.Module:
-    """The layer whose input is the output after `number` layers."""
-    count, name = decoder.config.get_text_config().num_hidden_layers, type(decoder).__name__
+def layers_of(model: Any) -> nn.ModuleList | None:
+    """The decoder layers of a causal language model, where they are a list."""
+    decoder: Any = _decoder(model)
+    count = decoder.config.get_text_config().num_hidden_layers
     lists = [
         (path.count("."), module)
         for path, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if not lists:
-        raise BaseError(f"{name} has no list of its {count} layers, so heads that read layers cannot be trained for it")
-    if not 0 <= number < count:
-        raise BaseError(f"{name} has the layers 0 to {count - 1}; there is no layer {number} to read")
-    return min(lists, key=lambda found: found[0])[1][number]  # experts lie deeper
+    return min(lists, key=lambda found: found[0])[1] if lists else None  # experts lie deeper
+
+
+def _layer(model: Any, number: int) -> nn.Module:
+    """The layer whose input is the output after `number` layers."""
+    layers, name = layers_of(model), type(model).__name__
+    if layers is None:
+        raise BaseError(f"{name} has no list of its layers, so heads that read layers cannot be trained for it")
+    if not 0 <= number < len(layers):
+        raise BaseError(f"{name} has the layers 0 to {len(layers) - 1}; there is no layer {number} to read")
+    return layers[number]

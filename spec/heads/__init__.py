@@ -15,7 +15,7 @@ from spec.heads.checkpoint import (
     restore,
     save,
 )
-from spec.heads.config import OnBase, Params, SpeculatorConfig
+from spec.heads.config import Layer, OnBase, Params, SpeculatorConfig
 from spec.heads.packed import LAST, Packed, Supervision, Tap, supervise
 from spec.heads.position_wise import PositionWise
 from spec.heads.registry import build, method, on_base, parse_config

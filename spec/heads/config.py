@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from spec.heads.packed import LAST, Tap
 from spec.section import Positive, Section, explain
 
 # Keys that from_json passes over: to_json writes the first three for other readers, and tools of the Hugging Face
@@ -44,6 +45,14 @@ class Params(Section):
     init: str = "random"
     draft_vocab_size: Positive | None = None
 
+    def taps(self, layers: int | None) -> tuple[Tap, ...]:
+        """The vectors that such a head reads of a base with so many layers.
+
+        Raises:
+            ValueError: the base has no such layer.
+        """
+        return (LAST,)
+
     @property
     def longest_draft(self) -> int | None:
         """How many tokens the heads can draft at a step; None: as many as they are asked for."""
@@ -57,6 +66,30 @@ class Params(Section):
     def as_wide_as(self, hidden_size: int) -> Self:
         """These parameters for a base of another width, over its whole vocabulary."""
         return self.model_copy(update={"draft_vocab_size": None})
+
+
+class Layer(Section):
+    """The shape of a base's decoder layers, which a draft layer repeats.
+
+    Attributes:
+        heads: of the queries.
+        kv_heads: of keys and values.
+        head_dim: width of each.
+        intermediate_size: width of the feed-forward network.
+        bias: whether queries, keys and values have one.
+        eps: of the norms.
+        rope_theta: base of the rotary embedding.
+        positions: that the base was made for.
+    """
+
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    intermediate_size: Positive
+    bias: bool = False
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    positions: Positive = 2048
 
 
 class OnBase(Section):

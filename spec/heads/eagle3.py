@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spec.heads.config import Params, SpeculatorConfig
+from spec.heads.config import Layer, Params, SpeculatorConfig
 from spec.heads.init import draw
 from spec.heads.packed import LAST, Packed, Tap
 from spec.heads.speculator import Session, Speculator
-from spec.section import Positive, Section, listed
+from spec.section import Positive, listed
 
 SCORES = 2**22
 """Attention scores that exist at one time in a chunk of queries; a longer sequence is computed in several chunks."""
@@ -32,30 +32,6 @@ FC_SPREAD = 0.1
 
 Keys = tuple[Tensor, Tensor]
 """Keys and values, each [.., KV, head_dim]."""
-
-
-class Layer(Section):
-    """The shape of the base's decoder layer, which the draft layer repeats.
-
-    Attributes:
-        heads: of the queries.
-        kv_heads: of keys and values.
-        head_dim: width of each.
-        intermediate_size: width of the feed-forward network.
-        bias: whether queries, keys, values and the attention's output have one.
-        eps: of the norms.
-        rope_theta: base of the rotary embedding.
-        positions: that the base was made for.
-    """
-
-    heads: Positive
-    kv_heads: Positive
-    head_dim: Positive
-    intermediate_size: Positive
-    bias: bool = False
-    eps: float = 1e-5
-    rope_theta: float = 10000.0
-    positions: Positive = 2048
 
 
 class Eagle3Params(Params):
@@ -72,6 +48,17 @@ class Eagle3Params(Params):
             raise ValueError(f"aux_layers is {list(ids)}: name at least one layer, in ascending order without repeats")
         return self
 
+    def taps(self, layers: int | None) -> tuple[Tap, ...]:
+        if layers is None:
+            raise ValueError("eagle3 reads layers of its base, and how many that has is not known")
+        ids = self.aux_layers
+        if ids is None:
+            ids = tuple(sorted({2, layers // 2, layers - 3} if layers >= 7 else {1, layers // 2, layers - 1}))
+        ids = ids if self.aux_layers or layers > 1 else (0,)
+        if ids[-1] >= layers:
+            raise ValueError(f"aux_layers: the base has the layers 0 to {layers - 1}, found {list(ids)}")
+        return (*(Tap(layer, "all") for layer in ids), LAST)
+
     @property
     def longest_draft(self) -> int | None:
         return None
@@ -82,14 +69,6 @@ class Eagle3Config(Eagle3Params, SpeculatorConfig):
 
     layers: Positive
     layer: Layer
-
-    @property
-    def tapped(self) -> tuple[int, ...]:
-        """The layers whose outputs it reads."""
-        if self.aux_layers is not None:
-            return self.aux_layers
-        L = self.layers
-        return tuple(sorted({2, L // 2, L - 3} if L >= 7 else {min(1, L - 1), L // 2, L - 1}))
 
 
 class Eagle3(Speculator):
@@ -104,20 +83,10 @@ class Eagle3(Speculator):
         super().__init__(config, token_map)
         d = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, d)
-        self.fc = nn.Linear(len(config.tapped) * d, d, bias=False)
+        self.fc = nn.Linear((len(config.taps(config.layers)) - 1) * d, d, bias=False)
         self.midlayer = DraftLayer(d, config.layer)
         self.norm = Norm(d, config.layer.eps)
         self.lm_head = nn.Linear(d, config.head_rows, bias=False)
-
-    @classmethod
-    def taps(cls, config: SpeculatorConfig) -> tuple[Tap, ...]:
-        assert isinstance(config, Eagle3Config)
-        if max(config.tapped) >= config.layers:
-            raise ValueError(
-                f"aux_layers: the base has {config.layers} layers, so that outputs 0 to {config.layers - 1} can be "
-                f"read, found {list(config.tapped)}"
-            )
-        return (*(Tap(layer, "all") for layer in config.tapped), LAST)
 
     @classmethod
     def operations(cls, config: SpeculatorConfig) -> float:
@@ -126,7 +95,7 @@ class Eagle3(Speculator):
         d, layer = config.hidden_size, config.layer
         keys = 2 * 2 * d * layer.kv_heads * layer.head_dim
         mixing = 3 * d * layer.heads * layer.head_dim + 3 * d * layer.intermediate_size
-        return len(config.tapped) * d * d + config.n_predict * (keys + mixing + d * config.head_rows)
+        return (len(config.taps(config.layers)) - 1) * d * d + config.n_predict * (keys + mixing + d * config.head_rows)
 
     @torch.no_grad()
     def initialise(self, tables: Mapping[str, Tensor] | None = None, seed: int = 0) -> None:
@@ -149,10 +118,10 @@ class Eagle3(Speculator):
         self.norm.weight.copy_(tables["norm.weight"])
         for name, parameter in self.midlayer.named_parameters():
             table = found.get("input_layernorm.weight" if name == "hidden_norm.weight" else name)
-            if table is None:  # a bias that the base lacks
-                parameter.zero_()
-            else:
+            if table is not None:
                 parameter.copy_(table if table.shape == parameter.shape else table.repeat(1, 2))
+            elif parameter.ndim == 1:  # a bias that the base lacks
+                parameter.zero_()
 
     def undecayed(self) -> frozenset[str]:
         return frozenset(name for name, parameter in self.named_parameters() if parameter.ndim == 1)
@@ -193,8 +162,7 @@ class Eagle3(Speculator):
 
     def inputs(self, states: Mapping[Tap, Tensor]) -> Tensor:
         """g [S, d] of the taps' vectors."""
-        taps = self.taps(self.config)[:-1]
-        mixed: Tensor = self.fc(torch.cat([states[tap] for tap in taps], -1).to(self.fc.weight.dtype))
+        mixed: Tensor = self.fc(torch.cat([states[tap] for tap in self.taps[:-1]], -1).to(self.fc.weight.dtype))
         return mixed
 
     def pairs(self, tokens: Tensor, vectors: Tensor) -> Tensor:

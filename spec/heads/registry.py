@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spec.heads.config import OnBase, Params, SpeculatorConfig
+from spec.heads.config import Layer, OnBase, Params, SpeculatorConfig
 from spec.heads.speculator import Speculator
 
 METHODS = {
@@ -60,14 +60,17 @@ def others_keys(name: object) -> dict[str, Any]:
     return {key: default for key, default in found.items() if key not in own}
 
 
-def on_base(params: Params, base: OnBase) -> SpeculatorConfig:
-    """The network that params ask for, on a base.
+def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> SpeculatorConfig:
+    """The network that params ask for, on a base whose layers have a shape.
 
     Raises:
         ValueError: values that make no network on this base.
     """
+    config = method(params.method).Config
     values = params.model_dump(exclude={"init"}) | base.model_dump()
-    return method(params.method).Config.from_json(values)
+    if layer is not None and "layer" in config.model_fields:
+        values["layer"] = layer.model_dump()
+    return config.from_json(values)
 
 
 def parse_config(values: Mapping[str, Any]) -> SpeculatorConfig:

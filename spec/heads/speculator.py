@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spec.heads.config import Params, SpeculatorConfig
 from spec.heads.layers import RMSNorm
-from spec.heads.packed import LAST, Packed, Tap
+from spec.heads.packed import Packed, Tap
 
 
 class Session(ABC):
@@ -73,10 +73,10 @@ class Speculator(nn.Module, ABC):
         self.config = config
         self.register_buffer("token_map", _checked(token_map, config))
 
-    @classmethod
-    def taps(cls, config: SpeculatorConfig) -> tuple[Tap, ...]:
-        """The vectors of the base that a speculator of this shape reads."""
-        return (LAST,)
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The vectors of the base that it reads."""
+        return self.config.taps(self.config.layers)
 
     @abstractmethod
     def output(self, k: int) -> Tensor:

@@ -60,15 +60,20 @@ Group = tuple[Sequence[int], Sequence[int]]
 """Numbers of the rows that are computed together, and of the taps that the store lacks of all of them."""
 
 
-def taps_for(config: Config) -> tuple[Tap, ...]:
-    """What the cache stores: the teacher's last states, and what the method of model.speculator reads."""
-    return (LAST,)
+def tap_stores(
+    root: Path, base: Mapping[str, str], config: Config, arithmetic: str, layers: int | None
+) -> list[TapStore]:
+    """Where the vectors of each tap are kept that the method reads, LAST first, as computed in some arithmetic.
 
-
-def tap_stores(root: Path, base: Mapping[str, str], config: Config, arithmetic: str) -> list[TapStore]:
-    """Where the vectors of each tap are kept that the parameters ask for, as computed in some arithmetic."""
+    Raises:
+        StoreError: the base has too few layers for the method.
+    """
+    try:
+        taps = config.model.speculator.taps(layers)
+    except ValueError as error:
+        raise StoreError(f"model.speculator.{error}") from None
     stores = []
-    for tap in taps_for(config):
+    for tap in (LAST, *(tap for tap in taps if tap != LAST)):
         codec = CODECS[config.features.codec if tap.layer is None else config.features.layer_codec]
         content = identity.states(base, config.model.dtype, tap, codec, arithmetic)
         stores.append(TapStore(tap, codec, Collection(root, "states", content)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Manifest:
         hidden_size: width d of the vectors that lm_head reads.
         vocab_size: rows V of the base's lm_head.
         layers: of the base.
+        layer: their shape, as spec.heads.Layer has it; None where the base is trained too.
         taps: where the vectors of each tap lie, LAST first; none where the base is trained too.
         content: SHA-256 over the digests of all sequences, in order.
         prompt_length: tokens before the last answer.
@@ -71,6 +72,7 @@ class Manifest:
     hidden_size: int
     vocab_size: int
     layers: int
+    layer: Mapping[str, Any] | None
     taps: Sequence[Places]
     content: str
     prompt_length: Sequence[int]
@@ -103,6 +105,18 @@ class Manifest:
         del entry["base"]
         entry["taps"] = [{"identity": tap["identity"], "width": tap["width"]} for tap in entry["taps"]]
         return files.digest_json(entry)
+
+    def reading(self, taps: Sequence[Tap]) -> Manifest:
+        """The same with the vectors of LAST and of these taps alone.
+
+        Raises:
+            StoreError: it lacks some of them.
+        """
+        kept = {places.tap: places for places in self.taps}
+        lacking = [f"layer {tap.layer} ({tap.positions})" for tap in taps if tap not in kept]
+        if lacking:
+            raise StoreError(f"the features lack what the heads read, {', '.join(lacking)}; run `spec cache`")
+        return replace(self, taps=[kept[tap] for tap in dict.fromkeys((LAST, *taps))])
 
     def save(self, path: Path) -> None:
         """Write the manifest, one field a line."""
@@ -138,7 +152,7 @@ class Manifest:
             content: SHA-256 of the file that holds the sequences.
         """
         shape = (text.hidden_size, text.vocab_size, text.num_hidden_layers)
-        return cls(base, dtype, *shape, [], content, [], [], [], [], 0, 0)
+        return cls(base, dtype, *shape, None, [], content, [], [], [], [], 0, 0)
 
     def tables(self, root: Path) -> Collection:
         """The collection of a store that holds the base's tables."""
@@ -161,6 +175,7 @@ def make_manifest(
     hidden_size: int,
     vocab_size: int,
     layers: int,
+    layer: Mapping[str, Any] | None,
     greedy: bool,
 ) -> Manifest:
     """The manifest of sequences of which every collection holds the vectors.
@@ -169,7 +184,7 @@ def make_manifest(
         collections: one a tap, that of LAST first.
         keys: content key of each sequence, in the order of the data.
         rows: the sequences.
-        base: as in Manifest; dtype, hidden_size, vocab_size and layers likewise.
+        base: as in Manifest; dtype, hidden_size, vocab_size, layers and layer likewise.
         greedy: whether the base wrote the last answers greedily.
     """
     domains = sorted({row.domain for row in rows})
@@ -181,6 +196,7 @@ def make_manifest(
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         layers=layers,
+        layer=layer,
         taps=[places for places, _ in found],
         content=files.digest_json([digests for _, digests in found]),
         prompt_length=[row.prompt_length for row in rows],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def collection(root: Path, base: Mapping[str, str], dtype: str) -> Collection:
 
 
 def save(base: Base, kept: Collection, rows: Sequence[NDArray[np.int32]]) -> None:
-    """Keep the embedding and lm_head [V, d], and lm_head's bias [V] where it has one.
+    """Keep the embedding and lm_head [V, d], lm_head's bias [V] where it has one, and the last layer's weights.
 
     How lm_head makes the base's logits is found out on the first of `rows`, ids [T] of real sequences.
     """
@@ -40,6 +40,7 @@ def save(base: Base, kept: Collection, rows: Sequence[NDArray[np.int32]]) -> Non
         bias = base_model.bias_of(base.model)
         if bias is not None:
             tables["bias"] = bias
+        tables |= base_model.last_layer(base.model)
         row = {name: codecs.to_numpy(each.detach().cpu().to(base.dtype).contiguous()) for name, each in tables.items()}
         attributes = {
             "dtype": str(base.dtype).removeprefix("torch."),
@@ -47,6 +48,7 @@ def save(base: Base, kept: Collection, rows: Sequence[NDArray[np.int32]]) -> Non
             "vocab_size": base.vocab_size,
             "hidden_size": base.hidden_size,
             "layers": base.model.config.get_text_config().num_hidden_layers,
+            "layer": base_model.layer_of(base.model).model_dump(mode="json"),
             "logits": None if kind is None else asdict(kind),
             "producer": base.producer,
         }
@@ -56,9 +58,9 @@ def save(base: Base, kept: Collection, rows: Sequence[NDArray[np.int32]]) -> Non
 
 
 def shape(kept: Collection) -> dict[str, Any]:
-    """The base's dtype, hidden_size, vocab_size and layers, as Manifest has them; reads no table."""
+    """The base's dtype, hidden_size, vocab_size, layers and their shape, as Manifest has them; reads no table."""
     attributes = _attributes(kept)
-    return {name: attributes[name] for name in ("dtype", "hidden_size", "vocab_size", "layers")}
+    return {name: attributes[name] for name in ("dtype", "hidden_size", "vocab_size", "layers", "layer")}
 
 
 def logits(kept: Collection) -> Logits | None:
@@ -67,15 +69,29 @@ def logits(kept: Collection) -> Logits | None:
     return None if found is None else Logits(**found)
 
 
-def load(kept: Collection) -> dict[str, Tensor]:
-    """The base's "embedding" and "lm_head", each [V, d], and where lm_head has one its "bias" [V].
+class Tables(Mapping[str, Tensor]):
+    """The base's "embedding" and "lm_head", each [V, d], where lm_head has one its "bias" [V], and what base.last_layer
+    gives; each is read when it is asked for.
 
     Raises:
         DamagedError: they are missing or damaged.
     """
-    arrays, attributes = kept.read(kept.name_of([ITEM]))
-    dtype = getattr(torch, attributes["dtype"])
-    return {name: codecs.from_numpy(arrays[name], dtype) for name in attributes["offsets"]}
+
+    def __init__(self, kept: Collection) -> None:
+        self._kept, attributes = kept, _attributes(kept)
+        self._names, self._dtype = list(attributes["offsets"]), getattr(torch, attributes["dtype"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        arrays, _ = self._kept.read(self._kept.name_of([ITEM]), only=(name,))
+        return codecs.from_numpy(arrays[name], self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _attributes(kept: Collection) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class FrozenTask:
     ) -> None:
         self.config, self.worker, self.speculator = config, worker, speculator
         self.train_reader, self.val_reader = train_reader, val_reader
-        prompts = any(tap.positions == "all" for tap in speculator.taps(speculator.config))
+        prompts = any(tap.positions == "all" for tap in speculator.taps)
         occurring = np.flatnonzero(train_reader.token_counts(prompts))
         tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past the last sequence's end
         self._trained, self._tables = twin(speculator, tokens)

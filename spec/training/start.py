@@ -13,7 +13,7 @@ from torch import Tensor
 from spec import heads
 from spec.config import Config
 from spec.errors import SpecError
-from spec.heads import OnBase, Params, Speculator, SpeculatorConfig
+from spec.heads import Layer, OnBase, Params, Speculator, SpeculatorConfig
 from spec.store.manifest import Manifest
 
 
@@ -29,9 +29,10 @@ def shape_on(params: Params, manifest: Manifest) -> SpeculatorConfig:
         base_model_name_or_path=manifest.base["name"],
         base_digest=manifest.base["weights"],
         base_revision=manifest.base["revision"],
+        layers=manifest.layers,
     )
     try:
-        return heads.on_base(params, base)
+        return heads.on_base(params, base, None if manifest.layer is None else Layer(**manifest.layer))
     except ValueError as error:
         raise SpecError(f"model.speculator: {error}") from None
 
@@ -57,11 +58,6 @@ def initialise(
     speculator.initialise(tables if init == "base" else None, seed)
     speculator.lend(tables)
     return speculator
-
-
-def needs_tables(params: Params) -> bool:
-    """Whether initialise reads the base's tables."""
-    return params.init == "base" or bool(heads.method(params.method).borrowed)
 
 
 def _warm(folder: Path, shape: SpeculatorConfig, tables: Mapping[str, Tensor]) -> Speculator:

@@ -66,7 +66,7 @@ def test_heads_train_from_it(model: Base, tmp_path: Path, worker: Worker) -> Non
     shape = {"hidden_size": manifest.hidden_size, "vocab_size": manifest.vocab_size}
     speculator = make_speculator(**shape).to(worker.device)
     config = make_config(optim={"lr": 0.01, "loss": "kl"})
-    teacher = Teacher(tables.load(reader.tables)["lm_head"])
+    teacher = Teacher(tables.Tables(reader.tables)["lm_head"])
     task = FrozenTask(config, speculator, reader, reader, worker, teacher)
     optimizer = torch.optim.AdamW(task.parameters(), fused=True)
     losses = []

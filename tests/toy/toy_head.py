@@ -24,6 +24,9 @@ class ToyParams(Params):
 
     decay: float = 0.5
 
+    def taps(self, layers: int | None) -> tuple[Tap, ...]:
+        return (*LAYERS, LAST)
+
 
 class ToyConfig(ToyParams, SpeculatorConfig):
     """The parameters and the base."""
@@ -41,10 +44,6 @@ class ToyHead(Speculator):
         self.layers = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in LAYERS)
         self.last, self.onward = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
         self.out = nn.Linear(d, config.head_rows, bias=False)
-
-    @classmethod
-    def taps(cls, config: SpeculatorConfig) -> tuple[Tap, ...]:
-        return (*LAYERS, LAST)
 
     @classmethod
     def operations(cls, config: SpeculatorConfig) -> float:

@@ -48,7 +48,7 @@ def test_tables_hold_what_logits_are_made_of(family: str, tmp_path: Path) -> Non
     collection = tables.collection(tmp_path, {"weights": "w"}, "float32")
     collection.create()
     tables.save(base, collection, ROWS)
-    found, kind = tables.load(collection), tables.logits(collection)
+    found, kind = tables.Tables(collection), tables.logits(collection)
     assert kind == KINDS[family]
     states, logits = true_logits(base)
     torch.testing.assert_close(kind.apply_(states @ found["lm_head"].T, found.get("bias")), logits)

@@ -419,9 +419,9 @@ def test_tables_are_kept_once(base: Base, half: Base, tmp_path: Path, dtype: str
     collection, rows = tables.collection(tmp_path, BASE, dtype), [row.ids for row in make_rows(3)]
     collection.create()
     with pytest.raises(DamagedError):
-        tables.load(collection)
+        tables.Tables(collection)
     tables.save(model, collection, rows)
-    found = tables.load(collection)
+    found = tables.Tables(collection)
     assert found["lm_head"].shape == found["embedding"].shape == (VOCAB_SIZE, HIDDEN_SIZE)
     assert found["lm_head"].dtype == getattr(torch, dtype)
     assert torch.equal(found["lm_head"], model.lm_head.to(model.dtype))  # weights are widened, so no bit is lost
