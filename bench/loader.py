@@ -134,7 +134,6 @@ def store(
         hidden_size=width,
         vocab_size=vocab_size,
         layers=1,
-        layer=None,
         greedy=True,
     )
 

@@ -255,8 +255,8 @@ class Config(Section):
             )
         if not self.model.freeze_base_model and not method(speculator.method).joint:
             raise ValueError(
-                f"method {speculator.method} reads whole sequences of a frozen base, and is not trained jointly with it: "
-                "set model.freeze_base_model to true, or method to sum_rnn or sum_lstm"
+                f"method {speculator.method} reads whole sequences of a frozen base, and is not trained jointly with "
+                "it: set model.freeze_base_model to true, or method to sum_rnn or sum_lstm"
             )
         if not self.model.freeze_base_model and self.optim.loss == "kl":
             raise ValueError("optim.loss=kl distils a frozen base: set model.freeze_base_model to true, or loss to ce")

@@ -175,7 +175,7 @@ def make_manifest(
     hidden_size: int,
     vocab_size: int,
     layers: int,
-    layer: Mapping[str, Any] | None,
+    layer: Mapping[str, Any] | None = None,
     greedy: bool,
 ) -> Manifest:
     """The manifest of sequences of which every collection holds the vectors.

@@ -427,7 +427,8 @@ def test_tables_are_kept_once(base: Base, half: Base, tmp_path: Path, dtype: str
     assert torch.equal(found["lm_head"], model.lm_head.to(model.dtype))  # weights are widened, so no bit is lost
     assert torch.equal(found["embedding"].to(model.model.dtype), model.embedding[:VOCAB_SIZE])
     shape = {"dtype": dtype, "hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE, "layers": 2}
-    assert tables.shape(collection) == shape
+    assert tables.shape(collection) == shape | {"layer": base_model.layer_of(model.model).model_dump()}
+    assert found.keys() == {"embedding", "lm_head"} | base_model.last_layer(model.model).keys()
     assert tables.logits(collection) == base_model.PLAIN
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     tables.save(model, collection, rows)
