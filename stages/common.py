@@ -272,7 +272,7 @@ def known_rows(collection: Collection, name: str) -> dict[str, tuple[str, int]]:
 def say_computed_elsewhere(collection: Collection, missing: Set[str], name: str) -> None:
     """Say which of the missing rows the store has from a machine that computes in another arithmetic."""
     here = collection.identity["arithmetic"]
-    for other in {"bfloat16", "float16", "float32"} - {here}:
+    for other in sorted({"bfloat16", "float16", "float32"} - {here}):
         elsewhere = Collection(collection.root, collection.kind, {**collection.identity, "arithmetic": other})
         count = len(missing & elsewhere.find().keys())
         if count:

@@ -15,23 +15,31 @@ from spec.base.limits import limits_of, positions_of
 from spec.heads import LAST, Tap
 
 
-class Tapped:
-    """Keeps the newest vectors of some taps, for every forward of the base that its thread runs inside the block.
+class _Kept(threading.local):
+    """What each thread has read: several may run one model."""
 
-    Attributes:
-        states: by tap its vectors [B, S, width] of the newest forward, at all positions.
+    def __init__(self) -> None:
+        self.states: dict[Tap, Tensor] = {}
+
+
+class Tapped:
+    """Keeps the newest vectors of some taps, for every forward of the base that runs inside the block.
 
     Raises:
         BaseError: the base has no such layer, or none that can be found.
     """
 
     def __init__(self, model: Any, taps: Sequence[Tap]) -> None:
-        self.states: dict[Tap, Tensor] = {}
+        self._kept = _Kept()
         self._reading: list[tuple[nn.Module, Tap]] = [
             (_decoder(model) if tap.layer is None else _layer(model, tap.layer), tap) for tap in taps
         ]
         self._hooks: list[Any] = []
-        self._thread = threading.get_ident()
+
+    @property
+    def states(self) -> dict[Tap, Tensor]:
+        """By tap its vectors [B, S, width] of this thread's newest forward, at all positions."""
+        return self._kept.states
 
     def __enter__(self) -> Tapped:
         for module, tap in self._reading:
@@ -47,7 +55,7 @@ class Tapped:
 
     def _keep_output(self, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self._keep(tap, output.last_hidden_state)
+            self.states[tap] = output.last_hidden_state
 
         return keep
 
@@ -60,13 +68,9 @@ class Tapped:
                     f"layer {tap.layer} ({type(module).__name__}) reads {found}, expected one vector for each token "
                     "[B, S, width]: heads that read layers cannot be trained for this base"
                 )
-            self._keep(tap, vectors)
+            self.states[tap] = vectors
 
         return keep
-
-    def _keep(self, tap: Tap, vectors: Tensor) -> None:
-        if threading.get_ident() == self._thread:  # others may run the same model
-            self.states[tap] = vectors
 
 
 def read_taps(model: Any, ids: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:

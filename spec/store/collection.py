@@ -308,7 +308,7 @@ def share_out(groups: Sequence[Sequence[Wanted]], rank: int, world: int) -> Iter
                 try:
                     yield index, claims
                 except GeneratorExit:  # or a second try of the same process would wait for itself
-                    release(claims)
+                    _release(claims)
                     raise
 
 
@@ -326,12 +326,12 @@ def _claim_all(group: Sequence[Wanted], wait: bool) -> list[Claim]:
         if claim is not None:
             claims.append(claim)
         elif not collection.holds(items):
-            release(claims)
+            _release(claims)
             return []
     return claims
 
 
-def release(claims: Iterable[Claim]) -> None:
+def _release(claims: Iterable[Claim]) -> None:
     """Give claims back."""
     for claim in claims:
         claim.release()
@@ -363,7 +363,7 @@ class Writer:
         try:
             commit()
         finally:
-            release(claims)
+            _release(claims)
 
     def __enter__(self) -> Writer:
         return self
@@ -372,7 +372,7 @@ class Writer:
         try:
             for claims, future in reversed(self._pending):  # what waits first, while it still waits
                 if kind is not None and future.cancel():  # the run has failed: keep what is being written, no more
-                    release(claims)
+                    _release(claims)
                 else:
                     future.result()
         finally:

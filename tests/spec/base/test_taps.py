@@ -1,5 +1,7 @@
 """What a head reads of a base: every layer's input and the last state, in one forward or while it decodes."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -35,7 +37,11 @@ def test_the_newest_vectors_are_kept_while_a_base_decodes(bases: dict[str, Base]
             memory.forward(IDS[:, part])
             for tap in TAPS:
                 torch.testing.assert_close(tapped.states[tap], whole[tap][:, part], rtol=1e-4, atol=1e-4)
-    kept = tapped.states[LAST]
+        kept = tapped.states[LAST]
+        other = threading.Thread(target=model, args=(IDS,))
+        other.start()
+        other.join()
+        assert tapped.states[LAST] is kept  # each thread has its own
     model(IDS)
     assert tapped.states[LAST] is kept  # the hooks have gone
 

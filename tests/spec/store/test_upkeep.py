@@ -194,7 +194,7 @@ def test_a_root_counts_as_long_as_its_file_is_there_or_it_was_used_lately(root: 
     (tmp_path / "e.json").unlink()
     aged(roots["e"], AGE / 2)
     removal = upkeep.gc(root, AGE)
-    assert set(segment.names(folder)) == {name for split in "ade" for name in splits[split].segments}
+    assert set(segment.names(folder)) == {name for split in "ade" for name in splits[split].last.segments}
     assert {name for name, path in roots.items() if path.exists()} == set("ade")
     assert removal.segments == len(splits["b"].last.segments) + len(splits["c"].last.segments)
 
@@ -212,7 +212,7 @@ def test_a_dry_run_counts_the_same_and_removes_nothing(root: Path, tmp_path: Pat
     dry = upkeep.gc(root, AGE, remove=False)
     assert snapshot(root) == before
     assert dry == upkeep.gc(root, AGE)
-    assert dry.segments == len(gone.segments) + 2
+    assert dry.segments == len(gone.last.segments) + 2
     assert set(segment.names(collection.folder)) == set(kept.last.segments)
     assert upkeep.gc(root, AGE) == Removal(kept=len(kept.last.segments))
 
