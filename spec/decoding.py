@@ -133,7 +133,7 @@ class LanguageModelWithSpeculator:
         params = Model.model_validate({"dtype": name, "trust_remote_code": trust_remote_code})
         loaded = bases.load(params, folder, digest, None if device is None else torch.device(device))
         heads.check_base(config, loaded.vocab_size, loaded.hidden_size, digest, allow_other_weights=allow_other_weights)
-        speculator = heads.load(checkpoint, loaded.device, loaded.model.dtype)
+        speculator = heads.load(checkpoint, loaded.device, loaded.model.dtype, loaded.tables)
         return cls(loaded, speculator, decode)
 
     def generate(

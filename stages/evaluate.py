@@ -78,12 +78,13 @@ def _measure(
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
     kind = features.logits(reader.collection)
-    tables = {} if kind is None else features.load_tables(reader.collection)
-    lm_head, bias = (tables[name].to(device, dtype) if name in tables else None for name in ("lm_head", "bias"))
+    tables = features.load_tables(reader.collection)
+    known = {} if kind is None else tables
+    lm_head, bias = (known[name].to(device, dtype) if name in known else None for name in ("lm_head", "bias"))
     with common.progress(
         (1 + (kind is not None)) * reader.manifest.positions, "positions", "evaluate: exact walk"
     ) as bar:
-        speculator = heads.load(common.MODEL, device, dtype)
+        speculator = heads.load(common.MODEL, device, dtype, tables)
         measured = evaluation.offline(
             speculator, reader, config.decode, lm_head, bar.update, kind=kind or base.PLAIN, bias=bias
         )
@@ -154,7 +155,7 @@ def _with_trained_base(config: Config) -> tuple[dict[str, Any], Manifest]:
 def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageModelWithSpeculator:
     folder = base.resolve(source["name"], source["revision"], config.model.trust_remote_code)
     model = base.load(config.model, folder, source["weights"], dtype=dtype)
-    speculator = heads.load(common.MODEL, model.device, model.model.dtype)
+    speculator = heads.load(common.MODEL, model.device, model.model.dtype, model.tables)
     return LanguageModelWithSpeculator(model, speculator, config.decode)
 
 

@@ -226,8 +226,7 @@ def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTas
     counts = np.zeros(shape.vocab_size, np.int64)
     for row in rows["train"]:
         counts += np.bincount(row.ids[row.mask != 0], minlength=shape.vocab_size)
-    tables = {"embedding": base.embedding[: base.vocab_size].detach(), "lm_head": base.lm_head.detach()}
-    speculator = start.initialise(config, shape, counts, {name: table.cpu() for name, table in tables.items()})
+    speculator = start.initialise(config, shape, counts, {name: table.cpu() for name, table in base.tables.items()})
     return JointTask(config, base, speculator.to(me.device), rows["train"], rows["val"], me)
 
 

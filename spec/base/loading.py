@@ -70,6 +70,11 @@ class Base:
         return weight
 
     @property
+    def tables(self) -> dict[str, torch.Tensor]:
+        """Both, [V, d] each, as speculators start from them or borrow them."""
+        return {"embedding": self.embedding[: self.vocab_size].detach(), "lm_head": self.lm_head.detach()}
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return _all_stops(self.model.generation_config, self.tokenizer)

@@ -215,7 +215,7 @@ def save_tables(base: Base, collection: Collection, rows: Sequence[FeatureRow]) 
     claim = collection.claim(TABLES)
     if claim is None:
         return
-    tables = {"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head}
+    tables = base.tables
     kind = base_model.find_logits(base, [row.ids for row in rows])
     bias = base_model.bias_of(base.model)
     if bias is not None:
