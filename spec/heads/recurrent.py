@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import model_validator
@@ -65,6 +65,16 @@ class RecurrentParams(Params):
 
 class RecurrentConfig(RecurrentParams, SpeculatorConfig):
     """The parameters and the base."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field of the network, and what readers of such heads expect."""
+        return {
+            "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
+            "model_type": "mlp_speculator",
+            # A reader that derives a head size from the config divides by this one (vllm#34106).
+            "num_attention_heads": 1,
+            **super().to_json(),
+        }
 
 
 class Recurrent(PositionWise):

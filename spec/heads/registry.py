@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spec.errors import SpecError
 from spec.heads.config import OnBase, Params, SpeculatorConfig
 from spec.heads.speculator import Speculator
 
@@ -60,10 +61,12 @@ def on_base(params: Params, base: OnBase) -> SpeculatorConfig:
     """The network that params ask for, on a base.
 
     Raises:
-        ValueError: values that make no network on this base.
+        SpecError: values that make no network on this base.
     """
-    values = params.model_dump(exclude={"init"}) | base.model_dump()
-    return method(params.method).Config.from_json(values)
+    try:
+        return method(params.method).Config.from_json(params.model_dump(exclude={"init"}) | base.model_dump())
+    except ValueError as error:
+        raise SpecError(f"model.speculator: {error}") from None
 
 
 def parse_config(values: Mapping[str, Any]) -> SpeculatorConfig:

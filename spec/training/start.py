@@ -30,10 +30,7 @@ def shape_on(params: Params, manifest: Manifest) -> SpeculatorConfig:
         base_digest=manifest.base["weights"],
         base_revision=manifest.base["revision"],
     )
-    try:
-        return heads.on_base(params, base)
-    except ValueError as error:
-        raise SpecError(f"model.speculator: {error}") from None
+    return heads.on_base(params, base)
 
 
 def initialise(
