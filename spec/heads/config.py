@@ -10,8 +10,10 @@ from pydantic import Field, ValidationError, model_validator
 from spec.section import Positive, Section, explain
 
 IGNORED_KEYS = frozenset(
-    ("architectures", "model_type", "num_attention_heads", "num_hidden_layers")
-    + ("torch_dtype", "dtype", "transformers_version", "_name_or_path")
+    [
+        *("architectures", "model_type", "num_attention_heads", "num_hidden_layers"),
+        *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+    ]
 )
 """Keys of config.json that say nothing about the network: readers and tools of the Hugging Face family want them."""
 
