@@ -44,7 +44,7 @@ def method(name: object) -> type[Speculator]:
     return found
 
 
-def others_keys(name: object) -> dict[str, Any]:
+def unused_keys(name: object) -> dict[str, Any]:
     """The keys of params.yaml that other methods have and this one has not, with their defaults as a file has them.
 
     Raises:
@@ -75,7 +75,7 @@ def parse_config(values: Mapping[str, Any]) -> SpeculatorConfig:
     Raises:
         ValueError: an unknown method, or as SpeculatorConfig.from_json.
     """
-    others = others_keys(values.get("method"))
+    others = unused_keys(values.get("method"))
     own = {key: value for key, value in values.items() if key not in others}
     return method(values["method"]).Config.from_json(own)
 
