@@ -19,12 +19,14 @@ from spec.section import DimsField
 
 
 class RecurrentParams(Params):
-    """Attributes:
-    inner_dim: widths of the path from the sum to the head.
-    emb_dim: widths of the token embedding's stack.
-    proj_dim: widths of the state projection's stack; ends in the same width as emb_dim.
-    scale_input: normalise the base's states before the first head.
-    tie_weights: all heads share embedding, norm and output Linear.
+    """Widths, and what heads share.
+
+    Attributes:
+        inner_dim: widths of the path from the sum to the head.
+        emb_dim: widths of the token embedding's stack.
+        proj_dim: widths of the state projection's stack; ends in the same width as emb_dim.
+        scale_input: normalise the base's states before the first head.
+        tie_weights: all heads share embedding, norm and output Linear.
     """
 
     inner_dim: DimsField = (1024,)
