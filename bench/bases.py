@@ -267,7 +267,7 @@ def _decoded(base: Base, asked: Sequence[list[int]], written: Sequence[list[int]
         base_digest="digest",
     )
     speculator = heads.build(shape)
-    speculator.initialise({"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head})
+    speculator.initialise(base.tables)
     decode = Decode(ngram_min=1)
     model = LanguageModelWithSpeculator(base, speculator, decode)
     same, steps = True, True

@@ -30,7 +30,7 @@ from ruamel.yaml.error import YAMLError
 
 from spec.errors import SpecError
 from spec.heads.config import Params
-from spec.heads.registry import METHODS, method, others_keys
+from spec.heads.registry import METHODS, method, unused_keys
 from spec.section import Positive, Section, explain, is_dims, listed
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _of_method(value: object) -> object:
     if not isinstance(values, Mapping):
         return value
     name = values.get("method", "sum_rnn")
-    others = others_keys(name)
+    others = unused_keys(name)
     for key in sorted(others.keys() & values.keys()):
         if values[key] != others[key]:
             _say_ignored(f"model.speculator.{key}={values[key]} is ignored: method {name} does not use it")
@@ -311,10 +311,10 @@ def flatten(config: Config) -> dict[str, object]:
     return dict(visit("", config.model_dump(mode="json")))
 
 
-def every_key() -> dict[str, object]:
-    """Every key of the built-in methods and of all other sections by its dotted key, with the guide's default."""
+def defaults() -> dict[str, object]:
+    """The guide's default of every key, those of all built-in methods included, by its dotted key."""
     section = "model.speculator."
-    others = others_keys(Config().model.speculator.method)
+    others = unused_keys(Config().model.speculator.method)
     return flatten(Config()) | {f"{section}{key}": value for key, value in others.items()}
 
 

@@ -12,7 +12,6 @@ import torch
 from spec import heads
 from spec.config import Config
 from spec.device import synchronize
-from spec.errors import SpecError
 from spec.heads import OnBase
 from spec.store.codecs import CODECS
 
@@ -69,10 +68,7 @@ def make_job(
     """
     params = config.model.speculator
     base = OnBase(hidden_size=hidden, vocab_size=vocab, base_model_name_or_path="", base_digest="")
-    try:
-        shape = heads.on_base(params, base)
-    except ValueError as error:
-        raise SpecError(f"model.speculator: {error}") from None
+    shape = heads.on_base(params, base)
     teachers = params.output_matrices if config.optim.loss == "kl" else 0
     return Job(
         base_params=base_params,

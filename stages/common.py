@@ -116,7 +116,7 @@ def check_listed(params: Path) -> None:
     absent = [key for key in sorted(read) if not _has(present, key.split("."))]
     lines = [
         f"  {name}: {json.dumps(value)}"
-        for name, value in config_module.every_key().items()
+        for name, value in config_module.defaults().items()
         if any(f"{name}.".startswith(f"{key}.") for key in absent)
     ]
     if lines:

@@ -226,7 +226,7 @@ def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTas
     counts = np.zeros(shape.vocab_size, np.int64)
     for row in rows["train"]:
         counts += np.bincount(row.ids[row.mask != 0], minlength=shape.vocab_size)
-    tables = {name: table.detach().cpu() for name, table in base.tables.items()}
+    tables = {name: table.cpu() for name, table in base.tables.items()}
     speculator = start.initialise(config, shape, counts, tables)
     return JointTask(config, base, speculator.to(me.device), rows["train"], rows["val"], me)
 

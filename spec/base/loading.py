@@ -56,15 +56,15 @@ class Base:
         return weight
 
     @property
-    def tables(self) -> dict[str, torch.Tensor]:
-        """What heads borrow: "embedding" and "lm_head", each [V, d]."""
-        return {"embedding": self.embedding[: self.vocab_size], "lm_head": self.lm_head}
-
-    @property
     def embedding(self) -> torch.Tensor:
         """The input table [>= V, d]."""
         weight: torch.Tensor = self.model.get_input_embeddings().weight
         return weight
+
+    @property
+    def tables(self) -> dict[str, torch.Tensor]:
+        """Both, [V, d] each, as speculators start from them or borrow them."""
+        return {"embedding": self.embedding[: self.vocab_size].detach(), "lm_head": self.lm_head.detach()}
 
     @property
     def stop_ids(self) -> frozenset[int]:

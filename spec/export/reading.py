@@ -19,6 +19,7 @@ from spec import base, files, heads
 from spec.base.folder import weight_files
 from spec.config import Model
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnnConfig, registry
+from spec.heads.config import IGNORED_KEYS
 from spec.section import parse_dims
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 _ADAPTER = "adapter_config.json"
 _DOWNLOADED = ["config.json", _ADAPTER, "*.safetensors", "*.bin", "*.index.json"]
 _READ = "Read are the MLP speculators of IBM (fms), and Arctic's MLP and LSTM speculators"
-_NEUTRAL = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+_NEUTRAL = IGNORED_KEYS - {"num_attention_heads", "num_hidden_layers"}
 """Keys that say nothing about the network."""
 
 

@@ -77,17 +77,15 @@ def restore(
         CheckpointError: names or shapes that do not fit the config, tied weights that differ, or no tables for a head
             that borrows them.
     """
+    lent = {} if tables is None else tables
+    if lacking := sorted(set(registry.method(config.method).borrowed.values()) - lent.keys()):
+        raise CheckpointError(f"{config.method} reads the base's {' and '.join(lacking)}: give the base's tables")
     try:
         with torch.device("meta"):  # no time and memory for weights that are replaced at once
             speculator = registry.build(config, state.get("token_map"))
-        lacking = sorted(set(speculator.borrowed.values()) - (tables or {}).keys())
-        if lacking:
-            raise CheckpointError(f"{config.method} reads the base's {' and '.join(lacking)}: give the base's tables")
         places = {name: tensor for name, tensor in speculator.state_dict().items() if name in speculator.borrowed}
         speculator.load_state_dict(_with_aliases(state, speculator) | places, assign=True)
-        speculator.lend(tables or {})
-    except CheckpointError:
-        raise
+        speculator.lend(lent)
     except ValueError as error:
         raise CheckpointError(f"{WEIGHTS}: {error}") from None
     except RuntimeError as error:  # names or shapes; it lists them

@@ -10,20 +10,13 @@ from pydantic import Field, ValidationError, model_validator
 from spec.heads.packed import LAST, Tap
 from spec.section import Positive, Section, explain
 
-# Keys that from_json passes over: to_json writes the first three for other readers, and tools of the Hugging Face
-# family add the rest. None of them says anything about the network.
 IGNORED_KEYS = frozenset(
-    {
-        "architectures",
-        "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "_name_or_path",
-    }
+    [
+        *("architectures", "model_type", "num_attention_heads", "num_hidden_layers"),
+        *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+    ]
 )
+"""Keys of config.json that say nothing about the network: readers and tools of the Hugging Face family want them."""
 
 _NOT_KEPT = frozenset({"init"})
 """Says where training starts, and nothing about the network."""
@@ -130,14 +123,8 @@ class SpeculatorConfig(OnBase, Params):
         return self.draft_vocab_size or self.vocab_size
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of config.json: every field of the network, and what other readers expect."""
-        return {
-            "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
-            "model_type": "mlp_speculator",
-            # A reader that derives a head size from the config divides by this one (vllm#34106).
-            "num_attention_heads": 1,
-            **self.model_dump(mode="json", exclude=set(_NOT_KEPT)),
-        }
+        """The contents of config.json: every field of the network."""
+        return self.model_dump(mode="json", exclude=set(_NOT_KEPT))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import model_validator
@@ -19,12 +19,14 @@ from spec.section import DimsField
 
 
 class RecurrentParams(Params):
-    """Attributes:
-    inner_dim: widths of the path from the sum to the head.
-    emb_dim: widths of the token embedding's stack.
-    proj_dim: widths of the state projection's stack; ends in the same width as emb_dim.
-    scale_input: normalise the base's states before the first head.
-    tie_weights: all heads share embedding, norm and output Linear.
+    """Widths, and what heads share.
+
+    Attributes:
+        inner_dim: widths of the path from the sum to the head.
+        emb_dim: widths of the token embedding's stack.
+        proj_dim: widths of the state projection's stack; ends in the same width as emb_dim.
+        scale_input: normalise the base's states before the first head.
+        tie_weights: all heads share embedding, norm and output Linear.
     """
 
     inner_dim: DimsField = (1024,)
@@ -65,6 +67,16 @@ class RecurrentParams(Params):
 
 class RecurrentConfig(RecurrentParams, SpeculatorConfig):
     """The parameters and the base."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field of the network, and what readers of such heads expect."""
+        return {
+            "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
+            "model_type": "mlp_speculator",
+            # A reader that derives a head size from the config divides by this one (vllm#34106).
+            "num_attention_heads": 1,
+            **super().to_json(),
+        }
 
 
 class Recurrent(PositionWise):

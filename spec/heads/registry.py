@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spec.errors import SpecError
 from spec.heads.config import Layer, OnBase, Params, SpeculatorConfig
 from spec.heads.speculator import Speculator
 
@@ -47,7 +48,7 @@ def method(name: object) -> type[Speculator]:
     return found
 
 
-def others_keys(name: object) -> dict[str, Any]:
+def unused_keys(name: object) -> dict[str, Any]:
     """The keys of params.yaml that other methods have and this one has not, with their defaults as a file has them.
 
     Raises:
@@ -64,13 +65,16 @@ def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> Specula
     """The network that params ask for, on a base whose layers have a shape.
 
     Raises:
-        ValueError: values that make no network on this base.
+        SpecError: values that make no network on this base.
     """
     config = method(params.method).Config
     values = params.model_dump(exclude={"init"}) | base.model_dump()
     if layer is not None and "layer" in config.model_fields:
         values["layer"] = layer.model_dump()
-    return config.from_json(values)
+    try:
+        return config.from_json(values)
+    except ValueError as error:
+        raise SpecError(f"model.speculator: {error}") from None
 
 
 def parse_config(values: Mapping[str, Any]) -> SpeculatorConfig:
@@ -79,7 +83,7 @@ def parse_config(values: Mapping[str, Any]) -> SpeculatorConfig:
     Raises:
         ValueError: an unknown method, or as SpeculatorConfig.from_json.
     """
-    others = others_keys(values.get("method"))
+    others = unused_keys(values.get("method"))
     own = {key: value for key, value in values.items() if key not in others}
     return method(values["method"]).Config.from_json(own)
 

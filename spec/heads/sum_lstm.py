@@ -16,9 +16,7 @@ from spec.heads.recurrent import Recurrent, RecurrentConfig, RecurrentParams, mi
 
 
 class SumLstmParams(RecurrentParams):
-    """Attributes:
-    tie_lstm_embs: the four gates share one embedding.
-    """
+    """With tie_lstm_embs, the four gates share one embedding."""
 
     tie_lstm_embs: bool = False
 

@@ -31,10 +31,7 @@ def shape_on(params: Params, manifest: Manifest) -> SpeculatorConfig:
         base_revision=manifest.base["revision"],
         layers=manifest.layers,
     )
-    try:
-        return heads.on_base(params, base, None if manifest.layer is None else Layer(**manifest.layer))
-    except ValueError as error:
-        raise SpecError(f"model.speculator: {error}") from None
+    return heads.on_base(params, base, None if manifest.layer is None else Layer(**manifest.layer))
 
 
 def initialise(

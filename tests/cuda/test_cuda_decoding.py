@@ -28,7 +28,7 @@ def lm(model: Base) -> LanguageModelWithSpeculator:
     speculator = make_speculator(
         hidden_size=model.hidden_size, vocab_size=model.vocab_size, inner_dim=(32,), emb_dim=(32,), proj_dim=(32,)
     )
-    speculator.initialise({"embedding": model.embedding[: model.vocab_size].cpu(), "lm_head": model.lm_head.cpu()})
+    speculator.initialise({name: table.cpu() for name, table in model.tables.items()})
     return LanguageModelWithSpeculator(model, speculator.to(model.device))
 
 

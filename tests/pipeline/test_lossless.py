@@ -30,7 +30,7 @@ def speculator_for(model: base.Base) -> Speculator:
         pass
     widths: dict[str, Any] = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (576,))
     made = build(config(hidden_size=model.hidden_size, vocab_size=model.vocab_size, **widths))
-    made.initialise({"embedding": model.embedding[: model.vocab_size], "lm_head": model.lm_head})
+    made.initialise(model.tables)
     return made
 
 

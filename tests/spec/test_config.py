@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from spec.config import Config, ConfigError, flatten, from_mapping, listed, load, save
+from spec.config import Config, ConfigError, defaults, flatten, from_mapping, load, save
 from spec.section import Section, format_dims, parse_dims
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", ["", "model:\n  speculator:\noptim:\n"])
 def test_the_guides_defaults_hold_where_a_file_lacks_a_key(text: str, tmp_path: Path) -> None:
-    found = listed() | flatten(load(written(tmp_path, text)))
+    found = defaults() | flatten(load(written(tmp_path, text)))
     assert {key: found[key] for key in GUIDE} == GUIDE
 
 
@@ -97,9 +97,9 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
 )
 def test_overrides_reach_any_key(override: str, value: object, tmp_path: Path) -> None:
     key = override.partition("=")[0].strip()
-    changed = listed() | {key: value}
-    assert listed() | flatten(from_overrides([override])) == changed
-    assert listed() | flatten(load(written(tmp_path, "optim:\nmodel: {speculator: null}\n"), [override])) == changed
+    changed = defaults() | {key: value}
+    assert defaults() | flatten(from_overrides([override])) == changed
+    assert defaults() | flatten(load(written(tmp_path, "optim:\nmodel: {speculator: null}\n"), [override])) == changed
 
 
 def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path) -> None:
@@ -339,12 +339,12 @@ def test_what_is_saved_loads_back_equal(tree: dict[str, Any], tmp_path_factory: 
 def test_params_yaml_lists_every_key_and_no_other() -> None:
     """dvc's -S refuses a key that the file lacks."""
     tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
-    assert set(leaves(tree)) == set(listed())
+    assert set(leaves(tree)) == set(defaults())
     load(ROOT / "params.yaml")
 
 
 def test_dvc_yaml_names_parameters_that_exist() -> None:
-    known = set(listed())
+    known = set(defaults())
     stages = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
     named = [param for stage in stages.values() for param in stage["params"]]
     assert named
