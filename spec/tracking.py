@@ -47,8 +47,10 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-"""A stage must not wait minutes for a server that is gone; MLflow's own defaults are 120 s and 7 retries."""
+"""A stage must not wait minutes for a server that is gone; MLflow's own defaults are 120 s and 7 retries. Nor does it show
+what MLflow is doing meanwhile."""
 
 
 def project_root() -> Path:
@@ -311,10 +313,10 @@ class _Remote:
 
 
 def _connect(uri: str) -> Any:
-    from mlflow import MlflowClient  # takes seconds, and only where it is wanted
-
     for variable, value in _PATIENCE.items():
         os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient  # takes seconds, and only where it is wanted
+
     return MlflowClient(tracking_uri=uri)
 
 

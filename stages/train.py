@@ -275,7 +275,7 @@ class _Recorder:
     def advance(self, step: int, total: int) -> None:
         """Show how far it is."""
         if self.bar is None:
-            self.bar = common.progress(total, "steps", "train")
+            self.bar = common.progress(total, "steps", "train", done=step)
         self.bar.update(step - self.bar.n)
 
     def listen(self, progress: loop.Progress) -> None:
