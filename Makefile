@@ -19,12 +19,20 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(need-python)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Installing packages into $(VENV): 1 to 2 GB, some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 repro: install
-	dvc repro
+	@echo "Downloads a base and prompts, lets the base answer them, trains heads on its states, and measures them."
+	@echo "Ctrl-C stops it; make repro then continues. Estimates, if they can be made before the data are here:"
+	@spec plan --no-measure 2>/dev/null || true
+	@dvc repro
+	@echo
+	@echo "Where to look: results/evaluate and results/train, or make ui and http://127.0.0.1:$(PORT)"
+	@echo "Try it:        source $(VENV)/bin/activate && spec generate --prompt 'How do I clean a kettle?'"
+	@echo "Next:          your own model and data, docs/tutorial.md"
 
 test: lint types unit
 

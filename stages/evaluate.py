@@ -32,8 +32,8 @@ DRAWN = 8
 
 LOSSLESS_PROMPTS = 4
 LOSSLESS_TOKENS = 32
-HEADLINE = ["offline.tokens_per_step", "ngram.tokens_per_step", "decode.tokens_per_step", "decode.speedup"]
-"""The figures that stand on the run which trained the heads, too."""
+HEADLINE = [*_TOKENS_PER_STEP, "x_plain", "lossless"]
+"""The figures of metrics.json, which stand on the MLflow run that trained the heads, too."""
 
 
 @common.stage
@@ -58,8 +58,9 @@ def evaluate(config: Config) -> None:
             metrics, shown = _measure(config, source, reader, shape.n_predict)
         artifacts = {str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()}
         lines = _report(metrics, shown)
-        made: dict[str, Any] = {"metrics": _flat(metrics), "headline": HEADLINE, "artifacts": artifacts}
-        run.finish(RESULTS, **made, description="\n".join(["```", *lines, "```"]))
+        made: dict[str, Any] = {"metrics": _tracked(metrics), "headline": HEADLINE, "artifacts": artifacts}
+        steps = ", ".join(f"{name} {metrics[key]['tokens_per_step']:.2f}" for name, key in _TOKENS_PER_STEP.items())
+        run.finish(RESULTS, **made, description="\n".join([f"**Tokens per step: {steps}**", "```", *lines, "```"]))
     except BaseException:
         run.finish(RESULTS, "FAILED")
         raise
@@ -131,6 +132,20 @@ def _decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _tracked(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that MLflow shows; details.json, which it has as a file, holds all of them."""
+    offline, decode = metrics["offline"], metrics["decode"]
+    found = {
+        **_decisive(metrics),
+        "head_low": offline["tokens_per_step_low"],
+        "head_high": offline["tokens_per_step_high"],
+        "walk": decode.get("walk_tokens_per_step"),
+        "loop": decode.get("tokens_per_step"),
+        "looping": metrics["repetition"],
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
 def _with_trained_base(config: Config, layers: int) -> tuple[dict[str, Any], Manifest]:
     """The base that joint training made, and the eval split with its states, which are cached here."""
     trusted = config.model.trust_remote_code
@@ -199,17 +214,6 @@ def _curves(name: str, columns: tuple[str, str], rows: Mapping[Any, Sequence[flo
         writer.writerows([i, source, value] for source, row in rows.items() for i, value in enumerate(row, 1))
     lines: dict[str, Any] = {source: (list(range(1, len(row) + 1)), row) for source, row in rows.items()}
     plots.curves(RESULTS / f"{name}.png", lines, x, y)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers by their dotted names."""
-    flat: dict[str, float] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float):
-            flat[f"{prefix}{name}"] = float(value)
-    return flat
 
 
 def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from spec.store import answers, features, identity
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
-from stages import common
+from stages import common, embedded
 
 MEASURED_SECONDS = 8.0
 
@@ -61,6 +61,11 @@ def plan(
         config = config.model_copy(update={"model": config.model.model_copy(update={"speculator": speculator})})
         job = costs.make_job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
         common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
+        _print_bytes(job, job, config)
+        _print_formulas(config, job, job, machine)
+    elif embedded.is_embedded(config.model.partial_pretrain) and not common.SOURCES.is_file():
+        job = embedded.job(config)
+        common.say(f"plan: {embedded.DOWNLOAD}; the figures below are those of the embedded default")
         _print_bytes(job, job, config)
         _print_formulas(config, job, job, machine)
     else:

@@ -130,19 +130,18 @@ def _work(config: Config, prompts: _Prompts, groups: list[list[int]], folder: Pa
         me = this_worker()
         model = base.load(config.model, folder, sources["base"]["weights"])
         answer, producer = partial(base.answer, model), model.producer
-    most = sum(map(len, groups)) * config.respond.max_new_tokens
-    with common.shared_progress(most, "tokens", "respond", me) as advance:
+    count = sum(map(len, groups))
+    with common.shared_progress(count * config.respond.max_new_tokens, "tokens", "respond", me) as advance:
         answers.produce(
-            answer,
+            common.Estimated(answer, count // me.world, advance),
             producer,
             prompts.collection,
             prompts.keys,
             prompts.ids,
             groups,
             config.respond,
-            advance,
-            me.rank,
-            me.world,
+            rank=me.rank,
+            world=me.world,
         )
 
 

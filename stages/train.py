@@ -55,8 +55,19 @@ _MARK = "README"
 _MADE = "Written by the train stage: the base where it was trained too, and nothing else where it was frozen."
 """The first words of models/trained_base/README, which mark the folder as this stage's."""
 
-_PREFIX = {"train": "", "val": "val."}
-"""The prefix of the names of curves in MLflow."""
+_OF_TRAINING = ("lr", "grad_norm", "epoch", "positions_seen", "positions_per_second", "data_wait", "memory_gb")
+_CURVES = {
+    "train": {
+        **{"speculator_loss": "curves/loss", "base_loss": "curves/base_loss"},
+        **{name: f"training/{name}" for name in _OF_TRAINING},
+    },
+    "val": {
+        "tokens_per_step": "curves/tokens_per_step",
+        "speculator_loss": "curves/val_loss",
+        "base_loss": "curves/val_base_loss",
+    },
+}
+"""The columns of train.csv and val.csv that are curves in MLflow, which sorts them by their names there."""
 
 
 @common.worker_option
@@ -166,15 +177,13 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             shown = {"val": round(result.val["tokens_per_step"], 3), "seconds": seconds, "pos_per_s": rate}
             files.write_json(RESULTS / "metrics.json", shown)
             recorder.draw(RESULTS)
-            details = common.CACHE_RESULTS / common.DETAILS
-            cached = files.read_json(details) if details.is_file() else {}
+            of_cache = common.CACHE_RESULTS / "metrics.json"
+            cached = files.read_json(of_cache) if of_cache.is_file() else {}
             run.finish(
                 common.MODEL,
-                metrics={
-                    **{f"best.{name}": value for name, value in result.val.items()},
-                    **{f"features.{split}.{name}": v for split, row in cached.items() for name, v in row.items()},
-                },
+                metrics={"answers": len(task.order(0)), "val": shown["val"], "seconds": seconds, **cached},
                 step=result.step,
+                description=f"{shape.method}, {shape.n_predict} heads, best at step {result.step} of {result.steps}",
                 curves=recorder.curves(),
                 artifacts={str(RESULTS / name): "train" for name in sorted(_WRITTEN) if (RESULTS / name).is_file()},
                 model=[str(common.MODEL / name) for name in ("config.json", "pytorch_model.bin")],
@@ -267,7 +276,7 @@ class _Recorder:
     def advance(self, step: int, total: int) -> None:
         """Show how far it is."""
         if self.bar is None:
-            self.bar = common.progress(total, "steps", "train")
+            self.bar = common.progress(total, "steps", "train", done=step)
         self.bar.update(step - self.bar.n)
 
     def listen(self, progress: loop.Progress) -> None:
@@ -277,7 +286,7 @@ class _Recorder:
         row = {"step": progress.step, "time": round(progress.time, 3), **metrics}
         self.rows[progress.split].append(row)
         self._write(progress.split)
-        self.run.log(row, _PREFIX[progress.split])
+        self.run.log(row, _CURVES[progress.split])
         if progress.split == "train":
             rate = f"{metrics['positions_per_second']:,.0f} positions/s"
             accuracy = " ".join(f"{v:.2f}" for k, v in metrics.items() if k.startswith("accuracy."))
@@ -298,9 +307,9 @@ class _Recorder:
                 writer.writeheader()
             writer.writerow(rows[-1])
 
-    def curves(self) -> dict[str, str]:
-        """The files that were written, and the prefix that their columns' names get in MLflow."""
-        return {str(RESULTS / f"{split}.csv"): _PREFIX[split] for split, rows in self.rows.items() if rows}
+    def curves(self) -> dict[str, dict[str, str]]:
+        """The files that were written, and what MLflow shows of them."""
+        return {str(RESULTS / f"{split}.csv"): _CURVES[split] for split, rows in self.rows.items() if rows}
 
     def close(self) -> None:
         """End the bar."""

@@ -73,13 +73,13 @@ def check_run(uri: str, run_id: str, record: Record) -> None:
     assert found == (record.name, record.status, record.started, record.ended)
     assert data.params == record.params
     assert data.tags.items() >= {**record.tags, "record": record.id}.items()
-    points = {name: [(record.step, record.ended, value)] for name, value in record.metrics.items()}
-    for path, prefix in record.curves.items():
+    points = {name: [(0, record.ended, value)] for name, value in record.metrics.items()}
+    for path, names in record.curves.items():
         with Path(path).open() as file:
             for row in csv.DictReader(file):
                 at = round(float(row.pop("time")) * 1000)
-                for name in row.keys() - {"step"}:
-                    points.setdefault(prefix + name, []).append((int(row["step"]), at, float(row[name])))
+                for column, name in ((column, name) for column, name in names.items() if column in row):
+                    points.setdefault(name, []).append((int(row["step"]), at, float(row[column])))
     for name, expected in points.items():
         logged = [(point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, name)]
         assert sorted(logged) == expected, name

@@ -51,9 +51,9 @@ def test_mlflow_has_the_run(workspace: Workspace) -> None:
     with sqlite3.connect(workspace.root / "mlflow.db") as database:
         params = dict(database.execute("select key, value from params where run_uuid = ?", [run]))
         tags = dict(database.execute("select key, value from tags where run_uuid = ?", [run]))
-        curves = database.execute("select count(*) from metrics where run_uuid = ? and key = 'speculator_loss'", [run])
+        curves = database.execute("select count(*) from metrics where run_uuid = ? and key = 'curves/loss'", [run])
         assert curves.fetchone()[0] > 1
-        headline = database.execute("select value from metrics where run_uuid = ? and key = 'decode.speedup'", [run])
+        headline = database.execute("select value from metrics where run_uuid = ? and key = 'x_plain'", [run])
         assert headline.fetchone()[0] > 0
         child = database.execute("select run_uuid from tags where key = 'mlflow.parentRunId' and value = ?", [run])
         assert child.fetchone() is not None

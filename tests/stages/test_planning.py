@@ -1,6 +1,7 @@
 """spec plan: what is left to do, and what an epoch costs however much of it is done."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from spec.config import from_mapping
 from spec.costs import make_job
 from tests.stages.workspace import ok, prepare, run_through
+from tests.workspace import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,11 @@ def test_an_epoch_costs_the_same_whatever_is_cached(tmp_path: Path, monkeypatch:
     assert "not in the store yet: 0 answers, 0 tokens" in after
     ratios = [re.search(r"base in the loop takes ([\d.]+) x", said) for said in (before, after)]
     assert [ratio and float(ratio[1]) > 1 for ratio in ratios] == [True, True]
+
+
+def test_the_embedded_default_is_planned_before_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    said = ok("plan", f"features.store={tmp_path}/store")
+    assert "plan: 125 MB from PyPI" in said
+    assert re.findall(r"plan: (\w+): about [\d.]+ (?:s|min)", said) == ["respond", "cache", "train"]
