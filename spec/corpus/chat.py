@@ -6,9 +6,8 @@ conversation adds to it. The prompt is tokenized by itself, as serving does it, 
 
 An assistant turn reaches from the end of its generation prompt through its end-of-turn token (with the whitespace that
 some templates put before it): the first special token after its content, or the last one after a tool call, which may
-hold others; the rest of its rendering, such as the newline after <|im_end|>, is not the assistant's. Where a template
-closes turns with no special token, a turn ends with its content, and nothing is added that the template does not
-render.
+hold others. What follows, such as the newline after <|im_end|>, is not the assistant's. Where a template closes turns
+with no special token, a turn ends with its content.
 
 Where the content ends is found by rendering the conversation once more with a marker for it: what follows the marker
 is what follows the content, whatever the template does to it (strip it, drop its thoughts) and whatever it contains.
@@ -90,9 +89,9 @@ class Chat:
 
 
 def install_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a tokenizer without a chat template the plain one; say whether it has the plain one now.
+    """Give a tokenizer without a chat template the plain one, with BOS in front where the tokenizer itself puts it.
 
-    It starts with the BOS token where the tokenizer itself starts text so.
+    Returns whether the tokenizer has the plain template now.
     """
     if tokenizer.chat_template is not None:
         return str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
@@ -104,13 +103,9 @@ def install_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 class ChatTemplate:
     """A tokenizer's chat template, able to tell the assistant's tokens from the rest.
 
-    Args:
-        tokenizer: has the template.
-        date: the day that a template takes for today, so that a row has the same ids on every day; None: a template
-            that asks for it is an error.
-
-    Attributes:
-        end_of_turn: the token that closes an assistant turn; None where the template has none.
+    date: the day that a template takes for today, so that a row has the same ids on every day; with None, a template
+        that asks for the day is an error.
+    end_of_turn: the token that closes an assistant turn; None where the template has none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date | None = DATE) -> None:
@@ -133,10 +128,7 @@ class ChatTemplate:
     def render(self, messages: Messages, tools: Tools = (), *, need_answer: bool = True) -> Chat:
         """Render a conversation, whose last message is the assistant's if it has an answer.
 
-        Args:
-            messages: its turns.
-            tools: the functions that it may call.
-            need_answer: an answer that cannot be placed is an error; otherwise it is left off.
+        An answer that cannot be placed is an error where `need_answer` is set; otherwise it is left off.
 
         Raises:
             PrefixError: the last answer does not start where its generation prompt ends.
@@ -244,11 +236,9 @@ class ChatTemplate:
             raise RowError("the chat template leaves out tool_calls")
 
     def _answer(self, prompt: str, messages: Messages, tools: Tools) -> str:
-        """The text of the last message, through its end-of-turn token, as what follows the prompt.
-
-        It is taken from the rendering of the whole conversation; else from what follows the last question in it, where
-        a template moves other parts of the prompt; else from the data, where a template drops its thought.
-        """
+        """The text of the last message, through its end-of-turn token, as what follows the prompt: from the rendering
+        of the whole conversation; else from what follows the last question in it, where a template moves other parts
+        of the prompt; else from the data, where a template drops its thought."""
         *asked, answer = messages
         self._check_call(answer)
         refusal = None
@@ -266,10 +256,8 @@ class ChatTemplate:
         return self._as_written(prompt, messages, tools, refusal)
 
     def _as_written(self, prompt: str, messages: Messages, tools: Tools, refusal: RowError | None) -> str:
-        """The last answer as the base writes it after a prompt that may have opened its thought.
-
-        It is the refusal that it was for the template, unless it holds a thought or differs in white space alone.
-        """
+        """The last answer as the base writes it after a prompt that may have opened its thought. The template's refusal
+        stands, unless the answer holds a thought or differs in white space alone."""
         *asked, answer = messages
         content, reasoning = answer.get("content") or "", answer.get("reasoning_content")
         text = f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n\n{content}" if reasoning else content
@@ -363,10 +351,8 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dated(template: str, date: datetime.date | None) -> str:
-    """The template with a strftime_now of its own, since that of transformers reads the clock.
-
-    transformers lets no function into a template, so it is a macro that replaces each code of the format.
-    """
+    """The template with a strftime_now of its own, since that of transformers reads the clock: a macro that replaces
+    each code of the format, because transformers lets no function into a template."""
     if "strftime_now" not in template:
         return template
     if date is None:

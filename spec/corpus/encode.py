@@ -93,10 +93,7 @@ class Report:
             (self.empty, "rows dropped: empty text"),
             (self.shortened, "answers left off: too long or not where the template's generation prompt ends"),
             (self.unanswered, "rows without an answer"),
-            (
-                self.rendered,
-                "rows in which a user's turn looks rendered by a chat template already, as with <|im_start|>",
-            ),
+            (self.rendered, "rows in which a user's turn looks rendered by a chat template already (<|im_start|>)"),
             (self.unplaced, "earlier assistant turns not supervised: not rendered as what follows a generation prompt"),
         ):
             if count:
@@ -113,11 +110,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A row's sequence; `shortened` and `unplaced` as in Report."""
-
     row: Row
     sequence: TokenSequence
-    shortened: bool = False
+    shortened: bool = False  # as in Report
     unplaced: int = 0
 
 
@@ -139,18 +134,15 @@ def stream(
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenSequence]:
-    """Tokenize the first max_samples rows (None: all) of the files, in order.
+    """Tokenize the first max_samples rows (None: all) of the files, in order, and count in `report` meanwhile.
 
     prompt_key, response_key: columns, dots reach into structs; None: found by name (see layouts.py).
     max_length: rows with more tokens are dropped; so are prompts that leave no room for one token of an answer.
     need_answers: a row without an answer is a bad row. Otherwise such rows are welcome, and an answer that does not
         fit is left off rather than its row dropped, as the base writes it anew.
-    report: counted in while the sequences are taken.
-    date: see ChatTemplate.
     ignore_columns: columns that count as absent.
     skip_bad_rows: rows that cannot be used are left out; otherwise they are an error once all rows are read.
-    max_positions: longer rows are dropped, as with max_length; None: no limit.
-    trained_positions: longer rows are kept and counted; None: not known.
+    max_positions, trained_positions: longer rows are dropped as with max_length, or kept and counted; None: no limit.
     vocab_size: rows of the base's lm_head, which a token needs; None: not checked.
     progress: called with the number of rows done since the last call.
 

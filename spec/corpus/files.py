@@ -34,11 +34,8 @@ def list_files(paths: Sequence[str], *, split: str | None = None) -> list[Path]:
     """The parquet files that paths name, each of them once.
 
     A file stands for itself, a glob (`dir/train-*.parquet`, `**`) for the files that match, or else the folders, and
-    a folder for every *.parquet below it, sorted; hidden files and folders are skipped. `~` and `$HOME` expand.
-
-    Args:
-        paths: files, folders and globs.
-        split: "train", "val" or "eval". Of a folder that holds several splits, only the files of this one are taken.
+    a folder for every *.parquet below it, sorted; hidden files and folders are skipped. `~` and `$HOME` expand. Of a
+    folder that holds several splits, only the files of `split` ("train", "val" or "eval") are taken.
 
     Raises:
         CorpusError: no path at all, a path that does not exist or matches nothing, a folder without parquet files or
@@ -79,13 +76,10 @@ def domain_of(path: Path) -> str:
 
 
 def check_apart(splits: Mapping[str, Mapping[str, str]]) -> None:
-    """Check that no file is in two splits; files without rows, which are often alike, may be.
-
-    Args:
-        splits: the digest of each file, by split and path.
+    """Check that no file is in two splits, by the digest of each file by split and path; empty files may be alike.
 
     Raises:
-        CorpusError: names a file that is, under whatever name.
+        CorpusError: names a file that is in two, under whatever name.
     """
     for (first, ones), (second, others) in combinations(splits.items(), 2):
         paths = {digest: path for path, digest in ones.items()}

@@ -102,7 +102,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Source:
-    """A parquet file and its layout."""
+    """A parquet file, its layout and its number of rows."""
 
     path: Path
     layout: Layout

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -79,13 +80,8 @@ def spans(mask: Sequence[int] | Mask) -> list[tuple[int, int]]:
 def write(path: str | Path, sequences: Iterable[TokenSequence], origin: Mapping[str, Any] | None = None) -> int:
     """Write sequences to a parquet file, and return how many; nothing is at `path` until all of it is.
 
-    A generator is consumed in pieces of ROWS_PER_GROUP sequences. Where it raises, the error passes through and
-    what was at `path` before stays.
-
-    Args:
-        path: the file.
-        sequences: its rows.
-        origin: what they were made with, as plain values; read_origin gives it back.
+    A generator is consumed in pieces of ROWS_PER_GROUP sequences; where it raises, what was at `path` stays. `origin`,
+    plain values, is what the sequences were made with; read_origin gives it back.
     """
     count = 0
     schema = SCHEMA.with_metadata({_ORIGIN: json.dumps(dict(origin or {}))})
@@ -103,12 +99,8 @@ def read_origin(path: str | Path) -> dict[str, Any]:
     Raises:
         CorpusError: no such file, or not one of write's.
     """
-    try:
+    with _clear(path):
         origin: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(_ORIGIN, b"{}"))
-    except FileNotFoundError:
-        raise CorpusError(f"{path}: no such file; the stage that writes it has not run") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
     return origin
 
 
@@ -133,13 +125,8 @@ def read(path: str | Path) -> list[TokenSequence]:
     Raises:
         CorpusError: no such file, not a parquet file, other columns or types, or entries that contradict each other.
     """
-    path = Path(path)
-    try:
-        table = pq.read_table(path, partitioning=None)
-    except FileNotFoundError:
-        raise CorpusError(f"{path}: no such file; the stage that writes it has not run") from None
-    except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
+    with _clear(path):
+        table = pq.read_table(Path(path), partitioning=None)
     found = {field.name: field.type for field in table.schema}
     expected = {field.name: field.type for field in SCHEMA}
     if found != expected:
@@ -162,6 +149,16 @@ def read(path: str | Path) -> list[TokenSequence]:
         except ValueError as error:
             raise CorpusError(f"{path}: not a file of token sequences: {error}") from error
     return sequences
+
+
+@contextlib.contextmanager
+def _clear(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CorpusError(f"{path}: no such file; the stage that writes it has not run") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
 
 
 def _columns(types: dict[str, pa.DataType]) -> str:

@@ -49,12 +49,10 @@ def read_turns(value: Any, column: str) -> Messages | None:
             return None
     if isinstance(value, dict):
         lists = {key: items for key, items in value.items() if isinstance(items, list)}
-        roles = any(key in lists for key in ROLE_KEYS)
-        value = (
-            [dict(zip(lists, items, strict=False)) for items in zip(*lists.values(), strict=False)]
-            if roles
-            else [value]
-        )
+        if any(key in lists for key in ROLE_KEYS):
+            value = [dict(zip(lists, items, strict=False)) for items in zip(*lists.values(), strict=False)]
+        else:
+            value = [value]
     if value and all(isinstance(item, str) for item in value):
         value = _from_texts(value, column)
     return [turn for item in value for turn in _turns(item, f"a turn of column {column}")]
