@@ -42,10 +42,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
 
     So a file (or, if told so, a folder) is there whole or not at all, whatever fails or is killed. A folder that is
     replaced is away for the moment between two renames; it comes back where the second one fails, or at the next call
-    after a kill. Parents that are missing are made.
-
-    Raises:
-        SpecError: a folder that cannot be replaced.
+    after a kill. A SpecError names a folder that cannot be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
@@ -120,11 +117,8 @@ def _temporary(path: Path, folder: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock on a file or folder, which the system releases when this process dies.
-
-    Raises:
-        OSError: another process holds it, or the file system has no locks, and `wait` is false.
-    """
+    """Hold a lock on a file or folder, which the system releases when this process dies; without `wait`, an OSError
+    says that another process holds it or that the file system has no locks."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError) if wait else contextlib.nullcontext():

@@ -31,17 +31,11 @@ _PACKAGES = ("speculator-training", "torch", "transformers", "zarr", "numpy", "d
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that a run learned from or was measured on.
-
-    Attributes:
-        path: as data/sources.json has it.
-        digest: SHA-256.
-        use: the splits it serves, such as "train" or "train, val".
-    """
+    """A file that a run learned from or was measured on, as data/sources.json has it."""
 
     path: str
-    digest: str
-    use: str
+    digest: str  # SHA-256
+    use: str  # the splits it serves, such as "train" or "train, val"
 
 
 def data_files(sources: Mapping[str, Any], splits: tuple[str, ...]) -> list[DataFile]:
@@ -56,9 +50,7 @@ def data_files(sources: Mapping[str, Any], splits: tuple[str, ...]) -> list[Data
 def tags(sources: Mapping[str, Any], device: torch.device) -> dict[str, str]:
     """Everything by name: `git.*`, `dvc.*`, `base.*`, `hardware.*`, `version.*`.
 
-    Args:
-        sources: data/sources.json, or its "base" alone.
-        device: that the run computes on.
+    `sources` is data/sources.json, or its "base" alone.
     """
     commit, dirty = git_state()
     found = {"git.commit": commit, "git.dirty": str(dirty).lower(), "dvc.lock": lock_digest()}

@@ -62,7 +62,7 @@ def answer(
     Args:
         base: the model.
         prompts: token ids, none empty.
-        max_new_tokens: at most this many tokens each.
+        max_new_tokens: of each answer.
         temperature: 0 is greedy; else softmax sampling.
         seeds: of the sampling, one a prompt, so that an answer follows from its prompt and seed alone.
         on_token: called with the number of tokens written at each step.

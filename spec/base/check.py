@@ -175,11 +175,7 @@ def _check_quantisation(folder: Path, config: Any) -> None:
 
 
 def check_weights(folder: Path, model: Any) -> list[str]:
-    """Compare names and shapes in the weight files with the model's, as transformers' own loading does.
-
-    Args:
-        folder: of the weights.
-        model: as skeleton builds it.
+    """Compare names and shapes in the weight files with those of skeleton's model, as transformers' loading does.
 
     Returns:
         What the user should know, a sentence each.

@@ -21,15 +21,10 @@ RULE = 2
 
 @dataclass(frozen=True)
 class Findings:
-    """What a base that can be used has about it.
+    """What a base that can be used has about it."""
 
-    Attributes:
-        notes: what the user should know, a sentence each.
-        answering: what its answers follow from beyond the files that identify it.
-    """
-
-    notes: list[str]
-    answering: list[str]
+    notes: list[str]  # what the user should know, a sentence each
+    answering: list[str]  # what its answers follow from beyond the files that identify it
 
 
 def examine(folder: Path, max_length: int, trusted: bool = False) -> Findings:
@@ -67,11 +62,7 @@ def examine(folder: Path, max_length: int, trusted: bool = False) -> Findings:
 
 
 def examine_once(identity: Mapping[str, Any], folder: Path, max_length: int, trusted: bool = False) -> Findings:
-    """The findings of examine, remembered by what they follow from: looking again takes no time.
-
-    Args:
-        identity: of the base, as identify gives it; the rest is as in examine.
-    """
+    """The findings of examine, remembered by what they follow from; `identity` is the base's, as identify gives it."""
     key = files.digest_json([RULE, transformers.__version__, dict(identity), trusted, max_length])
     path = files.cache_dir() / "checked" / f"{key[:32]}.json"
     if path.is_file():

@@ -36,7 +36,6 @@ _NOT_READ = (
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file, in the order in which transformers looks for them; each may have an index in its place."""
 
-
 _REMEDIES = {
     "checkpoint-*/config.json": "is of a training run's checkpoint: give its folder",
     "snapshots/*/config.json": "is in a hub's cache: give its folder",
@@ -74,22 +73,18 @@ def refusals(folder: Path, what: str) -> Iterator[None]:
         raise BaseError(f"{folder}: {what} ({type(error).__name__}: {one_line(error)})") from error
 
 
-def find_folder(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+def find_folder(name: str, patterns: Sequence[str]) -> Path:
     """The folder that a path or a hub id names; of a hub id, files whose names match are downloaded if need be.
 
-    Raises:
-        BaseError: a name that is neither a folder nor on the hub.
+    A BaseError says that the name is neither a folder nor on the hub.
     """
-    return _local(name) or _download(name, revision, patterns)
+    return _local(name) or _download(name, None, patterns)
 
 
 def resolve(name: str, revision: str | None, trust_remote_code: bool = False) -> Path:
     """The folder of a model, as find_folder gives it, with config and weights; of a hub model, what is loaded.
 
-    Args:
-        name: a path or `owner/name`.
-        revision: of a hub id.
-        trust_remote_code: download the model's code, and the files that its tokenizer may read, as well.
+    With trust_remote_code the model's code and the files that its tokenizer may read are downloaded as well.
 
     Raises:
         BaseError: a folder without config or weights; a name that is neither a folder nor on the hub.

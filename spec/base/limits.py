@@ -18,21 +18,13 @@ _BIAS_OF_FIXED_LENGTH = ("mpt",)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a base can read and remember.
+    """What a base can read and remember."""
 
-    Attributes:
-        positions: tokens of a sequence that it was made for; None where nothing says so.
-        hard: whether more are impossible (positions are a table), rather than beyond what it was trained for.
-        vocab_size: rows V of lm_head: an id of V or more has no row.
-        recurrent: whether some layer overwrites a state, which padding on the left would change.
-        takes_back: whether its memory can forget its last tokens, as drafts that are rejected demand.
-    """
-
-    positions: int | None
-    hard: bool
-    vocab_size: int
-    recurrent: bool
-    takes_back: bool
+    positions: int | None  # tokens of a sequence that it was made for; None where nothing says so
+    hard: bool  # whether more are impossible (positions are a table), rather than beyond what it was trained for
+    vocab_size: int  # rows V of lm_head: an id of V or more has no row
+    recurrent: bool  # whether some layer overwrites a state, which padding on the left would change
+    takes_back: bool  # whether its memory can forget its last tokens, as drafts that are rejected demand
 
     @property
     def most(self) -> int | None:
@@ -46,11 +38,7 @@ class Limits:
 
 
 def limits(folder: Path, trust_remote_code: bool = False) -> Limits:
-    """The limits of the model in a folder, without its weights.
-
-    Raises:
-        BaseError: its config makes no model.
-    """
+    """The limits of the model in a folder, without its weights; a BaseError says that its config makes no model."""
     return limits_of(skeleton(folder, trust_remote_code))
 
 

@@ -26,21 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Base:
-    """A causal language model ready to run.
+    """A causal language model ready to run."""
 
-    Attributes:
-        model: in the dtype that it computes in, which may be wider than `dtype` (see arithmetic).
-        tokenizer: of its folder.
-        digest: identify's weights digest.
-        device: where it is.
-        dtype: of its weights as they were asked for, and of its states and tables where they are stored.
-    """
-
-    model: Any
+    model: Any  # in the dtype that it computes in, which may be wider than `dtype` (see arithmetic)
     tokenizer: Any
-    digest: str
+    digest: str  # of the weights, as identify gives it
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of its weights as they were asked for, and of its states and tables where they are stored
 
     @property
     def producer(self) -> dict[str, str]:
@@ -83,14 +75,12 @@ class Base:
 def load(
     params: Model, folder: Path, digest: str, device: torch.device | None = None, dtype: str | None = None
 ) -> Base:
-    """Load a base for inference.
+    """Load a base for inference, on `device` (default: choose_device()) and in `dtype` (default: that of params).
 
     Args:
         params: dtype and trust_remote_code are read.
         folder: as resolve gives it.
         digest: as identify gives it under "weights".
-        device: default choose_device().
-        dtype: instead of params.dtype.
 
     Raises:
         BaseError: a model that does not load; says why, and what to do.
@@ -114,11 +104,8 @@ def _load_model(folder: Path, trust_remote_code: bool, device: torch.device, dty
     config = read_config(folder, trust_remote_code)
     if config._attn_implementation_internal:  # asked for by config.json, and perhaps not installed
         config._attn_implementation = attention
-    quantised, asked, computed = (
-        hasattr(config, "quantization_config"),
-        getattr(torch, dtype),
-        arithmetic(dtype, device),
-    )
+    quantised = hasattr(config, "quantization_config")
+    asked, computed = getattr(torch, dtype), arithmetic(dtype, device)
     model, report = auto_class(config).from_pretrained(
         folder,
         config=config,

@@ -62,30 +62,20 @@ class PrefixError(RowError):
 
 @dataclass(frozen=True)
 class Form:
-    """How a template takes messages.
+    """How a template takes messages."""
 
-    parts: content is a list of parts and not text.
-    calls: the arguments of tool calls are values or JSON text; None: it has no place for calls.
-    """
-
-    parts: bool = False
-    calls: Literal["values", "text"] | None = None
+    parts: bool = False  # content is a list of parts and not text
+    calls: Literal["values", "text"] | None = None  # what arguments of tool calls are; None: no place for calls
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A rendered conversation.
+    """A rendered conversation."""
 
-    prompt: text up to where the last answer starts.
-    answer: text of the last answer, through its end-of-turn token; None when it is still to be written.
-    turns: (start, stop) of each earlier assistant turn, in characters of the prompt.
-    unplaced: how many earlier assistant turns the template renders in a way that no turn's place can be told.
-    """
-
-    prompt: str
-    answer: str | None
-    turns: tuple[tuple[int, int], ...]
-    unplaced: int = 0
+    prompt: str  # up to where the last answer starts
+    answer: str | None  # through its end-of-turn token; None when it is still to be written
+    turns: tuple[tuple[int, int], ...]  # (start, stop) of each earlier assistant turn, in characters of the prompt
+    unplaced: int = 0  # earlier assistant turns that are rendered in a way that no turn's place can be told
 
 
 def install_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:

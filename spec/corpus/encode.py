@@ -34,40 +34,26 @@ RENDERED = re.compile(
 
 @dataclass
 class Report:
-    """What happened to the rows; `stream` counts in it as it goes.
-
-    rejected: rows that cannot be used, by reason; rejected_rows names the first of them.
-    beyond: dropped rows that are longer than the base has positions.
-    stretched: kept rows that are longer than what the base was trained for.
-    empty: dropped rows of plain text with fewer than two tokens: there is nothing to predict.
-    unanswered: kept rows without an answer in the data, to be written by the base.
-    shortened: kept rows whose answer was left off, because it does not fit max_length or the template cannot place
-        it; the base writes another (never where answers are needed).
-    unplaced: earlier assistant turns of kept rows that are not supervised, since the template renders them otherwise
-        than after their generation prompt.
-    rendered: kept rows in which a user's turn looks like the rendering of a chat template, which renders it once more.
-    prompts: a hash of each kept row's prompt or text, by which splits are compared.
-    turns: kept conversations by their number of turns; roles: their turns by role.
-    """
+    """What happened to the rows; `stream` counts in it as it goes."""
 
     rows: int = 0
     kept: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    rejected_rows: list[str] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)  # rows that cannot be used, by reason
+    rejected_rows: list[str] = field(default_factory=list)  # the first of them
     too_long: int = 0
-    beyond: int = 0
-    stretched: int = 0
-    empty: int = 0
-    unanswered: int = 0
-    shortened: int = 0
-    unplaced: int = 0
-    rendered: int = 0
+    beyond: int = 0  # dropped rows that are longer than the base has positions
+    stretched: int = 0  # kept rows that are longer than what the base was trained for
+    empty: int = 0  # dropped rows of plain text with fewer than two tokens: there is nothing to predict
+    unanswered: int = 0  # kept rows without an answer in the data, to be written by the base
+    shortened: int = 0  # kept rows whose answer does not fit or has no place: the base writes another
+    unplaced: int = 0  # earlier turns, unsupervised as they are not rendered after their generation prompt
+    rendered: int = 0  # kept rows in which a user's turn looks like the rendering of a chat template
     tokens: int = 0
     supervised: int = 0
     domains: Counter[str] = field(default_factory=Counter)
-    roles: Counter[str] = field(default_factory=Counter)
-    turns: Counter[int] = field(default_factory=Counter)
-    prompts: set[int] = field(default_factory=set)
+    roles: Counter[str] = field(default_factory=Counter)  # turns of kept conversations
+    turns: Counter[int] = field(default_factory=Counter)  # kept conversations by their number of turns
+    prompts: set[int] = field(default_factory=set)  # a hash of each kept row's prompt or text, to compare splits
     layouts: dict[Path, Layout] = field(default_factory=dict)
     empty_files: list[Path] = field(default_factory=list)
     plain_template: bool = False

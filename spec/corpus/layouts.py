@@ -66,11 +66,7 @@ _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a file hold what.
-
-    suspects: columns that look like a part of the prompt and are not read; what they hold must be in the conversation.
-    unused: all columns that are not read.
-    """
+    """Which columns of a file hold what."""
 
     kind: Literal["messages", "prompt", "text"]
     prompt: str
@@ -79,8 +75,8 @@ class Layout:
     system: str | None = None
     tools: str | None = None
     domain: str | None = None
-    suspects: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()  # look like a part of the prompt: what they hold must be in the conversation
+    unused: tuple[str, ...] = ()  # all columns that are not read
 
     @property
     def read(self) -> tuple[str, ...]:

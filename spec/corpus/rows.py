@@ -21,16 +21,13 @@ ROWS_PER_READ = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """One row: plain text, or a conversation whose last message is the assistant's if it has an answer.
-
-    tools: the functions that the conversation may call.
-    """
+    """One row: plain text, or a conversation whose last message is the assistant's if it has an answer."""
 
     where: str
     domain: str
     text: str | None
     messages: Messages
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)  # the functions that the conversation may call
 
     @property
     def answered(self) -> bool:

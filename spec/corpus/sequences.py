@@ -40,20 +40,13 @@ class CorpusError(SpecError):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenSequence:
-    """One row, tokenized.
+    """One row, tokenized."""
 
-    ids: int32 [T].
-    mask: uint8 [T], 1 where the token is supervised: it was written by the assistant, or is plain text.
-    domain: what the row is counted under in reports.
-    prompt_length: tokens before the last answer; T when that answer is still to be written; 0 for plain text.
-    source: 16 bytes that stand for the row's prompt or text as the data had it; empty where that is not known.
-    """
-
-    ids: Ids
-    mask: Mask
-    domain: str
-    prompt_length: int
-    source: bytes = b""
+    ids: Ids  # [T]
+    mask: Mask  # [T], 1 where the token is supervised: it was written by the assistant, or is plain text
+    domain: str  # what the row is counted under in reports
+    prompt_length: int  # tokens before the last answer; T when that is still to be written; 0 for plain text
+    source: bytes = b""  # 16 bytes for the row's prompt or text as the data had it; empty where it is not known
 
     def __post_init__(self) -> None:
         if self.mask.shape != self.ids.shape or not 0 <= self.prompt_length <= len(self.ids):

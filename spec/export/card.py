@@ -16,15 +16,10 @@ MARK = "<!-- written by spec export -->"
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a checkpoint from the runs that made it.
+    """What is known of a checkpoint from the runs that made it."""
 
-    Attributes:
-        features: digest of the features that it was trained on (Manifest.digest).
-        figures: results/evaluate/details.json.
-    """
-
-    features: str | None = None
-    figures: Mapping[str, Any] | None = None
+    features: str | None = None  # digest of the features that it was trained on (Manifest.digest)
+    figures: Mapping[str, Any] | None = None  # results/evaluate/details.json
 
 
 def text(
@@ -37,13 +32,8 @@ def text(
 ) -> str:
     """The card, in Markdown.
 
-    Args:
-        config: of the speculator.
-        parameters: their number.
-        dtype: of the exported weights.
-        digest: SHA-256 of the pytorch_model.bin that was exported.
-        command: that serves it.
-        measured: what the runs that made it left.
+    `parameters` is their number, `dtype` that of the exported weights, `digest` the SHA-256 of the pytorch_model.bin
+    that was exported, and `command` what serves the export.
     """
     base = f"`{config.base_model_name_or_path}`"
     if config.base_revision:

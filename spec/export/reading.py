@@ -32,19 +32,11 @@ _NEUTRAL = {"architectures", "model_type", "torch_dtype", "dtype", "transformers
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base on this machine, as a speculator's config refers to it.
+    """A base on this machine, as a speculator's config refers to it."""
 
-    Attributes:
-        name: folder or hub id.
-        revision: commit of a hub model.
-        digest: of its weights.
-        vocab_size: V.
-        hidden_size: d.
-    """
-
-    name: str
-    revision: str | None
-    digest: str
+    name: str  # folder or hub id
+    revision: str | None  # commit of a hub model
+    digest: str  # of its weights
     vocab_size: int
     hidden_size: int
 

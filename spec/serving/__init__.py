@@ -12,11 +12,7 @@ class ServingError(SpecError):
 
 
 def require_vllm() -> None:
-    """Stop where vLLM, an extra, is not installed.
-
-    Raises:
-        ServingError: says how to install it.
-    """
+    """Stop where vLLM, an extra, is not installed; the ServingError says how to install it."""
     if importlib.util.find_spec("vllm") is None:
         raise ServingError(
             f"vLLM is not installed in {sys.prefix}: `pip install '.[vllm]'`, or `make venv-vllm` for a "

@@ -39,12 +39,9 @@ def worker_with_own_device() -> Worker:
 
 
 class Engine:
-    """An engine on the first device that this process sees.
+    """An engine on the first device that this process sees, for the base in a folder.
 
-    Args:
-        params: dtype and trust_remote_code are read.
-        folder: of the base, as spec.base.resolve gives it.
-        longest: tokens of the longest prompt and its answer together.
+    Of params, dtype and trust_remote_code are read; `longest` is the most tokens of a prompt and its answer together.
     """
 
     def __init__(self, params: Model, folder: Path, longest: int) -> None:

@@ -39,10 +39,9 @@ def command(
     trust_remote_code: bool = False,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The command that serves a base with a speculator.
+    """The command that serves a base with the speculator in the folder `checkpoint`.
 
     Args:
-        checkpoint: the speculator's folder.
         decode: where drafts come from; draft_len bounds them (default: n_predict; with n-grams at least NGRAM_DRAFT).
         base: folder or hub id of the base, where it is no longer where the checkpoint says.
         dtype: of base and speculator; auto is that of the base's checkpoint.
@@ -95,7 +94,7 @@ class Server:
     Args:
         arguments: as command or plain_command gives them, without a port.
         log: file that takes the server's output.
-        environment: variables beside this process's.
+        environment: variables next to this process's.
         patience: seconds until it must answer.
 
     Raises:
@@ -105,10 +104,8 @@ class Server:
     def __init__(
         self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ, patience: float = 600
     ) -> None:
-        self._log = log
-        self._arguments = arguments
+        self._arguments, self._log, self._patience = arguments, log, patience
         self._environment = {**os.environ, **environment}
-        self._patience = patience
 
     def __enter__(self) -> Server:
         with socket.socket() as free:

@@ -46,23 +46,19 @@ log = init_logger("vllm.speculator")  # vLLM shows loggers of its own namespace 
 class Verified:
     """What vLLM's model runner knows of the step it has just sampled.
 
-    Attributes:
-        states: [rows, d] the base's states that its lm_head read: for each request, in the order of the batch, the
-            one behind its last token and those behind its drafts.
-        drafted: drafts that each request had in this step; None where no request had any.
-        requests: id of each request.
+    states: [rows, d] the base's states that its lm_head read: for each request, in the order of the batch, the one
+        after its last token and those after its drafts.
     """
 
     states: Tensor
-    drafted: Sequence[int] | None
-    requests: Sequence[str]
+    drafted: Sequence[int] | None  # drafts that each request had in this step; None where no request had any
+    requests: Sequence[str]  # id of each request
 
     def last_rows(self, sampled: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         """For each request the row of `states` that gave its last token.
 
-        Args:
-            sampled: tokens that each request got in this step: its accepted drafts and the base's own behind them. A
-                request without any (a part of its prompt) gets a row of no meaning.
+        `sampled` are the tokens that each request got in this step: its accepted drafts and the base's own after them.
+        A request without any (a part of its prompt) gets a row of no meaning.
 
         Raises:
             ServingError: rows and requests do not fit each other.

@@ -26,17 +26,11 @@ _ENTRY = np.dtype([("source", "V16"), ("digest", "V16"), ("length", "<i4"), ("wh
 
 @dataclass(frozen=True)
 class Start:
-    """What the ids of a stored row begin with (the prompt) or, for plain text, all of them.
+    """What the ids of a stored row begin with (the prompt) or, for plain text, all of them."""
 
-    Attributes:
-        length: number of ids.
-        digest: of these ids, 16 bytes.
-        whole: whether a row must have no other ids.
-    """
-
-    length: int
-    digest: bytes
-    whole: bool
+    length: int  # number of ids
+    digest: bytes  # of these ids, 16 bytes
+    whole: bool  # whether a row must have no other ids
 
     @classmethod
     def of(cls, row: TokenSequence) -> Start:

@@ -43,10 +43,6 @@ class TransferError(StoreError):
 class Place:
     """A store's layout in a folder or at a URL. Each method raises TransferError where it cannot be reached or refuses.
 
-    Attributes:
-        url: as it was given.
-        folder: the folder where it is one, else None.
-
     Raises:
         StoreError: fsspec does not know the URL, lacks a package for it, or cannot connect.
     """
@@ -117,17 +113,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Lacking:
-    """A segment that the target lacks, or has a damaged record of.
+    """A segment that the target lacks, or has a damaged record of."""
 
-    Attributes:
-        collection: at the target where that is a folder, else at the source.
-        record: the source's.
-        damaged: whether the target has a damaged one.
-    """
-
-    collection: Collection
-    record: Record
-    damaged: bool
+    collection: Collection  # at the target where that is a folder, else at the source
+    record: Record  # the source's
+    damaged: bool  # whether the target has a damaged one
 
     @property
     def size(self) -> int:
@@ -136,17 +126,11 @@ class Lacking:
 
 
 class Transfer:
-    """Copies what the target lacks. At least one of the two places is a folder.
+    """Copies from `source` what `target` lacks. At least one of the two places is a folder.
 
-    Args:
-        source: where segments come from.
-        target: where they go to.
-        only: names of segments by their collection's folder; None: all that the source has.
-
-    Attributes:
-        found: the number of segments that the target had already.
-        copied: the number of segments copied.
-        problems: what could not be copied, and why.
+    only: names of segments by their collection's folder; None: all that the source has.
+    found, copied: numbers of segments that the target had already, and that were copied.
+    problems: what could not be copied, and why.
 
     Raises:
         StoreError: both places are the same folder.

@@ -28,15 +28,14 @@ ROOTS = "roots"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a collection holds: its whole segments with their rows and bytes and what computed them, and the names of
-    damaged ones (those that were set aside, and those whose damage shows without reading arrays)."""
+    """What a collection holds: its whole segments with their rows and bytes, and what computed them."""
 
     folder: Path
     identity: Mapping[str, Any]
     segments: int
     rows: int
     bytes: int
-    damaged: tuple[str, ...]
+    damaged: tuple[str, ...]  # names of segments that were set aside, or whose damage shows without reading arrays
     producers: tuple[str, ...]
 
 
@@ -121,25 +120,15 @@ def verify(
 
 @dataclass
 class Removal:
-    """What gc or forget removed.
+    """What gc or forget removed."""
 
-    Attributes:
-        segments: removed or rewritten.
-        rows: removed with them.
-        bytes: of the disk.
-        kept: segments that stay.
-        indexed: forget: source rows that the index knew.
-        missed: forget: numbers of the source rows of which nothing was stored.
-        paths: where they and what else went lay.
-    """
-
-    segments: int = 0
-    rows: int = 0
-    bytes: int = 0
-    kept: int = 0
-    indexed: int = 0
-    missed: list[int] = field(default_factory=list)
-    paths: list[Path] = field(default_factory=list)
+    segments: int = 0  # removed or rewritten
+    rows: int = 0  # removed with them
+    bytes: int = 0  # of the disk
+    kept: int = 0  # segments that stay
+    indexed: int = 0  # forget: source rows that the index knew
+    missed: list[int] = field(default_factory=list)  # forget: numbers of the source rows of which nothing was stored
+    paths: list[Path] = field(default_factory=list)  # where they and what else went lay
 
 
 def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
@@ -147,12 +136,7 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
 
     A manifest counts while a workspace still holds it, or while some stage has used it in the last `older_than`
     seconds (it may be an experiment's, or another branch's). A segment that no manifest names stays as long, too:
-    it may be what an interrupted run has computed so far.
-
-    Args:
-        root: the store.
-        older_than: seconds.
-        remove: False: only count.
+    it may be what an interrupted run has computed so far. Without `remove`, everything is only counted.
 
     Raises:
         StoreError: a root is damaged, so that what it needs is not known.
@@ -237,7 +221,7 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
 
     Args:
         root: the store.
-        tokenizer: digest of the tokenizer that made the starts; they say nothing of collections of other tokenizers.
+        tokenizer: digest of the one that made the starts; they say nothing of collections of other tokenizers.
         rows: by digest of the source row, how it begins as it is tokenized now; None where it cannot be tokenized.
 
     Raises:
