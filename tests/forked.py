@@ -1,7 +1,5 @@
 """Other processes, made by fork so that they start at once; what they run must touch neither Zarr nor torch."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """An S3 server as a process of its own on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

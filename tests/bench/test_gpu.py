@@ -1,7 +1,5 @@
 """The check for GPUs, dry: from a bundle, on a machine that has torch and transformers alone and no network."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

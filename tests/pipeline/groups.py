@@ -1,7 +1,5 @@
 """Two groups of workers on one host, as two nodes have them: what srun does in a cluster, a script does here."""
 
-from __future__ import annotations
-
 import csv
 import socket
 import sys

@@ -3,8 +3,6 @@
 It has loaded everything when it forks, and has started no thread, so that a child begins at once.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """dvc.yaml names all code that decides what a stage writes: else a fix would leave stale results."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

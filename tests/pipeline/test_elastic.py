@@ -1,7 +1,5 @@
 """A worker that is killed: in caching the next run takes over, in training torchrun starts the workers again."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Whatever is killed, and whenever: the same commands again end as if nothing had been."""
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """On the embedded base itself, in float32: what is written with drafts is what plain greedy decoding writes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

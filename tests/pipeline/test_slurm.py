@@ -1,7 +1,5 @@
 """deploy/slurm.sbatch and deploy/srun_torchrun.sh, with Slurm's commands played by scripts: two nodes on one host."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Two groups of workers that meet by torchrun's rendezvous make what one worker makes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

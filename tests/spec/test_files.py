@@ -1,7 +1,5 @@
 """Atomic files, and digests that are computed once."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

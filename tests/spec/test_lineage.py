@@ -1,7 +1,5 @@
 """What a run is traced back to."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 from pathlib import Path

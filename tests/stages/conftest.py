@@ -1,7 +1,5 @@
 """A folder in which everything up to cache has run, made once for all tests of stages, and copies of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

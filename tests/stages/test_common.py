@@ -1,7 +1,5 @@
 """What every stage's command shares: options, errors, space, workers."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

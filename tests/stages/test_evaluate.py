@@ -1,7 +1,5 @@
 """evaluate: the walk beside the real loop, and what the report says of them."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

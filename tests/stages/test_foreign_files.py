@@ -1,7 +1,5 @@
 """Files that this program did not make stay as they are, whatever runs next to them."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`spec store forget` says what it has not found."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

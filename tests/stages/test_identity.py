@@ -1,7 +1,5 @@
 """What was made for another base, dtype, codec or length is refused, by name and with both values."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

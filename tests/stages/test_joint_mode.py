@@ -1,7 +1,5 @@
 """Joint training from fetch to evaluate: a base that others can load, measured with its own states."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shutil

@@ -1,7 +1,5 @@
 """spec plan: what is left to do, and what an epoch costs however much of it is done."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`spec store push` and `pull`: a second machine computes nothing that the first one has pushed."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Every layout goes from a parquet file through the tokenize stage, and all of them at once through the pipeline."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A tracking server that is killed while training, a training that fails and goes on, and `spec track sync`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """train: what it leaves behind, where it starts, and what stops it."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import os

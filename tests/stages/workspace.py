@@ -1,7 +1,5 @@
 """A folder in which stages run, without a process of its own for each of them."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Tiny bases of two kinds, and one that may be spoilt."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

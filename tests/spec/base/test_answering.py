@@ -1,7 +1,5 @@
 """The base's answers beside those of transformers' own generate."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections import Counter

@@ -1,7 +1,5 @@
 """Every folder that is no base is refused with what is wrong; nothing but BaseError comes out."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

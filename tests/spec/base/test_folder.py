@@ -1,7 +1,5 @@
 """Finding a base's folder, downloading what is loaded, and what identifies it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A base as it is loaded: its states, its logits, its arithmetic and its stop tokens."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Logits that are more than lm_head times the state: told by the base, kept with its tables, taught to the heads."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """What a head reads of a base: every layer's input and the last state, in one forward or while it decodes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

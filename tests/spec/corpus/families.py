@@ -1,7 +1,5 @@
 """Tokenizers and chat templates of several families, and what tests do with them."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Chat templates: what of a conversation is supervised, and what a template takes."""
 
-from __future__ import annotations
-
 import datetime
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Limits, counts and the report."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

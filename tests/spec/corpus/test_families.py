@@ -1,7 +1,5 @@
 """Traits of public families of chat templates, one minimal template each."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Which files a split is read from."""
 
-from __future__ import annotations
-
 import gzip
 import subprocess
 import sys

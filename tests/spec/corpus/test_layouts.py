@@ -1,7 +1,5 @@
 """Columns of parquet files -> conversations and plain text."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

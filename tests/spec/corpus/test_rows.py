@@ -1,7 +1,5 @@
 """Rows that cannot be used."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

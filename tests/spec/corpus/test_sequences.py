@@ -1,7 +1,5 @@
 """Token sequences and their file."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -4,8 +4,6 @@ It checks what the engine checks (types and values of config.json, names and sha
 engine does, in float32.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

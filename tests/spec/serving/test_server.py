@@ -1,7 +1,5 @@
 """A server process of any kind: vLLM's own is in tests/vllm."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

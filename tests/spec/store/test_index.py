@@ -1,7 +1,5 @@
 """The index from source rows to what is stored of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One holder at a time, and none that is dead."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Copies of a store: what is copied, what is refused, and what a kill at any moment leaves."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Looking after a store: what is kept, what goes, and that nothing is left of what must be forgotten."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
