@@ -53,11 +53,7 @@ def _make(place: Path) -> None:
 
 
 def find_base(config: Config) -> Path:
-    """The folder of the base that params.yaml names; what is missing of it is made or downloaded.
-
-    Raises:
-        BaseError: there is none.
-    """
+    """The folder of the base that params.yaml names; what is missing of it is made or downloaded."""
     model = config.model
     ensure(model.partial_pretrain)
     try:

@@ -27,13 +27,9 @@ class Lock:
 
     @classmethod
     def acquire(cls, path: Path, wait: bool = False) -> Lock | None:
-        """Take the lock of a file, which is made where it is missing.
+        """Take the lock of a file, which is made where it is missing; a SpecError says that there are no locks here.
 
-        Returns:
-            None where another process (or another Lock of this one) holds it, unless told to `wait` for it.
-
-        Raises:
-            SpecError: the file system has no locks.
+        None where another process (or another Lock of this one) holds it, unless told to `wait` for it.
         """
         while (handle := _held(path, fcntl.LOCK_EX, wait)) is not None:
             with contextlib.suppress(FileNotFoundError):

@@ -165,10 +165,8 @@ class Transfer:
     def copy(self, segments: Sequence[Lacking], on_bytes: OnBytes = lambda count: None) -> None:
         """Copy segments that `look` found; damaged ones are not copied, and named in `problems`.
 
-        One thread at a time calls `on_bytes` with the bytes of a segment that is done.
-
-        Raises:
-            TransferError: a place cannot be reached. Segments in hand are completed, others are not begun.
+        One thread at a time calls `on_bytes` with the bytes of a segment that is done. Where a place cannot be reached
+        (a TransferError), segments in hand are completed and others are not begun.
         """
         for collection in {item.collection.folder: item.collection for item in segments}.values():
             path = f"{collection.folder.name}/{IDENTITY}"
@@ -187,10 +185,8 @@ class Transfer:
     def follow(self, stopping: threading.Event, on_look: OnBytes, on_bytes: OnBytes) -> None:
         """Copy what is there and what is added, until `stopping` is set; then look a last time.
 
-        `on_look` is called with the bytes that are to be copied now.
-
-        Raises:
-            TransferError: the last look failed. When an earlier one fails, the next one tries again.
+        `on_look` is called with the bytes that are to be copied now. A look that fails is tried again, but for the
+        last one, whose TransferError is raised.
         """
         last = False
         while not last:
@@ -244,13 +240,12 @@ class Transfer:
 
     def _refuse(self, folder: str, name: str, reason: object) -> None:
         self._settled[folder].add(name)
-        self.problems.append(
-            StoreError(
-                f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
-                "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and "
-                "push it again from a store that has it"
-            )
+        problem = (
+            f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
+            "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and push "
+            "it again from a store that has it"
         )
+        self.problems.append(StoreError(problem))
 
     def _copy(self, item: Lacking, on_bytes: OnBytes) -> None:
         collection, name = item.collection, item.record.name

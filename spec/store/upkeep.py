@@ -96,8 +96,7 @@ def verify(
 ) -> tuple[int, list[StoreError]]:
     """Read everything of a store; `set_aside` moves damaged segments out of sight, so that they are computed again.
 
-    Returns:
-        The number of whole segments, and an error for each damaged one.
+    Returns the number of whole segments, and an error for each damaged one.
     """
     whole = 0
     problems: list[StoreError] = []
@@ -169,11 +168,8 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
 
 
 def _live_segments(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
-    """Names of the segments that manifests need, by collection folder.
-
-    A manifest that is gone counts if a stage has used it since `before` (seconds since the epoch); `remove` drops the
-    others.
-    """
+    """Names of the segments that manifests need, by collection folder. A manifest that is gone counts if a stage has
+    used it since `before` (seconds since the epoch); `remove` drops the root of others."""
     live: dict[str, set[str]] = {}
     for path in sorted((root / ROOTS).glob("*.json")):
         try:
