@@ -140,14 +140,6 @@ def test_plain_text_is_supervised_throughout_with_the_tokenizers_own_bos(tmp_pat
     assert tokenizer.chat_template is None
 
 
-def test_files_of_several_layouts_keep_their_order(tmp_path: Path) -> None:
-    files = [save(tmp_path / "b.parquet", [{"text": "hello"}]), save(tmp_path / "a.parquet", [{"question": "a"}])]
-    sequences, report = run(files)
-    assert [s.domain for s in sequences] == ["b", "a"]
-    assert list(report.layouts) == files
-    assert (report.rows, report.kept, report.unanswered) == (2, 2, 1)
-
-
 def test_the_domain_is_a_column_or_the_files_stem(tmp_path: Path) -> None:
     def domains(name: str, **columns: Any) -> list[str]:
         rows = [{"question": "a", **columns}, {"question": "b", **dict.fromkeys(columns)}]

@@ -9,7 +9,7 @@ import pytest
 
 from spec.corpus import CorpusError
 
-from .families import assistant, run, save, sentencepiece_like, user
+from .families import assistant, run, save, user
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,6 @@ def test_where_every_row_is_bad_nothing_is_skipped(tmp_path: Path) -> None:
     path = save(tmp_path / "x.parquet", [{"messages": [user("a"), {"role": "narrator", "content": "b"}]}] * 3)
     with pytest.raises(CorpusError, match=r"3 of 3 rows cannot be used: 3 x .* the role 'narrator'"):
         run(path, skip_bad_rows=True)
-
-
-def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
-    good, bad = [user("a"), assistant("b")], [user("a"), user("b"), assistant("c")]
-    path = save(tmp_path / "m.parquet", [{"messages": good}, {"messages": bad}])
-    with pytest.raises(CorpusError, match=r"m.parquet, row 1: the chat template refuses .* must alternate"):
-        run(path, sentencepiece_like())
-    assert len(run(path, sentencepiece_like(), skip_bad_rows=True)[0]) == 1
 
 
 def test_invalid_utf8_is_a_bad_row(tmp_path: Path) -> None:

@@ -71,15 +71,10 @@ def test_a_base_is_identified_without_being_loaded(base_folder: Path) -> None:
         identify_base("./nowhere")
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./a/b", "a/b/c", "x" * 5000])
+@pytest.mark.parametrize("source", ["nowhere", "nobody/has-this", "x" * 5000])
 def test_neither_a_folder_nor_an_id(source: str) -> None:
-    with pytest.raises(CheckpointError, match=f"no folder '{source}'; give a folder or a hub id|File name too long"):
+    with pytest.raises(CheckpointError, match=r"no folder|no local folder and could not be downloaded"):
         read(source)
-
-
-def test_the_hub_that_does_not_answer() -> None:
-    with pytest.raises(CheckpointError, match="'nobody/has-this' is no local folder and could not be downloaded"):
-        read("nobody/has-this")
 
 
 def test_a_checkpoint_of_ours(exported: Path) -> None:
