@@ -71,7 +71,7 @@ def test_a_base_is_identified_without_being_loaded(base_folder: Path) -> None:
         identify_base("./nowhere")
 
 
-@pytest.mark.parametrize("source", ["nowhere", "nobody/has-this", "x" * 5000])
+@pytest.mark.parametrize("source", ["nowhere", "nobody/has-this"])
 def test_neither_a_folder_nor_an_id(source: str) -> None:
     with pytest.raises(CheckpointError, match=r"no folder|no local folder and could not be downloaded"):
         read(source)
