@@ -1,7 +1,5 @@
 """run: every stage in a folder of its own, from the guide's defaults; what run_speculator_training.sh calls."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

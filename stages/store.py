@@ -1,7 +1,5 @@
 """store: look after the store: info, verify, gc, forget; copy it with push and pull."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

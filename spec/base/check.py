@@ -1,7 +1,5 @@
 """What keeps a folder from being a base, from its config and the headers of its weights: nothing large is read."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """Whether a base can be used as it stands, from its config and headers alone, and what a user should know of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

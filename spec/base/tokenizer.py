@@ -1,7 +1,5 @@
 """A base's tokenizer, and whether the base has a row for each of its ids."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any

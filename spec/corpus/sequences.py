@@ -1,7 +1,5 @@
 """Token sequences, and the parquet file that carries them from stage to stage."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -2,8 +2,6 @@
 of ArcticTraining and ArcticInference. Whatever else lies there is refused by its name.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Mapping
