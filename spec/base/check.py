@@ -23,7 +23,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.quantizers.auto import get_hf_quantizer
 
 from spec.base.folder import BaseError, one_line, refusals, weight_files
-from spec.base.tokenizer import check_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -41,21 +40,6 @@ _LIBRARIES = {
     "quark": "amd-quark",
 }
 """What reads weights of a quantisation, where transformers' own message does not say it in full."""
-
-
-def check(folder: Path, trust_remote_code: bool = False) -> list[str]:
-    """Refuse a folder whose model cannot be loaded.
-
-    Returns:
-        What the user should know about the weights, a sentence each.
-
-    Raises:
-        BaseError: says what is wrong and what to do.
-    """
-    model = skeleton(folder, trust_remote_code)
-    notes = check_weights(folder, model)
-    check_tokenizer(folder, load_tokenizer(folder, trust_remote_code), model.get_input_embeddings().weight.shape[0])
-    return notes
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
