@@ -30,12 +30,8 @@ VERL = {
     "extra_info": {"answer": "the answer is 42", "index": 0, "question": "how are you?", "split": "train"},
 }
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-SHAREGPT_CALL = [
-    SHAREGPT[0],
-    {"from": "function_call", "value": "f()"},
-    {"from": "observation", "value": "c"},
-    SHAREGPT[1],
-]
+CALLING = [{"from": "function_call", "value": "f()"}, {"from": "observation", "value": "c"}]
+SHAREGPT_CALL = [SHAREGPT[0], *CALLING, SHAREGPT[1]]
 BE_S = {"role": "system", "content": "s"}
 ULTRACHAT = {"prompt": " a ", "prompt_id": "0f", "messages": [user("a"), assistant("b")]}
 OPENHERMES = {
@@ -80,12 +76,7 @@ def parts(*texts: str) -> list[dict[str, str | None]]:
         ({"prompt": "a", "completion": assistant("b")}, {}, "a", "b"),
         ({"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, {}, "a", "b"),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, {}, "a", "b"),
-        (
-            {"messages": [{"role": "user", "content": parts("a", "b")}, {"role": "gpt", "content": parts("b")}]},
-            {},
-            "ab",
-            "b",
-        ),
+        ({"messages": [user(parts("a", "b")), {"role": "gpt", "content": parts("b")}]}, {}, "ab", "b"),
         ({"instruction": "a", "input": "c", "output": "b", "text": "a c b"}, {}, "a\n\nc", "b"),
         ({"instruction": "a", "input": "", "output": "b"}, {}, "a", "b"),
         ({"instruction": "a", "context": "c", "response": "b", "category": "d"}, {}, "a\n\nc", "b"),

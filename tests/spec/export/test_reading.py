@@ -145,11 +145,7 @@ ADAPTER, LLAMA = {"peft_type": "LORA"}, {"architectures": ["LlamaForCausalLM"], 
     [
         ("config.json", {"model_type": "medusa", "num_heads": 3}, r"Medusa's heads.*use sum_rnn or sum_lstm"),
         ("config.json", {"medusa_num_heads": 3, "base_model_name_or_path": "b"}, "Medusa's heads, with or without"),
-        (
-            "config.json",
-            {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"},
-            "an EAGLE-3 head, .* yet",
-        ),
+        ("config.json", {**LLAMA, "architectures": ["LlamaForCausalLMEagle3"]}, "an EAGLE-3 head, .* yet"),
         ("config.json", {**LLAMA, "draft_vocab_size": 32000}, "an EAGLE-3 head"),
         ("config.json", {"model_type": "eagle", "model": LLAMA}, "an EAGLE head"),
         ("config.json", {**LLAMA, "num_hidden_layers": 1}, "an EAGLE head"),
