@@ -79,9 +79,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             "use another base"
         )
     if (folder / "modules.json").is_file():
-        raise BaseError(
-            f"{folder}: its modules.json makes it a model of embeddings (sentence-transformers); use another base"
-        )
+        raise BaseError(f"{folder}: modules.json makes it a model of embeddings (sentence-transformers); use another base")
     _check_quantisation(folder, config)
     return config
 
@@ -112,10 +110,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
     names, name = inspect.signature(model.forward).parameters.keys(), type(model).__name__
     own = type(model).__module__.startswith("transformers.")  # code from elsewhere may take its cache as it likes
     if own and not {"past_key_values", "cache_params"} & names:
-        raise BaseError(
-            f"{folder}: {name} keeps no memory of what it has read, or in a form that is not known here; use another "
-            "base"
-        )
+        raise BaseError(f"{folder}: {name} keeps no memory of what it has read that is known here; use another base")
     if not isinstance(getattr(model.get_output_embeddings(), "weight", None), torch.Tensor):
         raise BaseError(f"{folder}: {name} has no output matrix (lm_head); use another base")
     return model
