@@ -79,7 +79,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             "use another base"
         )
     if (folder / "modules.json").is_file():
-        raise BaseError(f"{folder}: modules.json makes it a model of embeddings (sentence-transformers); use another base")
+        raise BaseError(
+            f"{folder}: modules.json makes it a model of embeddings (sentence-transformers); use another base"
+        )
     _check_quantisation(folder, config)
     return config
 
