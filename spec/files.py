@@ -1,7 +1,5 @@
 """Files: what is there whole or not at all, digests that are computed once, the user's cache folder."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """What a run follows from beside its parameters: code, pipeline, base, data files, machine, versions."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

@@ -1,7 +1,5 @@
 """check: whether the base of params.yaml can be used as it stands, from its config and headers alone."""
 
-from __future__ import annotations
-
 from spec import base
 from spec.config import Config
 from stages import common, embedded
@@ -14,7 +12,3 @@ def check(config: Config) -> None:
     for note in base.examine(folder, config.data.max_length, config.model.trust_remote_code).notes:
         common.say(f"check: {note}")
     common.say(f"check: base {config.model.partial_pretrain} can be used")
-
-
-if __name__ == "__main__":
-    check()

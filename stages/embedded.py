@@ -1,7 +1,5 @@
 """The embedded default, which data/embedded/make.py makes when params.yaml names it, and the base of params.yaml."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

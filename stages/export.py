@@ -1,7 +1,5 @@
 """export: write a speculator in the format of a serving engine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import get_args
 
@@ -42,7 +40,3 @@ def export(form: str, out: Path, checkpoint: Path, dtype: str, base: str | None)
         f"export: {written.config.method} with {written.config.n_predict} heads as {form}, {dtype} "
         f"({common.size(written.bytes)}) -> {out}\n{written.command}"
     )
-
-
-if __name__ == "__main__":
-    export()

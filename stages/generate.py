@@ -1,7 +1,5 @@
 """generate: text from the base, sped up by a speculator."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, get_args
 

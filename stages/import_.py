@@ -1,7 +1,5 @@
 """import: read a public speculator into a checkpoint of this project."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path
@@ -38,7 +36,3 @@ def import_(source: str, out: Path, base: str | None, trust_remote_code: bool) -
         f"import: {config.method} with {config.n_predict} heads, {speculator.num_parameters() / 1e6:.1f} M parameters, "
         f"for {config.base_model_name_or_path} ({weights}) -> {out}"
     )
-
-
-if __name__ == "__main__":
-    import_()

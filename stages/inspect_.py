@@ -1,7 +1,5 @@
 """inspect: what would be made of a data file or folder, in seconds."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from typing import Any
@@ -87,7 +85,3 @@ def _shown(sequence: corpus.TokenSequence, tokenizer: Any) -> str:
         parts.append(click.style(supervised, fg="green") if sys.stdout.isatty() else f"[[{supervised}]]")
         end = stop
     return "".join([*parts, tokenizer.decode(sequence.ids[end:])])
-
-
-if __name__ == "__main__":
-    inspect_()

@@ -235,7 +235,3 @@ def _print_time(stage: str, seconds: float, how: str) -> None:
             common.say(f"plan: {stage}: about {seconds / length:.1f} {unit} ({how})")
             return
     common.say(f"plan: {stage}: about {seconds:.0f} s ({how})")
-
-
-if __name__ == "__main__":
-    plan()

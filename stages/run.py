@@ -1,7 +1,5 @@
 """run: every stage in a folder of its own, from the guide's defaults; what run_speculator_training.sh calls."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -61,8 +59,7 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
 def _claim(save_path: Path) -> list[str]:
     """Write down what this call will make in SAVE_PATH, and return what earlier calls have made there.
 
-    Raises:
-        SpecError: something in the way that no call has made; names it.
+    A SpecError names what is in the way and was made by no call.
     """
     mark = save_path / _MARK
     owned: list[str] = files.read_json(mark) if mark.is_file() else []

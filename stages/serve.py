@@ -1,7 +1,5 @@
 """serve: vLLM's OpenAI-compatible server with a base and its speculator."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import get_args
@@ -39,7 +37,3 @@ def serve(
         )
     bound_cpu_memory()
     os.execv(command[0], command)
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,7 +1,5 @@
 """store: look after the store: info, verify, gc, forget; copy it with push and pull."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
@@ -87,13 +85,10 @@ def verify(config: Config, dry_run: bool) -> None:
     for problem in problems:
         common.say(str(problem))
     if problems:
-        what = (
-            "Nothing was moved"
-            if dry_run
-            else "Damaged segments are set aside: `spec respond` and `spec cache` compute them again"
-        )
+        moved = "Damaged segments are set aside: `spec respond` and `spec cache` compute them again"
         raise SpecError(
-            f"store {root}: {whole} segments are whole; what is not, {len(problems)} in all, is named above. {what}"
+            f"store {root}: {whole} segments are whole; what is not, {len(problems)} in all, is named above. "
+            f"{'Nothing was moved' if dry_run else moved}"
         )
     common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
 
@@ -155,8 +150,7 @@ def _given_rows(
 ) -> tuple[dict[bytes, index.Start | None], str]:
     """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does.
 
-    Raises:
-        SpecError: a row that cannot be read, and so could not be looked for.
+    A row that cannot be read, and so could not be looked for, is a SpecError.
     """
     found = corpus.list_files([str(path) for path in paths])
     columns = {**config.reading, "need_answers": False}

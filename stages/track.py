@@ -48,7 +48,3 @@ def sync(config: Config) -> None:
             f"no tracked run lies here (none of {', '.join(map(str, paths))} names one); run train or evaluate with "
             "mlflow in trainer.logger"
         )
-
-
-if __name__ == "__main__":
-    track()

@@ -1,7 +1,7 @@
 """The base model: where it is, what identifies it, what it can do, what heads read of it, its own answers."""
 
 from spec.base.answering import COMPACT, LEAST_ROWS, answer, prompt_buckets
-from spec.base.check import auto_class, check, read_config, skeleton
+from spec.base.check import auto_class, read_config, skeleton
 from spec.base.findings import Findings, examine, examine_once
 from spec.base.folder import BaseError, downloaded_revision, find_folder, identify, resolve
 from spec.base.layer import last_layer, layer_of

@@ -1,7 +1,5 @@
 """The base's own answers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache as remembered

@@ -1,7 +1,5 @@
 """What keeps a folder from being a base, from its config and the headers of its weights: nothing large is read."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import inspect
@@ -25,7 +23,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.quantizers.auto import get_hf_quantizer
 
 from spec.base.folder import BaseError, one_line, refusals, weight_files
-from spec.base.tokenizer import check_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +40,6 @@ _LIBRARIES = {
     "quark": "amd-quark",
 }
 """What reads weights of a quantisation, where transformers' own message does not say it in full."""
-
-
-def check(folder: Path, trust_remote_code: bool = False) -> list[str]:
-    """Refuse a folder whose model cannot be loaded.
-
-    Returns:
-        What the user should know about the weights, a sentence each.
-
-    Raises:
-        BaseError: says what is wrong and what to do.
-    """
-    model = skeleton(folder, trust_remote_code)
-    notes = check_weights(folder, model)
-    check_tokenizer(folder, load_tokenizer(folder, trust_remote_code), model.get_input_embeddings().weight.shape[0])
-    return notes
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -98,7 +80,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     if (folder / "modules.json").is_file():
         raise BaseError(
-            f"{folder}: its modules.json makes it a model of embeddings (sentence-transformers); use another base"
+            f"{folder}: modules.json makes it a model of embeddings (sentence-transformers); use another base"
         )
     _check_quantisation(folder, config)
     return config
@@ -130,10 +112,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
     names, name = inspect.signature(model.forward).parameters.keys(), type(model).__name__
     own = type(model).__module__.startswith("transformers.")  # code from elsewhere may take its cache as it likes
     if own and not {"past_key_values", "cache_params"} & names:
-        raise BaseError(
-            f"{folder}: {name} keeps no memory of what it has read, or in a form that is not known here; use another "
-            "base"
-        )
+        raise BaseError(f"{folder}: {name} keeps no memory of what it has read that is known here; use another base")
     if not isinstance(getattr(model.get_output_embeddings(), "weight", None), torch.Tensor):
         raise BaseError(f"{folder}: {name} has no output matrix (lm_head); use another base")
     return model

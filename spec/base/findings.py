@@ -1,7 +1,5 @@
 """Whether a base can be used as it stands, from its config and headers alone, and what a user should know of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +8,10 @@ from typing import Any
 import transformers
 
 from spec import files
-from spec.base.check import check
-from spec.base.limits import limits
+from spec.base.check import check_weights, skeleton
+from spec.base.limits import limits_of
 from spec.base.loading import unstopped_turn
-from spec.base.tokenizer import load_tokenizer
+from spec.base.tokenizer import check_tokenizer, load_tokenizer
 
 RULE = 2
 """Raised when examine finds more, so that bases that passed before are looked at again."""
@@ -38,14 +36,16 @@ def examine(folder: Path, max_length: int, trusted: bool = False) -> Findings:
     Raises:
         BaseError: it cannot be used; says why, and what to do.
     """
-    notes, answering = check(folder, trusted), []
-    found = limits(folder, trusted)
+    model, tokenizer = skeleton(folder, trusted), load_tokenizer(folder, trusted)
+    found, answering = limits_of(model), []
+    notes = check_weights(folder, model)
+    check_tokenizer(folder, tokenizer, model.get_input_embeddings().weight.shape[0])
     if found.positions is not None and max_length > found.positions:
         effect = "longer rows are dropped" if found.hard else "longer rows are beyond what it was trained for"
         notes.append(f"data.max_length is {max_length} and the base has {found.positions} positions: {effect}")
     end = unstopped_turn(folder, trusted)
     if end is not None:
-        token = load_tokenizer(folder, trusted).convert_ids_to_tokens(end)
+        token = tokenizer.convert_ids_to_tokens(end)
         answering.append(f"ends at {end}")
         notes.append(
             f"the chat template closes a turn with {token!r} (id {end}), at which the base itself does not stop: "

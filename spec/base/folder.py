@@ -1,7 +1,5 @@
 """A base's folder: finding it, downloading what is loaded from it, and what identifies it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

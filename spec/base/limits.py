@@ -1,7 +1,5 @@
 """What a base can do at most: its positions, its vocabulary, and whether its memory can forget."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

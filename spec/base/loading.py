@@ -1,7 +1,5 @@
 """A base that is ready to run, and the tokens that end its answers."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from functools import cached_property

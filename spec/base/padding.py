@@ -1,7 +1,5 @@
 """The lengths to which sequences are padded."""
 
-from __future__ import annotations
-
 BUCKET = 64
 """Sequences are padded to a multiple of this: a bf16 result depends on the padded length, so it must follow from
 the sequence alone and never from what shares its batch."""

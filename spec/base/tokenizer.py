@@ -1,7 +1,5 @@
 """A base's tokenizer, and whether the base has a row for each of its ids."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,7 @@ from spec.base.folder import BaseError, add_code, refusals
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        BaseError: there is none, or it does not load.
-    """
+    """The tokenizer of a model folder; a BaseError says that there is none, or why it does not load."""
     if trust_remote_code:
         add_code(folder)
     models, what = [*folder.glob("*.model"), *folder.glob("*.spm")], "no tokenizer could be loaded"
@@ -36,13 +30,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def check_tokenizer(folder: Path, tokenizer: Any, rows: int) -> None:
-    """Refuse a tokenizer that writes ids for which the base has no row.
+    """Refuse a tokenizer that writes ids for which the base has no row; the BaseError names them.
 
     Special tokens that were added beyond the table do no harm for as long as no text has them: they are let pass
     unless the chat template itself writes them.
-
-    Raises:
-        BaseError: names the ids and the tokens.
     """
     beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= rows}
     added = set(tokenizer.added_tokens_decoder)

@@ -1,7 +1,5 @@
 """Which files a split is read from: paths, folders and globs -> parquet files, and the domain of a file."""
 
-from __future__ import annotations
-
 import glob
 import os
 import re

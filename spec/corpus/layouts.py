@@ -11,8 +11,6 @@ data.prompt_key and data.response_key name the columns instead; dots reach into 
 part of a prompt. The domain is the column `domain`, else `data_source`, else the file's stem.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

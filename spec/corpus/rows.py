@@ -1,7 +1,5 @@
 """The rows of parquet files -> conversations or plain text, one a row. Row numbers count from 0."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Values of a column -> the turns of a conversation, as chat templates take them: {role, content, ...}."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ their embedding. It compares the base's architecture with ``base_model_archs``, 
 to.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The model card of an export: what it is, what it was trained on, how to serve it, what was measured."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

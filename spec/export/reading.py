@@ -2,8 +2,6 @@
 of ArcticTraining and ArcticInference. Whatever else lies there is refused by its name.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -77,7 +75,7 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     """
     try:
         folder = base.find_folder(source, _DOWNLOADED)
-    except (base.BaseError, OSError) as error:  # an OSError: a name longer than the disk takes
+    except base.BaseError as error:
         raise CheckpointError(str(error)) from None
     values = _read_config(folder)
     name, fields = _format_of(values, folder)

@@ -1,7 +1,5 @@
 """Write a speculator as a folder of an engine: model.safetensors, config.json and a card."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass

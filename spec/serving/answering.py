@@ -1,7 +1,5 @@
 """The base in vLLM's engine, for respond (respond.engine=vllm)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

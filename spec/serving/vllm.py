@@ -9,8 +9,6 @@ vLLM gives such a proposer the tokens of each request, but not the hidden states
 is the one place that reaches into vLLM for them.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ the other lacks is copied. A segment is visible where its record is, and its rec
 and has been verified. So nothing that a killed transfer left is taken for whole, and the next one completes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

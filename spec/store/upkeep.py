@@ -4,8 +4,6 @@ A **root** is a small file in STORE/roots that names the segments which one mani
 workspace uses. Stages write it when they write or first read the manifest, and touch it when they read it again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, OpenAIGPTConfig
 
-from spec.base import BaseError, check, limits, load, resolve
+from spec.base import BaseError, examine, limits, load, resolve
 from spec.config import Model
 from tests.tiny import make_base
 
@@ -147,11 +147,11 @@ def test_what_is_no_base_is_refused(folder: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["more tokens than rows", "no tokenizer", "another width", "half a file"])
-def test_check_refuses_it_without_the_weights(folder: Path, case: str) -> None:
+def test_it_is_refused_without_the_weights(folder: Path, case: str) -> None:
     spoil, words = CASES[case]
     spoil(folder)
     with pytest.raises(BaseError, match=words):
-        check(folder)
+        examine(folder, 1)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_check_refuses_it_without_the_weights(folder: Path, case: str) -> None:
 )
 def test_what_lies_next_to_the_weights_is_said(folder: Path, change: Change, words: list[str]) -> None:
     change(folder)
-    notes = check(folder)
+    notes = examine(folder, 1).notes
     assert all(re.search(pattern, note) for pattern, note in zip(words, notes, strict=True))
 
 
@@ -172,25 +172,25 @@ def test_an_adapter_that_peft_would_add_is_refused(folder: Path, monkeypatch: py
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     written("adapter_config.json", "{}")(folder)
     with pytest.raises(BaseError, match=r"Move adapter_config.json away"):
-        check(folder)
+        examine(folder, 1)
 
 
 def test_special_tokens_beyond_the_table_are_refused_where_the_template_writes_them(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{i}|>" for i in range(20)]})
     tokenizer.save_pretrained(folder)
-    check(folder)
+    examine(folder, 1)
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("assistant", "assistant<|19|>"))
     with pytest.raises(BaseError, match=r"no row: 30\d \('<\|19\|>'\)"):
-        check(folder)
+        examine(folder, 1)
 
 
 def test_a_model_without_a_memory_is_refused(folder: Path) -> None:
     sizes = {"vocab_size": 304, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
     AutoModelForCausalLM.from_config(OpenAIGPTConfig(**sizes)).save_pretrained(folder)
     with pytest.raises(BaseError, match="OpenAIGPTLMHeadModel keeps no memory"):
-        check(folder)
+        examine(folder, 1)
 
 
 def test_a_missing_sentencepiece_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,10 +206,10 @@ def test_a_matrix_of_many_experts_is_missed(tmp_path: Path) -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
     folder = make_base(tmp_path / "moe")
     AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads)).save_pretrained(folder)
-    check(folder)
+    examine(folder, 1)
     weights(lambda all_: all_.pop(next(name for name in all_ if "experts.1" in name)))(folder)
     with pytest.raises(BaseError, match=r"lack .*experts"):
-        check(folder)
+        examine(folder, 1)
 
 
 def test_an_attention_that_is_not_here_is_replaced(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from bench.bases import make, prompts
 from spec.base import PLAIN, Base, Logits, bias_of, find_logits, hidden_states
 from spec.store import tables
 from spec.training.loss import linear_cross_entropy
+from spec.training.teacher import Teacher
 
 KINDS = {
     "llama": PLAIN,
@@ -60,7 +60,7 @@ def test_heads_are_taught_the_bases_own_distribution(family: str) -> None:
     states, logits = true_logits(base)
     hidden, weight = torch.randn(len(states), 8), torch.randn(base.vocab_size, 8)
     targets, scale = torch.zeros(len(states), dtype=torch.int64), torch.ones(len(states))
-    finish = partial(KINDS[family].apply_, bias=bias_of(base.model))
-    _, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, (states, base.lm_head), finish)
+    teacher = Teacher(base.lm_head, KINDS[family], bias_of(base.model))
+    _, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, (states, teacher))
     expected = F.kl_div((hidden @ weight.T).log_softmax(-1), logits.softmax(-1), reduction="none").sum(-1)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)

@@ -101,7 +101,7 @@ def sentencepiece_like(template: str | None = LLAMA2) -> Any:
     return fast
 
 
-def user(content: str) -> dict[str, str]:
+def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 

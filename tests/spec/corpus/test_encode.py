@@ -111,9 +111,3 @@ def test_empty_files_are_passed_over_with_a_word(tmp_path: Path) -> None:
     sequences, report = run([full, empty])
     assert [s.domain for s in sequences] == ["part"]
     assert f"{empty}: passed over, without a row" in report.lines()
-
-
-def test_prompts_of_two_splits_can_be_compared(tmp_path: Path) -> None:
-    rows = [{"question": text, "answer": answer} for text, answer in ("ab", "cd")]
-    train, eval_ = (run(save(tmp_path / f"{i}.parquet", rows[i:]))[1].prompts for i in range(2))
-    assert (len(train), len(eval_), len(train & eval_)) == (2, 1, 1)

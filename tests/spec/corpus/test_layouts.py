@@ -30,12 +30,8 @@ VERL = {
     "extra_info": {"answer": "the answer is 42", "index": 0, "question": "how are you?", "split": "train"},
 }
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-SHAREGPT_CALL = [
-    SHAREGPT[0],
-    {"from": "function_call", "value": "f()"},
-    {"from": "observation", "value": "c"},
-    SHAREGPT[1],
-]
+CALLING = [{"from": "function_call", "value": "f()"}, {"from": "observation", "value": "c"}]
+SHAREGPT_CALL = [SHAREGPT[0], *CALLING, SHAREGPT[1]]
 BE_S = {"role": "system", "content": "s"}
 ULTRACHAT = {"prompt": " a ", "prompt_id": "0f", "messages": [user("a"), assistant("b")]}
 OPENHERMES = {
@@ -80,12 +76,7 @@ def parts(*texts: str) -> list[dict[str, str | None]]:
         ({"prompt": "a", "completion": assistant("b")}, {}, "a", "b"),
         ({"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, {}, "a", "b"),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, {}, "a", "b"),
-        (
-            {"messages": [{"role": "user", "content": parts("a", "b")}, {"role": "gpt", "content": parts("b")}]},
-            {},
-            "ab",
-            "b",
-        ),
+        ({"messages": [user(parts("a", "b")), {"role": "gpt", "content": parts("b")}]}, {}, "ab", "b"),
         ({"instruction": "a", "input": "c", "output": "b", "text": "a c b"}, {}, "a\n\nc", "b"),
         ({"instruction": "a", "input": "", "output": "b"}, {}, "a", "b"),
         ({"instruction": "a", "context": "c", "response": "b", "category": "d"}, {}, "a\n\nc", "b"),
@@ -138,14 +129,6 @@ def test_plain_text_is_supervised_throughout_with_the_tokenizers_own_bos(tmp_pat
     assert sequences[0].prompt_length == 0
     assert (report.kept, report.empty, report.plain_template) == (1, 1, False)
     assert tokenizer.chat_template is None
-
-
-def test_files_of_several_layouts_keep_their_order(tmp_path: Path) -> None:
-    files = [save(tmp_path / "b.parquet", [{"text": "hello"}]), save(tmp_path / "a.parquet", [{"question": "a"}])]
-    sequences, report = run(files)
-    assert [s.domain for s in sequences] == ["b", "a"]
-    assert list(report.layouts) == files
-    assert (report.rows, report.kept, report.unanswered) == (2, 2, 1)
 
 
 def test_the_domain_is_a_column_or_the_files_stem(tmp_path: Path) -> None:

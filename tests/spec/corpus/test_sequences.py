@@ -83,15 +83,6 @@ def test_what_is_no_parquet_file_is_refused(tmp_path: Path, content: bytes, read
         read(path)
 
 
-@pytest.mark.parametrize("origin", [b"{", b"", b"\xff"])
-def test_an_origin_that_is_none_is_an_error(tmp_path: Path, origin: bytes) -> None:
-    path = tmp_path / "x.parquet"
-    schema = pa.schema([("ids", pa.int32())]).with_metadata({b"origin": origin})
-    pq.write_table(pa.table({"ids": pa.array([], pa.int32())}, schema=schema), path)
-    with pytest.raises(CorpusError, match=r"x\.parquet: not a readable parquet file"):
-        corpus.read_origin(path)
-
-
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = save(tmp_path / "q.parquet", [{"question": "a"}] * 300 + [{"question": None}])
     out = tmp_path / "out" / "x.parquet"
@@ -127,11 +118,6 @@ def test_read_refuses_other_files(tmp_path: Path, change: dict[str, Any], messag
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(CorpusError, match=message):
         corpus.read(tmp_path / "x.parquet")
-
-
-def test_a_sequence_whose_parts_do_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not fit together"):
-        TokenSequence(np.zeros(2, np.int32), np.zeros(3, np.uint8), "d", 1)
 
 
 def test_the_module_loads_without_torch() -> None:

@@ -71,15 +71,10 @@ def test_a_base_is_identified_without_being_loaded(base_folder: Path) -> None:
         identify_base("./nowhere")
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./a/b", "a/b/c", "x" * 5000])
+@pytest.mark.parametrize("source", ["nowhere", "nobody/has-this"])
 def test_neither_a_folder_nor_an_id(source: str) -> None:
-    with pytest.raises(CheckpointError, match=f"no folder '{source}'; give a folder or a hub id|File name too long"):
+    with pytest.raises(CheckpointError, match=r"no folder|no local folder and could not be downloaded"):
         read(source)
-
-
-def test_the_hub_that_does_not_answer() -> None:
-    with pytest.raises(CheckpointError, match="'nobody/has-this' is no local folder and could not be downloaded"):
-        read("nobody/has-this")
 
 
 def test_a_checkpoint_of_ours(exported: Path) -> None:
@@ -150,11 +145,7 @@ ADAPTER, LLAMA = {"peft_type": "LORA"}, {"architectures": ["LlamaForCausalLM"], 
     [
         ("config.json", {"model_type": "medusa", "num_heads": 3}, r"Medusa's heads.*use sum_rnn or sum_lstm"),
         ("config.json", {"medusa_num_heads": 3, "base_model_name_or_path": "b"}, "Medusa's heads, with or without"),
-        (
-            "config.json",
-            {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"},
-            "an EAGLE-3 head, .* yet",
-        ),
+        ("config.json", {**LLAMA, "architectures": ["LlamaForCausalLMEagle3"]}, "an EAGLE-3 head, .* yet"),
         ("config.json", {**LLAMA, "draft_vocab_size": 32000}, "an EAGLE-3 head"),
         ("config.json", {"model_type": "eagle", "model": LLAMA}, "an EAGLE head"),
         ("config.json", {**LLAMA, "num_hidden_layers": 1}, "an EAGLE head"),
