@@ -162,7 +162,6 @@ def test_dropout_follows_from_the_seed_alone(trained: Path, folder: Path) -> Non
 
 def test_the_trained_base_has_the_dtype_of_the_run(folder: Path) -> None:
     overrides = ("model.dtype=bfloat16", "trainer.total_epochs=1")
-    assert "its dtype is 'float32', and 'bfloat16' is expected" in refused("train", *overrides)
     ok("cache", *overrides)
     ok("train", *overrides)
     ok("evaluate", *overrides)

@@ -14,7 +14,7 @@ import torch
 
 from spec import config as config_module
 from spec import files, heads, tracking
-from spec.store import features, upkeep
+from spec.store import tables, upkeep
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import loop
@@ -84,7 +84,7 @@ def test_heads_can_learn_the_bases_own_distribution(folder: Path, overrides: tup
 def test_a_base_whose_logits_are_more_than_lm_head_times_state_has_no_distribution_here(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "logits", lambda collection: None)
+    monkeypatch.setattr(tables, "logits", lambda kept: None)
     assert "in a way that is not known here" in refused("train", "optim.loss=kl")
     ok("train")
 
