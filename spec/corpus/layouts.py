@@ -20,7 +20,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spec.corpus.sequences import CorpusError
+from spec.corpus.sequences import CorpusError, columns
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 AS_JSON = CONVERSATIONS[:3]
@@ -148,7 +148,7 @@ def _inspect(
     layout = _Finder(path, schema, frozenset(ignored)).find(prompt_key, response_key)
     if need_answers and layout.kind == "prompt" and layout.response is None and not _holds_json(path, layout.prompt):
         raise CorpusError(
-            f"{path}: answers are needed, but no column holds them: found {_columns(schema)}, looked for "
+            f"{path}: answers are needed, but no column holds them: found {columns(schema)}, looked for "
             f"{', '.join(RESPONSES)}. Name the column with data.response_key, or let the base write the answers with "
             "respond.source=base"
         )
@@ -173,7 +173,7 @@ class _Finder:
     def find(self, prompt_key: str | None, response_key: str | None) -> Layout:
         """The layout of the columns that are not ignored."""
         if len(set(self.schema.names)) < len(self.schema.names):
-            raise CorpusError(f"{self.path}: two columns have the same name: found {_columns(self.schema)}")
+            raise CorpusError(f"{self.path}: two columns have the same name: found {columns(self.schema)}")
         prompt = self._prompt(prompt_key, response_key)
         if prompt is None:
             return self._complete(Layout("text", self._column("text")), prompt_key)
@@ -202,7 +202,7 @@ class _Finder:
         )
         if prompt is None and not (_is_text(self._type(self._column("text"))) and response_key is None):
             raise CorpusError(
-                f"{self.path}: no layout fits its columns: found {_columns(self.schema)}; a file needs one of: "
+                f"{self.path}: no layout fits its columns: found {columns(self.schema)}; a file needs one of: "
                 f"{LAYOUTS}. Name the columns with data.prompt_key and data.response_key"
             )
         return prompt
@@ -223,7 +223,7 @@ class _Finder:
     def _named(self, key: str, param: str, expected: str) -> str:
         kind = _type(self.schema, key)
         if kind is None:
-            raise CorpusError(f"{self.path}: no column {key!r}, which {param} names: found {_columns(self.schema)}")
+            raise CorpusError(f"{self.path}: no column {key!r}, which {param} names: found {columns(self.schema)}")
         if not _is_text_or_conversation(kind):
             raise CorpusError(f"{self.path}: column {key!r}, which {param} names, is {kind}; expected {expected}")
         return key
@@ -253,10 +253,6 @@ def pair(keys: Sequence[str]) -> tuple[str, str] | None:
     """The keys of a question and of its answer, where there are no others."""
     asked, answered = ([key for key in keys if key in known] for known in ((*PROMPTS, "human"), RESPONSES))
     return (asked[0], answered[0]) if len(keys) == 2 and asked and answered else None
-
-
-def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema) or "no columns"
 
 
 def _type(schema: pa.Schema, key: str) -> pa.DataType | None:

@@ -120,12 +120,9 @@ def read(path: str | Path) -> list[TokenSequence]:
     """
     with _clear(path):
         table = pq.read_table(Path(path), partitioning=None)
-    found = {field.name: field.type for field in table.schema}
-    expected = {field.name: field.type for field in SCHEMA}
-    if found != expected:
-        raise CorpusError(
-            f"{path}: not a file of token sequences: found columns {_columns(found)}, expected {_columns(expected)}"
-        )
+    if (table.schema.names, table.schema.types) != (SCHEMA.names, SCHEMA.types):
+        found, expected = columns(table.schema), columns(SCHEMA)
+        raise CorpusError(f"{path}: not a file of token sequences: found columns {found}, expected {expected}")
     sequences: list[TokenSequence] = []
     for batch in table.to_batches():
         if any(column.null_count for column in batch.columns):
@@ -154,5 +151,6 @@ def _clear(path: str | Path) -> Iterator[None]:
         raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
 
 
-def _columns(types: dict[str, pa.DataType]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in types.items()) or "none"
+def columns(schema: pa.Schema) -> str:
+    """The names and types of a file's columns, for messages."""
+    return ", ".join(f"{field.name} ({field.type})" for field in schema) or "no columns"

@@ -35,13 +35,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[
             "need: use the model's fast tokenizer"
         )
     prompts = _tokens(tokenizer, [chat.prompt for chat in chats], offsets=turns)
-    answered = [i for i, chat in enumerate(chats) if chat.answer is not None]
-    texts = [chat.prompt + chat.answer for chat in chats if chat.answer is not None]
-    wholes = dict(zip(answered, _tokens(tokenizer, texts)["input_ids"] if texts else [], strict=True))
+    wholes = _tokens(tokenizer, [chat.prompt + (chat.answer or "") for chat in chats])["input_ids"]
     encoded = []
     for i, chat in enumerate(chats):
         prompt: list[int] = prompts["input_ids"][i]
-        answer = [] if chat.answer is None else _continue(tokenizer, prompt, chat.answer, wholes[i])
+        answer = _continue(tokenizer, prompt, chat.answer or "", wholes[i])
         mask = np.zeros(len(prompt) + len(answer), dtype=np.uint8)
         mask[len(prompt) :] = 1
         if chat.turns:

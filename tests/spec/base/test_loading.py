@@ -93,13 +93,6 @@ def test_weights_are_the_same_whatever_they_are_computed_in(
     assert wide.producer == {**narrow.producer, "arithmetic": "float32"}
 
 
-def test_dtype_is_the_parameters_unless_told_otherwise(base_folder: Path) -> None:
-    loaded = load(Model(), base_folder, "digest", CPU)
-    assert loaded.dtype == torch.bfloat16
-    assert loaded.digest == "digest"
-    assert load(Model(), base_folder, "digest", CPU, dtype="float32").model.dtype == torch.float32
-
-
 def test_a_model_whose_lm_head_reads_something_else_is_refused(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

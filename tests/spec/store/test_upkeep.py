@@ -83,7 +83,8 @@ def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group
         claim = collection.claim([item_key(prompt) for prompt in part])
         assert claim is not None
         rows = [{"prompt": prompt, "answer": prompt[::-1] + 1} for prompt in part]
-        claim.commit(rows, {"offsets": answers.OFFSETS}, NONE)
+        producer = {"torch": "2", "device": "cpu" if start else "H100"}
+        claim.commit(rows, {"offsets": answers.OFFSETS, "producer": producer}, NONE)
     return collection
 
 
@@ -297,32 +298,21 @@ def test_a_store_that_is_not_there_is_empty(root: Path) -> None:
 
 def test_summaries_say_what_a_store_holds(root: Path) -> None:
     manifest = store_features(root, chain(6, 24))
-    asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7]])
+    asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12], [13]])
     collection = manifest.last.collection(root)
     spoilt, aside, *whole = manifest.last.segments
     (collection.folder / spoilt / segment.RECORD).unlink()
     collection.set_aside(aside)
     first, second = upkeep.summaries(root)
     assert (first.folder, second.folder) == (asked.folder, collection.folder)
-    assert (first.segments, first.rows, first.damaged) == (2, 4, ())
+    assert (first.segments, first.rows, first.damaged) == (3, 7, ())
+    assert first.producers == ("torch 2, device H100", "torch 2, device cpu")
     assert second.identity == manifest.last.identity
     records = [segment.read_record(collection.folder, name) for name in whole]
     assert second.segments == len(whole)
     assert second.rows == sum(len(record.items) for record in records)
     assert second.bytes == sum(record.size for record in records)
     assert second.damaged == (spoilt, aside)
-
-
-def test_summaries_say_what_computed_the_segments(root: Path) -> None:
-    collection = Collection(root, "states", {"base": "w"})
-    collection.create()
-    for item, device in (("a", "cpu"), ("b", "H100"), ("c", "cpu")):
-        claim = collection.claim([item])
-        assert claim is not None
-        attributes = {"offsets": {"ids": "offsets"}, "producer": {"torch": "2", "device": device}}
-        claim.commit([{"ids": np.zeros(1, np.int32)}], attributes, NONE)
-    (summary,) = upkeep.summaries(root)
-    assert summary.producers == ("torch 2, device H100", "torch 2, device cpu")
 
 
 def damage(folder: Path, name: str, key: str = "ids") -> None:
