@@ -189,6 +189,8 @@ class Eagle3(Speculator):
         place = place.to(starts.device, non_blocking=True)
         read = self.inputs(packed.states)  # [T, d]
         keys = layer.keys(self.pairs(F.pad(packed.ids, (0, 1))[1:], read), place)
+        # Nothing at all still goes through attention, so that each weight has its gradient.
+        spans = list(zip(itertools.pairwise(bounds), itertools.pairwise(offsets), strict=True)) or [((0, 0), (0, 0))]
         vectors, own, found = read[starts], [], None
         for k in itertools.count():
             pairs = self.pairs(following(k, found), vectors)
@@ -202,7 +204,7 @@ class Eagle3(Speculator):
                     place[starts[a:b]],
                     [(key[a:b], value[a:b]) for key, value in own],
                 )
-                for (a, b), (start, end) in zip(itertools.pairwise(bounds), itertools.pairwise(offsets), strict=True)
+                for (a, b), (start, end) in spans
             ]
             vectors = layer.finish(vectors, torch.cat(mixed))
             found = self.norm(vectors)

@@ -54,7 +54,7 @@ def sequences(c: Eagle3Config, masks: list[list[bool]], seed: int = 0) -> Packed
     packed = Packed.of(torch.randint(V, mask.shape, generator=generator), mask, map(len, masks), {})
     states = {
         tap: torch.randn(len(packed.starts if tap == LAST else mask), D, generator=generator, dtype=torch.float64)
-        for tap in Eagle3.taps(c)
+        for tap in c.taps(L)
     }
     return replace(packed, states=states)
 
@@ -85,7 +85,7 @@ def rope(x: Tensor, places: Tensor) -> Tensor:
 def by_mask(head: Eagle3, packed: Packed, n: int) -> list[Tensor]:
     """By depth the vectors [T, d] of one sequence, over all n T pairs at once and with a dense mask."""
     w, T = head.state_dict(), len(packed.ids)
-    g = torch.cat([packed.states[tap] for tap in Eagle3.taps(head.config)[:-1]], -1) @ w["fc.weight"].T
+    g = torch.cat([packed.states[tap] for tap in head.taps[:-1]], -1) @ w["fc.weight"].T
     t = torch.arange(T)
     vectors, pairs, places, found = g, [], [], []
     m = "midlayer."
@@ -188,14 +188,28 @@ def test_a_long_sequence_takes_memory_by_its_length(monkeypatch: pytest.MonkeyPa
     assert len(seen) >= 2 * 2 * 8  # in the forward pass, and again in the backward one
 
 
+@pytest.mark.parametrize("masks", [[], [[False, False]], [[True], [False, True]]])
+def test_every_weight_has_a_gradient_whatever_the_batch(masks: list[list[bool]]) -> None:
+    """Data-parallel training waits for all of them."""
+    head = randomized(config())
+    packed = sequences(head.config, masks)
+    vectors = head.unroll(packed, [torch.arange(len(packed.starts))] * 3)
+    (torch.cat(vectors) @ head.output(0).T).sum().backward()
+    assert all(p.grad is not None for name, p in head.named_parameters() if name not in head.borrowed)
+
+
 def test_layers_that_it_reads() -> None:
-    assert config(layers=30).tapped == (2, 15, 27)
-    assert config(layers=8).tapped == (2, 4, 5)
-    assert config(layers=6).tapped == (1, 3, 5)
-    assert config(layers=2).tapped == (1,)
-    assert config(layers=1).tapped == (0,)
+    def read(layers: int, **changes: Any) -> list[int | None]:
+        return [tap.layer for tap in config(layers=layers, **changes).taps(layers)]
+
+    assert read(30) == [2, 15, 27, None]
+    assert read(8) == [2, 4, 5, None]
+    assert read(6) == [1, 3, 5, None]
+    assert read(2) == [1, None]
+    assert read(1) == [0, None]
+    assert read(4, aux_layers=(0, 3)) == [0, 3, None]
     for wrong in ((), (2, 1), (1, 1)):
         with pytest.raises(ValueError, match="ascending order without repeats"):
             config(aux_layers=wrong)
-    with pytest.raises(ValueError, match=r"outputs 0 to 3 can be read, found \[1, 4\]"):
-        Eagle3.taps(config(aux_layers=(1, 4)))
+    with pytest.raises(ValueError, match=r"the base has the layers 0 to 3, found \[1, 4\]"):
+        config(aux_layers=(1, 4)).taps(4)
