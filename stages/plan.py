@@ -65,8 +65,8 @@ def plan(
         _print_formulas(config, job, job, machine)
     elif embedded.is_embedded(config.model.partial_pretrain) and not common.SOURCES.is_file():
         job = embedded.job(config)
-        common.say(f"plan: {embedded.DOWNLOAD}; the figures below are those of the embedded default")
-        _print_bytes(job, job, config)
+        needed = common.size(costs.stored_bytes(job, config.model.dtype, config.features.codec))
+        common.say(f"plan: {embedded.DOWNLOAD}; the states will take about {needed} in {common.store_root(config)}")
         _print_formulas(config, job, job, machine)
     else:
         _plan_here(config, machine, not no_measure)
