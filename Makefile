@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 repro: install
 	@echo "Downloads a base and prompts, lets the base answer them, trains heads on its states, and measures them."
-	@echo "Ctrl-C stops it; make repro then continues. Estimates, if they can be made before the data are here:"
+	@echo "Ctrl-C stops it, and make repro then continues. The plan:"
 	@spec plan --no-measure 2>/dev/null || true
 	@dvc repro
 	@echo

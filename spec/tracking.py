@@ -12,9 +12,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +221,7 @@ class _Remote:
     def __init__(self, client: Any, uri: str, record: Record, replaced: Iterable[Any] = ()) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        self.client, self.uri, self.replaced = client, without_password(uri), list(replaced)
-        self.refused: set[str] = set()
+        self.client, self.replaced = client, list(replaced)
         parent = _complete(client, record.parent)
         self.parent = str(parent.info.run_id) if parent else None
         tags = {"record": record.id, **({PARENT: self.parent} if self.parent else {})}
@@ -231,16 +229,15 @@ class _Remote:
             tags[REPLACES] = ", ".join(run.info.run_id for run in self.replaced)
         self.experiment = _experiment(client, uri, record.experiment)
         self.id = str(client.create_run(self.experiment, record.started, tags, record.name).info.run_id)
-        params = [(name, Param(name, value)) for name, value in record.params.items()]
-        self._send(params, 100, lambda batch: client.log_batch(self.id, params=batch))
-        tagged = [(name, RunTag(name, value)) for name, value in record.tags.items()]
-        self._send(tagged, 100, lambda batch: client.log_batch(self.id, tags=batch))
+        params = [Param(name, value) for name, value in record.params.items()]
+        client.log_batch(self.id, params=params, tags=[RunTag(name, value) for name, value in record.tags.items()])
         datasets = []
         for each in record.data:
             source = json.dumps({"uri": each.path, "sha256": each.digest})
             dataset = Dataset(each.path[-_KEY_LIMIT:], each.digest[:_DIGEST_LIMIT], "local", source)
-            datasets.append((each.path, DatasetInput(dataset, [InputTag("mlflow.data.context", each.use)])))
-        self._send(datasets, 1000, lambda batch: client.log_inputs(self.id, batch))
+            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", each.use)]))
+        for batch in _batches(datasets, 1000):
+            client.log_inputs(self.id, batch)
         for path, text in record.texts.items():
             client.log_text(self.id, text, path)
 
@@ -248,28 +245,8 @@ class _Remote:
         """Log points of curves; a model that is named has them, too."""
         from mlflow.entities import Metric
 
-        metrics = ((name, Metric(name, *at, model_id=model)) for name, *at in points)
-        self._send(metrics, 1000, lambda batch: self.client.log_batch(self.id, metrics=batch))
-
-    def _send(self, items: Iterable[tuple[str, Any]], size: int, send: Callable[[list[Any]], object]) -> None:
-        """Send named items in batches; those that the server refuses are left out, and warned of once.
-
-        Args:
-            items: names, and what is sent of them.
-            size: of a batch; MLflow has limits.
-            send: takes a batch.
-        """
-        for batch in _batches((item for item in items if item[0] not in self.refused), size):
-            refusal = _refusal(send, batch)
-            if refusal is None:
-                continue
-            refused = {item[0]: error for item in batch if (error := _refusal(send, [item]))}
-            if len(refused) == len(batch) > 1:
-                raise refusal
-            self.refused.update(refused)
-            for name, error in refused.items():
-                text = without_password(str(error))
-                log.warning("MLflow at %s refuses %r (%s); everything else of the run is sent", self.uri, name, text)
+        for batch in _batches((Metric(*point, model_id=model) for point in points), 1000):
+            self.client.log_batch(self.id, metrics=batch)
 
     def end(self, record: Record) -> None:
         """Log what the run made, and then end it."""
@@ -278,11 +255,8 @@ class _Remote:
         model = self._log_model(record) if record.model else None
         figures = [(name, value, record.ended, 0) for name, value in record.metrics.items()]  # at step 0 they are bars
         if self.parent:
-            shown = [Metric(name, *at) for name, *at in figures if name in record.headline]
-            send = partial(self.client.log_batch, self.parent)
-            refusal = _refusal(lambda batch: send(metrics=batch), [("", each) for each in shown])
-            if refusal:
-                log.warning("MLflow refuses the figures of this run for its parent %s (%s)", self.parent, refusal)
+            shown = [Metric(*each) for each in figures if each[0] in record.headline]
+            self.client.log_batch(self.parent, metrics=shown)
             for output in self.client.get_run(self.parent).outputs.model_outputs:
                 model = output.model_id
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
@@ -318,20 +292,6 @@ def _connect(uri: str) -> Any:
     from mlflow import MlflowClient  # takes seconds, and only where it is wanted
 
     return MlflowClient(tracking_uri=uri)
-
-
-def _refusal(send: Callable[[list[Any]], object], batch: list[tuple[str, Any]]) -> Exception | None:
-    """The error of a server that refuses these items, if it does; one that cannot be reached is an error here."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        send([item for _, item in batch])
-    except MlflowException as error:
-        if _answers_no_more(error):
-            raise
-        refusal: Exception = error
-        return refusal
-    return None
 
 
 def _answers_no_more(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""check: whether the base of params.yaml can be used as it stands, from its config and headers alone."""
+"""check: whether the base of params.yaml can be used, from its config, tokenizer and the headers of its weights."""
 
 from spec import base
 from spec.config import Config
@@ -7,7 +7,7 @@ from stages import common, embedded
 
 @common.stage
 def check(config: Config) -> None:
-    """Say what of params.yaml does not go with its base; loads no weights and writes nothing."""
+    """Say whether the base of params.yaml can be used, without loading its weights."""
     folder = embedded.find_base(config)
     for note in base.examine(folder, config.data.max_length, config.model.trust_remote_code).notes:
         common.say(f"check: {note}")

@@ -101,7 +101,7 @@ def stage(body: Callable[..., None]) -> click.Command:
 
 
 def check_listed(params: Path) -> None:
-    """Name at once every key that dvc would miss at one stage after the other; without dvc a missing key is no fault.
+    """Name all keys together that dvc would otherwise miss one stage at a time; without dvc a missing key is no error.
 
     Raises:
         SpecError: shows the lines to add.
@@ -223,7 +223,7 @@ class Estimated:
         seeds: Sequence[int],
         _: Callable[[int], object],
     ) -> list[list[int]]:
-        """As answers.Answer, except that `advance` is told of tokens."""
+        """Write answers as answers.Answer does, and report their tokens to `advance`."""
         size, counts = len(prompts), [0]
         self.waiting = max(0, self.waiting - size)
 
@@ -308,7 +308,7 @@ def check_arithmetic(planned: str, config: Config) -> None:
 
 
 def responses_origin(config: Config, sources: dict[str, Any], computed_in: str) -> dict[str, Any]:
-    """What data/responses/SPLIT.parquet depends on beside the tokens, where the base computed in this arithmetic."""
+    """What data/responses/SPLIT.parquet depends on besides the tokens, if the base computed in this arithmetic."""
     if not config.base_answers:
         return {"source": "data", "tokenizer": sources["base"]["tokenizer"]}
     return {"source": "base", **identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)}
@@ -327,7 +327,7 @@ def read_responses(config: Config, split: str, sources: dict[str, Any]) -> list[
 
 
 def known_rows(collection: Collection, name: str) -> dict[str, tuple[str, int]]:
-    """Where the rows that the store has lie; what is seen to be damaged is set aside and counts as missing.
+    """Where the rows of the store lie. Damaged segments are set aside first, and their rows count as missing.
 
     Args:
         collection: of the store; made where it is missing.

@@ -1,4 +1,4 @@
-"""evaluate: acceptance on held-out prompts, on paper and for real, beside plain decoding and n-gram lookup."""
+"""evaluate: acceptance on held-out prompts, offline and in real decoding, next to plain decoding and n-gram lookup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stages import common
 RESULTS = common.EVALUATE_RESULTS
 _DRAWN_TABLES = ("acceptance", "domains", "draft_length")
 _WRITTEN = ("metrics.json", common.DETAILS, *(f"{name}.{kind}" for name in _DRAWN_TABLES for kind in ("csv", "png")))
-"""Files of results/evaluate; others that lie there are somebody else's."""
+"""The files that this stage writes into results/evaluate; others there are left alone."""
 
 _TOKENS_PER_STEP = {"head": "offline", "ngram": "ngram", "hybrid": "hybrid"}
 """Names in metrics.json, and the sections of details.json that they are taken from."""
@@ -207,7 +207,7 @@ def _bars(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _curves(name: str, columns: tuple[str, str], rows: Mapping[Any, Sequence[float]], x: str, y: str) -> None:
-    """By source, a value for each of 1, 2, ..: as a table and as a picture."""
+    """Write a table and a picture of values by source, one for each of 1, 2, ..."""
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([columns[0], "source", columns[1]])
@@ -245,7 +245,7 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
     useless = [plots.short(name) for name, row in gains.items() if row["gain"]["low"] <= 0]
     if useless:
         lines.append(
-            f"warning: the trained head adds nothing to n-gram lookup that is sure (95 % interval of the gain) in "
+            f"warning: it is not certain that the head adds anything to n-gram lookup (95 % interval of the gain) in "
             f"{', '.join(useless)}: more data or a longer training may help (docs/metrics.md)"
         )
     if decode["lossless"] is not None:
@@ -254,7 +254,7 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], decoded: str) -> list[str]:
-    """A line for each domain, aligned; what was decoded for real is said above its columns."""
+    """The aligned lines of the table, one for each domain; `decoded` is the heading of what was decoded for real."""
     names = [plots.short(name) for name in rows]
     width = max(12, *map(len, names))
     lines = [f"{'':{width}}  tokens per step, all of eval       {decoded}"]

@@ -1,4 +1,4 @@
-"""fetch: find the base and the files of every split, download what is missing, write down what they are."""
+"""fetch: find the base and the files of every split, download what is missing, and record their digests."""
 
 from __future__ import annotations
 

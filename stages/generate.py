@@ -11,7 +11,7 @@ from spec.drafting import Source
 from stages import common
 
 SHOWN = 8
-"""Drafted positions whose acceptance the last line says; an n-gram's draft may be longer."""
+"""Drafted positions whose acceptance the last line shows; an n-gram's draft may be longer."""
 
 
 @click.command()
@@ -20,9 +20,9 @@ SHOWN = 8
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--draft", type=click.Choice(get_args(Source)), default="hybrid", show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=None, help="Of sampling.")
+@click.option("--seed", type=int, default=None, help="Seed of the sampling.")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
-@click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
+@click.option("--base", default=None, help="The base, if it is not where the checkpoint says.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 def generate(

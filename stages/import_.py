@@ -13,7 +13,7 @@ from stages import common
 @click.command("import")
 @click.argument("source", metavar="SRC")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base", default=None, help="Its base: a folder or hub id. It is then checked, and its digest kept.")
+@click.option("--base", default=None, help="Its base: a folder or hub id, to check it and to keep its digest.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
 def import_(source: str, out: Path, base: str | None, trust_remote_code: bool) -> None:
     """Read the speculator in SRC, a folder or hub id, into the new folder OUT.

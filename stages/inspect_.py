@@ -1,4 +1,4 @@
-"""inspect: what would be made of a data file or folder, in seconds."""
+"""inspect: how a data file or folder is read, in seconds."""
 
 import sys
 from collections import Counter
@@ -16,7 +16,7 @@ ROWS = 2000
 
 @common.stage
 @click.argument("data", nargs=-1, required=True)
-@click.option("--split", type=click.Choice(common.SPLITS), help="Of folders that hold several splits, take this one.")
+@click.option("--split", type=click.Choice(common.SPLITS), help="The split to take where a folder holds several.")
 @click.option("--rows", type=click.IntRange(min=1), default=ROWS, show_default=True, help="Read at most this many.")
 def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int) -> None:
     """Say how DATA (parquet files, folders, globs) is read, and show the first row as the base gets it.
@@ -51,7 +51,7 @@ def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int
 def _read(
     sources: list[corpus.Source], tokenizer: Any, rows: int, **options: Any
 ) -> tuple[corpus.Report, corpus.TokenSequence | None, list[str]]:
-    """What comes of the first rows of each file: the report, the first sequence, and errors, by file."""
+    """Read the first rows of each file; returns the report, the first sequence, and errors by file."""
     report, first, problems = corpus.Report(), None, []
     share = max(1, rows // len(sources))
     for source in sources[:rows]:

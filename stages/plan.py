@@ -29,10 +29,10 @@ MEASURED_SECONDS = 8.0
 @click.option("--hidden", type=int, help="Its hidden size.")
 @click.option("--vocab", type=int, help="Rows of its lm_head.")
 @click.option("--tokens", type=float, help="Tokens of all sequences.")
-@click.option("--share", type=click.FloatRange(0, 1), default=0.6, show_default=True, help="Part of them in answers.")
-@click.option("--tflops", type=float, help="Of one device, in matrix products; measured on this one if not given.")
-@click.option("--bandwidth", type=float, help="Of one device's memory, in GB/s; likewise.")
-@click.option("--devices", type=int, default=1, show_default=True, help="Devices that work together.")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.6, show_default=True, help="Share of them in answers.")
+@click.option("--tflops", type=float, help="Of one device, in matrix products. [default: measured here]")
+@click.option("--bandwidth", type=float, help="GB/s of one device's memory. [default: measured here]")
+@click.option("--devices", type=int, default=1, show_default=True, help="How many devices work together.")
 @click.option("--no-measure", is_flag=True, help="Do not run the base to measure its rates.")
 def plan(
     config: Config,
@@ -65,8 +65,8 @@ def plan(
         _print_formulas(config, job, job, machine)
     elif embedded.is_embedded(config.model.partial_pretrain) and not common.SOURCES.is_file():
         job = embedded.job(config)
-        common.say(f"plan: {embedded.DOWNLOAD}; the figures below are those of the embedded default")
-        _print_bytes(job, job, config)
+        needed = common.size(costs.stored_bytes(job, config.model.dtype, config.features.codec))
+        common.say(f"plan: {embedded.DOWNLOAD}; the states will take about {needed} in {common.store_root(config)}")
         _print_formulas(config, job, job, machine)
     else:
         _plan_here(config, machine, not no_measure)

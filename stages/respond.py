@@ -91,7 +91,7 @@ def _complete(
     stops: Set[int],
     origin: dict[str, Any],
 ) -> None:
-    """Put the answers to their prompts, and write the split."""
+    """Append the answers to their prompts, and write the split."""
     answered = [
         _with_answer(row, written[item_key(row.ids[: row.prompt_length])]) if row.prompt_length else row for row in rows
     ]

@@ -34,9 +34,9 @@ _GSM8K = "$HOME/data/gsm8k"
 def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> None:
     """Run every stage, from the guide's defaults, and leave the checkpoint in SAVE_PATH.
 
-    Nothing is inherited from an earlier call but what the store holds (hidden states and answers of the same base are
-    never computed twice), and the checkpoints of an interrupted call with the same parameters. The data defaults to
-    $HOME/data/gsm8k (as the guide's example prepares it) where that is there, else to the embedded prompts.
+    An earlier call leaves two things to this one: the answers and hidden states in the store, which are never computed
+    twice, and the checkpoints of an interrupted call with the same parameters. The data defaults to $HOME/data/gsm8k
+    (as the guide's example prepares it) if that exists, else to the embedded prompts.
     """
     with common.clear_errors():
         config = _config(nproc_per_node, overrides)
@@ -108,7 +108,7 @@ def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:
 
 
 def _halve_val(config: Config, folder: Path) -> Config:
-    """A caller's own val files in two: even rows choose the checkpoint, odd rows are what is reported."""
+    """Split the caller's own val files: even rows choose the checkpoint, odd rows are reported."""
     halves: dict[str, list[str]] = {"val": [], "eval": []}
     for number, path in enumerate(corpus.list_files(config.data.val_files, split="val")):
         table = pq.read_table(path)
@@ -119,7 +119,9 @@ def _halve_val(config: Config, folder: Path) -> Config:
             target.parent.mkdir(exist_ok=True)
             pq.write_table(table.take(list(range(first, len(table), 2))), target)
             halves[split].append(str(target.relative_to(folder.parent)))
-    common.say("run: no data.eval_files given, so even rows of data.val_files choose the checkpoint, odd rows report")
+    common.say(
+        "run: no data.eval_files given, so even rows of data.val_files choose the checkpoint, odd ones are reported"
+    )
     tree = config.model_dump(mode="json")
     tree["data"] |= {f"{split}_files": files for split, files in halves.items()}
     return config_module.from_mapping(tree)

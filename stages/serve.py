@@ -15,7 +15,7 @@ from stages import common
 @click.option("--draft", type=click.Choice(get_args(DraftSource)), default="hybrid", show_default=True)
 @click.option("--draft-len", type=click.IntRange(min=1), default=None, help="Drafts a step. [n_predict; n-gram: 8]")
 @click.option("--dtype", type=click.Choice(["auto", *get_args(Dtype)]), default="auto", show_default=True)
-@click.option("--base", default=None, help="The base, where it is no longer where the checkpoint says.")
+@click.option("--base", default=None, help="The base, if it is not where the checkpoint says.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTIONS]")
 def serve(

@@ -87,7 +87,7 @@ def verify(config: Config, dry_run: bool) -> None:
     if problems:
         moved = "Damaged segments are set aside: `spec respond` and `spec cache` compute them again"
         raise SpecError(
-            f"store {root}: {whole} segments are whole; what is not, {len(problems)} in all, is named above. "
+            f"store {root}: {whole} segments are whole; {len(problems)} problems are named above. "
             f"{'Nothing was moved' if dry_run else moved}"
         )
     common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
@@ -127,8 +127,8 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
     removal = upkeep.forget(root, sources["base"]["tokenizer"], given)
     common.say(
         f"store {root}: {removal.rows} stored rows of {len(given)} given ones are gone; "
-        f"{removal.segments} segments were rewritten or removed. {removal.indexed} of the given rows were looked for "
-        "by what the store's index has of them, all by their tokens as they are rendered now"
+        f"{removal.segments} segments were rewritten or removed. {removal.indexed} of the given rows are in the "
+        "store's index; all were also looked for by the tokens that the template gives now"
     )
     if removal.missed:
         raise SpecError(
@@ -138,9 +138,9 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
             f"template and the date of that time{unreadable}"
         )
     common.say(
-        "Still to be done by you: remove the rows from your data files, run `dvc repro` (nothing is computed again), "
-        "then `dvc gc --workspace` and `rm -r` of data/tokens and data/responses in other workspaces. Collections of "
-        "other tokenizers were not looked at: run this with their base in model.partial_pretrain. Copies that "
+        "You still have to remove the rows from your data files, run `dvc repro` (nothing is computed again), "
+        "then run `dvc gc --workspace` and `rm -r` on data/tokens and data/responses in other workspaces. Collections "
+        "of other tokenizers were not looked at: run this with their base in model.partial_pretrain. Copies that "
         "`spec store push` made still hold the rows, and a pull brings them back: remove such a copy and push it anew."
     )
 
@@ -253,7 +253,7 @@ def _copy(root: Path, transfer: Transfer, name: str, follow: bool, dry_run: bool
         common.say(str(problem))
     if transfer.problems:
         left = "everything else would be copied" if dry_run else "everything else is copied"
-        raise SpecError(f"{name}: what cannot be copied ({len(transfer.problems)} in all) is named above; {left}")
+        raise SpecError(f"{name}: {len(transfer.problems)} problems are named above; {left}")
 
 
 def _extend(bar: Any, left: int) -> None:

@@ -47,9 +47,9 @@ _NO_INFLUENCE = (
     "trainer.logger",
     "trainer.tracking_uri",
 )
-"""How keys begin that do not change what training gives; a checkpoint belongs to all others."""
+"""Prefixes of the keys that do not change the result of training; a checkpoint belongs to all other keys."""
 _WRITTEN = ("train.csv", "val.csv", "metrics.json", common.DETAILS, "loss.png", "accuracy.png", "tokens_per_step.png")
-"""Files of results/train; others that lie there are somebody else's."""
+"""The files that this stage writes into results/train; others there are left alone."""
 
 _MARK = "README"
 _MADE = "Written by the train stage: the base where it was trained too, and nothing else where it was frozen."
@@ -115,7 +115,7 @@ def train(config: Config, worker: Path | None) -> None:
 
 
 def _base_parameters(config: Config) -> int:
-    """Of the base, from its config.json alone."""
+    """The number of the base's parameters, from its config.json alone."""
     folder = common.base_folder(config, common.read_sources())
     return int(base_model.skeleton(folder, config.model.trust_remote_code).num_parameters())
 
@@ -126,7 +126,7 @@ def _placeholder_map(shape: SpeculatorConfig) -> torch.Tensor | None:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come; the loop asks at every step, saves, and leaves."""
+    """Gives a function that says whether SIGTERM has come; the loop asks it at every step, saves, and leaves."""
     came = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
@@ -196,7 +196,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
 
 
 def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> tracking.Run:
-    """The MLflow run, with what it follows from."""
+    """The MLflow run, with tags that say what it was made from."""
     sources = common.read_sources() if common.SOURCES.is_file() else {"base": manifests["train"].base}
     tags = {"method": shape.method, "hardware.workers": str(me.world)}
     tags |= {f"features.{split}": manifest.digest for split, manifest in manifests.items()}
@@ -230,7 +230,7 @@ def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTas
     if not base_model.has_linear_logits(base, [row.ids for row in rows["train"]]):
         raise SpecError(
             f"{source['name']}: its logits are more than its lm_head times its state (a bias, a scale, a cap); joint "
-            "training does not know such bases: set model.freeze_base_model to true"
+            "training does not support such bases: set model.freeze_base_model to true"
         )
     counts = np.zeros(shape.vocab_size, np.int64)
     for row in rows["train"]:
@@ -274,13 +274,13 @@ class _Recorder:
             files.remove(RESULTS / name)
 
     def advance(self, step: int, total: int) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         if self.bar is None:
             self.bar = common.progress(total, "steps", "train", done=step)
         self.bar.update(step - self.bar.n)
 
     def listen(self, progress: loop.Progress) -> None:
-        """Take up one logged step."""
+        """Record and show one logged step."""
         self.advance(progress.step, progress.total)
         metrics = progress.metrics
         row = {"step": progress.step, "time": round(progress.time, 3), **metrics}

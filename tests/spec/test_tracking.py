@@ -12,7 +12,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from spec import config as config_module
 from spec import files, tracking
@@ -168,52 +168,6 @@ def test_an_experiment_that_was_deleted(database: str, folder: Path) -> None:
         sync(record, database)
     client.restore_experiment(experiment)
     assert sync(record, database) is None
-
-
-@pytest.mark.parametrize("code", [INVALID_PARAMETER_VALUE, INTERNAL_ERROR])
-def test_a_refused_name_loses_nothing_else(
-    database: str, folder: Path, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is told once by name, neither the run nor a sync takes it for a dead server, and it is not sent again."""
-    log_batch = MlflowClient.log_batch
-
-    def picky(self: MlflowClient, run_id: str, metrics: Any = (), params: Any = (), **others: Any) -> None:
-        if any(each.key in ("b.d", "trainer.seed") for each in (*metrics, *params)):
-            raise MlflowException("no such name here", code)
-        log_batch(self, run_id, metrics=metrics, params=params, **others)
-
-    monkeypatch.setattr(MlflowClient, "log_batch", picky)
-    run = begin(make_config(database))
-    for step in (1, 2):
-        run.log({"step": step, "time": step, "a": 1.0, "b": 2.0, "c": 3.0}, {"a": "a", "b": "b.d", "c": "c"})
-    run.finish(RESULTS, metrics={"b.d": 1.0, "e": 1.0})
-    assert run.record is not None
-    assert [line.split(" refuses ")[1] for line in caplog.messages] == [
-        f"'{name}' (no such name here); everything else of the run is sent" for name in ("trainer.seed", "b.d")
-    ]
-    made = made_anew(run.record, f"sqlite:///{folder}/other.db")
-    for uri, run_id in ((database, run.id), (f"sqlite:///{folder}/other.db", made)):
-        found = MlflowClient(uri).get_run(run_id)
-        assert (found.info.status, found.data.metrics.get("e")) == ("FINISHED", 1.0)
-        assert found.data.params.keys() == run.record.params.keys() - {"trainer.seed"}
-    assert [point.step for point in MlflowClient(database).get_metric_history(run.id, "c")] == [1, 2]
-
-
-def test_a_parent_that_takes_nothing_costs_its_child_nothing(
-    database: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, log_batch = make_config(database), MlflowClient.log_batch
-    parent = train(config).run_id
-
-    def picky(self: MlflowClient, run_id: str, **batch: Any) -> None:
-        if run_id == parent:
-            raise MlflowException("read only", INVALID_PARAMETER_VALUE)
-        log_batch(self, run_id, **batch)
-
-    monkeypatch.setattr(MlflowClient, "log_batch", picky)
-    found = MlflowClient(database).get_run(evaluate(config).run_id)
-    assert (found.info.status, found.data.metrics) == ("FINISHED", {"a": 2.0, "b": 1.0})
-    assert f"refuses the figures of this run for its parent {parent} (read only)" in caplog.text
 
 
 def test_a_server_that_refuses_everything_is_told_once(

@@ -60,4 +60,4 @@ def test_rows_are_found_after_a_change_of_template(
     done = forget(tmp_path / "rows.parquet")
     assert done.exit_code == 0, done.output
     assert "4 stored rows of 2 given ones are gone" in done.output
-    assert "2 of the given rows were looked for by what the store's index has of them" in done.output
+    assert "2 of the given rows are in the store's index" in done.output
