@@ -31,7 +31,7 @@ from ruamel.yaml.error import YAMLError
 from spec.errors import SpecError
 from spec.heads.config import Params
 from spec.heads.registry import METHODS, method, unused_keys
-from spec.section import Positive, Section, explain, is_dims, listed
+from spec.section import DATE, Positive, Section, explain, is_dims, listed
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,6 @@ def _expand(path: str) -> str:
 
 def _command(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
-
-
-DATE = datetime.date(2026, 1, 1)
-"""The guide's default of data.date."""
 
 
 def _day(value: object) -> object:

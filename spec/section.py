@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, Self
@@ -17,6 +18,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+DATE = datetime.date(2026, 1, 1)
+"""The default of data.date."""
 
 Dims = tuple[int, ...]
 

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
-from spec.config import DATE
 from spec.corpus.sequences import CorpusError
 from spec.corpus.turns import Messages, RowError
+from spec.section import DATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

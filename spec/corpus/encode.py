@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spec.config import DATE
 from spec.corpus.chat import Chat, ChatTemplate, install_plain_template
 from spec.corpus.layouts import Layout, inspect
 from spec.corpus.rows import Rejected, Row, read_rows
 from spec.corpus.sequences import CorpusError, TokenSequence
 from spec.corpus.tokens import tokenize
 from spec.corpus.turns import RowError
+from spec.section import DATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

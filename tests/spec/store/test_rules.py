@@ -74,7 +74,7 @@ def test_tables(base: Base, tmp_path: Path) -> None:
     kept = Collection(tmp_path, "tables", {})
     kept.create()
     tables.save(base, kept, [IDS])
-    found = tables.load(kept)
+    found = tables.Tables(kept)
     numbers = [*found["embedding"][0, :3].tolist(), *found["lm_head"][-1, :3].tolist()]
     same = numbers == pytest.approx(TABLES, rel=1e-3, abs=1e-3) and tables.logits(kept) == base_model.PLAIN
     assert same, f"{CHANGED.format('tables')}: {numbers}"
