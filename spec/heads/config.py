@@ -47,6 +47,11 @@ class Params(Section):
         return (LAST,)
 
     @property
+    def head_weights(self) -> tuple[float, ...] | None:
+        """The weight of each depth's loss where optim.head_weights says nothing; None: all alike."""
+        return None
+
+    @property
     def longest_draft(self) -> int | None:
         """How many tokens the heads can draft at a step; None: as many as they are asked for."""
         return self.n_predict

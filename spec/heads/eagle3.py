@@ -60,6 +60,10 @@ class Eagle3Params(Params):
         return (*(Tap(layer, "all") for layer in ids), LAST)
 
     @property
+    def head_weights(self) -> tuple[float, ...]:
+        return tuple(0.8**k for k in range(self.n_predict))
+
+    @property
     def longest_draft(self) -> int | None:
         return None
 

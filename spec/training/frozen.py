@@ -45,12 +45,13 @@ class FrozenTask:
         prompts = any(tap.positions == "all" for tap in speculator.taps)
         occurring = np.flatnonzero(train_reader.token_counts(prompts))
         tokens = torch.from_numpy(np.union1d(occurring, [0])).to(worker.device)  # 0 stands past the last sequence's end
+        weights = config.optim.head_weights or speculator.config.head_weights
         self._trained, self._tables = twin(speculator, tokens)
         self._mixed = worker.mixed(config.model.dtype)
         if teacher is not None:
             dtype = torch.bfloat16 if self._mixed else torch.float32
             teacher = teacher.over(speculator.token_map, worker.device, dtype)
-        self._loss = SpeculatorLoss(self._trained, config.optim.head_weights, teacher).to(worker.device)
+        self._loss = SpeculatorLoss(self._trained, weights, teacher).to(worker.device)
 
     @property
     def module(self) -> nn.Module:
