@@ -25,25 +25,14 @@ from spec.store.collection import Collection
 from spec.store.manifest import Manifest
 from spec.store.segment import Arrays, DamagedError, StoreError
 
-WINDOW = 8
-"""Segments that are shuffled together: an epoch reads each segment once, and about this many are in use."""
-
-AHEAD = 4
-"""Segments that are decoded before they are needed."""
-
-LOOK_AHEAD = 1000
-"""Parts that are looked at before they are needed."""
-
-DECODERS = 2
-"""Threads that decode."""
-
-MEMORY_SHARE = 0.25
-"""Of the memory that is free at the start: what decoded segments may keep, shared by the workers of a machine."""
+WINDOW = 8  # segments that are shuffled together: an epoch reads each segment once, and about this many are in use
+AHEAD = 4  # segments that are decoded before they are needed
+LOOK_AHEAD = 1000  # parts that are looked at before they are needed
+DECODERS = 2  # threads that decode
+MEMORY_SHARE = 0.25  # of what is free at the start: what decoded segments may keep, for all workers of a machine
 
 T = TypeVar("T")
-
-Key = tuple[int, str]
-"""A segment: the number of its tap in the manifest, and its name."""
+Key = tuple[int, str]  # a segment: the number of its tap in the manifest, and its name
 
 
 @dataclass(frozen=True)
@@ -72,23 +61,24 @@ class SequenceReader(Protocol):
         """The sequences of each part."""
 
 
+@dataclass(frozen=True)
 class _Segment:
     """A decoded segment."""
 
-    def __init__(self, arrays: Arrays, dtype: torch.dtype, codec: Codec) -> None:
-        self._states = codec.decode(arrays, dtype)
-        self._ids, self._mask = arrays["ids"], arrays["mask"]
-        self._token_offsets, self._state_offsets = arrays["token_offsets"], arrays["state_offsets"]
-        self.bytes = self._states.nbytes + 5 * len(self._ids)
+    arrays: Arrays
+    vectors: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.vectors.nbytes + 5 * len(self.arrays["ids"])
 
     def tokens(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """ids and mask of a row."""
-        tokens = slice(*self._token_offsets[row : row + 2])
-        return self._ids[tokens], self._mask[tokens]
+        tokens = slice(*self.arrays["token_offsets"][row : row + 2])
+        return self.arrays["ids"][tokens], self.arrays["mask"][tokens]
 
     def states(self, row: int) -> Tensor:
-        """The states of a row."""
-        return self._states[slice(*self._state_offsets[row : row + 2])]
+        return self.vectors[slice(*self.arrays["state_offsets"][row : row + 2])]
 
 
 class FeatureReader:
@@ -101,9 +91,6 @@ class FeatureReader:
         manifest: the split.
         store: the store's root.
         memory: bytes that decoded segments may keep beyond those in use; None: MEMORY_SHARE of what is free.
-
-    Raises:
-        StoreError: the store holds another identity under the name of a tap's collection.
     """
 
     def __init__(self, manifest: Manifest, store: Path, memory: int | None = None) -> None:
@@ -123,17 +110,13 @@ class FeatureReader:
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="segment-reader")
 
     def check(self) -> None:
-        """Check that every segment is there, as far as it shows without reading its arrays.
-
-        Raises:
-            StoreError: the store lacks a segment, or holds another one than the manifest names.
-        """
-        for tap, name in self._digests:
+        """Check that every segment is there and the one that the manifest names, without reading its arrays."""
+        for key in self._digests:
             try:
-                self._check((tap, name))
+                self._check(key)
             except DamagedError as error:
                 raise StoreError(
-                    f"segment {name} is not in {error.folder}, or damaged ({error.reason}); run the cache "
+                    f"segment {error.name} is not in {error.folder}, or damaged ({error.reason}); run the cache "
                     "stage (it computes only what is missing), or point features.store to the manifest's own store"
                 ) from error
 
@@ -142,7 +125,7 @@ class FeatureReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states."""
+        """The dtype of the states."""
         dtype: torch.dtype = getattr(torch, self.manifest.dtype)
         return dtype
 
@@ -184,22 +167,15 @@ class FeatureReader:
         return ordered[len(ordered) * rank // world : len(ordered) * (rank + 1) // world]
 
     def batches(self, parts: Iterable[Sequence[int]], pin: bool = False) -> Iterator[Packed]:
-        """The sequences of each part (by index), with segments decoded ahead.
-
-        Raises:
-            DamagedError: when a part that needs a damaged segment is reached.
-        """
+        """The sequences of each part (by index), with segments decoded ahead; a DamagedError comes with the first part
+        that needs a damaged segment."""
         for part in self._decoded_ahead(parts):
             yield self.packed(part, pin)
 
     def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, Packed]]:
-        """Sequences one by one, in the order of the store, so that each segment is decoded once and ahead.
-
-        Raises:
-            DamagedError: when a sequence of a damaged segment is reached.
-        """
-        place = self.manifest.last.segment, self.manifest.last.row
-        ordered = sorted(indices, key=lambda index: (place[0][index], place[1][index]))
+        """Sequences one by one, in the order of the store, so that each segment is decoded once and ahead."""
+        last = self.manifest.last
+        ordered = sorted(indices, key=lambda index: (last.segment[index], last.row[index]))
         for (index,) in self._decoded_ahead([index] for index in ordered):
             yield index, self.packed([index])
 
@@ -255,7 +231,7 @@ class FeatureReader:
 
     def _decode(self, key: Key) -> _Segment:
         arrays, attributes = self._read(key)
-        return _Segment(arrays, self.dtype, CODECS[attributes["codec"]])
+        return _Segment(arrays, CODECS[attributes["codec"]].decode(arrays, self.dtype))
 
     def _read(self, key: Key, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
         self._check(key)
