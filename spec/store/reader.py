@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spec.device import on_this_device
 from spec.heads import Packed
-from spec.store.codecs import CODECS, Codec
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest
 from spec.store.segment import Arrays, DamagedError, StoreError
