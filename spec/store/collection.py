@@ -87,17 +87,10 @@ class Collection:
                 lock.release()
 
     def check(self) -> None:
-        """Check that the folder is empty or of this identity; a StoreError names the field and both values."""
+        """Check that the identity that is written down, if any, is this one."""
         path = self.folder / IDENTITY
-        if not path.is_file():
-            return  # then it holds no segment that anyone could mistake
-        content = path.read_bytes()
-        if content == self._identity_bytes():
-            return
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            if isinstance(found := json.loads(content), dict):
-                check_identity(found, self._identity(), str(path))
-        raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
+        if path.is_file() and path.read_bytes() != self._identity_bytes():
+            raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
 
     def records(self) -> dict[str, Record]:
         """The committed segments by name, without damaged ones."""
