@@ -333,7 +333,7 @@ def test_a_store_whose_identity_was_changed_is_never_read(tmp_path: Path) -> Non
     manifest = store_features(tmp_path, chain(6, 24))
     path = manifest.last.collection(tmp_path).folder / "identity.json"
     path.write_text(path.read_text().replace('"layer": "last"', '"layer": 3'))
-    with pytest.raises(StoreError, match="identity.json is damaged"):
+    with pytest.raises(StoreError, match=r"identity\.json is damaged"):
         FeatureReader(manifest, tmp_path)
 
 
