@@ -34,7 +34,6 @@ def produce(
     answer: Answer,
     producer: Mapping[str, str],
     collection: Collection,
-    keys: Sequence[str],
     prompts: Sequence[NDArray[np.int32]],
     groups: Sequence[Sequence[int]],
     params: Respond,
@@ -48,6 +47,7 @@ def produce(
     `producer` is noted in each segment, `on_tokens` called with the number of tokens just written; `rank` is this
     worker among the `world` that share the groups.
     """
+    keys = list(map(item_key, prompts))
     attributes = {"offsets": OFFSETS, "producer": dict(producer)}
     parts = Parts(params.batch_size, "respond.max_new_tokens or data.max_length", "respond.batch_size")
 
@@ -67,8 +67,9 @@ def produce(
             writer.write(claims, partial(claims[0].commit, rows, attributes, codecs.NONE))
 
 
-def read(collection: Collection, keys: Sequence[str]) -> list[NDArray[np.int32]]:
-    """The answer to each prompt, by its key."""
-    places = list(map(collection.find().__getitem__, keys))
+def read(collection: Collection, prompts: Iterable[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """The answer to each prompt."""
+    found = collection.find()
+    places = [found[item_key(prompt)] for prompt in prompts]
     segments = {name: rows_of(*collection.read(name)) for name in {name for name, _ in places}}
     return [segments[name][row]["answer"] for name, row in places]
