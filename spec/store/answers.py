@@ -1,7 +1,5 @@
 """The base's own answers, kept by prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 

@@ -5,8 +5,6 @@ exponent, compress well; the low ones hardly). `fp8` is lossy: an 8-bit float (e
 each position.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass

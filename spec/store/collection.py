@@ -64,7 +64,7 @@ class Collection:
     @property
     def digest(self) -> str:
         """SHA-256 of the identity and the format."""
-        return files.digest_json(self._identity())
+        return files.digest_json({"format": FORMAT, **self.identity})
 
     @property
     def folder(self) -> Path:
@@ -144,10 +144,8 @@ class Collection:
         """The arrays of a segment (`only` these, or all), and its attributes; a DamagedError where it is missing,
         damaged, or of another identity."""
         arrays, attributes = segment.read(self.folder, name, only)
-        if attributes.get("identity") != self.digest:
-            raise DamagedError(
-                self.folder, name, f"its identity is {attributes.get('identity')}, expected {self.digest}"
-            )
+        if (found := attributes.get("identity")) != self.digest:
+            raise DamagedError(self.folder, name, f"its identity is {found}, expected {self.digest}")
         return arrays, attributes
 
     def verify(self, name: str) -> Record:
@@ -183,23 +181,18 @@ class Collection:
         target = self.folder / f"{DAMAGED}{name}"
         lock = self._lock(name)
         if lock is not None:
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    files.remove(target)
-                    files.move(self.folder / name, target)
-            finally:
-                lock.release()
+            with contextlib.suppress(FileNotFoundError):
+                files.remove(target)
+                files.move(self.folder / name, target)
+            lock.release()
         self._records.pop(name, None)
         return target
 
     def _lock(self, name: str, wait: bool = False) -> Lock | None:
         return Lock.acquire(self.folder / f"{_LOCK}{name}", wait)
 
-    def _identity(self) -> dict[str, Any]:
-        return {"format": FORMAT, **self.identity}
-
     def _identity_bytes(self) -> bytes:
-        return (json.dumps(self._identity(), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps({"format": FORMAT, **self.identity}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:

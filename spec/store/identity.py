@@ -4,8 +4,6 @@ Collection adds the format to each of them. Versions of torch and kinds of devic
 change roundings, not meanings, and segments only write them down.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

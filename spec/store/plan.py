@@ -1,7 +1,5 @@
 """Which rows are computed, in which groups, each of which becomes one segment, and how many at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence

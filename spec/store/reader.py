@@ -1,11 +1,9 @@
 """Cached features as training and acceptance read them: whole sequences."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -204,12 +202,12 @@ class FeatureReader:
         """How often each token [V] is supervised in the split, or with `prompts` how often it occurs at all; reads no
         states."""
         counts = np.zeros(self.manifest.vocab_size, np.int64)
-        rows: dict[int, list[int]] = {}
         last = self.manifest.last
+        rows: list[list[int]] = [[] for _ in last.segments]
         for segment, row in zip(last.segment, last.row, strict=True):
-            rows.setdefault(segment, []).append(row)
-        for segment, used in rows.items():
-            arrays, _ = self._read((0, last.segments[segment]), ("ids", "mask", "token_offsets"))
+            rows[segment].append(row)
+        for name, used in zip(last.segments, rows, strict=True):
+            arrays, _ = self._read((0, name), ("ids", "mask", "token_offsets"))
             for row in used:
                 tokens = slice(*arrays["token_offsets"][row : row + 2])
                 wanted = (arrays["mask"][tokens] != 0) | prompts
@@ -220,11 +218,16 @@ class FeatureReader:
         """Of each tap the segment in which a sequence lies."""
         return [(tap, places.segments[places.segment[index]]) for tap, places in enumerate(self.manifest.taps)]
 
-    def _load(self, key: Key, needed: Counter[Key] | None = None) -> Future[_Segment]:
+    def _load(self, key: Key, needed: Container[Key] = ()) -> Future[_Segment]:
         """The segment, being decoded or decoded; makes room by dropping those used longest ago and not needed."""
         with self._lock:
             if key not in self._segments:
-                self._make_room(needed or Counter())
+                done = {k: f.result().bytes for k, f in self._segments.items() if f.done() and f.exception() is None}
+                total = sum(done.values())
+                for old in [old for old in done if old not in needed][:-1]:
+                    if total > self._memory:
+                        total -= done[old]
+                        del self._segments[old]
                 self._segments[key] = self._pool.submit(self._decode, key)
             self._segments.move_to_end(key)
             return self._segments[key]
@@ -238,22 +241,12 @@ class FeatureReader:
         return self._collections[key[0]].read(key[1], only)
 
     def _check(self, key: Key) -> None:
-        tap, name = key
-        record = self._collections[tap].record(name)
-        if record.digest != self._digests[key]:
+        collection, name = self._collections[key[0]], key[1]
+        if (found := collection.record(name).digest) != self._digests[key]:
             raise StoreError(
-                f"segment {name} in {self._collections[tap].folder} has the digest {record.digest}, but the manifest "
-                f"names {self._digests[key]}; run the cache stage again"
+                f"segment {name} in {collection.folder} has the digest {found}, but the manifest names "
+                f"{self._digests[key]}; run the cache stage again"
             )
-
-    def _make_room(self, needed: Counter[Key]) -> None:
-        done = {key: f.result().bytes for key, f in self._segments.items() if f.done() and f.exception() is None}
-        total = sum(done.values())
-        for key in [key for key in done if key not in needed][:-1]:
-            if total <= self._memory:
-                break
-            total -= done[key]
-            del self._segments[key]
 
 
 def _together(tensors: list[Tensor], pin: bool) -> Tensor:

@@ -6,8 +6,6 @@ for every codec. The layout is that of Zarr's sharding codec
 offset and length of each as little-endian uint64, then a crc32c of that index. Tests compare it with zarr-python's.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor

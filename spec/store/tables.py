@@ -1,7 +1,5 @@
 """The base's own tables, by which training needs no base: embedding, lm_head, and how they make its logits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -147,12 +147,11 @@ class Transfer:
         One thread at a time calls `on_bytes` with the bytes of a segment that is done. Where a place cannot be reached
         (a TransferError), segments in hand are completed and others are not begun.
         """
-        for collection in {item.collection.folder: item.collection for item in segments}.values():
-            path = f"{collection.folder.name}/{IDENTITY}"
+        for folder, collection in {item.collection.folder: item.collection for item in segments}.items():
             if self.target.folder:
                 collection.create()
-            elif self.target.read(path) is None:
-                self.target.upload(collection.folder / IDENTITY, path)
+            elif self.target.read(path := f"{folder.name}/{IDENTITY}") is None:
+                self.target.upload(folder / IDENTITY, path)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="segment-copier") as pool:
             try:
                 for future in [pool.submit(self._copy, item, on_bytes) for item in segments]:
