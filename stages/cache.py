@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spec import base, files
 from spec.config import Config
-from spec.corpus import TokenSequence
 from spec.store import features, index, locks, tables, upkeep
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow, Group, TapStore
-from spec.store.manifest import Manifest, make_manifest
+from spec.store.manifest import Manifest, Places, make_manifest
 from spec.workers import this_worker
 from stages import common
 
@@ -56,16 +54,18 @@ def cache(config: Config, worker: Path | None) -> None:
             needed = _needed_bytes(config, sources, kept, every, groups)
             common.need_space(kept.root, needed, "cache")
             common.run_workers(config, "stages.cache", {"arithmetic": computed_in, "groups": groups})
+        greedy = config.base_answers and config.respond.temperature == 0
+        collections, shape = [store.collection for store in kept.taps], tables.shape(kept.tables)
         report = {}
         for split, each in splits.items():
-            manifest = _manifest(config, kept, each, [row.key for row in rows[split]], sources["base"])
+            keys = [row.key for row in rows[split]]
+            manifest = make_manifest(collections, keys, each, greedy=greedy, base=sources["base"], **shape)
             report[split] = _write(kept, split, manifest)
     _report(report)
 
 
 def _kept(config: Config, sources: dict[str, Any], computed_in: str) -> _Kept:
-    root = common.store_root(config)
-    layers = text_config(config, sources).num_hidden_layers
+    root, layers = common.store_root(config), _text_config(config, sources).num_hidden_layers
     taps = features.tap_stores(root, sources["base"], config, computed_in, layers)
     return _Kept(root, taps, tables.collection(root, sources["base"], config.model.dtype))
 
@@ -85,21 +85,12 @@ def _needed_bytes(
     config: Config, sources: dict[str, Any], kept: _Kept, rows: list[FeatureRow], groups: list[Group]
 ) -> int:
     """What the segments of some groups take at most."""
-    width = text_config(config, sources).hidden_size
-    needed = 0
+    width, needed = _text_config(config, sources).hidden_size, 0
     for numbers, taps in groups:
         group = [rows[number] for number in numbers]
         vectors = sum(kept.taps[tap].position_bytes(group, width, config.model.dtype) for tap in taps)
         needed += vectors + len(taps) * 5 * sum(len(row.ids) for row in group)
     return needed
-
-
-def _manifest(
-    config: Config, kept: _Kept, rows: list[TokenSequence], keys: list[str], source: dict[str, Any]
-) -> Manifest:
-    greedy = config.base_answers and config.respond.temperature == 0
-    collections = [store.collection for store in kept.taps]
-    return make_manifest(collections, keys, rows, base=source, **tables.shape(kept.tables), greedy=greedy)
 
 
 def _report(report: dict[str, dict[str, float]]) -> None:
@@ -111,16 +102,17 @@ def _report(report: dict[str, dict[str, float]]) -> None:
 
 def _write_joint(config: Config, sources: dict[str, Any]) -> None:
     """Empty manifests: when the base is trained too, its states are never the same twice."""
-    text = text_config(config, sources)
+    text = _text_config(config, sources)
+    shape = (text.hidden_size, text.vocab_size, text.num_hidden_layers)
     for split in common.SPLITS:
         target, content = common.features_path(split), files.digest_file(common.responses_path(split))
-        Manifest.joint(sources["base"], config.model.dtype, text, content).save(target)
+        Manifest(sources["base"], config.model.dtype, *shape, content=content).save(target)
         common.say(f"cache {split}: nothing to cache, the base is trained too -> {target}")
     _report({})
 
 
-def text_config(config: Config, sources: dict[str, Any]) -> Any:
-    """The configuration of the base's language model: hidden_size, vocab_size."""
+def _text_config(config: Config, sources: dict[str, Any]) -> Any:
+    """The configuration of the base's language model."""
     return base.read_config(common.base_folder(config, sources), config.model.trust_remote_code).get_text_config()
 
 
@@ -142,9 +134,7 @@ def _write(kept: _Kept, split: str, manifest: Manifest) -> dict[str, float]:
     manifest.save(target)
     answered = upkeep.root_segments(kept.root, common.responses_path(split))
     upkeep.add_root(kept.root, target, {**answered, **manifest.needed(kept.root)})
-    stored = sum(
-        _bytes_of(store, places.segments, manifest) for store, places in zip(kept.taps, manifest.taps, strict=True)
-    )
+    stored = sum(_bytes_of(places, kept.root, manifest) for places in manifest.taps)
     a_position = stored / manifest.positions if manifest.positions else 0.0
     share = manifest.positions / manifest.tokens
     common.say(
@@ -160,12 +150,13 @@ def _write(kept: _Kept, split: str, manifest: Manifest) -> dict[str, float]:
     }
 
 
-def _bytes_of(store: TapStore, segments: Sequence[str], manifest: Manifest) -> float:
+def _bytes_of(places: Places, root: Path, manifest: Manifest) -> float:
     """What a split takes of its segments of a tap, which may hold rows of other splits: its part of their vectors."""
-    size = sum(store.collection.record(name).size for name in segments)
-    held = sum(features.vectors_of(store.collection, name) for name in segments)
-    mine = manifest.positions if store.tap.positions == "answers" else manifest.tokens
-    return size * mine / held if held else 0.0
+    collection = places.collection(root)
+    size = sum(collection.record(name).size for name in places.segments)
+    ends = (collection.read(name, ("state_offsets",))[0]["state_offsets"][-1] for name in places.segments)
+    mine = manifest.positions if places.tap.positions == "answers" else manifest.tokens
+    return size * mine / max(int(sum(ends)), 1)
 
 
 if __name__ == "__main__":

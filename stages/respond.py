@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,6 @@ from spec.workers import this_worker
 from stages import common
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """Every prompt that is to be answered, and where its answer is kept."""
-
-    collection: Collection
-    keys: list[str]
-    ids: list[Ids]
-
-
 @common.worker_option
 @common.stage
 def respond(config: Config, worker: Path | None) -> None:
@@ -45,36 +36,38 @@ def respond(config: Config, worker: Path | None) -> None:
         return
     if config.respond.engine == "vllm":
         require_vllm()
-    asked = [row.ids[: row.prompt_length] for rows in tokens.values() for row in rows if row.prompt_length]
+    asked = {
+        split: [row.ids[: row.prompt_length] for row in rows if row.prompt_length] for split, rows in tokens.items()
+    }
+    prompts = list(itertools.chain.from_iterable(asked.values()))
     plan = None if worker is None else files.read_json(worker)
     computed_in = common.arithmetic_here(config) if plan is None else plan["arithmetic"]
     content = identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)
     collection = Collection(common.store_root(config), "answers", content)
-    prompts = _Prompts(collection, list(map(item_key, asked)), asked)
-    folder = common.base_folder(config, sources)
+    folder, trusted = common.base_folder(config, sources), config.model.trust_remote_code
     if plan is not None:
         common.check_arithmetic(computed_in, config)
-        _work(config, prompts, plan["groups"], folder, sources)
+        _work(config, collection, prompts, plan["groups"], folder, sources)
         return
     bucket: Callable[[int], int] = base.prompt_bucket
     if config.respond.engine == "transformers":
-        bucket = base.prompt_buckets(folder, config.respond.max_new_tokens, config.model.trust_remote_code)
-    stops = base.stop_ids(folder, config.model.trust_remote_code)
+        bucket = base.prompt_buckets(folder, config.respond.max_new_tokens, trusted)
+    stops = base.stop_ids(folder, trusted)
     with locks.in_use(collection.root):
         index.write(collection.root, itertools.chain.from_iterable(tokens.values()))
-        groups = answers.plan(prompts.ids, common.known_rows(collection, "respond"), config.respond.batch_size, bucket)
-        missing = {prompts.keys[row] for group in groups for row in group}
-        common.say(f"respond: {len(missing)} of {len(set(prompts.keys))} answers are to be written by the base")
+        groups = answers.plan(prompts, common.known_rows(collection, "respond"), config.respond.batch_size, bucket)
+        keys = list(map(item_key, prompts))
+        missing = {keys[row] for group in groups for row in group}
+        common.say(f"respond: {len(missing)} of {len(set(keys))} answers are to be written by the base")
         if groups:
             common.say_computed_elsewhere(collection, missing, "respond")
             common.need_space(collection.folder, len(missing) * (4 * config.respond.max_new_tokens + 64), "respond")
             common.run_workers(config, "stages.respond", {"arithmetic": computed_in, "groups": groups})
-        written = dict(zip(prompts.keys, answers.read(collection, prompts.keys), strict=True))
-        places = collection.find()
+        places, origin = collection.find(), common.responses_origin(config, sources, computed_in)
         for split, rows in tokens.items():
-            _complete(config, split, rows, written, stops, common.responses_origin(config, sources, computed_in))
-            used = {places[item_key(row.ids[: row.prompt_length])][0] for row in rows if row.prompt_length}
-            upkeep.add_root(collection.root, common.responses_path(split), {collection.folder.name: sorted(used)})
+            _complete(config, split, rows, answers.read(collection, asked[split]), stops, origin)
+            used = sorted({places[item_key(prompt)][0] for prompt in asked[split]})
+            upkeep.add_root(collection.root, common.responses_path(split), {collection.folder.name: used})
 
 
 def _read(split: str, sources: dict[str, Any]) -> list[TokenSequence]:
@@ -84,17 +77,11 @@ def _read(split: str, sources: dict[str, Any]) -> list[TokenSequence]:
 
 
 def _complete(
-    config: Config,
-    split: str,
-    rows: list[TokenSequence],
-    written: dict[str, Ids],
-    stops: Set[int],
-    origin: dict[str, Any],
+    config: Config, split: str, rows: list[TokenSequence], written: list[Ids], stops: Set[int], origin: dict[str, Any]
 ) -> None:
-    """Append the answers to their prompts, and write the split."""
-    answered = [
-        _with_answer(row, written[item_key(row.ids[: row.prompt_length])]) if row.prompt_length else row for row in rows
-    ]
+    """Put the answers to their prompts, and write the split."""
+    found = iter(written)
+    answered = [_with_answer(row, next(found)) if row.prompt_length else row for row in rows]
     kept = [row for row in answered if len(row) <= config.data.max_length]
     if not kept:
         raise SpecError(
@@ -115,14 +102,21 @@ def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
     return replace(row, ids=np.concatenate([row.ids[:prompt], answer]), mask=mask)
 
 
-def _work(config: Config, prompts: _Prompts, groups: list[list[int]], folder: Path, sources: dict[str, Any]) -> None:
+def _work(
+    config: Config,
+    collection: Collection,
+    prompts: list[Ids],
+    groups: list[list[int]],
+    folder: Path,
+    sources: dict[str, Any],
+) -> None:
     """This worker's part."""
     answer: answers.Answer
     if config.respond.engine == "vllm":
         from spec.serving import answering  # vLLM is an extra
 
         me = answering.worker_with_own_device()
-        longest = max(len(prompts.ids[row]) for group in groups for row in group) + config.respond.max_new_tokens
+        longest = max(len(prompts[row]) for group in groups for row in group) + config.respond.max_new_tokens
         positions = base.limits(folder, config.model.trust_remote_code).most or longest
         engine = answering.Engine(config.model, folder, min(longest, positions))
         answer, producer = engine.answer, engine.producer
@@ -132,17 +126,8 @@ def _work(config: Config, prompts: _Prompts, groups: list[list[int]], folder: Pa
         answer, producer = partial(base.answer, model), model.producer
     count = sum(map(len, groups))
     with common.shared_progress(count * config.respond.max_new_tokens, "tokens", "respond", me) as advance:
-        answers.produce(
-            common.Estimated(answer, count // me.world, advance),
-            producer,
-            prompts.collection,
-            prompts.keys,
-            prompts.ids,
-            groups,
-            config.respond,
-            rank=me.rank,
-            world=me.world,
-        )
+        estimated = common.Estimated(answer, count // me.world, advance)
+        answers.produce(estimated, producer, collection, prompts, groups, config.respond, rank=me.rank, world=me.world)
 
 
 def _write(split: str, rows: list[TokenSequence], notes: str, origin: dict[str, Any]) -> None:

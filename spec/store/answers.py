@@ -1,7 +1,5 @@
 """The base's own answers, kept by prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -12,7 +10,7 @@ from spec.config import Respond
 from spec.store import codecs
 from spec.store.collection import Collection, Writer, share_out
 from spec.store.plan import Parts, item_key, plan_groups
-from spec.store.segment import Row, rows_of
+from spec.store.segment import rows_of
 
 OFFSETS = {"prompt": "prompt_offsets", "answer": "answer_offsets"}
 
@@ -34,7 +32,6 @@ def produce(
     answer: Answer,
     producer: Mapping[str, str],
     collection: Collection,
-    keys: Sequence[str],
     prompts: Sequence[NDArray[np.int32]],
     groups: Sequence[Sequence[int]],
     params: Respond,
@@ -42,24 +39,13 @@ def produce(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Let the base answer groups of prompts, and commit one segment a group.
+    """Let the base answer groups of prompts (row numbers, as plan gives them), and commit one segment a group.
 
     Where memory does not suffice for a group, it is answered in parts: an answer does not depend on its company.
-
-    Args:
-        answer: the frozen base, as a function.
-        producer: what it runs on, noted in each segment.
-        collection: where the answers go.
-        keys: content key of each prompt.
-        prompts: tokens of each.
-        groups: row numbers, as plan gives them.
-        params: length, temperature, seed.
-        on_tokens: called with the number of tokens just written.
-        rank: this worker among the `world` that share the groups.
-
-    Raises:
-        StoreError: memory does not suffice for a single prompt.
+    `producer` is noted in each segment, `on_tokens` called with the number of tokens just written; `rank` is this
+    worker among the `world` that share the groups.
     """
+    keys = list(map(item_key, prompts))
     attributes = {"offsets": OFFSETS, "producer": dict(producer)}
     parts = Parts(params.batch_size, "respond.max_new_tokens or data.max_length", "respond.batch_size")
 
@@ -74,22 +60,14 @@ def produce(
             group = groups[index]
             lengths = [len(prompts[row]) for row in group]
             answers = [ids for _, found in parts.run(partial(ask, group), lengths) for ids in found]
-            rows: list[Row] = [
-                {"prompt": prompts[row], "answer": np.asarray(ids, np.int32)}
-                for row, ids in zip(group, answers, strict=True)
-            ]
-            (claim,) = claims
-            writer.write(claims, partial(claim.commit, rows, attributes, codecs.NONE))
+            asked = zip(group, answers, strict=True)
+            rows = [{"prompt": prompts[row], "answer": np.asarray(ids, np.int32)} for row, ids in asked]
+            writer.write(claims, partial(claims[0].commit, rows, attributes, codecs.NONE))
 
 
-def read(collection: Collection, keys: Sequence[str]) -> list[NDArray[np.int32]]:
-    """The answer to each prompt, by its key."""
-    places = collection.find()
-    segments: dict[str, list[Row]] = {}
-    found = []
-    for key in keys:
-        name, row = places[key]
-        if name not in segments:
-            segments[name] = rows_of(*collection.read(name))
-        found.append(segments[name][row]["answer"])
-    return found
+def read(collection: Collection, prompts: Iterable[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """The answer to each prompt."""
+    found = collection.find()
+    places = [found[item_key(prompt)] for prompt in prompts]
+    segments = {name: rows_of(*collection.read(name)) for name in {name for name, _ in places}}
+    return [segments[name][row]["answer"] for name, row in places]

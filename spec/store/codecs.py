@@ -5,22 +5,14 @@ exponent, compress well; the low ones hardly). `fp8` is lossy: an 8-bit float (e
 each position.
 """
 
-from __future__ import annotations
-
-import contextlib
-import os
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numcodecs
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -28,26 +20,16 @@ from zarr.codecs.numcodecs import Shuffle
 
 warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
 
-_CHUNK_BYTES = 2**20
-_RESIDUE = 0x48674BC7  # the crc32c of anything that ends in its own
-_pipeline = threading.Lock()
-
 _FP8_MAX = 448.0  # the largest finite e4m3 number
 _LEVEL = 1  # of zstd
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How vectors are stored.
+    """How vectors are stored."""
 
-    Attributes:
-        name: as features.codec and features.layer_codec have it.
-        rounds: whether numbers become float8_e4m3fn with a float32 scale a position; else every bit is kept.
-        compresses: whether bytes are compressed.
-    """
-
-    name: str
-    rounds: bool
+    name: str  # as features.codec and features.layer_codec have it
+    rounds: bool  # whether numbers become float8_e4m3fn with a float32 scale a position; else every bit is kept
     compresses: bool
 
     @property
@@ -94,40 +76,6 @@ NONE = Codec("none", rounds=False, compresses=False)
 ZSTD = Codec("zstd", rounds=False, compresses=True)
 FP8 = Codec("fp8", rounds=True, compresses=True)
 CODECS = {codec.name: codec for codec in (NONE, ZSTD, FP8)}
-
-
-def chunk_rows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Rows of a chunk: about a MiB, which compresses well and stays in a processor's cache."""
-    return max(_CHUNK_BYTES // (dtype.itemsize * int(np.prod(shape[1:]))), 1)
-
-
-@contextlib.contextmanager
-def fast_reading() -> Iterator[None]:
-    """Arrays opened in this block are read by Rust's zarrs, two to five times as fast as by zarr-python."""
-    with _pipeline, zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-        yield
-
-
-def check_shard(path: Path, chunks: int) -> None:
-    """Check the crc32c of each chunk and of the index at the end: zarrs passes over them where an array ends within a
-    shard, as nearly all do.
-
-    Raises:
-        OSError, ValueError: the file is missing or damaged.
-    """
-    with path.open("rb", buffering=0) as file:
-        buffer = np.empty(file.seek(0, os.SEEK_END), np.uint8)
-
-        def checked(start: int, size: int) -> NDArray[np.uint8]:
-            file.seek(start)
-            part = buffer[: file.readinto(buffer.data[:size])]
-            if len(part) != size or google_crc32c.value(part) != _RESIDUE:
-                raise ValueError("a checksum is wrong")
-            return part[:-4]
-
-        index = checked(len(buffer) - 16 * chunks - 4, 16 * chunks + 4)
-        for start, size in index.view("<u8").reshape(-1, 2).tolist():
-            checked(start, size)
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -23,8 +23,7 @@ IDENTITY = "identity.json"
 DAMAGED = ".damaged-"
 _LOCK = ".lock-"
 _HEX = "[0-9a-f]" * 32
-NAME = re.compile("[a-z]+-[0-9a-f]{16}")
-"""Of a collection's folder."""
+NAME = re.compile("[a-z]+-[0-9a-f]{16}")  # of a collection's folder
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Collection:
 
     Attributes:
         root: the store.
-        kind: what is kept: "states" of one tap, the base's "tables", or "answers".
-        identity: everything the content depends on beside the row itself.
+        kind: "states" of one tap, the base's "tables", or "answers".
+        identity: everything that the content depends on besides the row itself.
     """
 
     root: Path
@@ -44,11 +43,8 @@ class Collection:
 
     @classmethod
     def open(cls, folder: Path, content: bytes | None = None) -> Collection:
-        """The collection of a folder, from its identity.json or from this content of one.
-
-        Raises:
-            StoreError: its identity.json is missing, damaged, or not the one that the folder is named for.
-        """
+        """The collection of a folder, from its identity.json or from this content of one; a StoreError says that it is
+        missing, damaged, or not the one that the folder is named for."""
         try:
             content = (folder / IDENTITY).read_bytes() if content is None else content
             identity = json.loads(content)
@@ -67,8 +63,8 @@ class Collection:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the identity."""
-        return files.digest_json(self._identity())
+        """SHA-256 of the identity and the format."""
+        return files.digest_json({"format": FORMAT, **self.identity})
 
     @property
     def folder(self) -> Path:
@@ -76,37 +72,28 @@ class Collection:
         return self.root / f"{self.kind}-{self.digest[:16]}"
 
     def create(self) -> None:
-        """Make the folder, write down the identity, and clean up after killed processes.
-
-        Raises:
-            StoreError: another identity is written down here; names the field and both values.
-        """
+        """Make the folder, write down the identity, check it, and clean up after killed processes of any machine."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).is_file():
             with files.whole(self.folder / IDENTITY) as temporary:
                 temporary.write_bytes(self._identity_bytes())
         self.check()
-        self._clean()
+        for path in [*self.folder.glob(f"{_LOCK}*"), *self.folder.glob(f".{_HEX}-*")]:
+            name = path.name.removeprefix(_LOCK).removeprefix(".")[:32]
+            lock = self._lock(name)
+            if lock is not None:  # nobody holds it
+                for half in self.folder.glob(f".{name}-*"):
+                    files.remove(half)
+                lock.release()
 
     def check(self) -> None:
-        """Check that the folder is empty or of this identity.
-
-        Raises:
-            StoreError: names the field and both values.
-        """
+        """Check that the identity that is written down, if any, is this one."""
         path = self.folder / IDENTITY
-        if not path.is_file():
-            return  # then it holds no segment that anyone could mistake
-        content = path.read_bytes()
-        if content == self._identity_bytes():
-            return
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            if isinstance(found := json.loads(content), dict):
-                check_identity(found, self._identity(), str(path))
-        raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
+        if path.is_file() and path.read_bytes() != self._identity_bytes():
+            raise StoreError(f"{path} is damaged: remove it and run the stage again, which writes it anew")
 
     def records(self) -> dict[str, Record]:
-        """The committed segments by name, without damaged ones; each record is read once."""
+        """The committed segments by name, without damaged ones."""
         return self.survey()[0]
 
     def survey(self) -> tuple[dict[str, Record], dict[str, DamagedError]]:
@@ -121,11 +108,7 @@ class Collection:
         return good, damaged
 
     def record(self, name: str) -> Record:
-        """What one segment holds.
-
-        Raises:
-            DamagedError: it is missing or damaged.
-        """
+        """What one segment holds, which is read once; a DamagedError where it is missing or damaged."""
         if name not in self._records:
             record = segment.read_record(self.folder, name)
             if self.name_of(record.items) != name:
@@ -149,50 +132,33 @@ class Collection:
     def claim(self, items: Sequence[str], wait: bool = False) -> Claim | None:
         """The sole right to compute the segment of these rows, until it is given back or this process dies.
 
-        Returns:
-            None where the segment is here already, or where another process computes it, unless told to `wait`.
+        None where the segment is here already, or where another process computes it, unless told to `wait`.
         """
         lock = self._lock(self.name_of(items), wait)
-        if lock is None:
-            return None
-        if self.holds(items):
+        if lock is not None and self.holds(items):
             lock.release()
             return None
-        return Claim(self, tuple(items), lock)
+        return None if lock is None else Claim(self, tuple(items), lock)
 
     def read(self, name: str, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
-        """The arrays of a segment (`only` these, or all), checked, and its attributes.
-
-        Raises:
-            DamagedError: it is missing, damaged, or of another identity.
-        """
+        """The arrays of a segment (`only` these, or all), and its attributes; a DamagedError where it is missing,
+        damaged, or of another identity."""
         arrays, attributes = segment.read(self.folder, name, only)
-        if attributes.get("identity") != self.digest:
-            raise DamagedError(
-                self.folder, name, f"its identity is {attributes.get('identity')}, expected {self.digest}"
-            )
+        if (found := attributes.get("identity")) != self.digest:
+            raise DamagedError(self.folder, name, f"its identity is {found}, expected {self.digest}")
         return arrays, attributes
 
     def verify(self, name: str) -> Record:
-        """Read everything of a segment, and check each row against its digest.
-
-        Raises:
-            DamagedError: it is missing, damaged, or of another identity.
-        """
+        """Read everything of a segment, and check each row against its digest; a DamagedError as in `read`."""
         record = self.record(name)
-        arrays, attributes = self.read(name)
-        segment.check_rows(self.folder, record, arrays, attributes)
+        segment.check_rows(self.folder, record, *self.read(name))
         return record
 
     def receive(self, name: str, fill: Callable[[Path], object]) -> None:
         """Take in a segment that was written elsewhere, unless it is here already.
 
-        Args:
-            name: the segment's name.
-            fill: puts the segment's files into a folder, where they are checked as `verify` does.
-
-        Raises:
-            DamagedError: what came is not the segment of this name; nothing of it is kept.
+        `fill` puts the segment's files into a folder, where they are checked as `verify` does. A DamagedError says that
+        they are not the segment of this name, and nothing of them is kept.
         """
         lock = self._lock(name, wait=True)
         assert lock is not None
@@ -215,41 +181,22 @@ class Collection:
         target = self.folder / f"{DAMAGED}{name}"
         lock = self._lock(name)
         if lock is not None:
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    files.remove(target)
-                    files.move(self.folder / name, target)
-            finally:
-                lock.release()
+            with contextlib.suppress(FileNotFoundError):
+                files.remove(target)
+                files.move(self.folder / name, target)
+            lock.release()
         self._records.pop(name, None)
         return target
 
     def _lock(self, name: str, wait: bool = False) -> Lock | None:
         return Lock.acquire(self.folder / f"{_LOCK}{name}", wait)
 
-    def _identity(self) -> dict[str, Any]:
-        return {"format": FORMAT, **self.identity}
-
     def _identity_bytes(self) -> bytes:
-        return (json.dumps(self._identity(), indent=2, ensure_ascii=False) + "\n").encode()
-
-    def _clean(self) -> None:
-        """Remove what killed processes of any machine left: half-written segments and locks that nobody holds."""
-        for path in [*self.folder.glob(f"{_LOCK}*"), *self.folder.glob(f".{_HEX}-*")]:
-            name = path.name.removeprefix(_LOCK).removeprefix(".")[:32]
-            lock = self._lock(name)
-            if lock is not None:
-                for half in self.folder.glob(f".{name}-*"):
-                    files.remove(half)
-                lock.release()
+        return (json.dumps({"format": FORMAT, **self.identity}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Compare two identities.
-
-    Raises:
-        StoreError: names the first field that differs, and both values.
-    """
+    """Compare two identities; a StoreError names the first field that differs, and both values."""
     for name in [*expected, *(key for key in found if key not in expected)]:
         if found.get(name) != expected.get(name):
             raise StoreError(
@@ -281,19 +228,14 @@ class Claim:
         self.lock.release()
 
 
-Wanted = tuple[Collection, Sequence[str]]
-"""A segment that is to be computed: its collection, and the content keys of its rows."""
+Wanted = tuple[Collection, Sequence[str]]  # a segment that is to be computed: its collection, and its rows' keys
 
 
 def share_out(groups: Sequence[Sequence[Wanted]], rank: int, world: int) -> Iterator[tuple[int, list[Claim]]]:
     """Claim groups of segments for one of `world` workers: its own share first, then what nobody has begun, then what
     others left undone when they died. With a group come claims to those of its segments that are not there yet.
 
-    It ends when every segment is committed, by whomever. Leaving early gives back the claims that came last. Wrong
-    ranks cost only time.
-
-    Raises:
-        StoreError: the folder that the stage made is not to be seen from here.
+    It ends when every segment is committed, by whomever. Leaving early gives back the claims that came last.
     """
     for folder in {collection.folder for group in groups for collection, _ in group}:
         if not folder.is_dir():
@@ -314,12 +256,9 @@ def share_out(groups: Sequence[Sequence[Wanted]], rank: int, world: int) -> Iter
 
 def _claim_all(group: Sequence[Wanted], wait: bool) -> list[Claim]:
     """Claims to those of a group's segments that are not there; none where another process computes one of them, unless
-    told to `wait` for it.
-
-    All processes take locks in the order of the folders' names, so that no two of them wait for each other.
-    """
+    told to `wait` for it."""
     claims: list[Claim] = []
-    for collection, items in sorted(group, key=lambda wanted: wanted[0].folder):
+    for collection, items in sorted(group, key=lambda wanted: wanted[0].folder):  # so that no two wait for each other
         if collection.holds(items):
             continue
         claim = collection.claim(items, wait)
@@ -332,7 +271,6 @@ def _claim_all(group: Sequence[Wanted], wait: bool) -> list[Claim]:
 
 
 def _release(claims: Iterable[Claim]) -> None:
-    """Give claims back."""
     for claim in claims:
         claim.release()
 
@@ -340,46 +278,34 @@ def _release(claims: Iterable[Claim]) -> None:
 class Writer:
     """Commits groups of segments on a thread of its own, so that the base never waits for compression or the disk.
 
-    At most one group waits while one is written. Leaving the block waits for both and raises what went wrong.
+    At most one group waits while one is written. Leaving the block waits for both and raises what went wrong; where the
+    block itself has failed, only the group that is being written is kept.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="segment-writer")
-        self._pending: list[tuple[Sequence[Claim], Future[None]]] = []
+        self._pending: list[Future[object]] = []
 
     def write(self, claims: Sequence[Claim], commit: Callable[[], object]) -> None:
-        """Commit a group soon; waits only when two are already on their way.
-
-        Args:
-            claims: the rights to its segments, which are given back when `commit` has ended.
-            commit: called on the writer's thread, so that making rows ready delays nobody.
-        """
+        """Call `commit` soon on the writer's thread, then give the claims back; waits while two groups are on their
+        way."""
         while len(self._pending) > 1:
-            self._pending.pop(0)[1].result()
-        self._pending.append((claims, self._pool.submit(on_this_device(self._run), claims, commit)))
-
-    @staticmethod
-    def _run(claims: Sequence[Claim], commit: Callable[[], object]) -> None:
-        try:
-            commit()
-        finally:
-            _release(claims)
+            self._pending.pop(0).result()
+        future = self._pool.submit(on_this_device(commit))
+        future.add_done_callback(lambda _: _release(claims))
+        self._pending.append(future)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            for claims, future in reversed(self._pending):  # what waits first, while it still waits
-                if kind is not None and future.cancel():  # the run has failed: keep what is being written, no more
-                    _release(claims)
-                else:
-                    future.result()
-        finally:
-            self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=kind is not None)
+        for future in self._pending:
+            if not future.cancelled():
+                future.result()
 
 
 def collections(root: Path) -> Iterator[Path]:
-    """The folders of a store that hold collections, in order; others in the same place are none of the store's."""
+    """The folders of a store that hold collections, in order; other folders there do not belong to the store."""
     with contextlib.suppress(FileNotFoundError):
         yield from sorted(path for path in root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))

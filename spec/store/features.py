@@ -24,8 +24,7 @@ from spec.store.collection import Claim, Collection, Writer, share_out
 from spec.store.plan import Parts, item_key, plan_groups
 from spec.store.segment import Row, StoreError
 
-BATCH_TOKENS = 8192
-"""Padded tokens of one forward pass; halved for as long as memory runs out."""
+BATCH_TOKENS = 8192  # padded tokens of one forward pass; halved for as long as memory runs out
 
 
 @dataclass(frozen=True)
@@ -56,24 +55,20 @@ class TapStore:
         return each * sum(len(kept_positions(row.mask, self.tap)) for row in rows)
 
 
-Group = tuple[Sequence[int], Sequence[int]]
-"""Numbers of the rows that are computed together, and of the taps that the store lacks of all of them."""
+Group = tuple[Sequence[int], Sequence[int]]  # numbers of rows that are computed together, and of the taps they lack
 
 
 def tap_stores(
     root: Path, base: Mapping[str, str], config: Config, arithmetic: str, layers: int | None
 ) -> list[TapStore]:
-    """Where the vectors of each tap are kept that the method reads, LAST first, as computed in some arithmetic.
-
-    Raises:
-        StoreError: the base has too few layers for the method.
-    """
+    """Where the vectors of each tap that the method reads are kept, LAST first; a StoreError where the base has too few
+    layers for the method."""
     try:
         taps = config.model.speculator.taps(layers)
     except ValueError as error:
         raise StoreError(f"model.speculator.{error}") from None
     stores = []
-    for tap in (LAST, *(tap for tap in taps if tap != LAST)):
+    for tap in dict.fromkeys((LAST, *taps)):
         codec = CODECS[config.features.codec if tap.layer is None else config.features.layer_codec]
         content = identity.states(base, config.model.dtype, tap, codec, arithmetic)
         stores.append(TapStore(tap, codec, Collection(root, "states", content)))
@@ -94,13 +89,8 @@ def offsets(codec: Codec) -> dict[str, str]:
 def plan(rows: Sequence[FeatureRow], known: Sequence[Container[str]], segment_tokens: int) -> list[Group]:
     """Groups of the rows of which the store lacks something, each of one padded length and about segment_tokens tokens.
 
-    Args:
-        rows: the sequences.
-        known: for each tap the keys of the rows that the store has.
-        segment_tokens: of a group.
-
-    Returns:
-        The longest first, so that running out of memory happens at once.
+    `known` has for each tap the keys of the rows that the store has. The longest rows come first, so that running out
+    of memory happens at once.
     """
     lacking: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate(rows):
@@ -125,18 +115,10 @@ def produce(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Run the base once over groups of rows, and commit for each group one segment of each tap that it lacks.
+    """Run the base once over groups of rows (as plan gives them), and commit a segment of each tap that a group lacks.
 
-    Args:
-        base: the frozen model.
-        stores: of each tap.
-        rows: everything that groups refer to.
-        groups: as plan gives them.
-        on_tokens: called with the number of tokens just done.
-        rank: this worker among the `world` that share the groups.
-
-    Raises:
-        StoreError: a state is NaN or infinite, or memory does not suffice for one row; names the row.
+    `on_tokens` is called with the number of tokens just done; `rank` is this worker among the `world` that share the
+    groups. A StoreError names a row with a state that is NaN or infinite, or for which memory does not suffice.
     """
     parts = Parts(BATCH_TOKENS, "data.max_length")
     wanted = [
@@ -153,8 +135,7 @@ def produce(
                     f"a sequence has {max(lengths)} tokens and the base {most} positions; lower data.max_length"
                 )
             claimed = [by_folder[claim.collection.folder] for claim in claims]
-            width = base_model.bucket(max(lengths))
-            batches = []
+            width, batches = base_model.bucket(max(lengths)), []
             for part, batch in parts.run(partial(_forward, base, claimed, group, width), lengths, width):
                 batches.append(batch)
                 on_tokens(sum(lengths[part]))
@@ -168,17 +149,7 @@ class _Batch:
     group: Sequence[FeatureRow]
     encoded: Mapping[Tap, Mapping[str, Callable[[], Tensor]]]
     width: Mapping[Tap, int]
-    finite: Callable[[], Tensor]
-
-    def check(self) -> None:
-        """Wait for the device, and refuse numbers that are none."""
-        finite = self.finite()
-        if not finite.all():
-            bad = self.group[int((~finite).nonzero()[0])]
-            raise StoreError(
-                f"a hidden state of the sequence {bad.key} (it begins with the ids {bad.ids[:8].tolist()}) is NaN or "
-                "infinite; nothing of its segment was stored. Try model.dtype=float32, or check the base's weights"
-            )
+    finite: Callable[[], Tensor]  # [rows]
 
     def rows(self, tap: Tap) -> Iterator[Row]:
         """The rows of a tap as they are stored."""
@@ -189,9 +160,14 @@ class _Batch:
 
 
 def _commit(base: Base, claimed: Sequence[tuple[Claim, TapStore]], batches: Sequence[_Batch]) -> None:
-    """Store what was computed of a group: a segment for each tap."""
     for batch in batches:
-        batch.check()
+        finite = batch.finite()
+        if not finite.all():
+            bad = batch.group[int((~finite).nonzero()[0])]
+            raise StoreError(
+                f"a hidden state of the sequence {bad.key} (it begins with the ids {bad.ids[:8].tolist()}) is NaN or "
+                "infinite; nothing of its segment was stored. Try model.dtype=float32, or check the base's weights"
+            )
     for claim, store in claimed:
         attributes = {
             "dtype": str(base.dtype).removeprefix("torch."),
@@ -205,25 +181,16 @@ def _commit(base: Base, claimed: Sequence[tuple[Claim, TapStore]], batches: Sequ
 def _forward(base: Base, stores: Sequence[TapStore], rows: Sequence[FeatureRow], width: int, part: slice) -> _Batch:
     """Run the base over a part of rows of one bucket; on CUDA nothing here waits for the device."""
     group = rows[part]
-    ids = np.zeros((len(group), width), np.int64)
-    for number, row in enumerate(group):
-        ids[number, : len(row.ids)] = row.ids
+    ids = np.stack([np.pad(row.ids, (0, width - len(row.ids))) for row in group]).astype(np.int64)
     found = base_model.read_taps(base.model, send(torch.from_numpy(ids), base.device), [store.tap for store in stores])
-    damaged = torch.zeros(len(group), device=base.device)
-    encoded = {}
-    for tap, codec in ((store.tap, store.codec) for store in stores):
-        kept = [number * width + kept_positions(row.mask, tap) for number, row in enumerate(group)]
+    damaged, encoded = torch.zeros(len(group), device=base.device), {}
+    for store in stores:
+        kept = [number * width + kept_positions(row.mask, store.tap) for number, row in enumerate(group)]
         at = send(torch.from_numpy(np.concatenate(kept)), base.device)
-        flat = found[tap].flatten(0, 1).index_select(0, at).to(base.dtype)  # [P, width of the tap]
+        flat = found[store.tap].flatten(0, 1).index_select(0, at).to(base.dtype)  # [P, width of the tap]
         # amax hands NaN on, and is five times as fast as isfinite on a CPU.
         bad = (~flat.abs().amax(1).isfinite()).float() if flat.numel() else flat.new_zeros(0, dtype=torch.float32)
         damaged.index_add_(0, at // width, bad)
-        encoded[tap] = {key: fetch(tensor) for key, tensor in codec.encode(flat).items()}
+        encoded[store.tap] = {key: fetch(tensor) for key, tensor in store.codec.encode(flat).items()}
     widths = {tap: states.shape[-1] for tap, states in found.items()}
     return _Batch(group, encoded, widths, fetch(damaged == 0))
-
-
-def vectors_of(collection: Collection, name: str) -> int:
-    """Stored vectors of a segment; reads none."""
-    arrays, _ = collection.read(name, only=("state_offsets",))
-    return int(arrays["state_offsets"][-1])

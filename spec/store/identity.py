@@ -4,8 +4,6 @@ Collection adds the format to each of them. Versions of torch and kinds of devic
 change roundings, not meanings, and segments only write them down.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,30 +13,22 @@ from spec.heads import Tap
 from spec.store.codecs import Codec
 
 RULES = {"states": 1, "tables": 1, "answers": 1}
-"""A number for each producer, which is raised when its result for the same input changes: what it stored before is then
-computed again, and nothing else."""
+"""A number for each producer, which is raised when its result for the same input changes: only what it stored before is
+then computed again."""
 
 _ENGINES = {"transformers": "transformers, padded to powers of two", "vllm": "vllm"}
 """What an answer's rounding depends on, by respond.engine."""
 
 
 def states(base: Mapping[str, str], dtype: str, tap: Tap, codec: Codec, arithmetic: str) -> dict[str, Any]:
-    """Of the vectors of one tap.
-
-    Args:
-        base: digests, as data/sources.json has them. Ids of another tokenizer would mean another text.
-        dtype: of the vectors.
-        tap: which vectors, at which positions.
-        codec: only what it makes of the numbers counts, not how bytes are compressed.
-        arithmetic: the dtype that the base computes in, by spec.device.arithmetic.
-    """
+    """Of the vectors of one tap, in a dtype, which the base (its digests) computed in the dtype `arithmetic`."""
     return {
         "base": base["weights"],
-        "tokenizer": base["tokenizer"],
+        "tokenizer": base["tokenizer"],  # ids of another one would mean another text
         "dtype": dtype,
         "layer": "last" if tap.layer is None else tap.layer,
         "positions": tap.positions,
-        "encoding": codec.encoding,
+        "encoding": codec.encoding,  # how bytes are compressed does not count
         "engine": f"transformers, padded to {BUCKET}",
         "arithmetic": arithmetic,
         "rule": RULES["states"],

@@ -28,8 +28,8 @@ _ENTRY = np.dtype([("source", "V16"), ("digest", "V16"), ("length", "<i4"), ("wh
 class Start:
     """What the ids of a stored row begin with (the prompt) or, for plain text, all of them."""
 
-    length: int  # number of ids
-    digest: bytes  # of these ids, 16 bytes
+    length: int
+    digest: bytes
     whole: bool  # whether a row must have no other ids
 
     @classmethod

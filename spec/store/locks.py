@@ -27,10 +27,8 @@ class Lock:
 
     @classmethod
     def acquire(cls, path: Path, wait: bool = False) -> Lock | None:
-        """Take the lock of a file, which is made where it is missing; a SpecError says that there are no locks here.
-
-        None where another process (or another Lock of this one) holds it, unless told to `wait` for it.
-        """
+        """Take the lock of a file, which is made where it is missing; None where another holder has it, unless told to
+        `wait` for it."""
         while (handle := _held(path, fcntl.LOCK_EX, wait)) is not None:
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(handle).st_ino == path.stat().st_ino:
@@ -47,15 +45,12 @@ class Lock:
 
 
 def in_use(root: Path) -> AbstractContextManager[None]:
-    """Keep `alone` from starting in this folder while the block runs; any number of processes may.
-
-    A SpecError says that another process is `alone` with it.
-    """
+    """Let no other process be `alone` with this folder while the block runs; any number may be in use of it."""
     return _whole(root, fcntl.LOCK_SH, "is being cleaned by another process; try again when it has ended")
 
 
 def alone(root: Path) -> AbstractContextManager[None]:
-    """Let no other process be `in_use` with this folder while the block runs; a SpecError says that one is."""
+    """Let no other process be `in_use` of this folder while the block runs."""
     return _whole(root, fcntl.LOCK_EX, "is in use by a running stage; try again when it has ended")
 
 

@@ -18,23 +18,14 @@ from spec.store.segment import FORMAT, StoreError
 
 @dataclass(frozen=True)
 class Places:
-    """Where the vectors of one tap lie, for each sequence of a split.
+    """Where the vectors of one tap lie, for each sequence of a split."""
 
-    Attributes:
-        identity: of the collection that holds them.
-        width: of a vector.
-        segments: names of the segments used.
-        digests: the content digest of each of them.
-        segment: for each sequence, an index into segments.
-        row: for each sequence, its row in that segment.
-    """
-
-    identity: Mapping[str, Any]
-    width: int
-    segments: Sequence[str]
-    digests: Sequence[str]
-    segment: Sequence[int]
-    row: Sequence[int]
+    identity: Mapping[str, Any]  # of the collection that holds them
+    width: int  # of a vector
+    segments: Sequence[str]  # names of the segments used
+    digests: Sequence[str]  # the content digest of each of them
+    segment: Sequence[int]  # for each sequence, an index into segments
+    row: Sequence[int]  # for each sequence, its row in that segment
 
     @property
     def tap(self) -> Tap:
@@ -50,19 +41,20 @@ class Places:
 class Manifest:
     """A split: where each of its sequences lies in the store, in the order of the data.
 
+    Where the base is trained too, no states are kept, and nothing is said of the sequences but their `content`.
+
     Attributes:
         base: name, revision and digests of the base, as sources.json gives them.
         dtype: of the states and the base's tables.
         hidden_size: width d of the vectors that lm_head reads.
         vocab_size: rows V of the base's lm_head.
         layers: of the base.
-        layer: their shape, as spec.heads.Layer has it; None where the base is trained too.
-        taps: where the vectors of each tap lie, LAST first; none where the base is trained too.
-        content: SHA-256 over the digests of all sequences, in order.
+        content: SHA-256 over the digests of all sequences, in order; of the file of sequences where none are kept.
+        layer: the shape of the base's layers, as spec.heads.Layer has it.
+        taps: where the vectors of each tap lie, LAST first.
         prompt_length: tokens before the last answer.
         written: whether the base wrote that answer greedily.
-        domain: an index into domains.
-        domains: names.
+        domain: an index into domains, which are names.
         tokens: of all sequences.
         positions: "answers" positions of all sequences.
     """
@@ -72,15 +64,15 @@ class Manifest:
     hidden_size: int
     vocab_size: int
     layers: int
-    layer: Mapping[str, Any] | None
-    taps: Sequence[Places]
-    content: str
-    prompt_length: Sequence[int]
-    written: Sequence[bool]
-    domain: Sequence[int]
-    domains: Sequence[str]
-    tokens: int
-    positions: int
+    layer: Mapping[str, Any] | None = None
+    taps: Sequence[Places] = ()
+    content: str = ""
+    prompt_length: Sequence[int] = ()
+    written: Sequence[bool] = ()
+    domain: Sequence[int] = ()
+    domains: Sequence[str] = ()
+    tokens: int = 0
+    positions: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt_length)
@@ -107,11 +99,7 @@ class Manifest:
         return files.digest_json(entry)
 
     def reading(self, taps: Sequence[Tap]) -> Manifest:
-        """The same with the vectors of LAST and of these taps alone.
-
-        Raises:
-            StoreError: it lacks some of them.
-        """
+        """The same with the vectors of LAST and of these taps alone; a StoreError where it lacks some of them."""
         kept = {places.tap: places for places in self.taps}
         lacking = [f"layer {tap.layer} ({tap.positions})" for tap in taps if tap not in kept]
         if lacking:
@@ -127,11 +115,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read a manifest.
-
-        Raises:
-            StoreError: a file that is missing, of another format, or no manifest.
-        """
+        """Read a manifest; a StoreError where the file is missing, of another format, or no manifest."""
         try:
             entry = files.read_json(path)
             version = entry.pop("format", 2)
@@ -140,19 +124,6 @@ class Manifest:
             return cls(**{**entry, "taps": [Places(**places) for places in entry["taps"]]})
         except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise StoreError(f"{path} is not a manifest of features ({error}); run `spec cache`") from None
-
-    @classmethod
-    def joint(cls, base: Mapping[str, Any], dtype: str, text: Any, content: str) -> Manifest:
-        """The manifest of a split whose states are not cached, because the base is trained too.
-
-        Args:
-            base: as in Manifest; dtype likewise.
-            dtype: of the base that is saved.
-            text: configuration of the base's language model.
-            content: SHA-256 of the file that holds the sequences.
-        """
-        shape = (text.hidden_size, text.vocab_size, text.num_hidden_layers)
-        return cls(base, dtype, *shape, None, [], content, [], [], [], [], 0, 0)
 
     def tables(self, root: Path) -> Collection:
         """The collection of a store that holds the base's tables."""
@@ -166,17 +137,7 @@ class Manifest:
 
 
 def make_manifest(
-    collections: Sequence[Collection],
-    keys: Sequence[str],
-    rows: Sequence[TokenSequence],
-    *,
-    base: Mapping[str, Any],
-    dtype: str,
-    hidden_size: int,
-    vocab_size: int,
-    layers: int,
-    layer: Mapping[str, Any] | None = None,
-    greedy: bool,
+    collections: Sequence[Collection], keys: Sequence[str], rows: Sequence[TokenSequence], *, greedy: bool, **base: Any
 ) -> Manifest:
     """The manifest of sequences of which every collection holds the vectors.
 
@@ -184,19 +145,14 @@ def make_manifest(
         collections: one a tap, that of LAST first.
         keys: content key of each sequence, in the order of the data.
         rows: the sequences.
-        base: as in Manifest; dtype, hidden_size, vocab_size, layers and layer likewise.
         greedy: whether the base wrote the last answers greedily.
+        base: Manifest's base, dtype, hidden_size, vocab_size, layers and layer.
     """
     domains = sorted({row.domain for row in rows})
     found = [_places(collection, keys) for collection in collections]
     assert found[0][0].tap == LAST
     return Manifest(
-        base=base,
-        dtype=dtype,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        layers=layers,
-        layer=layer,
+        **base,
         taps=[places for places, _ in found],
         content=files.digest_json([digests for _, digests in found]),
         prompt_length=[row.prompt_length for row in rows],

@@ -1,7 +1,5 @@
 """Which rows are computed, in which groups, each of which becomes one segment, and how many at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,22 +34,12 @@ def plan_groups(
     limit: int,
     cost: Callable[[int], int] = lambda length: length,
 ) -> list[list[int]]:
-    """Group the rows that are not stored yet.
+    """Group the rows whose key is not yet `known`; gives row numbers, the longest bucket first, so that running out of
+    memory happens at once.
 
-    A group takes rows of one bucket in the order of the data and closes by its own content alone. So taking
-    finished groups away leaves the others as they are: a resumed run and several workers make the same segments as
-    one uninterrupted worker, and appended rows make new ones.
-
-    Args:
-        keys: content key of each row; repeated rows count once.
-        lengths: tokens of each row.
-        known: keys already stored.
-        bucket: padded length of a row of this length.
-        limit: a group closes once its rows' costs reach this.
-        cost: of a row of this length.
-
-    Returns:
-        Row numbers by group, the longest bucket first, so that running out of memory happens at once.
+    A group takes rows of one bucket in the order of the data and closes once the costs of its rows reach `limit`. So
+    taking finished groups away leaves the others as they are: a resumed run and several workers make the same segments
+    as one uninterrupted worker, and appended rows make new ones. Repeated rows count once.
     """
     seen = set(known)
     groups: dict[int, list[list[int]]] = {}
@@ -71,29 +59,15 @@ def plan_groups(
 
 @dataclass
 class Parts:
-    """What the base takes at a time: halved, for all groups that follow, whenever memory runs out.
+    """What the base takes at a time: halved, for all groups that follow, whenever memory runs out."""
 
-    Attributes:
-        size: what a part costs, at most.
-        too_much: the parameter to lower where memory does not suffice for a single row.
-        begin: what to lower so that a run begins with smaller parts, in words.
-    """
-
-    size: int
-    too_much: str
-    begin: str = "data.max_length"
+    size: int  # what a part costs, at most
+    too_much: str  # the parameter to lower where memory does not suffice for a single row
+    begin: str = "data.max_length"  # what to lower so that a run begins with smaller parts
 
     def run(self, work: Callable[[slice], T], lengths: Sequence[int], cost: int = 1) -> Iterator[tuple[slice, T]]:
-        """Work on one part of a group after the other; gives each part and what came of it.
-
-        Args:
-            work: takes the rows of a part.
-            lengths: tokens of each row of the group.
-            cost: of each row.
-
-        Raises:
-            StoreError: memory does not suffice for a single row.
-        """
+        """Work on one part after the other of a group of rows with these lengths, which cost the same each; gives each
+        part and what came of it."""
         start = 0
         while start < len(lengths):
             count = min(max(1, self.size // cost), len(lengths) - start)

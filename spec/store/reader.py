@@ -1,11 +1,9 @@
 """Cached features as training and acceptance read them: whole sequences."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,30 +18,19 @@ from torch import Tensor
 
 from spec.device import on_this_device
 from spec.heads import Packed
-from spec.store.codecs import CODECS, Codec
+from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest
 from spec.store.segment import Arrays, DamagedError, StoreError
 
-WINDOW = 8
-"""Segments that are shuffled together: an epoch reads each segment once, and about this many are in use."""
-
-AHEAD = 4
-"""Segments that are decoded before they are needed."""
-
-LOOK_AHEAD = 1000
-"""Parts that are looked at before they are needed."""
-
-DECODERS = 2
-"""Threads that decode."""
-
-MEMORY_SHARE = 0.25
-"""Of the memory that is free at the start: what decoded segments may keep, shared by the workers of a machine."""
+WINDOW = 8  # segments that are shuffled together: an epoch reads each segment once, and about this many are in use
+AHEAD = 4  # segments that are decoded before they are needed
+LOOK_AHEAD = 1000  # parts that are looked at before they are needed
+DECODERS = 2  # threads that decode
+MEMORY_SHARE = 0.25  # of what is free at the start: what decoded segments may keep, for all workers of a machine
 
 T = TypeVar("T")
-
-Key = tuple[int, str]
-"""A segment: the number of its tap in the manifest, and its name."""
+Key = tuple[int, str]  # a segment: the number of its tap in the manifest, and its name
 
 
 @dataclass(frozen=True)
@@ -72,23 +59,24 @@ class SequenceReader(Protocol):
         """The sequences of each part."""
 
 
+@dataclass(frozen=True)
 class _Segment:
     """A decoded segment."""
 
-    def __init__(self, arrays: Arrays, dtype: torch.dtype, codec: Codec) -> None:
-        self._states = codec.decode(arrays, dtype)
-        self._ids, self._mask = arrays["ids"], arrays["mask"]
-        self._token_offsets, self._state_offsets = arrays["token_offsets"], arrays["state_offsets"]
-        self.bytes = self._states.nbytes + 5 * len(self._ids)
+    arrays: Arrays
+    vectors: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.vectors.nbytes + 5 * len(self.arrays["ids"])
 
     def tokens(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """ids and mask of a row."""
-        tokens = slice(*self._token_offsets[row : row + 2])
-        return self._ids[tokens], self._mask[tokens]
+        tokens = slice(*self.arrays["token_offsets"][row : row + 2])
+        return self.arrays["ids"][tokens], self.arrays["mask"][tokens]
 
     def states(self, row: int) -> Tensor:
-        """The states of a row."""
-        return self._states[slice(*self._state_offsets[row : row + 2])]
+        return self.vectors[slice(*self.arrays["state_offsets"][row : row + 2])]
 
 
 class FeatureReader:
@@ -101,9 +89,6 @@ class FeatureReader:
         manifest: the split.
         store: the store's root.
         memory: bytes that decoded segments may keep beyond those in use; None: MEMORY_SHARE of what is free.
-
-    Raises:
-        StoreError: the store holds another identity under the name of a tap's collection.
     """
 
     def __init__(self, manifest: Manifest, store: Path, memory: int | None = None) -> None:
@@ -123,17 +108,13 @@ class FeatureReader:
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="segment-reader")
 
     def check(self) -> None:
-        """Check that every segment is there, as far as it shows without reading its arrays.
-
-        Raises:
-            StoreError: the store lacks a segment, or holds another one than the manifest names.
-        """
-        for tap, name in self._digests:
+        """Check that every segment is there and the one that the manifest names, without reading its arrays."""
+        for key in self._digests:
             try:
-                self._check((tap, name))
+                self._check(key)
             except DamagedError as error:
                 raise StoreError(
-                    f"segment {name} is not in {error.folder}, or damaged ({error.reason}); run the cache "
+                    f"segment {error.name} is not in {error.folder}, or damaged ({error.reason}); run the cache "
                     "stage (it computes only what is missing), or point features.store to the manifest's own store"
                 ) from error
 
@@ -142,7 +123,7 @@ class FeatureReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states."""
+        """The dtype of the states."""
         dtype: torch.dtype = getattr(torch, self.manifest.dtype)
         return dtype
 
@@ -184,22 +165,15 @@ class FeatureReader:
         return ordered[len(ordered) * rank // world : len(ordered) * (rank + 1) // world]
 
     def batches(self, parts: Iterable[Sequence[int]], pin: bool = False) -> Iterator[Packed]:
-        """The sequences of each part (by index), with segments decoded ahead.
-
-        Raises:
-            DamagedError: when a part that needs a damaged segment is reached.
-        """
+        """The sequences of each part (by index), with segments decoded ahead; a DamagedError comes with the first part
+        that needs a damaged segment."""
         for part in self._decoded_ahead(parts):
             yield self.packed(part, pin)
 
     def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, Packed]]:
-        """Sequences one by one, in the order of the store, so that each segment is decoded once and ahead.
-
-        Raises:
-            DamagedError: when a sequence of a damaged segment is reached.
-        """
-        place = self.manifest.last.segment, self.manifest.last.row
-        ordered = sorted(indices, key=lambda index: (place[0][index], place[1][index]))
+        """Sequences one by one, in the order of the store, so that each segment is decoded once and ahead."""
+        last = self.manifest.last
+        ordered = sorted(indices, key=lambda index: (last.segment[index], last.row[index]))
         for (index,) in self._decoded_ahead([index] for index in ordered):
             yield index, self.packed([index])
 
@@ -228,12 +202,12 @@ class FeatureReader:
         """How often each token [V] is supervised in the split, or with `prompts` how often it occurs at all; reads no
         states."""
         counts = np.zeros(self.manifest.vocab_size, np.int64)
-        rows: dict[int, list[int]] = {}
         last = self.manifest.last
+        rows: list[list[int]] = [[] for _ in last.segments]
         for segment, row in zip(last.segment, last.row, strict=True):
-            rows.setdefault(segment, []).append(row)
-        for segment, used in rows.items():
-            arrays, _ = self._read((0, last.segments[segment]), ("ids", "mask", "token_offsets"))
+            rows[segment].append(row)
+        for name, used in zip(last.segments, rows, strict=True):
+            arrays, _ = self._read((0, name), ("ids", "mask", "token_offsets"))
             for row in used:
                 tokens = slice(*arrays["token_offsets"][row : row + 2])
                 wanted = (arrays["mask"][tokens] != 0) | prompts
@@ -244,40 +218,35 @@ class FeatureReader:
         """Of each tap the segment in which a sequence lies."""
         return [(tap, places.segments[places.segment[index]]) for tap, places in enumerate(self.manifest.taps)]
 
-    def _load(self, key: Key, needed: Counter[Key] | None = None) -> Future[_Segment]:
+    def _load(self, key: Key, needed: Container[Key] = ()) -> Future[_Segment]:
         """The segment, being decoded or decoded; makes room by dropping those used longest ago and not needed."""
         with self._lock:
             if key not in self._segments:
-                self._make_room(needed or Counter())
+                done = {k: f.result().bytes for k, f in self._segments.items() if f.done() and f.exception() is None}
+                total = sum(done.values())
+                for old in [old for old in done if old not in needed][:-1]:
+                    if total > self._memory:
+                        total -= done[old]
+                        del self._segments[old]
                 self._segments[key] = self._pool.submit(self._decode, key)
             self._segments.move_to_end(key)
             return self._segments[key]
 
     def _decode(self, key: Key) -> _Segment:
         arrays, attributes = self._read(key)
-        return _Segment(arrays, self.dtype, CODECS[attributes["codec"]])
+        return _Segment(arrays, CODECS[attributes["codec"]].decode(arrays, self.dtype))
 
     def _read(self, key: Key, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
         self._check(key)
         return self._collections[key[0]].read(key[1], only)
 
     def _check(self, key: Key) -> None:
-        tap, name = key
-        record = self._collections[tap].record(name)
-        if record.digest != self._digests[key]:
+        collection, name = self._collections[key[0]], key[1]
+        if (found := collection.record(name).digest) != self._digests[key]:
             raise StoreError(
-                f"segment {name} in {self._collections[tap].folder} has the digest {record.digest}, but the manifest "
-                f"names {self._digests[key]}; run the cache stage again"
+                f"segment {name} in {collection.folder} has the digest {found}, but the manifest names "
+                f"{self._digests[key]}; run the cache stage again"
             )
-
-    def _make_room(self, needed: Counter[Key]) -> None:
-        done = {key: f.result().bytes for key, f in self._segments.items() if f.done() and f.exception() is None}
-        total = sum(done.values())
-        for key in [key for key in done if key not in needed][:-1]:
-            if total <= self._memory:
-                break
-            total -= done[key]
-            del self._segments[key]
 
 
 def _together(tensors: list[Tensor], pin: bool) -> Tensor:

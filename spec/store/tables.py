@@ -1,7 +1,5 @@
 """The base's own tables, by which training needs no base: embedding, lm_head, and how they make its logits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +15,7 @@ from spec.base import Base, Logits
 from spec.store import codecs, identity
 from spec.store.collection import Collection
 
-ITEM = "tables"
-"""In place of a row's key."""
+ITEM = "tables"  # in place of a row's key
 
 
 def collection(root: Path, base: Mapping[str, str], dtype: str) -> Collection:
@@ -71,11 +68,7 @@ def logits(kept: Collection) -> Logits | None:
 
 class Tables(Mapping[str, Tensor]):
     """The base's "embedding" and "lm_head", each [V, d], where lm_head has one its "bias" [V], and what base.last_layer
-    gives; each is read when it is asked for.
-
-    Raises:
-        DamagedError: they are missing or damaged.
-    """
+    gives; each is read when it is asked for."""
 
     def __init__(self, kept: Collection) -> None:
         self._kept, attributes = kept, _attributes(kept)

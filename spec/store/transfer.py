@@ -23,14 +23,9 @@ from spec.store.segment import FORMAT, RECORD, DamagedError, Record, StoreError
 
 log = logging.getLogger(__name__)
 
-THREADS = 4
-"""Segments that are copied at the same time; four times as many are asked about at the same time."""
-
-PAUSE = 5.0
-"""Seconds between two looks of `follow`."""
-
+THREADS = 4  # segments that are copied at the same time; four times as many are asked about
+PAUSE = 5.0  # seconds between two looks of `follow`
 _SEGMENT = re.compile("[0-9a-f]{32}")
-
 OnBytes = Callable[[int], object]
 
 
@@ -39,11 +34,7 @@ class TransferError(StoreError):
 
 
 class Place:
-    """A store's layout in a folder or at a URL. Each method raises TransferError where it cannot be reached or refuses.
-
-    Raises:
-        StoreError: fsspec does not know the URL, lacks a package for it, or cannot connect.
-    """
+    """A store's layout in a folder or at a URL; its methods raise a TransferError where it cannot be reached."""
 
     def __init__(self, url: str | Path) -> None:
         import fsspec
@@ -61,16 +52,11 @@ class Place:
 
     def collections(self) -> list[str]:
         """Names of the collections' folders."""
-        return [name for name in self._names("") if NAME.fullmatch(name)]
+        return self._names("", NAME)
 
     def segments(self, collection: str) -> list[str]:
         """Names of the segments' folders, whole or not."""
-        return [name for name in self._names(f"/{collection}") if _SEGMENT.fullmatch(name)]
-
-    def record(self, collection: str, name: str) -> Record | None:
-        """A segment's record, or None; a ValueError says that it is not as it was written."""
-        content = self.read(f"{collection}/{name}/{RECORD}")
-        return None if content is None else Record.from_bytes(name, content)
+        return self._names(f"/{collection}", _SEGMENT)
 
     def read(self, name: str) -> bytes | None:
         """A small file, or None."""
@@ -90,10 +76,10 @@ class Place:
         with self._clear(f"write {name}"):
             self._fs.put_file(str(source), f"{self._path}/{name}")
 
-    def _names(self, under: str) -> list[str]:
+    def _names(self, under: str, kind: re.Pattern[str]) -> list[str]:
         with self._clear(f"list {self._path}{under}"), contextlib.suppress(FileNotFoundError):
             listed = self._fs.ls(self._path + under, detail=False)
-            return sorted(path.rstrip("/").rpartition("/")[2] for path in listed)
+            return sorted(filter(kind.fullmatch, (path.rstrip("/").rpartition("/")[2] for path in listed)))
         return []
 
     @contextlib.contextmanager
@@ -129,9 +115,6 @@ class Transfer:
     only: names of segments by their collection's folder; None: all that the source has.
     found, copied: numbers of segments that the target had already, and that were copied.
     problems: what could not be copied, and why.
-
-    Raises:
-        StoreError: both places are the same folder.
     """
 
     def __init__(self, source: Place, target: Place, only: Mapping[str, Iterable[str]] | None = None) -> None:
@@ -146,18 +129,16 @@ class Transfer:
 
     def look(self) -> list[Lacking]:
         """What the target lacks just now; what earlier looks and copies have settled is not asked about again."""
-        found = []
+        found: list[Lacking] = []
         for name in self.source.collections() if self._only is None else sorted(self._only):
             settled = self._settled.setdefault(name, set())
             asked = {*(self.source.segments(name) if self._only is None else self._only[name])} - settled
-            if not asked:
-                continue
-            collection = self._collection(name)
+            collection = self._collection(name) if asked else None
             if collection is None:
                 settled |= asked
                 continue
             with ThreadPoolExecutor(4 * THREADS, thread_name_prefix="segment-looker") as pool:
-                found += [lacking for lacking in pool.map(partial(self._compare, collection), sorted(asked)) if lacking]
+                found += filter(None, pool.map(partial(self._compare, collection), sorted(asked)))
         return found
 
     def copy(self, segments: Sequence[Lacking], on_bytes: OnBytes = lambda count: None) -> None:
@@ -166,12 +147,11 @@ class Transfer:
         One thread at a time calls `on_bytes` with the bytes of a segment that is done. Where a place cannot be reached
         (a TransferError), segments in hand are completed and others are not begun.
         """
-        for collection in {item.collection.folder: item.collection for item in segments}.values():
-            path = f"{collection.folder.name}/{IDENTITY}"
+        for folder, collection in {item.collection.folder: item.collection for item in segments}.items():
             if self.target.folder:
                 collection.create()
-            elif self.target.read(path) is None:
-                self.target.upload(collection.folder / IDENTITY, path)
+            elif self.target.read(path := f"{folder.name}/{IDENTITY}") is None:
+                self.target.upload(folder / IDENTITY, path)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="segment-copier") as pool:
             try:
                 for future in [pool.submit(self._copy, item, on_bytes) for item in segments]:
@@ -218,32 +198,32 @@ class Transfer:
             return None
 
     def _compare(self, collection: Collection, name: str) -> Lacking | None:
-        folder, damaged = collection.folder.name, False
-        try:
-            if self.target.record(folder, name) is not None:
+        folder = collection.folder.name
+        there = self.target.read(f"{folder}/{name}/{RECORD}")
+        with contextlib.suppress(ValueError):
+            if there is not None and Record.from_bytes(name, there):
                 with self._lock:
                     self.found += 1
                 self._settled[folder].add(name)
                 return None
-        except ValueError:
-            damaged = True
+        here = self.source.read(f"{folder}/{name}/{RECORD}")
         try:
-            record = self.source.record(folder, name)
+            if here is None and self._only is not None:
+                raise ValueError("it has no record")
+            return None if here is None else Lacking(collection, Record.from_bytes(name, here), there is not None)
         except ValueError as error:
             self._refuse(folder, name, error)
             return None
-        if record is None and self._only is not None:
-            self._refuse(folder, name, "it has no record")
-        return Lacking(collection, record, damaged) if record else None
 
     def _refuse(self, folder: str, name: str, reason: object) -> None:
         self._settled[folder].add(name)
-        problem = (
-            f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
-            "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and push "
-            "it again from a store that has it"
+        self.problems.append(
+            StoreError(
+                f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
+                "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and "
+                "push it again from a store that has it"
+            )
         )
-        self.problems.append(StoreError(problem))
 
     def _copy(self, item: Lacking, on_bytes: OnBytes) -> None:
         collection, name = item.collection, item.record.name

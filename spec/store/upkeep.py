@@ -37,14 +37,26 @@ class Summary:
     producers: tuple[str, ...]
 
 
+@dataclass
+class Removal:
+    """What gc or forget removed."""
+
+    segments: int = 0  # removed or rewritten
+    rows: int = 0  # removed with them
+    bytes: int = 0  # of the disk
+    kept: int = 0  # segments that stay
+    indexed: int = 0  # forget: source rows that the index knew
+    missed: list[int] = field(default_factory=list)  # forget: numbers of the source rows of which nothing was stored
+
+
 def add_root(root: Path, path: Path, segments: Mapping[str, Sequence[str]]) -> None:
-    """Write down that a file of a workspace needs these segments (by collection folder's name)."""
+    """Write down that a file of a workspace needs these segments (by their collection's folder)."""
     target = _root_of(root, path)
     files.write_json(target, {"path": str(path.resolve()), "file": files.digest_file(path), "segments": segments})
 
 
 def touch_root(root: Path, path: Path) -> bool:
-    """Write down that a file of a workspace was used today; False where add_root was not told of it."""
+    """Write down that a file of a workspace was used today; False where the store has no root of it."""
     with contextlib.suppress(OSError):
         os.utime(_root_of(root, path))
         return True
@@ -52,7 +64,7 @@ def touch_root(root: Path, path: Path) -> bool:
 
 
 def root_segments(root: Path, path: Path) -> dict[str, list[str]]:
-    """The segments that a file of a workspace needs, as add_root was told; none where it was not told."""
+    """The segments that a file of a workspace needs; none where the store has no root of it."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return dict(files.read_json(_root_of(root, path))["segments"])
     return {}
@@ -67,21 +79,18 @@ def _root_of(root: Path, path: Path) -> Path:
 def summaries(root: Path) -> Iterator[Summary]:
     """Every collection of a store that can be read; verify names the others."""
     for folder in collections(root):
-        try:
+        with contextlib.suppress(StoreError):
             collection = Collection.open(folder)
-        except StoreError:
-            continue
-        good, damaged = collection.survey()
-        aside = [path.name.removeprefix(DAMAGED) for path in folder.glob(f"{DAMAGED}*")]
-        yield Summary(
-            folder,
-            collection.identity,
-            len(good),
-            sum(len(record.items) for record in good.values()),
-            sum(record.size for record in good.values()),
-            (*damaged, *aside),
-            tuple(sorted({_producer(folder / name) for name in good})),
-        )
+            good, damaged = collection.survey()
+            yield Summary(
+                folder,
+                collection.identity,
+                len(good),
+                sum(len(record.items) for record in good.values()),
+                sum(record.size for record in good.values()),
+                (*damaged, *(path.name.removeprefix(DAMAGED) for path in folder.glob(f"{DAMAGED}*"))),
+                tuple(sorted({_producer(folder / name) for name in good})),
+            )
 
 
 def _producer(path: Path) -> str:
@@ -94,7 +103,7 @@ def verify(
 ) -> tuple[int, list[StoreError]]:
     """Read everything of a store; `set_aside` moves damaged segments out of sight, so that they are computed again.
 
-    Returns the number of whole segments, and an error for each damaged one.
+    Returns the number of whole segments, whose bytes `on_segment` is called with, and an error for each damaged one.
     """
     whole = 0
     problems: list[StoreError] = []
@@ -115,57 +124,35 @@ def verify(
     return whole, problems
 
 
-@dataclass
-class Removal:
-    """What gc or forget removed."""
-
-    segments: int = 0  # removed or rewritten
-    rows: int = 0  # removed with them
-    bytes: int = 0  # of the disk
-    kept: int = 0  # segments that stay
-    indexed: int = 0  # forget: source rows that the index knew
-    missed: list[int] = field(default_factory=list)  # forget: numbers of the source rows of which nothing was stored
-    paths: list[Path] = field(default_factory=list)  # where they and what else went lay
-
-
 def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
     """Remove segments that no manifest names, and what damage and killed processes left.
 
     A manifest counts while a workspace still holds it, or while some stage has used it in the last `older_than`
     seconds (it may be an experiment's, or another branch's). A segment that no manifest names stays as long, too:
     it may be what an interrupted run has computed so far. Without `remove`, everything is only counted.
-
-    Raises:
-        StoreError: a root is damaged, so that what it needs is not known.
-        SpecError: a stage is using the store.
     """
     removal = Removal()
+    drop: Callable[[Path], object] = files.remove if remove else lambda path: None
     with alone(root):
         before = time.time() - older_than
-        live = _live_segments(root, before, remove)
+        live = _live_segments(root, before, drop)
         for folder in collections(root):
             named = live.get(folder.name, set())
             rest = 0
-            for path in sorted(folder.iterdir()):
-                if not path.is_dir():
-                    continue
+            for path in sorted(path for path in folder.iterdir() if path.is_dir()):
                 if path.name in named or (not _is_litter(path) and path.stat().st_mtime > before):
-                    removal.kept += 1
                     rest += 1
-                    continue
-                _count(removal, path)
-                if remove:
-                    files.remove(path)
+                else:
+                    _count(removal, path)
+                    drop(path)
+            removal.kept += rest
             if not rest and not named:
-                removal.paths.append(folder)
-                if remove:
-                    files.remove(folder)
+                drop(folder)
     return removal
 
 
-def _live_segments(root: Path, before: float, remove: bool) -> dict[str, set[str]]:
-    """Names of the segments that manifests need, by collection folder. A manifest that is gone counts if a stage has
-    used it since `before` (seconds since the epoch); `remove` drops the root of others."""
+def _live_segments(root: Path, before: float, drop: Callable[[Path], object]) -> dict[str, set[str]]:
+    """Names of the segments that manifests need, by collection folder; roots of manifests that count no more go."""
     live: dict[str, set[str]] = {}
     for path in sorted((root / ROOTS).glob("*.json")):
         try:
@@ -175,12 +162,11 @@ def _live_segments(root: Path, before: float, remove: bool) -> dict[str, set[str
             segments = entry["segments"].items()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error}); remove it and run the cache stage in its project") from None
-        if not present and path.stat().st_mtime <= before:
-            if remove:
-                files.remove(path)
-            continue
-        for folder, names in segments:
-            live.setdefault(folder, set()).update(names)
+        if present or path.stat().st_mtime > before:
+            for folder, names in segments:
+                live.setdefault(folder, set()).update(names)
+        else:
+            drop(path)
     return live
 
 
@@ -192,7 +178,6 @@ def _is_litter(path: Path) -> bool:
 def _count(removal: Removal, path: Path) -> None:
     removal.segments += 1
     removal.bytes += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    removal.paths.append(path)
     with contextlib.suppress(OSError, ValueError, LookupError):
         removal.rows += len(json.loads((path / segment.RECORD).read_bytes())["items"])
 
@@ -209,10 +194,6 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
         root: the store.
         tokenizer: digest of the one that made the starts; they say nothing of collections of other tokenizers.
         rows: by digest of the source row, how it begins as it is tokenized now; None where it cannot be tokenized.
-
-    Raises:
-        StoreError: a segment or an index file that cannot be read.
-        SpecError: a stage is using the store.
     """
     removal = Removal()
     found: set[bytes] = set()
@@ -222,10 +203,8 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
         rendered = {source: {start} for source, start in rows.items() if start is not None}
         for folder in collections(root):
             collection = Collection.open(folder)
-            if collection.kind == "tables":
-                continue
             known = [indexed, rendered] if collection.identity.get("tokenizer") == tokenizer else [indexed]
-            if not any(known):
+            if collection.kind == "tables" or not any(known):
                 continue
             given = _matcher(known, found)
             for name in segment.names(folder):
@@ -251,10 +230,8 @@ def _matcher(known: Sequence[Mapping[bytes, set[Start]]], found: set[bytes]) -> 
         matching: set[bytes] = set()
         for length in lengths:
             if length <= len(ids):
-                digest = index.digest_ids(ids[:length])
-                matching |= rows_of.get(Start(length, digest, whole=False), set())
-                if length == len(ids):
-                    matching |= rows_of.get(Start(length, digest, whole=True), set())
+                for whole in {False, length == len(ids)}:
+                    matching |= rows_of.get(Start(length, index.digest_ids(ids[:length]), whole), set())
         found.update(matching)
         return bool(matching)
 
@@ -272,7 +249,6 @@ def _forget(collection: Collection, name: str, given: Callable[[Row], bool], rem
     removal.segments += 1
     removal.rows += len(rows) - len(left)
     removal.bytes += record.size
-    removal.paths.append(collection.folder / name)
     if left:
         claim = collection.claim([record.items[number] for number in left])
         if claim is not None:

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -56,8 +55,7 @@ def test_another_generation_config_changes_no_feature(folder: Path) -> None:
 @pytest.mark.parametrize(("stage", "split"), STAGES)
 def test_the_manifest_of_joint_training_holds_no_features(folder: Path, stage: str, split: str) -> None:
     base = common.read_sources()["base"]
-    text = SimpleNamespace(hidden_size=32, vocab_size=304, num_hidden_layers=2)
-    Manifest.joint(base, "float32", text, "").save(common.features_path(split))
+    Manifest(base, "float32", hidden_size=32, vocab_size=304, layers=2).save(common.features_path(split))
     assert f"data/features/{split}.json: its freeze_base_model is False, and True is expected" in refused(stage)
 
 

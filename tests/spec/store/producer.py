@@ -29,7 +29,7 @@ from spec.store import answers, features, identity
 from spec.store.codecs import ZSTD
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow, TapStore
-from spec.store.plan import item_key, plan_groups
+from spec.store.plan import item_key
 
 DIGESTS = {"weights": "w", "tokenizer": "t", "generation": "g"}
 RESPOND = Respond(max_new_tokens=3, batch_size=1, temperature=1.0)
@@ -56,10 +56,8 @@ def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> No
         groups = features.plan(keyed, [made.find()], 1)
         features.produce(base, [TapStore(LAST, ZSTD, made)], keyed, groups, rank=rank, world=world)
     else:
-        keys = list(map(item_key, rows))
-        groups = plan_groups(keys, list(map(len, rows)), made.find(), base_model.prompt_bucket, 1)
-        answer = partial(base_model.answer, base)
-        answers.produce(answer, {}, made, keys, rows, groups, RESPOND, rank=rank, world=world)
+        groups = answers.plan(rows, made.find(), 1, base_model.prompt_bucket)
+        answers.produce(partial(base_model.answer, base), {}, made, rows, groups, RESPOND, rank=rank, world=world)
 
 
 def logging_claims(path: Path) -> None:

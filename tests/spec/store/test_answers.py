@@ -20,7 +20,7 @@ from spec.base import Base
 from spec.config import Model, Respond
 from spec.store import answers, identity
 from spec.store.collection import Collection
-from spec.store.plan import item_key, plan_groups
+from spec.store.plan import item_key
 from spec.store.segment import rows_of
 
 BASE = {"weights": "w", "tokenizer": "t", "generation": "g"}
@@ -58,15 +58,11 @@ def produce(
 ) -> Collection:
     """Let `world` workers answer at the same time, each with a collection of its own."""
     collection = made(root, params)
-    keys = [item_key(prompt) for prompt in prompts]
-    lengths = [len(prompt) for prompt in prompts]
-    groups = plan_groups(
-        keys, lengths, collection.find(), base_model.prompt_bucket, params.batch_size, lambda length: 1
-    )
+    groups = answers.plan(prompts, collection.find(), params.batch_size, base_model.prompt_bucket)
 
     def work(rank: int) -> None:
         answer, made_by = partial(base_model.answer, base), base.producer
-        answers.produce(answer, made_by, made(root, params), keys, prompts, groups, params, on_tokens, rank, world)
+        answers.produce(answer, made_by, made(root, params), prompts, groups, params, on_tokens, rank, world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
     for thread in threads:
@@ -78,7 +74,7 @@ def produce(
 
 
 def read(collection: Collection, prompts: Sequence[Prompt]) -> list[list[int]]:
-    return [found.tolist() for found in answers.read(collection, [item_key(prompt) for prompt in prompts])]
+    return [found.tolist() for found in answers.read(collection, prompts)]
 
 
 def digests(collection: Collection) -> dict[str, str]:
@@ -193,7 +189,7 @@ def test_a_group_that_does_not_fit_into_memory_is_answered_in_parts(
 ) -> None:
     prompts = make_prompts(9, longest=60)
     params = Respond(max_new_tokens=12, batch_size=9)
-    expected = answers.read(produce(base, tmp_path / "whole", prompts, params), list(map(item_key, prompts)))
+    expected = read(produce(base, tmp_path / "whole", prompts, params), prompts)
     real, asked = base_model.answer, []
 
     def small(base: Base, prompts: Sequence[Sequence[int]], *rest: Any) -> list[list[int]]:
@@ -203,7 +199,6 @@ def test_a_group_that_does_not_fit_into_memory_is_answered_in_parts(
         return real(base, prompts, *rest)
 
     monkeypatch.setattr(base_model, "answer", small)
-    found = answers.read(produce(base, tmp_path / "parts", prompts, params), list(map(item_key, prompts)))
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert read(produce(base, tmp_path / "parts", prompts, params), prompts) == expected
     assert asked == [9, 4, 2, 2, 2, 2, 1]
     assert caplog.messages[-1] == "out of memory: going on with 2 at a time; lower respond.batch_size to begin so"

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from spec.store import codecs
 from spec.store.codecs import FP8, NONE, from_numpy, to_numpy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,22 +65,3 @@ def test_arrays_of_every_dtype_go_to_numpy_and_back_without_a_copy() -> None:
         assert back.dtype == dtype
         assert back.data_ptr() == tensor.data_ptr()
         assert back.tolist() == [[1, 2], [3, 4]]
-
-
-@given(
-    length=st.integers(0, 5000),
-    rest=st.lists(st.integers(1, 5000), max_size=2),
-    dtype=st.sampled_from([np.uint8, np.uint16, np.float32, np.int64]),
-)
-def test_a_chunk_is_about_a_mebibyte_of_whole_rows(length: int, rest: list[int], dtype: type) -> None:
-    row = int(np.prod(rest)) * np.dtype(dtype).itemsize
-    rows = codecs.chunk_rows((length, *rest), np.dtype(dtype))
-    assert rows >= 1
-    assert rows == 1 or rows * row <= 2**20 < (rows + 1) * row
-
-
-def test_reading_is_switched_to_the_fast_pipeline_only_inside_the_block() -> None:
-    usual = zarr.config.get("codec_pipeline.path")
-    with codecs.fast_reading():
-        assert zarr.config.get("codec_pipeline.path") == "zarrs.ZarrsCodecPipeline"
-    assert zarr.config.get("codec_pipeline.path") == usual != "zarrs.ZarrsCodecPipeline"

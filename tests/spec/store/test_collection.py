@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,37 +120,14 @@ def test_the_name_follows_from_identity_and_rows_in_order(tmp_path: Path) -> Non
 # The identity that is written down -----------------------------------------------------------------------------------
 
 
-def rewrite(made: Collection, change: Callable[[dict[str, Any]], object]) -> None:
-    path = made.folder / "identity.json"
-    entry = files.read_json(path)
-    change(entry)
-    path.write_text(json.dumps(entry, indent=2) + "\n")
-
-
-ANOTHER: dict[str, Any] = {"format": "another", "base": "another", "seed": 1, "dtype": None, "more": 1}
-
-
-@pytest.mark.parametrize("field", ANOTHER)
-def test_another_value_of_any_field_is_refused_with_both_values(tmp_path: Path, field: str) -> None:
-    made = collection(tmp_path)
-    expected = files.read_json(made.folder / "identity.json").get(field)
-    rewrite(made, lambda entry: entry.pop(field) if ANOTHER[field] is None else entry.update({field: ANOTHER[field]}))
-    message = rf"identity\.json: its {field} is {ANOTHER[field]!r}, and {expected!r} is expected here.*dvc repro"
-    for look in (made.check, made.create):
-        with pytest.raises(StoreError, match=message):
-            look()
-
-
-SPOILT = [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 3', json.dumps({"format": 3, **IDENTITY}).encode()]
-
-
-@pytest.mark.parametrize("content", SPOILT)
+@pytest.mark.parametrize("content", [b"", b"\xff", json.dumps({"format": 3, **IDENTITY}).encode()])
 def test_an_identity_that_nobody_wrote_is_damage(tmp_path: Path, content: bytes) -> None:
     """The last one has equal values in another spelling."""
     made = collection(tmp_path)
     (made.folder / "identity.json").write_bytes(content)
-    with pytest.raises(StoreError, match=r"identity\.json is damaged: remove it and run the stage again"):
-        made.check()
+    for look in (made.check, made.create):
+        with pytest.raises(StoreError, match=r"identity\.json is damaged: remove it and run the stage again"):
+            look()
     (made.folder / "identity.json").unlink()
     made.create()
     assert files.read_json(made.folder / "identity.json")["base"] == "w"

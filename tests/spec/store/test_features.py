@@ -406,13 +406,6 @@ def test_stored_bytes_is_what_the_arrays_take(base: Base, half: Base, tmp_path: 
     assert states + 5 * sum(map(len, rows)) == found
 
 
-def test_vectors_of_a_segment_are_counted(base: Base, tmp_path: Path) -> None:
-    rows = make_rows(9)
-    collection = produce(base, tmp_path, rows)
-    found = sum(features.vectors_of(collection, name) for name in collection.records())
-    assert found == sum(int(row.mask[1:].sum()) for row in rows)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tables_are_kept_once(base: Base, half: Base, tmp_path: Path, dtype: str) -> None:
     model = base if dtype == "float32" else half

@@ -16,7 +16,6 @@ from spec.store import answers, features, identity, tables
 from spec.store.codecs import NONE
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow, TapStore
-from spec.store.plan import item_key
 
 IDS = np.arange(3, 83, dtype=np.int32)
 MASK = np.resize(np.asarray([0, 0, 1, 1, 1], np.uint8), len(IDS))
@@ -64,9 +63,8 @@ def test_states(base: Base, tmp_path: Path) -> None:
 def test_answers(base: Base, tmp_path: Path, temperature: float) -> None:
     collection, params = Collection(tmp_path, "answers", {}), Respond(max_new_tokens=12, temperature=temperature)
     collection.create()
-    prompts, keys = [IDS[4:24]], [item_key(IDS[4:24])]
-    answers.produce(partial(base_model.answer, base), {}, collection, keys, prompts, [[0]], params)
-    found = answers.read(collection, keys)[0].tolist()
+    answers.produce(partial(base_model.answer, base), {}, collection, [IDS[4:24]], [[0]], params)
+    found = answers.read(collection, [IDS[4:24]])[0].tolist()
     assert found == ANSWERS[temperature], f"{CHANGED.format('answers')}: {found}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -15,19 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec.store import codecs, segment
+from spec.store import segment, shards
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.segment import DamagedError, Record, Row
 
 NAME = "0123456789abcdef0123456789abcdef"
-OFFSETS = {
-    "states": "state_offsets",
-    "exact": "state_offsets",
-    "ids": "token_offsets",
-    "mask": "token_offsets",
-    "wide": "wide_offsets",
-}
+OFFSETS = dict.fromkeys(("states", "exact"), "state_offsets") | dict.fromkeys(("ids", "mask"), "token_offsets")
+OFFSETS["wide"] = "wide_offsets"
 ATTRIBUTES = {"dtype": "bfloat16", "offsets": OFFSETS}
 SMALL_CHUNKS = 96
 
@@ -55,8 +49,8 @@ def write(folder: Path, rows: Sequence[Row], codec: str = "none", **attributes: 
     return segment.write(folder, NAME, keys(rows), rows, {**ATTRIBUTES, **attributes}, CODECS[codec])
 
 
-def read(folder: Path, name: str = NAME) -> list[Row]:
-    return segment.rows_of(*segment.read(folder, name))
+def read(folder: Path) -> list[Row]:
+    return segment.rows_of(*segment.read(folder, NAME))
 
 
 def assert_equal(found: Sequence[Row], expected: Sequence[Row]) -> None:
@@ -80,7 +74,7 @@ def test_what_is_written_is_read(
 ) -> None:
     folder, rows = tmp_path_factory.mktemp("segment"), make_rows(lengths, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codecs, "_CHUNK_BYTES", chunk)
+        patch.setattr(shards, "_CHUNK_BYTES", chunk)
         record = write(folder, rows, codec)
     assert_equal(read(folder), rows)
     assert segment.read_record(folder, NAME) == record
@@ -130,7 +124,7 @@ def test_the_record(tmp_path: Path, codec: str) -> None:
 def test_digests_do_not_depend_on_codec_chunks_or_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows()
     plain, packed = (write(tmp_path / codec, rows, codec) for codec in ("none", "zstd"))
-    monkeypatch.setattr(codecs, "_CHUNK_BYTES", SMALL_CHUNKS)
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", SMALL_CHUNKS)
     cut = write(tmp_path / "cut", rows)
     assert plain.digest == packed.digest == cut.digest
     assert len({record.size for record in (plain, packed, cut)}) == 3
@@ -150,18 +144,9 @@ def test_the_digest_of_a_segment_follows_keys_rows_and_order() -> None:
 
 def test_the_digest_of_a_row_holds_names_dtypes_shapes_and_values() -> None:
     array = np.arange(6, dtype=np.int32)
-    digests = {
-        segment.digest_row(arrays)
-        for arrays in (
-            {"a": array},
-            {"b": array},
-            {"a": array.astype(np.uint32)},
-            {"a": array.reshape(2, 3)},
-            {"a": array[::-1]},
-            {"a": array, "b": array[:0]},
-        )
-    }
-    assert len(digests) == 6
+    others = (array.astype(np.uint32), array.reshape(2, 3), array[::-1])
+    rows = [{"a": array}, {"b": array}, *({"a": each} for each in others), {"a": array, "b": array[:0]}]
+    assert len(set(map(segment.digest_row, rows))) == len(rows)
     pair = {"a": array, "b": array + 1}
     assert segment.digest_row(pair) == segment.digest_row(dict(reversed(pair.items())))
     columns = np.asfortranarray(np.arange(6).reshape(2, 3))
@@ -180,7 +165,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     claim = collection.claim(keys(rows))
     assert claim is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codecs, "_CHUNK_BYTES", SMALL_CHUNKS)
+        patch.setattr(shards, "_CHUNK_BYTES", SMALL_CHUNKS)
         claim.commit(rows, ATTRIBUTES, CODECS[request.param])
     yield collection
     assert_whole(collection)
@@ -207,34 +192,16 @@ def assert_noticed(collection: Collection, remembers: Collection) -> None:
     name = segment_of(collection).name
     message = rf"segment {name} in {collection.folder} is missing or damaged .*spec store verify"
 
-    def as_a_reader(collection: Collection) -> None:
-        collection.record(name)
-        collection.read(name)
-
-    for look in (collection.verify, remembers.verify, lambda name: as_a_reader(collection)):
+    for look in (collection.verify, remembers.verify, lambda name: (collection.record(name), collection.read(name))):
         with pytest.raises(DamagedError, match=message) as caught:
             look(name)
         assert caught.value.name == name
 
 
-@contextlib.contextmanager
-def damaged(path: Path, content: bytes) -> Iterator[None]:
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(before)
-
-
-def files_of(collection: Collection) -> list[Path]:
-    return sorted(path for path in segment_of(collection).rglob("*") if path.is_file())
-
-
 @settings(max_examples=150)
 @given(data=st.data())
 def test_any_damage_to_any_file_is_noticed(whole: Collection, data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from(files_of(whole)))
+    path = data.draw(st.sampled_from(sorted(path for path in segment_of(whole).rglob("*") if path.is_file())))
     content = path.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))
     changed, more = data.draw(st.integers(1, 255)), data.draw(st.binary(min_size=1, max_size=8))
@@ -252,8 +219,11 @@ def test_any_damage_to_any_file_is_noticed(whole: Collection, data: st.DataObjec
         return
     remembers = anew(whole)
     remembers.record(segment_of(whole).name)
-    with damaged(path, wrong):
+    path.write_bytes(wrong)
+    try:
         assert_noticed(anew(whole), remembers)
+    finally:
+        path.write_bytes(content)
 
 
 def test_anything_that_is_gone_is_noticed(whole: Collection, tmp_path: Path) -> None:
@@ -338,11 +308,7 @@ def test_rows_that_are_not_those_of_the_record_are_named(tmp_path: Path) -> None
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def patched(owner: Any, name: str, fail: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(owner, name, fail)
-
-
-def full(*_: object, **__: object) -> None:
+def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -353,21 +319,14 @@ def half_a_shard(path: Path, *_: object) -> None:
     full()
 
 
-STEPS = {
-    "a group": patched(segment.zarr, "create_group", full),
-    "an array": patched(segment.shards, "save", full),
-    "a shard": patched(segment.shards, "_write", half_a_shard),
-    "sizes": patched(segment, "_marks", full),
-    "the record": patched(Path, "write_bytes", full),
-    "a sync": patched(os, "fsync", full),
-    "the name": patched(Path, "replace", full),
-}
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name", "fail"), [(shards, "_write", half_a_shard), (Path, "write_bytes", full), (os, "fsync", full)]
+)
+def test_a_writer_that_fails_leaves_nothing(
+    tmp_path: Path, owner: Any, name: str, fail: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        STEPS[step](patch)
+        patch.setattr(owner, name, fail)
         with pytest.raises(OSError, match="No space left") as caught:
             write(tmp_path, make_rows())
     assert caught.value.errno == errno.ENOSPC

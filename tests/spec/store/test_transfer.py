@@ -190,6 +190,22 @@ def test_places_that_cannot_be_used(root: Path, made: Manifest, server: str, mon
         Place("absent://x")
 
 
+@pytest.mark.parametrize("place", ["source", "target"])
+def test_a_place_that_cannot_be_reached_is_no_damage(
+    root: Path, made: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Or `follow` would never try these segments again."""
+    work, real = Transfer(Place(root), Place(tmp_path / "copy")), Place.read
+
+    def read(self: Place, name: str) -> bytes | None:
+        failing = name.endswith(segment.RECORD) and self is getattr(work, place)
+        return _raise(TransferError("the network is down")) if failing else real(self, name)
+
+    monkeypatch.setattr(Place, "read", read)
+    with pytest.raises(TransferError, match="the network is down"):
+        work.look()
+
+
 def test_follow_copies_what_is_added_and_outlives_a_failure(
     root: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from spec.store.locks import in_use
 from spec.store.manifest import Manifest
 from spec.store.plan import item_key
 from spec.store.reader import FeatureReader
-from spec.store.segment import DamagedError, Record, StoreError
+from spec.store.segment import DamagedError, Record, Row, StoreError
 from spec.store.upkeep import Removal
 from tests.tiny import chain, sequence, store_features
 
@@ -66,12 +66,16 @@ def keep(root: Path, path: Path, manifest: Manifest) -> Path:
     return made
 
 
-def save_tables(root: Path, manifest: Manifest) -> Record:
-    collection = manifest.tables(root)
-    collection.create()
-    claim = collection.claim(("tables",))
+def commit(collection: Collection, items: Sequence[str], rows: Sequence[Row], **attributes: Any) -> Record:
+    claim = collection.claim(items)
     assert claim is not None
-    return claim.commit([{"lm_head": np.ones((3, 2), np.float32)}], {"offsets": {"lm_head": "lm_head_offsets"}}, NONE)
+    return claim.commit(rows, attributes, NONE)
+
+
+def save_tables(root: Path, manifest: Manifest) -> Record:
+    collection, row = manifest.tables(root), {"lm_head": np.ones((3, 2), np.float32)}
+    collection.create()
+    return commit(collection, ["tables"], [row], offsets={"lm_head": "lm_head_offsets"})
 
 
 def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group: int = 3) -> Collection:
@@ -80,11 +84,9 @@ def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group
     collection.create()
     for start in range(0, len(prompts), group):
         part = [np.asarray(prompt, np.int32) for prompt in prompts[start : start + group]]
-        claim = collection.claim([item_key(prompt) for prompt in part])
-        assert claim is not None
         rows = [{"prompt": prompt, "answer": prompt[::-1] + 1} for prompt in part]
         producer = {"torch": "2", "device": "cpu" if start else "H100"}
-        claim.commit(rows, {"offsets": answers.OFFSETS, "producer": producer}, NONE)
+        commit(collection, list(map(item_key, part)), rows, offsets=answers.OFFSETS, producer=producer)
     return collection
 
 
@@ -94,31 +96,23 @@ def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group
 def test_a_file_is_remembered_by_path_and_content(tmp_path: Path) -> None:
     """So branches that write to one path keep a root each."""
     path, other = tmp_path / "train.json", tmp_path / "elsewhere.json"
-    for content in ("one", "two", "three"):
+    assert upkeep.root_segments(tmp_path, path) == {}
+    for content in ("one", "two"):
         path.write_text(content)
-        assert upkeep.root_segments(tmp_path, path) == {}
+        assert not upkeep.touch_root(tmp_path, path)
         upkeep.add_root(tmp_path, path, {"features-1": ["a", "b"]})
         upkeep.add_root(tmp_path, path, {"features-1": [content], "answers-2": ["c"]})
     other.write_text("one")
     upkeep.add_root(tmp_path, other, {"features-1": ["elsewhere"]})
-    assert len(list((tmp_path / upkeep.ROOTS).iterdir())) == 4
+    roots = list((tmp_path / upkeep.ROOTS).iterdir())
+    assert len(roots) == 3
     path.write_text("one")
     assert upkeep.root_segments(tmp_path, path) == {"features-1": ["one"], "answers-2": ["c"]}
     assert upkeep.root_segments(tmp_path, other) == {"features-1": ["elsewhere"]}
-    assert upkeep.root_segments(tmp_path, tmp_path / "nowhere.json") == {}
-
-
-def test_use_is_written_down_and_makes_no_root(tmp_path: Path) -> None:
-    path = tmp_path / "train.json"
-    assert not upkeep.touch_root(tmp_path, path)
-    path.write_text("one")
-    assert not upkeep.touch_root(tmp_path, path)
-    assert not (tmp_path / upkeep.ROOTS).exists()
-    upkeep.add_root(tmp_path, path, {})
-    (root,) = (tmp_path / upkeep.ROOTS).iterdir()
-    aged(root)
+    for root in roots:
+        aged(root)
     assert upkeep.touch_root(tmp_path, path)
-    assert time.time() - root.stat().st_mtime < AGE
+    assert sum(time.time() - root.stat().st_mtime < AGE for root in roots) == 1
 
 
 # Garbage --------------------------------------------------------------------------------------------------------------
@@ -137,13 +131,9 @@ def test_what_a_manifest_names_stays_and_what_none_names_goes(root: Path, tmp_pa
     age_all(root)
     young = store_features(root, chain(3, 24, seed=2))
     size = sum(file.stat().st_size for name in unnamed for file in (folder / name).rglob("*") if file.is_file())
-    removal = upkeep.gc(root, AGE)
-    assert set(segment.names(folder)) == {*kept.last.segments, *young.last.segments}
-    assert removal.segments == len(unnamed) > 1
-    assert removal.rows == 6
-    assert removal.bytes == size
-    assert removal.kept == len(kept.last.segments) + len(young.last.segments)
-    assert {path.name for path in removal.paths} == unnamed
+    stays = {*kept.last.segments, *young.last.segments}
+    assert upkeep.gc(root, AGE) == Removal(len(unnamed), rows=6, bytes=size, kept=len(stays))
+    assert set(segment.names(folder)) == stays
     assert len(list(FeatureReader(kept, root).sequences(range(6)))) == 6
     upkeep.gc(root, 0)
     assert set(segment.names(folder)) == set(kept.last.segments)
@@ -231,7 +221,7 @@ def test_nothing_is_removed_while_a_stage_uses_the_store(root: Path, tmp_path: P
     assert not folder_of(root, manifest).exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"path": "/nowhere"}', '{"path": 1, "file": 2, "segments": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"path": "/nowhere"}', '{"path": 1, "file": 2, "segments": 3}'])
 def test_a_damaged_root_stops_it_before_anything_goes(root: Path, content: str) -> None:
     store_features(root, chain(3, 24))
     (root / upkeep.ROOTS).mkdir()
@@ -276,17 +266,6 @@ def test_what_is_not_the_stores_is_left_alone(root: Path) -> None:
     assert snapshot(root) == before
 
 
-def test_a_collection_that_cannot_be_read_stops_forgetting(root: Path) -> None:
-    """It may hold what must be forgotten."""
-    folder = folder_of(root, store_features(root, chain(3, 24)))
-    (folder / "identity.json").write_text("{")
-    before = snapshot(root)
-    with pytest.raises(StoreError, match=rf"{folder} is no collection"):
-        upkeep.forget(root, "t", given_rows([]))
-    assert snapshot(root) == before
-    assert list(upkeep.summaries(root)) == []
-
-
 def test_a_store_that_is_not_there_is_empty(root: Path) -> None:
     assert list(upkeep.summaries(root)) == []
     assert upkeep.verify(root, True) == (0, [])
@@ -297,22 +276,19 @@ def test_a_store_that_is_not_there_is_empty(root: Path) -> None:
 
 
 def test_summaries_say_what_a_store_holds(root: Path) -> None:
-    manifest = store_features(root, chain(6, 24))
+    manifest = store_features(root, chain(12, 24))
     asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12], [13]])
     collection = manifest.last.collection(root)
     spoilt, aside, *whole = manifest.last.segments
     (collection.folder / spoilt / segment.RECORD).unlink()
     collection.set_aside(aside)
     first, second = upkeep.summaries(root)
-    assert (first.folder, second.folder) == (asked.folder, collection.folder)
-    assert (first.segments, first.rows, first.damaged) == (3, 7, ())
+    assert (first.folder, first.segments, first.rows, first.damaged) == (asked.folder, 3, 7, ())
     assert first.producers == ("torch 2, device H100", "torch 2, device cpu")
-    assert second.identity == manifest.last.identity
     records = [segment.read_record(collection.folder, name) for name in whole]
-    assert second.segments == len(whole)
-    assert second.rows == sum(len(record.items) for record in records)
-    assert second.bytes == sum(record.size for record in records)
-    assert second.damaged == (spoilt, aside)
+    rows, size = sum(len(record.items) for record in records), sum(record.size for record in records)
+    expected = (len(whole), rows, size, (spoilt, aside), ("",))
+    assert second == upkeep.Summary(collection.folder, manifest.last.identity, *expected)
 
 
 def damage(folder: Path, name: str, key: str = "ids") -> None:
@@ -333,17 +309,16 @@ def test_verify_names_each_damaged_segment(root: Path, set_aside: bool) -> None:
     (folder / first / segment.RECORD).unlink()
     damage(folder, second)  # which no size and no record shows
     damage(folder, third, "states")
-    damage(asked.folder, asked.name_of([item_key(np.asarray([7], np.int32))]), "answer")
+    spoilt = asked.name_of([item_key(np.asarray([7], np.int32))])
+    damage(asked.folder, spoilt, "answer")
     before = snapshot(root)
     seen: list[int] = []
     whole, problems = upkeep.verify(root, set_aside, seen.append)
     assert whole == len(rest) + 2 == len(seen)
-    assert all(isinstance(problem, DamagedError) for problem in problems)
-    named = {problem.name for problem in problems if isinstance(problem, DamagedError)}
-    assert named == {first, second, third, asked.name_of([item_key(np.asarray([7], np.int32))])}
+    assert {problem.name for problem in problems if isinstance(problem, DamagedError)} == {first, second, third, spoilt}
+    assert len(problems) == 4
     if not set_aside:
         assert snapshot(root) == before
-        assert len(upkeep.verify(root, False)[1]) == 4
         return
     assert upkeep.verify(root, True) == (whole, [])
     assert {path.name for path in folder.glob(".damaged-*")} == {f".damaged-{name}" for name in (first, second, third)}
@@ -353,14 +328,19 @@ def test_verify_names_each_damaged_segment(root: Path, set_aside: bool) -> None:
     assert sum(seen) == stored_bytes(root)
 
 
-def test_verify_goes_on_behind_a_collection_that_cannot_be_read(root: Path) -> None:
+def test_a_collection_that_cannot_be_read_is_named_and_stops_forgetting(root: Path) -> None:
+    """It may hold what must be forgotten, and nothing says that its segments are damaged."""
     manifest = store_features(root, chain(3, 24))
     asked = save_answers(root, [[1, 2]])
     (asked.folder / "identity.json").write_text("{")
+    before = snapshot(root)
     whole, (problem,) = upkeep.verify(root, True)
     assert whole == len(manifest.last.segments)
     assert str(asked.folder) in str(problem)
-    assert len(list(segment.names(asked.folder))) == 1  # nothing says that its segments are damaged
+    with pytest.raises(StoreError, match=rf"{asked.folder} is no collection"):
+        upkeep.forget(root, "t", given_rows([]))
+    assert snapshot(root) == before
+    assert [summary.folder for summary in upkeep.summaries(root)] == [folder_of(root, manifest)]
 
 
 # Forgetting -----------------------------------------------------------------------------------------------------------
@@ -380,23 +360,14 @@ def given_rows(prompts: Sequence[Ids], texts: Sequence[Ids] = ()) -> dict[bytes,
 def rows_of(count: int, seed: int = 0, start: Sequence[int] = ()) -> list[TokenSequence]:
     """Random sequences, so that none lies within another; all begin with `start`."""
     generator = np.random.default_rng(seed)
-    made = []
-    for _ in range(count):
-        ids = [*start, *generator.integers(24, 50_000, generator.integers(8, 16))]
-        made.append(sequence([0] * 3 + [1] * (len(ids) - 3), ids))
-    return made
+    every = [[*start, *generator.integers(24, 50_000, generator.integers(8, 16))] for _ in range(count)]
+    return [sequence([0] * 3 + [1] * (len(ids) - 3), ids) for ids in every]
 
 
 def traces(row: TokenSequence) -> list[bytes]:
     """What tells that a row was there: ids, keys, answers."""
-    prompt = row.ids[: row.prompt_length]
-    return [
-        row.ids.tobytes(),
-        item_key(row.ids, row.mask).encode(),
-        item_key(row.ids).encode(),
-        item_key(prompt).encode(),
-        (row.ids[::-1] + 1).astype(np.int32).tobytes(),
-    ]
+    keys = [item_key(row.ids, row.mask), item_key(row.ids), item_key(row.ids[: row.prompt_length])]
+    return [row.ids.tobytes(), *map(str.encode, keys), (row.ids[::-1] + 1).astype(np.int32).tobytes()]
 
 
 def digests(collection: Collection) -> dict[str, str]:
