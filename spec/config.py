@@ -31,9 +31,9 @@ from ruamel.yaml.error import YAMLError
 from spec.errors import SpecError
 from spec.heads.config import Params
 from spec.heads.registry import METHODS, method, unused_keys
-from spec.section import DATE, Positive, Section, explain, is_dims, listed
+from spec.section import DATE, Positive, Section, explain, listed, parse_dims
 
-log = logging.getLogger(__name__)
+_say_once = functools.cache(logging.getLogger(__name__).info)
 
 
 class ConfigError(SpecError):
@@ -42,10 +42,6 @@ class ConfigError(SpecError):
 
 def _expand(path: str) -> str:
     return os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - keeps hub ids and URLs untouched
-
-
-def _command(value: object) -> object:
-    return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
 def _day(value: object) -> object:
@@ -93,11 +89,6 @@ class Data(Section):
         return {"train": self.train_files, "val": self.val_files, "eval": self.eval_files}[split]
 
 
-@functools.cache
-def _say_ignored(message: str) -> None:
-    log.info(message)
-
-
 def _of_method(value: object) -> object:
     """The section of a file as its method's parameters; keys that other methods alone have are left out."""
     values = {} if value is None else value
@@ -107,7 +98,7 @@ def _of_method(value: object) -> object:
     others = unused_keys(name)
     for key in sorted(others.keys() & values.keys()):
         if values[key] != others[key]:
-            _say_ignored(f"model.speculator.{key}={values[key]} is ignored: method {name} does not use it")
+            _say_once(f"model.speculator.{key}={values[key]} is ignored: method {name} does not use it")
     own = {key: each for key, each in values.items() if key not in others}
     return method(name).Params.model_validate({"method": name, **own})
 
@@ -173,11 +164,11 @@ class Optim(Section):
 class Trainer(Section):
     """The run: workers, length, checkpoints, logging."""
 
-    launcher: Annotated[tuple[str, ...], BeforeValidator(_command), PlainSerializer(shlex.join)] = (
-        "torchrun",
-        "--standalone",
-        "--nproc-per-node=1",
-    )
+    launcher: Annotated[
+        tuple[str, ...],
+        BeforeValidator(lambda value: tuple(shlex.split(value)) if isinstance(value, str) else value),
+        PlainSerializer(shlex.join),
+    ] = ("torchrun", "--standalone", "--nproc-per-node=1")
     total_epochs: Positive = 1
     save_freq: Positive = 1000
     test_freq: Positive = 500
@@ -230,12 +221,8 @@ class Config(Section):
     @property
     def reading(self) -> dict[str, Any]:
         """How the corpus package is to read the columns of data files: arguments of its functions, by name."""
-        return {
-            "prompt_key": self.data.prompt_key,
-            "response_key": self.data.response_key,
-            "ignore_columns": self.data.ignore_columns,
-            "need_answers": not self.base_answers,
-        }
+        keys = ("prompt_key", "response_key", "ignore_columns")
+        return {**{key: getattr(self.data, key) for key in keys}, "need_answers": not self.base_answers}
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -260,15 +247,8 @@ class Config(Section):
 
 
 def load(path: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> Config:
-    """Read and validate a parameter file, with ``key=value`` overrides on top.
-
-    Args:
-        path: YAML 1.2, the dialect that dvc writes (``5e-05`` is a number).
-        overrides: dotted keys, such as ``model.speculator.n_predict=3``; values are read as YAML.
-
-    Raises:
-        ConfigError: a file that is missing or no mapping, an unknown key, a wrong type, an impossible value.
-    """
+    """Read and validate a parameter file in YAML 1.2, the dialect that dvc writes (``5e-05`` is a number), with
+    overrides such as ``model.speculator.n_predict=3`` on top; a ConfigError says what is wrong."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such parameter file; run from the project's folder or name one with --params")
     try:
@@ -281,11 +261,7 @@ def load(path: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> Con
 
 
 def from_mapping(tree: dict[str, Any], source: str = "parameters", overrides: Sequence[str] = ()) -> Config:
-    """Validate nested parameters, with overrides as load has them; what is not there takes the guide's defaults.
-
-    Raises:
-        ConfigError: as load; begins with the source.
-    """
+    """Validate nested parameters, with overrides on top; a ConfigError begins with the source."""
     for override in overrides:
         _override(tree, override)
     try:
@@ -296,22 +272,18 @@ def from_mapping(tree: dict[str, Any], source: str = "parameters", overrides: Se
 
 def flatten(config: Config) -> dict[str, object]:
     """Every parameter by its dotted key, as a file has it."""
+    return dict(_leaves("", config.model_dump(mode="json")))
 
-    def visit(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from visit(f"{prefix}{name}.", value)
-            else:
-                yield f"{prefix}{name}", value
 
-    return dict(visit("", config.model_dump(mode="json")))
+def _leaves(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        yield from _leaves(f"{prefix}{name}.", value) if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 def defaults() -> dict[str, object]:
     """The guide's default of every key, those of all built-in methods included, by its dotted key."""
-    section = "model.speculator."
     others = unused_keys(Config().model.speculator.method)
-    return flatten(Config()) | {f"{section}{key}": value for key, value in others.items()}
+    return flatten(Config()) | {f"model.speculator.{key}": value for key, value in others.items()}
 
 
 def save(config: Config, path: Path) -> None:
@@ -331,7 +303,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
-    if any(is_dims(method(each).Params, name) for each in METHODS):
+    fields = (method(each).Params.model_fields.get(name) for each in METHODS)
+    if any(getattr(part, "func", None) is parse_dims for field in fields if field for part in field.metadata):
         tree[name] = text.strip("\"'")  # read as a number, 1024.2560 would become 1024.256
         return
     try:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -28,24 +27,18 @@ def choose_device() -> torch.device:
 
 def arithmetic(dtype: str, device: torch.device) -> torch.dtype:
     """What numbers of a dtype are computed in on a device: in that dtype, but in float32 on a CPU that lacks the
-    instructions for it, where matrix products would take several times as long (docs/scaling.md).
-
-    What is stored keeps its dtype: weights are widened, which changes none of them, and states are rounded.
-    """
+    instructions for it, where matrix products would take several times as long (docs/scaling.md). What is stored keeps
+    its dtype."""
     given: torch.dtype = getattr(torch, dtype)
-    needed = _INSTRUCTIONS.get(given)
-    if device.type != "cpu" or needed is None:
+    if device.type != "cpu" or given not in _INSTRUCTIONS:
         return given
     found = torch.cpu.get_capabilities()
-    return given if any(found.get(name) for name in needed) else torch.float32
+    return given if any(found.get(name) for name in _INSTRUCTIONS[given]) else torch.float32
 
 
 def on_this_device(work: Callable[P, T]) -> Callable[P, T]:
-    """The function, made ready to run on another thread.
-
-    Each thread has a current CUDA device of its own, which is the first one until it is set. Without this, every
-    worker of a machine would hold memory on the first device for what its threads do.
-    """
+    """The function, made ready to run on another thread: each has a current CUDA device of its own, which is the
+    first one until it is set, and every worker of a machine would hold memory there."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return work
     device = torch.cuda.current_device()

@@ -24,12 +24,8 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "speculator-training"
 
 
-PARTIAL = ".partial"
-"""The suffix of temporary files and folders. `sweep` removes those whose process was killed."""
-
-OLD = ".old"
-"""The suffix of a folder that is being replaced."""
-
+PARTIAL, OLD = ".partial", ".old"
+"""The suffixes of temporary files and folders, and of a folder that is being replaced."""
 _HOST = re.sub("[^a-z0-9]", "", platform.node().lower())
 """Is in their names: on a shared file system, no machine can tell whether a process of another one lives."""
 
@@ -38,9 +34,9 @@ _HOST = re.sub("[^a-z0-9]", "", platform.node().lower())
 def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """Give a temporary name next to `path`; what the block writes there takes the place of `path` when it ends well.
 
-    So a file (or, if told so, a folder) is there whole or not at all, whatever fails or is killed. A folder that is
-    replaced is away for the moment between two renames; it comes back where the second one fails, or at the next call
-    after a kill. A SpecError names a folder that cannot be replaced.
+    So a file or a folder is there whole or not at all, whatever fails or is killed. A folder that is replaced is away
+    for the moment between two renames; it comes back where the second one fails, or at the next call after a kill. A
+    SpecError names a folder that cannot be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
@@ -49,12 +45,12 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
         for each in [*temporary.rglob("*"), temporary] if folder else [temporary]:
             if folder and each.is_file():  # some libraries keep what they write to the user alone
                 each.chmod(temporary.stat().st_mode & 0o666)
-            flush(each)
+            _flush(each)
         if folder and path.exists():
             _exchange(temporary, path)
         else:
             temporary.replace(path)
-    flush(path.parent)
+    _flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -115,8 +111,8 @@ def _temporary(path: Path, folder: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock on a file or folder, which the system releases when this process dies; without `wait`, an OSError
-    says that another process holds it or that the file system has no locks."""
+    """Hold a lock on a file or folder until this process dies at the latest; without `wait`, an OSError says that
+    another process holds it or that the file system has no locks."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
@@ -151,7 +147,7 @@ def _exchange(new: Path, old: Path) -> None:
     remove(aside)
 
 
-def flush(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Force a file or a folder's entries to the disk, so that a rename never outlives the data."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -183,29 +179,21 @@ def digest_file(path: Path) -> str:
 
 
 def digest_files(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file, remembered by (path, size, modification time) so that an unchanged file is not read.
-
-    The memory lies in the user's cache folder; losing it costs only time.
-    """
-    memory_path = cache_dir() / "digests.json"
-    try:
-        found = read_json(memory_path)
-    except (OSError, ValueError):
-        found = None
-    known: dict[str, Any] = dict(found) if isinstance(found, dict) else {}
-    digests: dict[str, str] = {}
+    """SHA-256 of each file, remembered in the user's cache by (path, size, modification time), so that an unchanged
+    file is not read again."""
+    memory, known = cache_dir() / "digests.json", {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(read_json(memory))
+    before, digests = dict(known), {}
     for path in paths:
-        real = path.resolve()
-        status = real.stat()
+        real, status = str(path.resolve()), path.stat()
         stamp = [status.st_size, status.st_mtime_ns]
-        entry = known.get(str(real))
-        if entry is None or entry[:2] != stamp:
-            entry = [*stamp, digest_file(real)]
-            known[str(real)] = entry
-        digests[str(path)] = entry[2]
-    if known != found:
+        if known.get(real, [])[:2] != stamp:
+            known[real] = [*stamp, digest_file(path)]
+        digests[str(path)] = known[real][2]
+    if known != before:
         with contextlib.suppress(OSError):
-            write_json(memory_path, known)
+            write_json(memory, known)
     return digests
 
 

@@ -1,11 +1,11 @@
 """What a run follows from beside its parameters: code, pipeline, base, data files, machine, versions."""
 
+import contextlib
 import logging
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,13 @@ _FIRST_COMMIT = {
 _PACKAGES = ("speculator-training", "torch", "transformers", "zarr", "numpy", "dvc", "mlflow")
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A file that a run learned from or was measured on, as data/sources.json has it."""
-
-    path: str
-    digest: str  # SHA-256
-    use: str  # the splits it serves, such as "train" or "train, val"
-
-
-def data_files(sources: Mapping[str, Any], splits: tuple[str, ...]) -> list[DataFile]:
-    """The files of these splits, as data/sources.json names them; a file of two splits comes once."""
+def data_files(sources: Mapping[str, Any], splits: tuple[str, ...]) -> list[dict[str, str]]:
+    """The files of these splits, as data/sources.json names them: path, digest (SHA-256) and use ("train, val")."""
     uses: dict[tuple[str, str], list[str]] = {}
     for split in splits:
-        for path, digest in sources.get("files", {}).get(split, {}).items():
-            uses.setdefault((path, digest), []).append(split)
-    return [DataFile(path, digest, ", ".join(names)) for (path, digest), names in uses.items()]
+        for file in sources.get("files", {}).get(split, {}).items():
+            uses.setdefault(file, []).append(split)
+    return [{"path": path, "digest": digest, "use": ", ".join(names)} for (path, digest), names in uses.items()]
 
 
 def tags(sources: Mapping[str, Any], device: torch.device) -> dict[str, str]:
@@ -51,13 +42,12 @@ def tags(sources: Mapping[str, Any], device: torch.device) -> dict[str, str]:
     `sources` is data/sources.json, or its "base" alone.
     """
     commit, dirty = git_state()
-    found = {"git.commit": commit, "git.dirty": str(dirty).lower(), "dvc.lock": lock_digest()}
-    experiment = os.environ.get("DVC_EXP_NAME")  # dvc sets it in its experiments
-    if experiment:
+    found = {"git.commit": commit, "git.dirty": str(dirty).lower()}
+    found["dvc.lock"] = files.digest_file(LOCK) if LOCK.is_file() else "none"
+    if experiment := os.environ.get("DVC_EXP_NAME"):  # dvc sets it in its experiments
         found["dvc.experiment"] = experiment
     found |= {f"base.{name}": str(value) for name, value in sources["base"].items() if value is not None}
-    found |= {f"hardware.{name}": value for name, value in hardware(device).items()}
-    return found | {f"version.{name}": value for name, value in versions().items()}
+    return found | _hardware(device) | _versions()
 
 
 def git_state() -> tuple[str, bool]:
@@ -65,13 +55,9 @@ def git_state() -> tuple[str, bool]:
 
     In the project's own folder, which should have one, a warning then says what to type.
     """
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     except OSError as error:
         said, remedy = f"it could not be started ({error.strerror})", ""
     else:
@@ -85,47 +71,37 @@ def git_state() -> tuple[str, bool]:
     return "none", False
 
 
-def lock_digest() -> str:
-    """SHA-256 of dvc.lock in the working directory, or "none"."""
-    return files.digest_file(LOCK) if LOCK.is_file() else "none"
-
-
-def hardware(device: torch.device) -> dict[str, str]:
-    """The machine of this process; `bfloat16` is whether the device computes in it."""
-    found = {
-        "cpu": cpu_name(),
-        "cores": str(os.cpu_count()),
-        "memory": _gigabytes(psutil.virtual_memory().total),
-        "bfloat16": str(arithmetic("bfloat16", device) == torch.bfloat16).lower(),
-    }
-    if device.type != "cuda":
-        return found | {"device": device.type}
-    properties = torch.cuda.get_device_properties(device)
-    return found | {"device": properties.name, "device_memory": _gigabytes(properties.total_memory)}
-
-
 def cpu_name() -> str:
     """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _hardware(device: torch.device) -> dict[str, str]:
+    """The machine of this process; `bfloat16` is whether the device computes in it."""
+    found = {
+        "hardware.cpu": cpu_name(),
+        "hardware.cores": str(os.cpu_count()),
+        "hardware.memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
+        "hardware.bfloat16": str(arithmetic("bfloat16", device) == torch.bfloat16).lower(),
+        "hardware.device": device.type,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["hardware.device"] = properties.name
+        found["hardware.device_memory"] = f"{properties.total_memory / 1e9:.1f} GB"
+    return found
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Python's, CUDA's, and those of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    found = {"version.python": platform.python_version()}
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+        found["version.cuda"] = torch.version.cuda
     for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[f"version.{name}"] = metadata.version(name)
     return found

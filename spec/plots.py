@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,25 @@ def curves(path: Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float
     """Lines over a common axis: name -> (x values, y values)."""
     if not _drawing():
         return
-    figure, axes = _axes(x, y)
-    for name, (xs, ys) in lines.items():
-        axes.plot(xs, ys, marker="o" if len(xs) < 20 else None, markersize=4, label=name)
-    _save(figure, axes, path)
+    with _picture(path, x, y) as axes:
+        for name, (xs, ys) in lines.items():
+            axes.plot(xs, ys, marker="o" if len(xs) < 20 else None, markersize=4, label=name)
 
 
-def bars(path: Path, groups: Mapping[str, Mapping[str, float]], y: str, baseline: float | None = None) -> None:
-    """Bars side by side: group -> name -> value; a dashed line where nothing is gained."""
+def bars(path: Path, groups: Mapping[str, Mapping[str, float]], y: str, baseline: float) -> None:
+    """Bars side by side: group -> name -> value, the same names in every group; a dashed line at the baseline."""
     if not _drawing():
         return
-    figure, axes = _axes("", y, width=max(7, len(groups)))
-    names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    width = 0.8 / max(len(names), 1)
-    for index, name in enumerate(names):
-        places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
-        heights = [values.get(name, 0.0) for values in groups.values()]
-        drawn = axes.bar(places, heights, width * 0.95, label=name)
-        axes.bar_label(drawn, fmt="%.2f", fontsize=8)
-    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 6 else {}
-    axes.set_xticks(range(len(groups)), [short(name) for name in groups], **slanted)
-    if baseline is not None:
+    with _picture(path, "", y, width=max(7, min(len(groups), 100))) as axes:
+        names = list(next(iter(groups.values()), {}))
+        width = 0.8 / max(len(names), 1)
+        for index, name in enumerate(names):
+            places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
+            drawn = axes.bar(places, [values[name] for values in groups.values()], width * 0.95, label=name)
+            axes.bar_label(drawn, fmt="%.2f", fontsize=8)
+        slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 6 else {}
+        axes.set_xticks(range(len(groups)), [short(name) for name in groups], **slanted)
         axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
-    _save(figure, axes, path)
 
 
 def short(name: str, limit: int = 24) -> str:
@@ -59,19 +56,16 @@ def _drawing() -> bool:
     return True
 
 
-def _axes(x: str, y: str, width: float = 7) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _picture(path: Path, x: str, y: str, width: float = 7) -> Iterator[Any]:
+    """Give axes to draw on, and save the picture."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(min(width, 100), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(width, 4), layout="constrained")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
+    yield axes
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from spec import files
 from spec.errors import SpecError
-from spec.lineage import DataFile
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +15,8 @@ RUN_FILE = "mlflow_run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run made.
+class Record:
+    """Everything that a run in MLflow holds, or the file that holds it.
 
     Attributes:
         metrics: figures of the whole run.
@@ -27,7 +26,16 @@ class Outcome:
             that MLflow shows with their names there.
         artifacts: files, and their folder in MLflow.
         model: the files of the checkpoint.
-        description: Markdown that MLflow shows on the run's page.
+        description: Markdown on the run's page.
+        id: the tag "record" of every run that was made from this record.
+        run_id: MLflow's id of the run that was logged live.
+        tracking_uri: the server that it was logged to, without user and password.
+        parent: the id of the parent's record.
+        started, ended: milliseconds since the epoch.
+        status: FINISHED, FAILED or KILLED.
+        data: of each data file its path, its SHA-256 as digest, and its use, which is the splits that it serves.
+        texts: small artifacts by their path in MLflow.
+        digests: the SHA-256 of every curve, artifact and file of the model.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -37,30 +45,6 @@ class Outcome:
     artifacts: dict[str, str] = field(default_factory=dict)
     model: list[str] = field(default_factory=list)
     description: str = ""
-
-    def digests_now(self) -> dict[str, str]:
-        """The SHA-256 of every file named here, as it is now."""
-        return {path: files.digest_file(Path(path)) for path in (*self.curves, *self.artifacts, *self.model)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record(Outcome):
-    """Everything that a run in MLflow holds, or the file that holds it.
-
-    Attributes:
-        id: the tag "record" of every run that was made from this record.
-        run_id: MLflow's id of the run that was logged live.
-        tracking_uri: the server that it was logged to, without user and password.
-        experiment, name: of the run.
-        parent: the id of the parent's record.
-        started, ended: milliseconds since the epoch.
-        status: FINISHED, FAILED or KILLED.
-        params, tags: as MLflow has them.
-        data: the data files.
-        texts: small artifacts by their path in MLflow.
-        digests: the SHA-256 of every file named in the outcome.
-    """
-
     id: str
     run_id: str
     tracking_uri: str
@@ -72,7 +56,7 @@ class Record(Outcome):
     status: str = "RUNNING"
     params: dict[str, str]
     tags: dict[str, str]
-    data: list[DataFile]
+    data: list[dict[str, str]]
     texts: dict[str, str]
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -88,14 +72,14 @@ class Record(Outcome):
             return None
         if not isinstance(values, dict) or set(values) != {each.name for each in fields(cls)}:
             raise SpecError(f"{path} is not a record of this version; run the stage again")
-        return cls(**{**values, "data": [DataFile(**file) for file in values["data"]]})
+        return cls(**values)
+
+    def digests_now(self) -> dict[str, str]:
+        """The SHA-256 of every file named here, as it is now."""
+        return {path: files.digest_file(Path(path)) for path in (*self.curves, *self.artifacts, *self.model)}
 
     def check_files(self) -> None:
-        """Check that the files are still those of the run.
-
-        Raises:
-            SpecError: names the first that is not.
-        """
+        """Check that the files are still those of the run; a SpecError names the first that is not."""
         for path, digest in self.digests.items():
             if not Path(path).is_file() or files.digest_file(Path(path)) != digest:
                 raise SpecError(

@@ -26,12 +26,8 @@ Dims = tuple[int, ...]
 
 
 def parse_dims(value: object) -> Dims:
-    """Read a width (``512``) or a dot-separated stack of widths (``"1024.2048"``).
-
-    Raises:
-        ValueError: an entry that is not a positive integer, or a float: YAML reads an unquoted 1024.2560 as one.
-    """
-    if isinstance(value, float):
+    """Read a width (``512``) or a dot-separated stack of widths (``"1024.2048"``)."""
+    if isinstance(value, float):  # as which YAML reads an unquoted 1024.2560
         raise ValueError(
             f"{value!r} is a number with a fraction; a list of widths must be quoted: "
             "'\"1024.2048\"' in YAML and on the command line of dvc"
@@ -47,7 +43,7 @@ def parse_dims(value: object) -> Dims:
 
 
 def format_dims(dims: Dims) -> int | str:
-    """Write widths as parse_dims reads them: an int for one width, else "1024.2048"."""
+    """Write widths as parse_dims reads them."""
     return dims[0] if len(dims) == 1 else ".".join(map(str, dims))
 
 
@@ -58,12 +54,6 @@ def listed(value: object) -> object:
 
 DimsField = Annotated[Dims, BeforeValidator(parse_dims), PlainSerializer(format_dims)]
 Positive = Annotated[int, Field(ge=1)]
-
-
-def is_dims(section: type[BaseModel], name: str) -> bool:
-    """Whether a field holds widths."""
-    field = section.model_fields.get(name)
-    return field is not None and any(getattr(each, "func", None) is parse_dims for each in field.metadata)
 
 
 class Section(BaseModel):
@@ -85,8 +75,7 @@ class Section(BaseModel):
         message = error["msg"].removeprefix("Value error, ")
         message = f"{message[0].lower()}{message[1:]}"
         if error["type"] == "extra_forbidden":
-            name = str(error["loc"][-1])
-            close = difflib.get_close_matches(name, cls.model_fields, n=1)
+            close = difflib.get_close_matches(str(error["loc"][-1]), cls.model_fields, n=1)
             fitting = f"did you mean {close[0]}?" if close else f"known here: {', '.join(cls.model_fields)}"
             message = f"unknown key; {fitting}"
         elif error["type"] not in ("value_error", "missing"):

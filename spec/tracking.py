@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import getpass
-import itertools
 import json
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from spec import files, lineage
 from spec.config import Config, flatten
 from spec.errors import SpecError
-from spec.record import RUN_FILE, Outcome, Record
+from spec.record import RUN_FILE, Record
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +37,8 @@ _VIEW = "mlflow.sharedViewState.speculators"
 _FIGURES = {f"metrics.`{name}`": 80 for name in ("answers", "head", "hybrid", "x_plain")}
 _WIDTHS = {"attributes.`Run Name`": 150, "attributes.`Created`": 130, "tags.`method`": 90, **_FIGURES}
 """The view's columns and their widths in pixels: all of them fit next to MLflow's assistant."""
-Point = tuple[str, float, int, int]
-"""A name, a value, milliseconds since the epoch, a step."""
-_KEY_LIMIT, _VALUE_LIMIT, _DIGEST_LIMIT = 250, 6000, 36
-"""Characters that MLflow takes."""
+_KEY_LIMIT, _VALUE_LIMIT, _DIGEST_LIMIT, _DATASETS_LIMIT = 250, 6000, 36, 1000
+"""Characters that MLflow takes, and data files in a call."""
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -52,18 +49,15 @@ _PATIENCE = {
 show what MLflow is doing meanwhile."""
 
 
-def project_root() -> Path:
-    """The project that the working directory belongs to; temporary experiments of dvc belong to theirs."""
-    folder = Path.cwd()
-    folders = (folder, *folder.parents)
-    queued = (Path(*each.parts[:-3]) for each in folders if each.parts[-3:] == (".dvc", "tmp", "exps"))
-    return next(queued, next((each for each in folders if (each / ".dvc").is_dir()), folder))
-
-
 def tracking_uri(config: Config, default: str | None = None) -> str:
-    """trainer.tracking_uri, else MLFLOW_TRACKING_URI, else the default, else mlflow.db in the project's root."""
-    named = config.trainer.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-    return named or f"sqlite:///{project_root() / 'mlflow.db'}"
+    """trainer.tracking_uri, else MLFLOW_TRACKING_URI, else the default, else mlflow.db in the project's root, which is
+    that of the project itself in a temporary experiment of dvc."""
+    if named := config.trainer.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default:
+        return named
+    folders = (Path.cwd(), *Path.cwd().parents)
+    queued = (each.parents[2] for each in folders if each.parts[-3:] == (".dvc", "tmp", "exps"))
+    root = next(queued, next((each for each in folders if (each / ".dvc").is_dir()), folders[0]))
+    return f"sqlite:///{root / 'mlflow.db'}"
 
 
 def without_password(text: str) -> str:
@@ -81,7 +75,7 @@ class Run:
         sources: the base and the data files, as data/sources.json names them.
         splits: whose files the run reads.
         device: that it computes on.
-        parent: the record of an earlier run: this run becomes its child.
+        parent: the record of the run that this one becomes a child of.
 
     Raises:
         SpecError: the tracking server does not answer, or refuses the run.
@@ -111,16 +105,12 @@ class Run:
             parent=parent.id if parent else None,
             started=time.time_ns() // 1_000_000,
             params={key: without_password(str(value))[:_VALUE_LIMIT] for key, value in flatten(config).items()},
-            tags={
-                **_source(name, tags),
-                **{name: tags[name] for name in _TAGS if name in tags},
-                **({"trained_by": parent.run_id} if parent else {}),
-            },
+            tags=_source(name, tags)
+            | {name: tags[name] for name in _TAGS if name in tags}
+            | ({"trained_by": parent.run_id} if parent else {}),
             data=lineage.data_files(sources, splits),
-            texts={
-                "lineage/lineage.json": json.dumps(tags, indent=1),
-                **({"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {}),
-            },
+            texts={"lineage/lineage.json": json.dumps(tags, indent=1)}
+            | ({"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {}),
         )
         try:
             self._remote = _Remote(_connect(uri), uri, record)
@@ -133,36 +123,19 @@ class Run:
             ) from None
         self.record = replace(record, run_id=self._remote.id)
 
-    @property
-    def id(self) -> str | None:
-        """MLflow's id of the run."""
-        return self.record.run_id if self.record else None
-
     def log(self, row: Mapping[str, float], names: Mapping[str, str]) -> None:
-        """Show a row of a curve at once; a server that has failed before is not asked again.
-
-        Args:
-            row: as the curve's file has it: `step`, `time` and figures by column.
-            names: the columns that MLflow shows, and their names there.
-        """
+        """Show a row of a curve at once, as Record.curves has it; a server that has failed is not asked again."""
         if self._remote is not None:
             with self._surviving():
-                self._remote.log(_points(row, names))
+                self._remote.log([row], names)
 
     def finish(self, folder: Path, status: str = "FINISHED", **made: Any) -> None:
-        """Write the run's record into a folder, and end the run on the server.
-
-        Args:
-            folder: of the results.
-            status: FINISHED, FAILED or KILLED.
-            **made: the fields of Outcome.
-        """
+        """Write the run's record, with those fields of it that the run made, into a folder; end it on the server."""
         if self.record is None:
             files.write_json(folder / RUN_FILE, {})
             return
-        outcome = Outcome(**made)
-        ended, digests = time.time_ns() // 1_000_000, outcome.digests_now()
-        self.record = replace(self.record, **vars(outcome), ended=ended, status=status, digests=digests)
+        record = replace(self.record, **made, ended=time.time_ns() // 1_000_000, status=status)
+        self.record = replace(record, digests=record.digests_now())
         files.write_json(folder / RUN_FILE, asdict(self.record))
         if self._remote is not None:
             with self._surviving():
@@ -188,10 +161,7 @@ def sync(record: Record, uri: str) -> str | None:
     """Replay a run into a new one on a server, unless the server has it complete; safe to repeat.
 
     A part of the run that an earlier attempt left there is tagged as replaced by the new one. A child that does not
-    belong to the complete run of its parent is replaced as well.
-
-    Returns:
-        MLflow's id of the new run.
+    belong to the complete run of its parent is replaced as well. Returns MLflow's id of the new run.
 
     Raises:
         SpecError: files that are no longer the run's, or a server that does not answer.
@@ -206,7 +176,7 @@ def sync(record: Record, uri: str) -> str | None:
         for path, names in record.curves.items():
             with Path(path).open(newline="") as file:
                 rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-            remote.log(point for row in rows for point in _points(row, names))
+            remote.log(rows, names)
         remote.end(record)
     except Exception as error:
         remedy = "start the server and run this again" if _answers_no_more(error) else "run this again"
@@ -218,10 +188,10 @@ def sync(record: Record, uri: str) -> str | None:
 class _Remote:
     """A new run on a server. When it has ended, it is complete, and the runs that it replaces no longer count."""
 
-    def __init__(self, client: Any, uri: str, record: Record, replaced: Iterable[Any] = ()) -> None:
+    def __init__(self, client: Any, uri: str, record: Record, replaced: Sequence[Any] = ()) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        self.client, self.replaced = client, list(replaced)
+        self.client, self.replaced = client, replaced
         parent = _complete(client, record.parent)
         self.parent = str(parent.info.run_id) if parent else None
         tags = {"record": record.id, **({PARENT: self.parent} if self.parent else {})}
@@ -233,20 +203,25 @@ class _Remote:
         client.log_batch(self.id, params=params, tags=[RunTag(name, value) for name, value in record.tags.items()])
         datasets = []
         for each in record.data:
-            source = json.dumps({"uri": each.path, "sha256": each.digest})
-            dataset = Dataset(each.path[-_KEY_LIMIT:], each.digest[:_DIGEST_LIMIT], "local", source)
-            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", each.use)]))
-        for batch in _batches(datasets, 1000):
-            client.log_inputs(self.id, batch)
+            source = json.dumps({"uri": each["path"], "sha256": each["digest"]})
+            dataset = Dataset(each["path"][-_KEY_LIMIT:], each["digest"][:_DIGEST_LIMIT], "local", source)
+            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", each["use"])]))
+        for start in range(0, len(datasets), _DATASETS_LIMIT):
+            client.log_inputs(self.id, datasets[start : start + _DATASETS_LIMIT])
         for path, text in record.texts.items():
             client.log_text(self.id, text, path)
 
-    def log(self, points: Iterable[Point], model: str | None = None) -> None:
-        """Log points of curves; a model that is named has them, too."""
+    def log(self, rows: Iterable[Mapping[str, float]], names: Mapping[str, str]) -> None:
+        """Log rows of a curve."""
         from mlflow.entities import Metric
 
-        for batch in _batches((Metric(*point, model_id=model) for point in points), 1000):
-            self.client.log_batch(self.id, metrics=batch)
+        metrics = [
+            Metric(name, row[column], round(row["time"] * 1000), int(row["step"]))
+            for row in rows
+            for column, name in names.items()
+            if column in row
+        ]
+        self.client.log_batch(self.id, metrics=metrics)
 
     def end(self, record: Record) -> None:
         """Log what the run made, and then end it."""
@@ -260,7 +235,7 @@ class _Remote:
             for output in self.client.get_run(self.parent).outputs.model_outputs:
                 model = output.model_id
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
-        self.log(figures, model=model)
+        self.client.log_batch(self.id, metrics=[Metric(*each, model_id=model) for each in figures])
         if record.description:
             self.client.set_tag(self.id, "mlflow.note.content", record.description)
         for path, folder in record.artifacts.items():
@@ -305,35 +280,28 @@ def _answers_no_more(error: Exception) -> bool:
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
-    """The id of an experiment, which is made where it is missing.
-
-    Raises:
-        SpecError: it was deleted.
-    """
+    """The id of an experiment, which is made where it is missing; a SpecError says that it was deleted."""
     from mlflow.exceptions import MlflowException
 
-    if client.get_experiment_by_name(name) is None:
+    found = client.get_experiment_by_name(name)
+    if found is None:
         database = Path(uri.removeprefix("sqlite:///")).resolve()
         artifacts = (database.parent / "mlartifacts").as_uri() if uri.startswith("sqlite:///") else None
         try:
             client.create_experiment(name, artifacts)
-        except MlflowException:
-            if client.get_experiment_by_name(name) is None:  # else another run has made it just now
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another run has made it just now
                 raise
-    found = client.get_experiment_by_name(name)
+        found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
         raise SpecError(
             f"its experiment {name!r} was deleted: `MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
             f"--experiment-id {found.experiment_id}` brings it back; or name another in trainer.experiment_name"
         )
     if _VIEW not in found.tags:
-        state: dict[str, Any] = {
-            "selectedColumns": list(_WIDTHS),
-            "columnOrder": list(_WIDTHS),
-            "columnWidths": _WIDTHS,
-        }
-        state |= {"orderByKey": "metrics.`hybrid`", "orderByAsc": False, "searchFilter": "metrics.answers > 0"}
-        view = {"name": "speculators", "createdAt": found.creation_time, "state": json.dumps(state)}
+        columns = {"selectedColumns": [*_WIDTHS], "columnOrder": [*_WIDTHS], "columnWidths": _WIDTHS}
+        order = {"orderByKey": "metrics.`hybrid`", "orderByAsc": False, "searchFilter": "metrics.answers > 0"}
+        view = {"name": "speculators", "createdAt": found.creation_time, "state": json.dumps(columns | order)}
         client.set_experiment_tag(found.experiment_id, _VIEW, json.dumps(view))
     return str(found.experiment_id)
 
@@ -352,21 +320,9 @@ def _complete(client: Any, record: str | None) -> Any:
     return next((run for run in found if run.info.status != "RUNNING"), None)
 
 
-def _points(row: Mapping[str, float], names: Mapping[str, str]) -> Iterator[Point]:
-    """A curve's row as points."""
-    timestamp, step = round(row["time"] * 1000), int(row["step"])
-    return ((name, row[column], timestamp, step) for column, name in names.items() if column in row)
-
-
 def _source(name: str, tags: Mapping[str, str]) -> dict[str, str]:
     """Where a run comes from, in the tags that MLflow's pages show by themselves."""
     found = {f"mlflow.source.git.{key}": tags[f"git.{key}"] for key in ("commit", "dirty")}
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         found["mlflow.user"] = getpass.getuser()
     return found | {"mlflow.source.name": f"spec {name}", "mlflow.source.type": "LOCAL"}
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    rest = iter(items)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch

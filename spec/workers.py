@@ -28,8 +28,7 @@ class Worker:
         return self.rank == 0
 
     def mixed(self, dtype: str) -> bool:
-        """Whether training computes in bf16 over float32 weights: where model.dtype asks for less than float32, and
-        the device has bf16."""
+        """Whether training with model.dtype computes in bf16 over float32 weights; not on a device without bf16."""
         return dtype != "float32" and arithmetic("bfloat16", self.device) == torch.bfloat16
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ def check_run(uri: str, run_id: str, record: Record) -> None:
         artifact = client.download_artifacts(run_id, f"{folder}/{Path(path).name}")
         assert Path(artifact).read_bytes() == Path(path).read_bytes()
     inputs = {(each.dataset.name, each.dataset.digest, each.tags[0].value) for each in run.inputs.dataset_inputs}
-    assert inputs == {(each.path, each.digest[:36], each.use) for each in record.data}
+    assert inputs == {(each["path"], each["digest"][:36], each["use"]) for each in record.data}
     models = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
     assert [(each.name, each.status.name, each.source_run_id) for each in models] == (
         [("speculator", "READY", run_id)] if record.model else []

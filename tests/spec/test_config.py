@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from spec.config import Config, ConfigError, defaults, flatten, from_mapping, load, save
+from spec.config import Config, ConfigError, _leaves, defaults, flatten, from_mapping, load, save
 from spec.section import Section, format_dims, parse_dims
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,22 +49,9 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 @pytest.mark.parametrize("text", ["", "model:\n  speculator:\noptim:\n"])
 def test_the_guides_defaults_hold_where_a_file_lacks_a_key(text: str, tmp_path: Path) -> None:
-    found = defaults() | flatten(load(written(tmp_path, text)))
-    assert {key: found[key] for key in GUIDE} == GUIDE
-
-
-def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
-    found = flatten(load(written(tmp_path, "model: {speculator: {n_predict: 3}}\n")))
-    assert found == flatten(Config()) | {"model.speculator.n_predict": 3}
+    assert (defaults() | flatten(load(written(tmp_path, text)))).items() >= GUIDE.items()
 
 
 @pytest.mark.parametrize(
@@ -89,6 +76,7 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("data.train_files=a.parquet", ["a.parquet"]),
         ("data.train_files=[a", ["[a"]),
         ("data.train_files=[a.parquet, b.parquet]", ["a.parquet", "b.parquet"]),
+        ("data.ignore_columns=tools", ["tools"]),
         ("trainer.logger=console", ["console"]),
         ("trainer.logger=[console, mlflow]", ["console", "mlflow"]),
         ("trainer.launcher=srun -N 2 'a b'", "srun -N 2 'a b'"),
@@ -103,9 +91,8 @@ def test_overrides_reach_any_key(override: str, value: object, tmp_path: Path) -
 
 
 def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path) -> None:
-    path = written(tmp_path, "optim: {lr: 1, clip_grad: 2}\n")
-    config = load(path, ["optim.lr=2", "optim.lr=3"])
-    assert (config.optim.lr, config.optim.clip_grad) == (3.0, 2.0)
+    found = load(written(tmp_path, "optim: {lr: 1, clip_grad: 2}\n"), ["optim.lr=2", "optim.lr=3"])
+    assert flatten(found) == flatten(Config()) | {"optim.lr": 3.0, "optim.clip_grad": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -118,10 +105,7 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"model": {"speculator": {"n_predict": 3.5}}}, ["model.speculator.n_predict", "found 3.5"]),
         ({"model": {"speculator": {"n_predict": True}}}, ["model.speculator.n_predict", "found True"]),
         ({"model": {"speculator": {"tie_weights": "yes"}}}, ["tie_weights", "boolean", "found 'yes'"]),
-        (
-            {"model": {"speculator": {"method": "sum_mlp"}}},
-            ["model.speculator: method 'sum_mlp'", "sum_rnn, sum_lstm"],
-        ),
+        ({"model": {"speculator": {"method": "sum_mlp"}}}, ["model.speculator: method 'sum_mlp'", "sum_rnn, sum_lstm"]),
         ({"model": {"dtype": "int8"}}, ["model.dtype", "bfloat16", "found 'int8'"]),
         ({"optim": {"lr": "fast"}}, ["optim.lr", "number", "found 'fast'"]),
         ({"optim": {"lr": 0}}, ["optim.lr", "greater than 0", "found 0"]),
@@ -131,13 +115,8 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"optim": {"head_weights": 0.5}}, ["optim.head_weights", "found 0.5"]),
         ({"features": {"codec": "lzma"}}, ["features.codec", "'fp8'", "found 'lzma'"]),
         (
-            {"features": {"store": "s3://bucket/x"}},
-            [
-                "features.store",
-                "'s3://bucket/x' is not a folder",
-                "`spec store pull s3://bucket/x`",
-                "push s3://bucket/x",
-            ],
+            {"features": {"store": "s3://b/x"}},
+            ["features.store", "'s3://b/x' is not a folder", "`spec store pull s3://b/x`", "push s3://b/x"],
         ),
         ({"optim": {"betas": [0.9]}}, ["optim.betas"]),
         ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "found 1.5"]),
@@ -181,11 +160,10 @@ def test_all_errors_are_told_at_once() -> None:
     assert all(sum(key in line for line in lines) == 1 for key in ("optim.lr", "optim.clip", "dat"))
 
 
-@pytest.mark.parametrize("key", ["inner_dim", "emb_dim", "proj_dim"])
-def test_widths_that_yaml_read_as_a_fraction_are_refused(key: str, tmp_path: Path) -> None:
+def test_widths_that_yaml_read_as_a_fraction_are_refused(tmp_path: Path) -> None:
     """An unquoted 1024.2560 would silently become 1024.256."""
-    with pytest.raises(ConfigError, match=rf"{key}: 1024.256 is a number.*must be quoted.*\"1024.2048\""):
-        load(written(tmp_path, f"model:\n  speculator:\n    {key}: 1024.2560\n"))
+    with pytest.raises(ConfigError, match=r"emb_dim: 1024.256 is a number.*must be quoted.*\"1024.2048\""):
+        load(written(tmp_path, "model: {speculator: {emb_dim: 1024.2560}}"))
 
 
 @pytest.mark.parametrize(
@@ -201,10 +179,9 @@ def test_widths_are_read_as_they_are_written(dims: tuple[int, ...]) -> None:
     assert parse_dims(format_dims(dims)) == parse_dims(list(dims)) == dims
 
 
-def test_a_day_is_read_as_yaml_and_people_write_it(tmp_path: Path) -> None:
-    assert from_overrides(["data.date=2026-03-01"]).data.date == datetime.date(2026, 3, 1)
-    assert from_mapping({"data": {"date": "2026-03-01"}}).data.date == datetime.date(2026, 3, 1)
-    assert load(written(tmp_path, "data: {date: 2026-03-01}")).data.date == datetime.date(2026, 3, 1)
+def test_a_day_is_read_as_yaml_and_people_write_it() -> None:
+    for config in (from_overrides(["data.date=2026-03-01"]), from_mapping({"data": {"date": "2026-03-01"}})):
+        assert config.data.date == datetime.date(2026, 3, 1)
     assert from_overrides(["data.date=null"]).data.date is None
     with pytest.raises(ConfigError, match=r"data\.date: '1 March' is not a date; write it as 2026-01-31"):
         from_overrides(["data.date=1 March"])
@@ -250,34 +227,25 @@ def test_joint_training_learns_the_datas_own_answers(frozen: bool, source: str) 
 
 def test_home_and_variables_expand_where_paths_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    config = from_overrides(
-        [
-            "data.train_files=$HOME/a.parquet",
-            "data.val_files=[~/b.parquet, '${HOME}/c']",
-            "model.partial_pretrain=~/models/base",
-            "features.store=$HOME/store",
-        ]
-    )
-    assert config.data.train_files == ("/home/someone/a.parquet",)
-    assert config.data.val_files == ("/home/someone/b.parquet", "/home/someone/c")
+    overrides = ["data.val_files=[~/b.parquet, '${HOME}/c']", "features.store=$HOME/store"]
+    config = from_overrides([*overrides, "model.partial_pretrain=~/models/base"])
+    assert config.data.files("val") == ("/home/someone/b.parquet", "/home/someone/c")
     assert config.model.partial_pretrain == "/home/someone/models/base"
     assert config.features.store == "/home/someone/store"
-    assert config.data.files("val") == config.data.val_files
-    assert from_overrides(["data.ignore_columns=tools"]).data.ignore_columns == ("tools",)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("- a\n", "must hold a mapping.*list"), ("a: [1\n", "not valid YAML"), ("a: 1\na: 2\n", "not valid YAML")],
+    [
+        ("- a\n", "must hold a mapping.*list"),
+        ("a: [1\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "not valid YAML"),
+        (None, r"params\.yaml: no such parameter file.*--params"),
+    ],
 )
-def test_files_that_are_no_parameters(text: str, words: str, tmp_path: Path) -> None:
+def test_files_that_are_no_parameters(text: str | None, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
-        load(written(tmp_path, text))
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such parameter file.*--params"):
-        load(tmp_path / "nowhere.yaml")
+        load(tmp_path / "params.yaml" if text is None else written(tmp_path, text))
 
 
 @pytest.mark.parametrize(
@@ -290,10 +258,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("optimizer.lr=1", "did you mean optim"),
     ],
 )
-def test_overrides_that_cannot_be_used(override: str, words: str, tmp_path: Path) -> None:
-    path = written(tmp_path, "optim: {lr: 1}\n")
+def test_overrides_that_cannot_be_used(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        load(path, [override])
+        from_mapping({"optim": {"lr": 1}}, overrides=[override])
 
 
 def test_a_config_does_not_change() -> None:
@@ -330,8 +297,7 @@ trees = group(
 @settings(max_examples=40)
 @given(tree=trees)
 def test_what_is_saved_loads_back_equal(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    config = from_mapping(tree)
-    path = tmp_path_factory.getbasetemp() / "saved.yaml"
+    config, path = from_mapping(tree), tmp_path_factory.getbasetemp() / "saved.yaml"
     save(config, path)
     assert load(path) == config
 
@@ -339,17 +305,15 @@ def test_what_is_saved_loads_back_equal(tree: dict[str, Any], tmp_path_factory: 
 def test_params_yaml_lists_every_key_and_no_other() -> None:
     """dvc's -S refuses a key that the file lacks."""
     tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
-    assert set(leaves(tree)) == set(defaults())
+    assert set(dict(_leaves("", tree))) == set(defaults())
     load(ROOT / "params.yaml")
 
 
 def test_dvc_yaml_names_parameters_that_exist() -> None:
-    known = set(defaults())
     stages = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
-    named = [param for stage in stages.values() for param in stage["params"]]
+    named = {param for stage in stages.values() for param in stage["params"]}
     assert named
-    missing = [p for p in named if p not in known and not any(key.startswith(f"{p}.") for key in known)]
-    assert missing == []
+    assert {param for param in named if not any(f"{key}.".startswith(f"{param}.") for key in defaults())} == set()
 
 
 def test_what_the_method_does_not_use_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -278,19 +278,12 @@ def test_nothing_is_moved_over_something(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     with pytest.raises(FileExistsError):
         files.move(tmp_path / "a", tmp_path / "b")
-    files.move(tmp_path / "a", tmp_path / "c")
-    assert (tmp_path / "c").read_text() == "a"
+    assert (tmp_path / "a").read_text() == "a"
 
 
 def test_digest_of_json_does_not_depend_on_the_order_of_keys() -> None:
     assert files.digest_json({"a": 1, "b": [1, 2]}) == files.digest_json({"b": [1, 2], "a": 1})
     assert files.digest_json({"a": 1, "b": [1, 2]}) != files.digest_json({"a": 1, "b": [2, 1]})
-
-
-def test_digests_are_sha256(cache: Path, data: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.write_bytes(b"")
-    assert files.digest_files([data, other]) == {str(data): sha256(b"first"), str(other): sha256(b"")}
 
 
 @pytest.mark.parametrize(
@@ -307,11 +300,10 @@ def test_a_link_that_points_elsewhere_is_noticed(cache: Path, data: Path, tmp_pa
     """As a hub's cache lays out its snapshots."""
     other, link = tmp_path / "other", tmp_path / "link"
     touch(other, b"other", data.stat().st_mtime_ns)
-    link.symlink_to(data)
-    assert files.digest_files([link]) == {str(link): sha256(b"first")}
-    link.unlink()
-    link.symlink_to(other)
-    assert files.digest_files([link]) == {str(link): sha256(b"other")}
+    for target, content in ((data, b"first"), (other, b"other")):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert files.digest_files([link, other]) == {str(link): sha256(content), str(other): sha256(b"other")}
 
 
 @pytest.mark.parametrize("content", [None, "{half", "[1]"])

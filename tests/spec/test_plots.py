@@ -1,19 +1,12 @@
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from spec import plots
-
-
-@pytest.fixture(autouse=True)
-def _asks_again() -> Iterator[None]:
-    plots._drawing.cache_clear()
-    yield
-    plots._drawing.cache_clear()
 
 
 @pytest.mark.filterwarnings("error")
@@ -33,8 +26,9 @@ def test_long_names_lose_their_middle(name: str, shown: str) -> None:
 def test_without_matplotlib_a_run_has_no_pictures_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(plots, "_drawing", functools.cache(plots._drawing.__wrapped__))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plots.curves(tmp_path / "curves.png", {"a": ([1], [1.0])}, "x", "y")
-    plots.bars(tmp_path / "bars.png", {"a": {"b": 1.0}}, "y")
+    plots.bars(tmp_path / "bars.png", {"a": {"b": 1.0}}, "y", baseline=1.0)
     assert not any(tmp_path.iterdir())
     assert caplog.messages == ["matplotlib is not installed: no pictures are drawn"]

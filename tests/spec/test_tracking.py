@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import time
 from pathlib import Path
@@ -50,10 +49,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (MODEL / "config.json").write_text('{"method": "sum_rnn", "n_predict": 3}')
     (MODEL / "pytorch_model.bin").write_bytes(b"weights")
     (RESULTS / "loss.png").write_bytes(b"png")
-    with (RESULTS / "train.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(ROWS[0]))
-        writer.writeheader()
-        writer.writerows(ROWS)
+    lines = [list(ROWS[0]), *(row.values() for row in ROWS)]
+    (RESULTS / "train.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     return tmp_path
 
 
@@ -68,14 +65,8 @@ def train(config: Config) -> Record:
     run = begin(config)
     for row in ROWS:
         run.log(row, SHOWN)
-    run.finish(
-        MODEL,
-        metrics={"val": 1.5},
-        step=20,
-        curves={"results/train.csv": SHOWN},
-        artifacts={"results/loss.png": "train"},
-        model=["model/config.json", "model/pytorch_model.bin"],
-    )
+    made = {"curves": {"results/train.csv": SHOWN}, "artifacts": {"results/loss.png": "train"}}
+    run.finish(MODEL, metrics={"val": 1.5}, step=20, model=["model/config.json", "model/pytorch_model.bin"], **made)
     assert run.record is not None
     return run.record
 
@@ -123,10 +114,10 @@ def test_where_runs_are_tracked(tmp_path: Path, inside: str, root: str, monkeypa
 
 
 def test_a_run_and_its_child_in_another_experiment(database: str, folder: Path) -> None:
-    config = make_config(database, launcher="x" * 7000)
+    config, client = make_config(database, launcher="x" * 7000), MlflowClient(database)
     record = train(config)
     check_run(database, record.run_id, record)
-    run, client = MlflowClient(database).get_run(record.run_id), MlflowClient(database)
+    run = client.get_run(record.run_id)
     assert run.data.params == {key: str(value)[:6000] for key, value in flatten(config).items()}
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
     assert Path(client.download_artifacts(record.run_id, "lineage/dvc.lock")).read_text() == "stages: {}"
@@ -147,10 +138,8 @@ def test_a_server_that_does_not_answer_is_told_at_once(monkeypatch: pytest.Monke
         monkeypatch.setenv(name, "")  # so that what the run sets is undone, too
         monkeypatch.delenv(name)
     began = time.monotonic()
-    words = (
-        r"MLflow at http://127\.0\.0\.1:9 could not be used .*; start the server, or run with trainer\.logger=console"
-    )
-    with pytest.raises(SpecError, match=words):
+    words = r"could not be used .*; start the server, or run with trainer\.logger=console"
+    with pytest.raises(SpecError, match=rf"MLflow at http://127\.0\.0\.1:9 {words}"):
         begin(make_config("http://127.0.0.1:9"))
     assert time.monotonic() - began < 20  # not mlflow's own seven retries, which take minutes
 
@@ -178,10 +167,9 @@ def test_a_server_that_refuses_everything_is_told_once(
 
     run = begin(make_config(database))
     monkeypatch.setattr(MlflowClient, "log_batch", refuse)
-    run.finish(RESULTS, metrics={f"m{i}": 1.0 for i in range(1000)})
-    assert len(caplog.messages) == 1
-    assert "refuses the rest of the run (run is gone)" in caplog.text
-    assert "`spec track sync`" in caplog.text
+    run.finish(RESULTS, metrics={"a": 1.0})
+    (said,) = caplog.messages
+    assert "refuses the rest of the run (run is gone); the stage goes on" in said
 
 
 def test_an_experiment_that_another_run_makes_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +217,9 @@ def test_a_server_that_dies_costs_a_warning_and_sync_makes_the_run_anew(
         patch.setattr(MlflowClient, "log_batch", lambda *a, metrics=(), **o: (dead if metrics else log_batch)(*a, **o))
         partial = train(config)
     assert len(asked) == 1  # neither at every step nor at the end
-    (warning,) = caplog.records
-    assert f"MLflow at {database} stopped answering (gone)" in warning.getMessage()
-    assert "`spec track sync`" in warning.getMessage()
+    (warning,) = caplog.messages
+    assert f"MLflow at {database} stopped answering (gone)" in warning
+    assert "`spec track sync`" in warning
     alone = evaluate(config)  # the server answers again, and has no complete run of the training
     assert "mlflow.parentRunId" not in client.get_run(alone.run_id).data.tags
     before = (MODEL / RUN_FILE).read_bytes()
