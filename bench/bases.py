@@ -195,8 +195,8 @@ def check(family: str) -> Result:
         for prompt, tokens in zip(asked, written, strict=True):
             assert _agree(base, prompt, tokens, plain.generate(prompt, NEW, draft="none").tokens), family
     logits = find_logits(base, [np.asarray(prompt, np.int32) for prompt in asked])
-    plain = {"scale": 1.0, "softcap": None, "bias": False}
-    kinds = [] if logits is None else [name for name, value in plain.items() if getattr(logits, name) != value]
+    without = {"scale": 1.0, "softcap": None, "bias": False}
+    kinds = [] if logits is None else [name for name, value in without.items() if getattr(logits, name) != value]
     positions = base.limits.positions
     return Result(
         family=family,
