@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,61 +58,44 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+_PLAIN = (
+    "llama qwen2 qwen3 gemma phi phi3 gpt_neox stablelm starcoder2 olmo olmo2 smollm3 nemotron glm glm4 ernie4_5 "
+    "apertus arcee biogpt bitnet ernie4_5_moe gemma4_text glm4_moe helium hunyuan_v1_dense jetmoe minimax_m2 "
+    "ministral3 nanochat olmo3 phimoe seed_oss vaultgemma xglm deepseek_v4 olmo_hybrid zaya"
+)
+"""Families whose config classes need no more than SIZES."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
+    **{name: {} for name in _PLAIN.split()},
     "mistral": {"sliding_window": 16},
-    "ministral": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+    "ministral": _SLIDING,
     "mixtral": {"num_local_experts": 4},
-    "qwen2": {},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
-    "qwen3": {},
     "qwen3_moe": _EXPERTS,
-    "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 16, "final_logit_softcapping": 5.0},
-    "gemma3_text": {
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi": {},
-    "phi3": {},
+    "gemma3_text": {"query_pre_attn_scalar": 8, **_SLIDING},
     "gpt2": _OLD,
     "gpt_bigcode": _OLD,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 16},
-    "gpt_neox": {},
     "gptj": {**_OLD, "rotary_dim": 4},
     "codegen": {**_OLD, "rotary_dim": 4},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {"n_layer": 2, "n_head": 4, **_NO_POSITIONS},
     "falcon": {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
-    "stablelm": {},
-    "starcoder2": {},
-    "olmo": {},
-    "olmo2": {},
     "olmoe": _EXPERTS,
     "cohere": {"logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3, "sliding_window": 16},
     "granite": {"logits_scaling": 3.0},
     "granitemoe": {"logits_scaling": 3.0, "num_local_experts": 4},
-    "smollm3": {},
-    "nemotron": {},
     "exaone4": {"sliding_window": 16},
-    "glm": {},
-    "glm4": {},
-    "ernie4_5": {},
     "deepseek_v3": {
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
         **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
         **{"num_key_value_heads": 4, "first_k_dense_replace": 1},
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
-    **{
-        name: {}
-        for name in ("apertus", "arcee", "biogpt", "bitnet", "ernie4_5_moe", "gemma4_text", "glm4_moe", "helium")
-    },
-    **{name: {} for name in ("hunyuan_v1_dense", "jetmoe", "minimax_m2", "ministral3", "nanochat", "olmo3")},
-    **{name: {} for name in ("phimoe", "seed_oss", "vaultgemma", "xglm")},
     "qwen3_5_text": _LINEAR,
     "qwen3_next": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -136,7 +119,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8},
         **{"ssm_state_size": 8, "n_groups": 1, "chunk_size": 16},
     },
-    **{name: {} for name in ("deepseek_v4", "olmo_hybrid", "zaya")},
     "gemma3": {
         "text_config": {"query_pre_attn_scalar": 8, "sliding_window": 16},
         "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
@@ -166,25 +148,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What works with a family.
+    """What works with a family: yes or NO, or nothing where it cannot draft."""
 
-    Attributes:
-        family: its model_type.
-        memory: attention, or recurrent.
-        positions: none, soft or hard.
-        logits: what they are beyond lm_head times the state, or `unknown`.
-        answers: whether base.answer writes what generate writes.
-        lossless: whether decoding by head, n-gram and hybrid writes what plain decoding writes; empty: it cannot draft.
-        walk: whether the exact walk over the answers has the steps of that loop; empty: it cannot draft.
-    """
-
-    family: str
-    memory: str
-    positions: str
-    logits: str
-    answers: str
-    lossless: str
-    walk: str
+    family: str  # its model_type
+    memory: str  # attention, or recurrent
+    positions: str  # none, soft or hard
+    logits: str  # what they are beyond lm_head times the state, or unknown
+    answers: str  # whether base.answer writes what generate writes
+    lossless: str  # whether decoding by head, n-gram and hybrid writes what plain decoding writes
+    walk: str  # whether the exact walk over the answers has the steps of that loop
 
 
 def make(family: str) -> Base:
@@ -223,25 +195,18 @@ def check(family: str) -> Result:
         for prompt, tokens in zip(asked, written, strict=True):
             assert _agree(base, prompt, tokens, plain.generate(prompt, NEW, draft="none").tokens), family
     logits = find_logits(base, [np.asarray(prompt, np.int32) for prompt in asked])
-    kinds = [] if logits is None else [name for name in ("scale", "softcap", "bias") if _has(logits, name)]
+    without = {"scale": 1.0, "softcap": None, "bias": False}
+    kinds = [] if logits is None else [name for name, value in without.items() if getattr(logits, name) != value]
     positions = base.limits.positions
     return Result(
         family=family,
         memory="recurrent" if base.limits.recurrent else "attention",
         positions="none" if positions is None else "hard" if base.limits.hard else "soft",
         logits="unknown" if logits is None else " ".join(kinds) or "plain",
-        answers=_yes(
-            all(
-                _agree(base, prompt, made, _generate(base, prompt)) for prompt, made in zip(asked, written, strict=True)
-            )
-        ),
+        answers=_yes(all(_agree(base, *each, _generate(base, each[0])) for each in zip(asked, written, strict=True))),
         lossless=lossless,
         walk=walk,
     )
-
-
-def _has(logits: Any, name: str) -> bool:
-    return bool(getattr(logits, name) != {"scale": 1.0, "softcap": None, "bias": False}[name])
 
 
 def _generate(base: Base, prompt: Sequence[int]) -> list[int]:
@@ -255,18 +220,10 @@ def _generate(base: Base, prompt: Sequence[int]) -> list[int]:
 
 def _decoded(base: Base, asked: Sequence[list[int]], written: Sequence[list[int]]) -> tuple[str, str]:
     """Whether decoding with drafts writes the answers, and whether the exact walk has its steps."""
-    shape = heads.SumRnnConfig(
-        method="sum_rnn",
-        hidden_size=base.hidden_size,
-        vocab_size=base.vocab_size,
-        n_predict=3,
-        inner_dim=(32,),
-        emb_dim=(32,),
-        proj_dim=(32,),
-        base_model_name_or_path="random",
-        base_digest="digest",
-    )
-    speculator = heads.build(shape)
+    known = {"method": "sum_rnn", "n_predict": 3, "base_model_name_or_path": "random", "base_digest": "digest"}
+    sizes = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size}
+    widths: Any = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (32,))
+    speculator = heads.build(heads.SumRnnConfig.model_validate({**known, **sizes, **widths}))
     speculator.initialise(base.tables)
     decode = Decode(ngram_min=1)
     model = LanguageModelWithSpeculator(base, speculator, decode)
@@ -302,21 +259,17 @@ def _yes(value: bool) -> str:
     return "yes" if value else "NO"
 
 
-def write(results: Iterator[Result], path: Path) -> None:
-    """The table."""
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(result) for result in results)
-
-
 def main() -> None:
     """Print a line for each family that is named, or make the table of all of them."""
     named = sys.argv[1:]
     for family in named:
         print(*asdict(check(family)).values(), sep=", ", flush=True)
     if not named:
-        write(map(check, FAMILIES), CSV)
+        results = [asdict(check(family)) for family in FAMILIES]
+        with CSV.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(results[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(results)
         print(f"{len(FAMILIES)} families -> {CSV}")
 
 

@@ -11,7 +11,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,17 +21,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.common import default_config, load_base, machine, reader, real_states, seconds, spread, table
+from bench.common import default_config, load_base, machine, parts_of, reader, real_states, seconds, spread, table
 from spec import acceptance, base, corpus, heads
 from spec.base import Base
 from spec.config import Config
 from spec.device import synchronize
-from spec.heads import LAST
+from spec.heads import LAST, Packed
 from spec.store import codecs, features, segment
 from spec.store.codecs import CODECS, Codec
 from spec.store.collection import Collection
-from spec.store.features import FeatureRow, TapStore
-from spec.store.plan import plan_groups
+from spec.store.features import FeatureRow, Group, TapStore
+from spec.store.reader import FeatureReader
 from stages import common
 
 ROUNDS = 5
@@ -53,19 +54,19 @@ def beside_the_forward(config: Config, root: Path) -> None:
         if total < TOKENS:
             rows.append(FeatureRow.of(row))
             total += len(row)
-    groups = plan_groups([row.key for row in rows], [len(row.ids) for row in rows], (), base.bucket, 4096)
+    groups = features.plan(rows, [()], 4096)
     cache_rates, bare_rates = cached_and_bare(load_base(config), rows, groups, root, ROUNDS)
     ratios = [cached / bare for cached, bare in zip(cache_rates, bare_rates, strict=True)]
-    cache_rate, bare_rate = statistics.median(cache_rates), statistics.median(bare_rates)
+    cache_rate, bare_rate = (f"{statistics.median(rates):,.0f}" for rates in (cache_rates, bare_rates))
     print(f"\n1. {len(rows)} sequences, {total:,} tokens in {len(groups)} segments")
     table(
         ["", "tokens/s", "ratio: median (lowest to highest)"],
-        [["bare forward", f"{bare_rate:,.0f}", ""], ["cache, zstd", f"{cache_rate:,.0f}", spread(ratios)]],
+        [["bare forward", bare_rate, ""], ["cache, zstd", cache_rate, spread(ratios)]],
     )
 
 
 def cached_and_bare(
-    model: Base, rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]], root: Path, rounds: int
+    model: Base, rows: Sequence[FeatureRow], groups: Sequence[Group], root: Path, rounds: int
 ) -> tuple[list[float], list[float]]:
     """Tokens/s of the cache stage's work and of the bare forward on the same batches, in turn; one of each a round."""
     batches = list(_padded(rows, groups))
@@ -78,7 +79,7 @@ def cached_and_bare(
         synchronize(model.device)
 
     def cached() -> None:
-        features.produce(model, [store_in(root / "cached", codecs.ZSTD)], rows, [(group, (0,)) for group in groups])
+        features.produce(model, [store_in(root / "cached", codecs.ZSTD)], rows, groups)
 
     rates: dict[Callable[[], None], list[float]] = {cached: [], bare: []}
     for turn in range(rounds + 1):
@@ -95,17 +96,16 @@ def store_in(root: Path, codec: Codec) -> TapStore:
     return TapStore(LAST, codec, collection)
 
 
-def _padded(rows: Sequence[FeatureRow], groups: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+def _padded(rows: Sequence[FeatureRow], groups: Sequence[Group]) -> list[torch.Tensor]:
     """The very batches that produce makes."""
     batches = []
-    for group in groups:
-        width = base.bucket(max(len(rows[r].ids) for r in group))
-        size = max(1, features.BATCH_TOKENS // width)
-        for start in range(0, len(group), size):
-            ids = np.zeros((len(group[start : start + size]), width), np.int64)
-            for number, r in enumerate(group[start : start + size]):
-                ids[number, : len(rows[r].ids)] = rows[r].ids
-            batches.append(torch.from_numpy(ids))
+    for numbers, _ in groups:
+        width = base.bucket(max(len(rows[r].ids) for r in numbers))
+        for part in parts_of(numbers, max(1, features.BATCH_TOKENS // width)):
+            ids = torch.zeros(len(part), width, dtype=torch.long)
+            for number, r in enumerate(part):
+                ids[number, : len(rows[r].ids)] = torch.from_numpy(rows[r].ids)
+            batches.append(ids)
     return batches
 
 
@@ -133,15 +133,13 @@ class Source(nn.Module):
 
 
 def synthetic(config: Config, root: Path) -> None:
-    width, length, count = 512, 512, 1600  # 818,000 positions: 940 MB at d=576
+    length, count = 512, 1600  # 818,000 positions: 940 MB at d=576
     model = Base(Source(real_states(config, features.BATCH_TOKENS)), None, "", torch.device("cpu"), Source.dtype)
     vars(model)["limits"] = base.Limits(None, False, 49152, False, True)
     generator = np.random.default_rng(0)
     mask = np.ones(length, np.uint8)
     rows = [FeatureRow(str(i), generator.integers(0, 49152, length, np.int32), mask) for i in range(count)]
-    groups = plan_groups(
-        [row.key for row in rows], [length] * count, (), lambda _: width, config.features.segment_tokens
-    )
+    groups = features.plan(rows, [()], config.features.segment_tokens)
     size = count * (length - 1) * model.model.states.shape[1] * 2
     result = []
     torch.set_num_threads(1)  # the host of a device computes nothing
@@ -149,8 +147,7 @@ def synthetic(config: Config, root: Path) -> None:
         rates = []
         for _ in range(3):
             store = store_in(root, codec)
-            took = seconds(partial(features.produce, model, [store], rows, [(group, (0,)) for group in groups]))
-            rates.append(size / 1e6 / took)
+            rates.append(size / 1e6 / seconds(partial(features.produce, model, [store], rows, groups)))
             shutil.rmtree(store.collection.folder)
         result.append([codec.name, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"])
     print(f"\n2. A source of {SOURCE_RATE / 1e6:.0f} MB/s, {size / 1e6:,.0f} MB of real states, {len(groups)} segments")
@@ -159,7 +156,7 @@ def synthetic(config: Config, root: Path) -> None:
 
 def compare_codecs(config: Config, root: Path) -> None:
     states = real_states(config, 60_000)
-    eval_reader = reader(config, "eval")
+    megabytes, held = states.nbytes / 1e6, reader(config, "eval")
     speculator = heads.load(common.MODEL)
     result = []
     for codec in CODECS.values():
@@ -170,45 +167,26 @@ def compare_codecs(config: Config, root: Path) -> None:
             name = f"{codec.name}{number}"
             writes.append(seconds(partial(segment.write, root, name, ["a"], [row], attributes, codec)))
             reads.append(seconds(partial(segment.read, root, name)))
-        stored = segment.read_record(root, f"{codec.name}0").size
-        walks = _walk_through(speculator, eval_reader, codec)
-        result.append(
-            [
-                codec.name,
-                f"{stored / states.nbytes:.3f}",
-                f"{states.nbytes / 1e6 / statistics.median(writes):,.0f}",
-                f"{states.nbytes / 1e6 / statistics.median(reads):,.0f}",
-                f"{acceptance.tokens_per_step(walks):.4f}",
-            ]
-        )
-    print(f"\n3. {states.nbytes / 1e6:.0f} MB of real states; the default's head, walked over eval")
+        stored = segment.read_record(root, f"{codec.name}0").size / states.nbytes
+        speeds = [f"{megabytes / statistics.median(times):,.0f}" for times in (writes, reads)]
+        recoded = Recoded(held.manifest, held.root)
+        recoded.codec = codec
+        walks = acceptance.walks(recoded, acceptance.draft_answers(speculator, recoded), acceptance.head_drafts)
+        result.append([codec.name, f"{stored:.3f}", *speeds, f"{acceptance.tokens_per_step(walks):.4f}"])
+    print(f"\n3. {megabytes:.0f} MB of real states; the default's head, walked over eval")
     table(["codec", "size / (2 d a position)", "write MB/s", "read MB/s", "tokens per step"], result)
 
 
-def _walk_through(speculator: heads.Speculator, found: object, codec: Codec) -> list[acceptance.Walk]:
-    """The exact walk with states that were encoded and decoded."""
-    split = _Recoded(found, codec)
-    return acceptance.walks(split, acceptance.draft_answers(speculator, split), acceptance.head_drafts)  # type: ignore[arg-type]
-
-
-class _Recoded:
+class Recoded(FeatureReader):
     """A reader whose states went through a codec."""
 
-    def __init__(self, found: object, codec: Codec) -> None:
-        self._found, self._codec = found, codec
+    codec: Codec
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._found, name)
-
-    def __len__(self) -> int:
-        return len(self._found)  # type: ignore[arg-type]
-
-    def sequences(self, indices: Sequence[int]) -> object:
-        for index, sequence in self._found.sequences(indices):  # type: ignore[attr-defined]
-            encoded = self._codec.encode(sequence.states)
+    def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, Packed]]:
+        for index, packed in super().sequences(indices):
+            encoded = self.codec.encode(packed.states[LAST])
             arrays = {name: codecs.to_numpy(tensor) for name, tensor in encoded.items()}
-            states = self._codec.decode(arrays, sequence.states.dtype)
-            yield index, type(sequence)(states, sequence.positions, sequence.ids, sequence.mask)
+            yield index, replace(packed, states={LAST: self.codec.decode(arrays, self.dtype)})
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def default_config(*overrides: str) -> Config:
     return config_module.load(Path("params.yaml"), overrides)
 
 
-def load_base(config: Config, dtype: str | None = None) -> Base:
+def load_base(config: Config) -> Base:
     """The base that fetch resolved."""
     sources = common.read_sources()
-    return base_model.load(config.model, common.base_folder(config, sources), sources["base"]["weights"], dtype=dtype)
+    return base_model.load(config.model, common.base_folder(config, sources), sources["base"]["weights"])
 
 
 def reader(config: Config, split: str) -> FeatureReader:
@@ -40,10 +40,15 @@ def reader(config: Config, split: str) -> FeatureReader:
 def real_states(config: Config, count: int) -> torch.Tensor:
     """[count, d] real states of the train split; repeated, but shuffled, where it has fewer."""
     found = reader(config, "train")
-    states = torch.cat([packed.states[LAST] for _, packed in found.sequences(range(len(found)))])
+    states = found.packed(range(len(found))).states[LAST]
     generator = torch.Generator().manual_seed(0)
     parts = [states[torch.randperm(len(states), generator=generator)] for _ in range(-(-count // len(states)))]
     return torch.cat([states, *parts])[:count]
+
+
+def parts_of(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    """An order of sequences, cut into batches."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -55,9 +60,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a Markdown table."""
-    text = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(header), *text]) for i in range(len(header))]
-    for row in [list(header), ["-" * width for width in widths], *text]:
+    text = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    for row in [text[0], ["-" * width for width in widths], *text[1:]]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
 
 
@@ -69,6 +74,7 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median (lowest to highest)."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    median, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({low} to {high})"

@@ -7,7 +7,9 @@ that begin with it.
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,37 +50,32 @@ def main() -> None:
     prompts = ids[:, :32].repeat(-(-ROWS // len(ids)), 1)[:ROWS].tolist()
 
     def prefill() -> float:
-        def forward() -> None:
+        with torch.inference_mode():
+            began = time.perf_counter()
             base_model.hidden_states(base.model, ids)
             synchronize(base.device)
-
-        with torch.inference_mode():
-            return seconds(forward)
+            return time.perf_counter() - began
 
     def step() -> float:
         """Of ROWS answers, without the pass over their prompts."""
         few, many = (seconds(partial(base_model.answer, base, prompts, n)) for n in (2, 2 + STEPS))
         return (many - few) / STEPS
 
-    def positions() -> float:
+    def train_step() -> float:
         form = {"form": "ours", "drafted": config.model.speculator.draft_vocab_size, "loss": config.optim.loss}
-        return 1 / train.one(form)["rate"]
+        return 1000 / train.one(form)["rate"]
 
     works: list[tuple[str, Callable[[Machine], float], Callable[[], float]]] = [
-        (
-            f"cache: {ids.numel():,} tokens",
-            lambda rates: costs.prefill_seconds(replace(job, tokens=ids.numel()), rates),
-            prefill,
-        ),
+        (f"cache: {ids.numel():,} tokens", partial(costs.prefill_seconds, replace(job, tokens=ids.numel())), prefill),
         (
             f"respond: a token of each of {ROWS} answers",
-            lambda rates: costs.answer_seconds(replace(job, answers=ROWS), rates),
+            partial(costs.answer_seconds, replace(job, answers=ROWS)),
             step,
         ),
         (
             f"train, optim.loss={config.optim.loss}: 1,000 positions",
-            lambda rates: costs.epoch_seconds(replace(job, positions=1000), rates),
-            lambda: 1000 * positions(),
+            partial(costs.epoch_seconds, replace(job, positions=1000)),
+            train_step,
         ),
     ]
     for name, said, work in works:
@@ -89,8 +86,8 @@ def main() -> None:
             formulas.append(said(costs.measure(base.device, dtype)))
             measured.append(work())
         ratios = [found / expected for found, expected in zip(measured, formulas, strict=True)]
-        rows.append([name, f"{sorted(formulas)[ROUNDS // 2]:.3f} s", f"{sorted(measured)[ROUNDS // 2]:.3f} s"])
-        rows[-1].append(spread(ratios))
+        seconds_of = [f"{statistics.median(each):.3f} s" for each in (formulas, measured)]
+        rows.append([name, *seconds_of, spread(ratios)])
     table(["what", "formula", "measured", "measured / formula"], rows)
 
 

@@ -1,6 +1,6 @@
 """Is decoding faster? `python -m bench.decode [PART ...] [--prompts N] [--tokens M]`, after `make repro`.
 
-1. `forms`: each source of drafts beside plain decoding, transformers' generate and its prompt lookup: same base, dtype
+1. `forms`: each source of drafts next to plain decoding, transformers' generate and its prompt lookup: same base, dtype
    and process, N eval prompts of each domain, the order turning round with each prompt.
 2. `lengths`: speed-up against the number of drafted tokens. Draws docs/draft_length.png.
 3. `rules`: what n-grams and the hybrid could do: tokens per step on val for each rule, by the exact walk.
@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.common import default_config, load_base, machine, reader, table
 from spec import acceptance, drafting, heads, plots
@@ -39,6 +40,8 @@ LOOKUP_TOKENS = 10
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 10, 12)
 Prompt = tuple[str, list[int]]
+Form = Callable[[list[int]], int]
+"""Writes an answer to a prompt, and returns how many tokens it has."""
 
 
 def main() -> None:
@@ -77,55 +80,47 @@ def forms(count: int, tokens: int) -> None:
     lm = model()
     lm.base.model.generation_config.pad_token_id = lm.base.tokenizer.pad_token_id or 0
 
+    def ours(source: Source, prompt: list[int]) -> int:
+        return len(lm.generate(prompt, tokens, draft=source).tokens)
+
+    @torch.inference_mode()
     def transformers(prompt: list[int], **how: Any) -> int:
         ids = torch.tensor([prompt], device=lm.base.device)
-        with torch.inference_mode():
-            made = lm.base.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, **how
-            )
-        return int(made.shape[1]) - len(prompt)
+        options = {"do_sample": False, "max_new_tokens": tokens, **how}
+        return int(lm.base.model.generate(ids, attention_mask=torch.ones_like(ids), **options).shape[1]) - len(prompt)
 
-    ours: Any = {
-        f"ours, {source}": lambda prompt, source=source: len(lm.generate(prompt, tokens, draft=source).tokens)
-        for source in ("none", *SOURCES)
-    }
-    everything: dict[str, Callable[[list[int]], int]] = {
-        **ours,
+    everything: dict[str, Form] = {
+        **{f"ours, {source}": partial(ours, source) for source in get_args(Source)},
         "transformers, generate": transformers,
-        f"transformers, prompt lookup ({LOOKUP_TOKENS})": lambda prompt: transformers(
-            prompt, prompt_lookup_num_tokens=LOOKUP_TOKENS
-        ),
+        f"transformers, prompt lookup ({LOOKUP_TOKENS})": partial(transformers, prompt_lookup_num_tokens=LOOKUP_TOKENS),
     }
-    rates = measure(everything, prompts(count))
-    domains = sorted({domain for domain, _ in rates["ours, none"]})
+    given = prompts(count)
+    domains, rates = np.array([domain for domain, _ in given]), measure(everything, given)
     rows = []
     for name, found in rates.items():
-        ratios = [(domain, rate / plain) for (domain, rate), (_, plain) in zip(found, rates["ours, none"], strict=True)]
-        cells = [[r for d, r in ratios if d == domain] for domain in domains] + [[r for _, r in ratios]]
-        rows.append([name, *map(mean, cells), f"{statistics.mean(rate for _, rate in found):.1f}"])
+        ratios = found / rates["ours, none"]
+        cells = [ratios[domains == domain] for domain in np.unique(domains)] + [ratios]
+        rows.append([name, *map(mean, cells), f"{found.mean():.1f}"])
     print(f"\n1. x plain decoding, of up to {tokens} tokens: mean over {count} prompts a domain (lowest to highest)")
-    table(["", *domains, "all", "tokens/s"], rows)
+    table(["", *np.unique(domains), "all", "tokens/s"], rows)
 
 
-def measure(
-    everything: dict[str, Callable[[list[int]], int]], given: Sequence[Prompt]
-) -> dict[str, list[tuple[str, float]]]:
+def measure(everything: dict[str, Form], given: Sequence[Prompt]) -> dict[str, NDArray[np.float64]]:
     """Tokens/s of every form on every prompt, prefill included; order turns round with each prompt."""
     for run in everything.values():  # first calls pay for allocations and code paths
         run(given[0][1])
-    rates: dict[str, list[tuple[str, float]]] = {name: [] for name in everything}
-    for turn, (domain, prompt) in enumerate(given):
-        names = list(everything) if turn % 2 == 0 else list(reversed(everything))
-        for name in names:
+    rates: dict[str, list[float]] = {name: [] for name in everything}
+    for turn, (_, prompt) in enumerate(given):
+        for name in everything if turn % 2 == 0 else reversed(everything):
             began = time.perf_counter()
             written = everything[name](prompt)
-            rates[name].append((domain, written / (time.perf_counter() - began)))
-    return rates
+            rates[name].append(written / (time.perf_counter() - began))
+    return {name: np.array(found) for name, found in rates.items()}
 
 
-def mean(values: Sequence[float]) -> str:
+def mean(values: NDArray[np.float64]) -> str:
     """Mean (lowest to highest)."""
-    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{values.mean():.2f} ({values.min():.2f} to {values.max():.2f})"
 
 
 def lengths(count: int, tokens: int) -> None:
@@ -133,33 +128,26 @@ def lengths(count: int, tokens: int) -> None:
     assert lm.speculator is not None
     n = lm.speculator.config.n_predict
 
-    def run(prompt: list[int], source: Any, length: int | None) -> int:
+    def run(source: Source, length: int | None, prompt: list[int]) -> int:
         lm.decode = default_config().decode.model_copy(update={"draft_len": length})
         return len(lm.generate(prompt, tokens, draft=source).tokens)
 
-    everything: Any = {"none": lambda prompt: run(prompt, "none", None)}
+    everything: dict[str, Form] = {"none": partial(run, "none", None)}
     for source in SOURCES:
         for length in (*[k for k in LENGTHS if source != "head" or k <= n], None):
-            everything[f"{source} {length}"] = lambda prompt, s=source, k=length: run(prompt, s, k)
+            everything[f"{source} {length}"] = partial(run, source, length)
     rates = measure(everything, prompts(max(1, count // 4)))
-    plain = [rate for _, rate in rates["none"]]
-    means = {
-        name: statistics.mean(rate / one for (_, rate), one in zip(found, plain, strict=True))
-        for name, found in rates.items()
-    }
+    means = {name: float((found / rates["none"]).mean()) for name, found in rates.items()}
     lines: Any = {}
     rows = []
     for source in SOURCES:
         known = [k for k in LENGTHS if f"{source} {k}" in means]
         lines[source] = (known, [means[f"{source} {k}"] for k in known])
-        rows.append([source, *[f"{means[name]:.2f}" if name in means else "" for name in names(source)]])
+        found = [means.get(f"{source} {k}") for k in (*LENGTHS, None)]
+        rows.append([source, *("" if each is None else f"{each:.2f}" for each in found)])
     plots.curves(Path("docs/draft_length.png"), lines, "drafted tokens a step, at most", "x plain decoding")
-    print(f"\n2. x plain decoding by draft_len, mean over {len(plain)} prompts -> docs/draft_length.png")
+    print(f"\n2. x plain decoding by draft_len, mean over {len(rates['none'])} prompts -> docs/draft_length.png")
     table(["", *map(str, LENGTHS), "null"], rows)
-
-
-def names(source: str) -> list[str]:
-    return [f"{source} {k}" for k in (*LENGTHS, None)]
 
 
 def rules(count: int, tokens: int) -> None:
@@ -184,26 +172,29 @@ def rules(count: int, tokens: int) -> None:
                 walks.append(acceptance.Walk(steps))
                 stops = np.cumsum([0, *(steps[:-1] + 1)])
                 drafted += [min(len(drafts[at]), answer.length - 1 - at) for at in stops[: len(steps)]]
-        rate = acceptance.tokens_per_step(walks)
-        each = float(np.mean(drafted))
+        rate, each = acceptance.tokens_per_step(walks), float(np.mean(drafted))
         rows.append([name, f"{rate:.3f}", f"{each:.1f}", f"{rate / (1 + per_token * each):.3f}"])
 
     alone: Any = {"follow": lambda self, limit, drafted: drafted}
     default = Decode()
 
-    def old(shortest: int, length: int) -> Decode:
-        return Decode(ngram_min=shortest, ngram_max=4, draft_len=length)
+    old = partial(Decode, ngram_max=4)
 
     walked("head", default, "head")
     for shortest in (1, 2, 3):
-        walked(f"n-gram of {shortest} to 4 tokens, 6 drafted", old(shortest, 6), "ngram")
+        walked(f"n-gram of {shortest} to 4 tokens, 6 drafted", old(ngram_min=shortest, draft_len=6), "ngram")
     for factor in (2, 3, 4):
         walked(f"n-gram of 1 to 8 tokens, {factor} drafted for each", default, "ngram", PER_TOKEN=factor)
     for strong in (1, 2, 3, 4):
         name = f"n-gram of {strong} to 4 tokens, 6 drafted; else head"
-        walked(name, old(1, 6), "hybrid", STRONG=strong, **alone)
+        walked(name, old(ngram_min=1, draft_len=6), "hybrid", STRONG=strong, **alone)
     for length in (4, 8, 10):
-        walked(f"n-gram of 2 to 4 tokens, {length} drafted; else head", old(1, length), "hybrid", **alone)
+        walked(
+            f"n-gram of 2 to 4 tokens, {length} drafted; else head",
+            old(ngram_min=1, draft_len=length),
+            "hybrid",
+            **alone,
+        )
     walked("n-gram of 2 to 8 tokens, 3 drafted for each; else head", default, "hybrid", **alone)
     for longest in (4, 8, 16):
         walked(f"2 to {longest}, 3 for each, lookup behind the head's drafts", Decode(ngram_max=longest), "hybrid")
@@ -227,13 +218,10 @@ def profile(count: int, tokens: int) -> None:
     rows = [[name, *[f"{1e3 * c[name]:.2f} ({c[name] / c['a step']:.1%})" for c in columns]] for name in columns[0]]
     table(["", *sources], rows)
     costs = forward_seconds(lm)
-    print("\nA forward of several tokens, behind 200 others")
+    print("\nA forward of several tokens, after 200 others")
+    rows = [["ms", *(f"{1e3 * took:.1f}" for took in costs.values())]]
     table(
-        ["tokens", *map(str, costs)],
-        [
-            ["ms", *[f"{1e3 * took:.1f}" for took in costs.values()]],
-            ["x one token", *[f"{took / costs[1]:.2f}" for took in costs.values()]],
-        ],
+        ["tokens", *map(str, costs)], [*rows, ["x one token", *(f"{took / costs[1]:.2f}" for took in costs.values())]]
     )
 
 
@@ -292,7 +280,7 @@ def _clocked(lm: LanguageModelWithSpeculator, spent: dict[str, float]) -> Iterat
 
 
 def forward_seconds(lm: LanguageModelWithSpeculator) -> dict[int, float]:
-    """Of a forward of so many tokens behind a context of 200: the median of seven rounds' best of five."""
+    """Of a forward of so many tokens after a context of 200: the median of seven rounds' best of five."""
     network, device = lm.base.model, lm.base.device
     ids = torch.arange(200, device=device)[None]
     found: dict[int, list[float]] = {}

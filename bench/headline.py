@@ -41,6 +41,8 @@ FINETUNE = (
     "model.speculator.n_predict=1",
     "model.speculator.draft_vocab_size=512",
     "optim.loss=ce",
+    "trainer.total_epochs=2",
+    "trainer.test_freq=1000",
 )
 SMALL = ("trainer.logger=console", "evaluate.max_prompts=1", "evaluate.max_new_tokens=16")
 """The walk is exact without decoding for real, so as little as may be is decoded."""
@@ -54,15 +56,10 @@ HEADS: Sequence[tuple[str, int, int]] = (
 
 @dataclass(frozen=True)
 class Space:
-    """A folder in which stages run.
-
-    Attributes:
-        root: the folder.
-        overrides: of params.yaml, for every stage in it.
-    """
+    """A folder in which stages run."""
 
     root: Path
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # of params.yaml, for every stage
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -85,6 +82,11 @@ class Space:
     @property
     def speculator(self) -> Path:
         return self.root / common.MODEL
+
+    def measured(self, trained: bool = True) -> dict[str, Any]:
+        """What evaluate found, and the seconds of training where any came before it."""
+        seconds = self.json("results/train/details.json")["seconds"] if trained else None
+        return {"train_seconds": seconds, **self.json("results/evaluate/details.json")}
 
 
 def main() -> None:
@@ -123,25 +125,23 @@ def finetune(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> N
     else:
         before.run("train", overrides=[f"trainer.total_epochs={chosen.epochs}", "trainer.test_freq=32"])
     before.run("evaluate")
-    found["A"] = measured(before, trained=not chosen.speculator)
+    found["A"] = before.measured(trained=not chosen.speculator)
 
     tuned_base = chosen.finetuned.resolve() if chosen.finetuned else tune(root, chosen, before, found)
-    after = Space(
-        root / "finetuned",
-        (*SMALL, own_store, f"data.max_samples={chosen.own}", f"model.partial_pretrain={tuned_base}"),
-    )
+    own = (f"data.max_samples={chosen.own}", f"model.partial_pretrain={tuned_base}")
+    after = Space(root / "finetuned", (*SMALL, own_store, *own))
     after.run("fetch", "tokenize")
     found["respond_seconds"] = after.run("respond")
     found["cache_seconds"] = after.run("cache")
     found["answers"] = compare(before, after)
     relabel(before.speculator, after.speculator, tuned_base)
     after.run("evaluate")
-    found["B"] = measured(after, trained=False)
+    found["B"] = after.measured(trained=False)
     training = [f"trainer.total_epochs={chosen.epochs}", "trainer.test_freq=8"]
     warm = [f"model.speculator.init={before.speculator}", f"optim.lr={chosen.own_lr}"]
     for name, start in (("C", warm), ("fresh", [])):
         after.run("train", "evaluate", overrides=[*training, *start])
-        found[name] = measured(after)
+        found[name] = after.measured()
 
 
 def tune(root: Path, chosen: argparse.Namespace, before: Space, found: dict[str, Any]) -> Path:
@@ -153,24 +153,14 @@ def tune(root: Path, chosen: argparse.Namespace, before: Space, found: dict[str,
         solved = [row for row in rows if row["domain"] == DOMAIN and row["answer"]]
         pq.write_table(pa.Table.from_pylist(solved), data / f"{split}.parquet")
     given = [f"data.{split}_files={data}/{split}.parquet" for split in common.SPLITS]
-    space = Space(
-        root / "tuning",
-        (*before.overrides, *FINETUNE, *given, f"data.max_samples={chosen.finetune_samples}"),
-    )
-    space.run("fetch", "tokenize", "respond", "cache")
-    space.run(
-        "train", overrides=[f"optim.base_lr={chosen.base_lr}", "trainer.total_epochs=2", "trainer.test_freq=1000"]
-    )
-    metrics = space.json("results/train/details.json")
+    given += [f"data.max_samples={chosen.finetune_samples}", f"optim.base_lr={chosen.base_lr}"]
+    space = Space(root / "tuning", (*before.overrides, *FINETUNE, *given))
+    space.run("fetch", "tokenize", "respond", "cache", "train")
+    details = space.json("results/train/details.json")
     with (space.root / "results/train/train.csv").open() as file:
         losses = [float(row["base_loss"]) for row in csv.DictReader(file)]
-    found["tune"] = {
-        "seconds": metrics["seconds"],
-        "steps": metrics["steps"],
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-        "val_loss": metrics["val"]["base_loss"],
-    }
+    found["tune"] = {name: details[name] for name in ("seconds", "steps")}
+    found["tune"] |= {"loss_first": losses[0], "loss_last": losses[-1], "val_loss": details["val"]["base_loss"]}
     return space.root / common.TRAINED_BASE
 
 
@@ -194,12 +184,6 @@ def compare(before: Space, after: Space) -> dict[str, float]:
         "tokens_before": sum(len(one) for one, _ in both) / len(both),
         "tokens_after": sum(len(other) for _, other in both) / len(both),
     }
-
-
-def measured(space: Space, trained: bool = True) -> dict[str, Any]:
-    """What evaluate found, and the seconds of training where any came before it."""
-    seconds = space.json("results/train/details.json")["seconds"] if trained else None
-    return {"train_seconds": seconds, **space.json("results/evaluate/details.json")}
 
 
 def several(root: Path, chosen: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -240,9 +224,8 @@ def report_finetune(found: dict[str, Any]) -> None:
         f"eval: {answers['same']} of {answers['prompts']} answers are the same from both bases; on average "
         f"{answers['tokens_before']:.0f} tokens before, {answers['tokens_after']:.0f} after"
     )
-    print(
-        f"own answers: respond {found['respond_seconds']:.0f} s, cache {found['cache_seconds']:.0f} s, eval included\n"
-    )
+    own = f"respond {found['respond_seconds']:.0f} s, cache {found['cache_seconds']:.0f} s, eval included"
+    print(f"own answers: {own}\n")
     names = {
         "A": "A: its speculator, on the base it was trained for",
         "B": "B: the same, on the fine-tuned base",
@@ -252,13 +235,11 @@ def report_finetune(found: dict[str, Any]) -> None:
     rows = []
     for key, name in names.items():
         one = found[key]
-        offline, maths = one["offline"], one["domains"][DOMAIN]
-        low, high = offline["tokens_per_step_low"], offline["tokens_per_step_high"]
+        maths = one["domains"][DOMAIN]
         figures = [one["ngram"]["tokens_per_step"], one["hybrid"]["tokens_per_step"]]
         figures += [maths["tokens_per_step"], maths["ngram_tokens_per_step"]]
         seconds = "" if one["train_seconds"] is None else f"{one['train_seconds']:.0f} s"
-        head = f"{offline['tokens_per_step']:.2f} ({low:.2f} to {high:.2f})"
-        rows.append([name, head, *(f"{figure:.2f}" for figure in figures), seconds])
+        rows.append([name, with_interval(one["offline"]), *(f"{figure:.2f}" for figure in figures), seconds])
     header = ["tokens per step on eval", "head (95 % interval)", "n-gram", "hybrid"]
     table([*header, f"head, {DOMAIN}", f"n-gram, {DOMAIN}", "training"], rows)
 
@@ -270,26 +251,22 @@ def report_heads(found: dict[str, Any]) -> None:
     tokens = sum(once[split]["tokens"] for split in common.SPLITS)
     total = sum(row["seconds"] for row in found["heads"])
     print(f"the pass, once: {tokens:,} tokens, {once['seconds']:.0f} s; the heads together: {total:.0f} s\n")
-    table(
-        ["method", "n_predict", "width", "parameters", "training", "tokens per step on val"],
-        [
-            [
-                row["method"],
-                row["n"],
-                row["width"],
-                f"{row['parameters'] / 1e6:.1f} M",
-                f"{row['seconds']:.0f} s",
-                f"{row['val']['tokens_per_step']:.3f}",
-            ]
-            for row in found["heads"]
-        ],
-    )
-    best, offline = found["best"], found["best_on_eval"]["offline"]
-    low, high = offline["tokens_per_step_low"], offline["tokens_per_step_high"]
+    rows = []
+    for row in found["heads"]:
+        shown = [f"{row['parameters'] / 1e6:.1f} M", f"{row['seconds']:.0f} s", f"{row['val']['tokens_per_step']:.3f}"]
+        rows.append([row["method"], row["n"], row["width"], *shown])
+    table(["method", "n_predict", "width", "parameters", "training", "tokens per step on val"], rows)
+    best, on_eval = found["best"], found["best_on_eval"]
     print(
-        f"\nval chooses {best['method']} with {best['n']} heads: {offline['tokens_per_step']:.2f} tokens per step on "
-        f"eval ({low:.2f} to {high:.2f}), n-gram {found['best_on_eval']['ngram']['tokens_per_step']:.2f}"
+        f"\nval chooses {best['method']} with {best['n']} heads: tokens per step on eval "
+        f"{with_interval(on_eval['offline'])}, n-gram {on_eval['ngram']['tokens_per_step']:.2f}"
     )
+
+
+def with_interval(offline: dict[str, float]) -> str:
+    """Tokens per step of the exact walk, with their 95 % interval."""
+    rate, low, high = (offline[f"tokens_per_step{name}"] for name in ("", "_low", "_high"))
+    return f"{rate:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.common import default_config, machine, real_states, seconds, table
+from bench.common import default_config, machine, parts_of, real_states, seconds, table
 from spec.corpus import TokenSequence
 from spec.heads import LAST, Packed
 from spec.store import codecs, features, identity
@@ -47,11 +47,9 @@ def main() -> None:
     print(f"{SEQUENCES} sequences, {len(states):,} positions, {states.nbytes / 1e6:,.0f} MB of states, {BATCH} a batch")
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         root = Path(folder)
-        orders = {}
         forms: dict[str, Callable[[int], Iterator[Packed]]] = {}
         for codec in ("zstd", "none", "fp8"):
             manifest = store(root / codec, states, ids, mask, 49152, codec)
-            orders[codec] = FeatureReader(manifest, root / codec).order(0, 0)
             forms[f"reader, {codec}, first epoch"] = from_reader(manifest, root / codec, fresh=True)
             forms[f"reader, {codec}, later epochs"] = from_reader(manifest, root / codec, fresh=False)
         for form, save, load in (
@@ -62,31 +60,22 @@ def main() -> None:
             target.mkdir()
             for row in range(SEQUENCES):
                 part = states[row * per_row : (row + 1) * per_row].clone()
-                save(
-                    {"states": part, "ids": torch.from_numpy(ids[row]), "mask": torch.from_numpy(mask)},
-                    target / f"{row}.bin",
-                )
+                held = {"states": part, "ids": torch.from_numpy(ids[row]), "mask": torch.from_numpy(mask)}
+                save(held, target / f"{row}.bin")
             forms[form] = from_files(target, load)
         forms["raw memory map"] = from_map(root / "raw.bin", states, ids, mask)
 
         rates: dict[str, list[float]] = {form: [] for form in forms}
         for turn in range(ROUNDS):
             for form, epoch in forms.items():
-                took = seconds(partial(positions_in, epoch, turn))
-                rates[form].append(len(states) / took)
-    raw = statistics.median(rates["raw memory map"])
-    needed = H100_FLOPS / OPERATIONS * WIDE * 2
+                rates[form].append(len(states) / seconds(partial(positions_in, epoch, turn)))
+    medians = {form: statistics.median(found) for form, found in rates.items()}
+    raw, needed = medians["raw memory map"], H100_FLOPS / OPERATIONS * WIDE * 2
     table(
         ["form", "positions/s", "MB/s", "x raw map", "x what an H100 needs (8B base)"],
         [
-            [
-                form,
-                f"{statistics.median(found):,.0f}",
-                f"{statistics.median(found) * d * 2 / 1e6:,.0f}",
-                f"{statistics.median(found) / raw:.2f}",
-                f"{statistics.median(found) * d * 2 / needed:.1f}",
-            ]
-            for form, found in rates.items()
+            [form, f"{rate:,.0f}", f"{rate * d * 2 / 1e6:,.0f}", f"{rate / raw:.2f}", f"{rate * d * 2 / needed:.1f}"]
+            for form, rate in medians.items()
         ],
     )
     print(
@@ -138,24 +127,19 @@ def store(
     )
 
 
-def parts(order: Sequence[int]) -> list[Sequence[int]]:
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-
-
 def shuffled(epoch: int) -> list[Sequence[int]]:
-    return parts([int(i) for i in np.random.default_rng(epoch).permutation(SEQUENCES)])
+    return parts_of([int(i) for i in np.random.default_rng(epoch).permutation(SEQUENCES)], BATCH)
 
 
 def from_reader(manifest: Manifest, root: Path, fresh: bool) -> Callable[[int], Iterator[Packed]]:
     kept = FeatureReader(manifest, root)
-    if not fresh:  # decoded once before it is timed
-        for _ in kept.batches(parts(kept.order(0, 0))):
-            pass
 
     def epoch(number: int) -> Iterator[Packed]:
         found = FeatureReader(manifest, root) if fresh else kept
-        return found.batches(parts(found.order(0, number)))
+        return found.batches(parts_of(found.order(0, number), BATCH))
 
+    if not fresh:  # decoded once before it is timed
+        positions_in(epoch, 0)
     return epoch
 
 

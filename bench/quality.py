@@ -23,7 +23,6 @@ import torch
 from bench.common import default_config, machine, reader, table
 from spec import acceptance, plots
 from spec.config import Config
-from spec.heads import Speculator
 from spec.store import tables as base_tables
 from spec.store.reader import FeatureReader
 from spec.training import loop
@@ -33,16 +32,12 @@ from spec.training.start import initialise, shape_on
 from spec.training.teacher import Teacher
 from spec.workers import this_worker
 
-PUBLIC = (
-    "optim.loss=ce",
-    "model.speculator.init=random",
-    "model.speculator.draft_vocab_size=null",
-    "optim.lr=0.001",
-    "optim.weight_decay=0.1",
-)
 CHOICES: dict[str, Sequence[str]] = {
     "params.yaml": (),
-    "public recipe (ce, random init, all tokens, lr 0.001, decay 0.1)": PUBLIC,
+    "public recipe (ce, random init, all tokens, lr 0.001, decay 0.1)": (
+        *("optim.loss=ce", "model.speculator.init=random", "model.speculator.draft_vocab_size=null"),
+        *("optim.lr=0.001", "optim.weight_decay=0.1"),
+    ),
     "init random": ("model.speculator.init=random",),
     "loss ce": ("optim.loss=ce",),
     "lr 1e-3": ("optim.lr=0.001",),
@@ -57,7 +52,6 @@ CHOICES: dict[str, Sequence[str]] = {
     "batch of 16": ("data.train_batch_size=16",),
     "head weights 3:2:1": ("optim.head_weights=[3, 2, 1]",),
 }
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
 
 
 def main() -> None:
@@ -70,8 +64,7 @@ def main() -> None:
     for name, overrides in CHOICES.items():
         if wanted and not any(part in name for part in wanted):
             continue
-        config = default_config(*overrides)
-        val, held, seconds, step = train(config)
+        val, held, seconds, step = train(default_config(*overrides))
         rows.append([name, f"{val:.3f}", f"{held:.3f}", step, f"{seconds:.0f} s"])
         print(f"{name}: {val:.3f} on val, {held:.3f} on eval, best at step {step}, {seconds:.0f} s", flush=True)
     table(["choice", "tokens per step, val", "eval", "best step", "training"], rows)
@@ -80,19 +73,16 @@ def main() -> None:
 def curve() -> None:
     config = default_config()
     whole = config.data.max_samples or 384
-    counts = [round(share * whole) for share in SHARES]
+    counts = [round(whole * share) for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]
     available = len(reader(config, "train"))
-    points = []
+    found: dict[int, tuple[float, float]] = {}
     for count in [count for count in counts if count <= available]:
         val, held, seconds, _ = train(config, count)
-        points.append((count, val, held))
+        found[count] = val, held
         print(f"{count} answers: {val:.3f} on val, {held:.3f} on eval, {seconds:.0f} s", flush=True)
-    lines = {
-        "val": ([p[0] for p in points], [p[1] for p in points]),
-        "eval": ([p[0] for p in points], [p[2] for p in points]),
-    }
+    lines = {name: (list(found), [each[i] for each in found.values()]) for i, name in enumerate(("val", "eval"))}
     plots.curves(Path("docs/data_size.png"), lines, "answers to train on", "tokens per step, head alone")
-    table(["answers", "val", "eval"], [[count, f"{val:.3f}", f"{held:.3f}"] for count, val, held in points])
+    table(["answers", "val", "eval"], [[count, f"{val:.3f}", f"{held:.3f}"] for count, (val, held) in found.items()])
 
 
 def train(config: Config, count: int | None = None) -> tuple[float, float, float, int]:
@@ -109,13 +99,10 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
         result = loop.run(config, task, worker, Checkpoints(Path(folder), ""))
         seconds = time.monotonic() - began
     task.restore(result.weights)
-    return result.val["tokens_per_step"], walked(speculator, found["eval"]), seconds, result.step
-
-
-def walked(speculator: Speculator, found: FeatureReader) -> float:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=this_worker().mixed("bfloat16")):
-        answers = acceptance.draft_answers(speculator, found)
-    return acceptance.tokens_per_step(acceptance.walks(found, answers, acceptance.head_drafts))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=worker.mixed("bfloat16")):
+        answers = acceptance.draft_answers(speculator, found["eval"])
+    walks = acceptance.walks(found["eval"], answers, acceptance.head_drafts)
+    return result.val["tokens_per_step"], acceptance.tokens_per_step(walks), seconds, result.step
 
 
 def first(found: FeatureReader, count: int) -> FeatureReader:

@@ -22,15 +22,10 @@ from spec.workers import Worker
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads are trained.
-
-    Attributes:
-        optimizer: of the heads.
-        step: trains on one part of the data, by its number; returns its positions and its loss.
-    """
+    """How heads are trained."""
 
     optimizer: torch.optim.Optimizer
-    step: Callable[[int], tuple[int, float]]
+    step: Callable[[int], tuple[int, float]]  # trains on one part of the data; returns its positions and its loss
 
 
 def ours(
@@ -62,17 +57,14 @@ def public(
     config: Config, speculator: Speculator, reader: FeatureReader, parts: Sequence[Sequence[int]], worker: Worker
 ) -> Recipe:
     """The public trainers' recipe: all heads' logits stacked, cross-entropy over them, dense gradients."""
-    n = speculator.config.n_predict
-    kept = speculator.undecayed()
+    n, index, kept = speculator.config.n_predict, speculator.draft_index, speculator.undecayed()
+    decayed = [p for name, p in speculator.named_parameters() if name not in kept]
+    bare = [p for name, p in speculator.named_parameters() if name in kept]
     groups = [
-        {
-            "params": [p for name, p in speculator.named_parameters() if (name in kept) == bare],
-            "weight_decay": 0.0 if bare else config.optim.weight_decay,
-        }
-        for bare in (False, True)
+        {"params": decayed, "weight_decay": config.optim.weight_decay},
+        {"params": bare, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
-    index = speculator.draft_index
     batches = []
     for packed in reader.batches(parts):
         # Lined up beforehand, as ours: tokens [P, n + 1], and targets [P, n] that are -100 where nothing trains.
@@ -104,17 +96,11 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a recipe came to.
+    """What a recipe came to."""
 
-    Attributes:
-        rate: positions a second, after the warm-up.
-        memory: bytes at most, above what was held before the first step and the optimizer's state.
-        losses: of each step.
-    """
-
-    rate: float
-    memory: int
-    losses: list[float]
+    rate: float  # positions a second, after the warm-up
+    memory: int  # bytes at most, above what was held before the first step and the optimizer's state
+    losses: list[float]  # of each step
 
 
 def measure(recipe: Recipe, device: torch.device, steps: int, warmup: int) -> Measured:
@@ -128,12 +114,8 @@ def measure(recipe: Recipe, device: torch.device, steps: int, warmup: int) -> Me
         positions += size if number >= warmup else 0
         losses.append(loss)
     rate = positions / (time.perf_counter() - began)
-    return Measured(rate, peak(device) - static - moments(recipe.optimizer), losses)
-
-
-def moments(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state."""
-    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    state = [t for each in recipe.optimizer.state.values() for t in each.values() if isinstance(t, Tensor)]
+    return Measured(rate, peak(device) - static - sum(t.nbytes for t in state), losses)
 
 
 def forget_peak(device: torch.device) -> int:
@@ -152,6 +134,4 @@ def peak(device: torch.device) -> int:
 
 
 def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024

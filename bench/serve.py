@@ -35,7 +35,7 @@ def main() -> None:
     config = default_config()
     found = reader(config, "eval")
     lengths = found.manifest.prompt_length
-    prompts = [sequence.ids[: lengths[i]].tolist() for i, sequence in found.sequences(range(PROMPTS))]
+    prompts = [found.packed([i]).ids[: lengths[i]].tolist() for i in range(PROMPTS)]
     shape = heads.read_config(common.MODEL)
     base = shape.base_model_name_or_path
     alone = servers.plain_command(base, shape.base_revision, dtype=config.model.dtype)
@@ -43,10 +43,8 @@ def main() -> None:
     commands = {
         "base alone": alone,
         "vLLM's n-gram": [*alone, "--speculative-config", ngram],
-        **{
-            source: servers.command(common.MODEL, Decode(draft=source), dtype=config.model.dtype)
-            for source in ("head", "hybrid")
-        },
+        "head": servers.command(common.MODEL, Decode(draft="head"), dtype=config.model.dtype),
+        "hybrid": servers.command(common.MODEL, Decode(draft="hybrid"), dtype=config.model.dtype),
     }
     rates: dict[str, list[float]] = {}
     rows = []
@@ -55,9 +53,8 @@ def main() -> None:
             more = ("--enforce-eager", "--max-model-len", "1024")
             with Server([*command, *more], Path(folder) / "log", ENVIRONMENT) as server:
                 rates[name], accepted, ratio = measure(server, base, prompts)
-        shown = [
-            f"{rate:.1f} ({rate / plain:.2f})" for rate, plain in zip(rates[name], rates["base alone"], strict=True)
-        ]
+        pairs = zip(rates[name], rates["base alone"], strict=True)
+        shown = [f"{rate:.1f} ({rate / plain:.2f})" for rate, plain in pairs]
         rows.append([name, *shown, f"{accepted:.2f}" if name != "base alone" else "-", f"{ratio:.2f}"])
         print(rows[-1], flush=True)
     header = ["tokens/s (x base alone) at", *(f"{count} at a time" for count in CLIENTS)]
@@ -77,23 +74,18 @@ def measure(server: Server, name: str, prompts: Sequence[Sequence[int]]) -> tupl
             written = sum(pool.map(lambda prompt: ask(server, name, prompt), prompts))
         rates.append(written / (time.perf_counter() - began))
     after = server.counters()
-    generated = after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]
-    accepted = difference(before, after, "vllm:spec_decode_num_accepted_tokens_total")
+    counters = ("vllm:generation_tokens_total", "vllm:spec_decode_num_accepted_tokens_total")
+    generated, accepted = (after.get(name, 0.0) - before.get(name, 0.0) for name in counters)
     decoded = generated - len(CLIENTS) * len(prompts)  # the prefill gives each answer's first token
     steps = decoded - accepted  # a step gives one token of the base's own beside those accepted
     return rates, servers.mean_acceptance_length(before, after), decoded / steps
 
 
-def difference(before: dict[str, float], after: dict[str, float], name: str) -> float:
-    return after.get(name, 0.0) - before.get(name, 0.0)
-
-
 def ask(server: Server, name: str, prompt: Sequence[int]) -> int:
     """Write an answer; how many tokens it has."""
     body: dict[str, Any] = {"model": name, "prompt": list(prompt), "max_tokens": NEW_TOKENS, "temperature": 0}
-    request = urllib.request.Request(
-        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    header = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), header)
     with urllib.request.urlopen(request, timeout=3600) as answer:
         count: int = json.load(answer)["usage"]["completion_tokens"]
     return count

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 
 from bench import recipes
-from bench.common import default_config, load_base, machine, reader, spread, table
+from bench.common import default_config, load_base, machine, parts_of, reader, spread, table
 from spec import base, costs
 from spec.device import synchronize
 from spec.store import tables as base_tables
@@ -29,7 +29,7 @@ from spec.training.start import initialise, shape_on
 from spec.training.teacher import Teacher
 from spec.workers import this_worker
 
-BATCH, MICRO, STEPS, WARMUP, ROUNDS = 8, 8, 12, 2, 3
+BATCH, STEPS, WARMUP, ROUNDS = 8, 12, 2, 3
 FORMS = ("ours", "public, bf16 autocast", "public, float32")
 
 
@@ -45,9 +45,8 @@ def main() -> None:
 
 def run(**request: object) -> dict[str, float]:
     """One form in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.train", json.dumps(request)], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "bench.train", json.dumps(request)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -64,16 +63,9 @@ def beside_the_public_recipe() -> None:
     for form, runs in found.items():
         speed = [a["rate"] / b["rate"] for a, b in zip(ours, runs, strict=True)]
         memory = [a["memory"] / b["memory"] for a, b in zip(ours, runs, strict=True)]
-        rows.append(
-            [
-                form,
-                f"{statistics.median(r['rate'] for r in runs):,.0f}",
-                spread(speed),
-                f"{statistics.median(r['memory'] for r in runs) / 1e6:,.0f}",
-                spread(memory),
-                f"{runs[0]['loss']:.4f}",
-            ]
-        )
+        rate, held = (statistics.median(run[name] for run in runs) for name in ("rate", "memory"))
+        shown = [f"{rate:,.0f}", spread(speed), f"{held / 1e6:,.0f}", spread(memory), f"{runs[0]['loss']:.4f}"]
+        rows.append([form, *shown])
     print(f"\n1. sum_rnn, n=3, width 576, all of the vocabulary, {BATCH} sequences a step, {STEPS} steps")
     table(["form", "positions/s", "ours / it", "MB above static", "ours / it", "loss at the last step"], rows)
 
@@ -86,8 +78,7 @@ def beside_the_base_in_the_loop() -> None:
     lengths = [len(sequence.ids) for _, sequence in found.sequences(range(64))]
     began, tokens = time.perf_counter(), 0
     with torch.inference_mode():
-        for start in range(0, len(lengths), BATCH):
-            part = lengths[start : start + BATCH]
+        for part in parts_of(lengths, BATCH):
             ids = torch.zeros(len(part), base.bucket(max(part)), dtype=torch.long, device=model.device)
             base.hidden_states(model.model, ids)
             tokens += sum(part)
@@ -98,9 +89,8 @@ def beside_the_base_in_the_loop() -> None:
     in_the_loop = from_cache + manifest.tokens / base_rate
     drafted = config.model.speculator.draft_vocab_size or "all"
     print(f"\n2. An epoch of the default (draft vocabulary {drafted}, {config.optim.loss})")
-    rows = [
-        ["default, here (measured)", f"{from_cache:,.0f} s", f"{in_the_loop:,.0f} s", f"{in_the_loop / from_cache:.2f}"]
-    ]
+    shown = [f"{from_cache:,.0f} s", f"{in_the_loop:,.0f} s", f"{in_the_loop / from_cache:.2f}"]
+    rows = [["default, here (measured)", *shown]]
     h100 = costs.Machine(400e12, 3e12)
     for name, size, hidden, outputs in (
         ("8B, V=128k, n=3", 8e9, 4096, 128256),
@@ -111,9 +101,8 @@ def beside_the_base_in_the_loop() -> None:
         operations = 3 * outputs * hidden + 3 * hidden**2  # of heads as wide as the base: SumRnn.operations
         job = costs.Job(size, hidden, 1e9, 0.6e9, 0, 64, operations)
         a, b = costs.epoch_seconds(job, h100), costs.loop_epoch_seconds(job, h100)
-        rows.append(
-            [f"{name} (formula: ce, 1 G tokens, an H100)", f"{a / 3600:,.1f} h", f"{b / 3600:,.1f} h", f"{b / a:.2f}"]
-        )
+        shown = [f"{a / 3600:,.1f} h", f"{b / 3600:,.1f} h", f"{b / a:.2f}"]
+        rows.append([f"{name} (formula: ce, 1 G tokens, an H100)", *shown])
     table(["epoch", "from the cache", "base in the loop", "ratio"], rows)
     print("One epoch in one run costs the same either way; every further epoch, head and run saves the difference.")
 
@@ -141,12 +130,9 @@ def one(request: Mapping[str, object]) -> dict[str, float]:
     shape = shape_on(config.model.speculator, data.manifest)
     tables = base_tables.Tables(data.tables)
     speculator = initialise(config, shape, data.token_counts(), tables).to(worker.device)
-    order = data.order(0, 0)
-    parts = [order[start : start + BATCH] for start in range(0, STEPS * BATCH, BATCH)]
-    if request["form"] == "ours":
-        recipe = recipes.ours(config, speculator, data, parts, worker, Teacher(tables["lm_head"]))
-    else:
-        recipe = recipes.public(config, speculator, data, parts, worker)
+    given = (config, speculator, data, parts_of(data.order(0, 0), BATCH)[:STEPS], worker)
+    ours = request["form"] == "ours"
+    recipe = recipes.ours(*given, Teacher(tables["lm_head"])) if ours else recipes.public(*given)
     found = recipes.measure(recipe, worker.device, STEPS, WARMUP)
     return {"rate": found.rate, "memory": found.memory, "loss": found.losses[-1]}
 

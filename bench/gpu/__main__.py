@@ -23,8 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.common import machine
-from bench.gpu import figures
-from bench.gpu.check import Check
+from bench.gpu.check import SHARES, Check, read
 from bench.gpu.sizes import FULL, SMALL
 from spec.device import choose_device
 from spec.lineage import git_state
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder for the results")
     parser.add_argument("--device", default=choose_device().type, help="default: the GPU where there is one")
     parser.add_argument("--small", action="store_true", help="a dry run: every step, in sizes that mean nothing")
-    parser.add_argument("--section", choices=figures.SECTIONS, help="only this one")
+    parser.add_argument("--section", choices=SHARES, help="only this one")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # given to a section's own process
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -60,9 +59,9 @@ def run(asked: argparse.Namespace, work: Path) -> list[str]:
     """All sections, as far as the minutes go; returns those that failed or were left out."""
     whole = 60 * asked.minutes
     end, failed = time.time() + whole, []
-    for name in [asked.section] if asked.section else figures.SECTIONS:
+    for name in [asked.section] if asked.section else SHARES:
         began = time.time()
-        until = end if asked.section else min(end, began + whole * figures.SHARES[name])
+        until = end if asked.section else min(end, began + whole * SHARES[name])
         command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:], "--section", name]
         problem = in_time([*command, "--work", str(work), "--until", str(until)], until - began)
         with (asked.out / "sections.txt").open("a") as file:
@@ -110,18 +109,15 @@ def section(asked: argparse.Namespace) -> None:
 
 def report(asked: argparse.Namespace) -> str:
     """Write report.md, and return it."""
-    found = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    lines = ["# bench.gpu", ""]
-    if asked.small or asked.device == "cpu":
-        lines += ["**A dry run: these figures mean nothing.** They show that each of them can be measured.", ""]
-    lines += [
-        f"{machine()}; Python {platform.python_version()}, {found}",
-        "",
-        f"Commit {git_state()[0]}; sections: {' '.join((asked.out / 'sections.txt').read_text().splitlines())}",
-        "",
-        figures.table(asked.out),
-    ]
-    text = "\n".join(lines) + "\n"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    dry = "**A dry run: these figures mean nothing.** They show that each of them can be measured.\n\n"
+    table = [["section", "figure", "value", "expected"], ["---"] * 4, *read(asked.out)]
+    text = (
+        f"# bench.gpu\n\n{dry if asked.small or asked.device == 'cpu' else ''}"
+        f"{machine()}; Python {platform.python_version()}, {versions}\n\n"
+        f"Commit {git_state()[0]}; sections: {' '.join((asked.out / 'sections.txt').read_text().splitlines())}\n\n"
+        + "".join(f"| {' | '.join(row)} |\n" for row in table)
+    )
     (asked.out / "report.md").write_text(text)
     return text
 

@@ -13,7 +13,7 @@ def run(check: Check) -> None:
     """Where a step's time goes, and a profile of one step."""
     os.chdir(default.workspace(check))
     lm = decode.model()
-    prompts = [prompt for _, prompt in decode.prompts(1)][:2]
+    prompts = [prompt for _, prompt in decode.prompts(1)[:2]]
     base.decoding(check, lm, "embedded base", prompts, check.sizes.written)
     stream = lm.stream(prompts[0], 8, draft="hybrid")
     next(stream)  # the prefill

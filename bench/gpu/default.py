@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -36,19 +37,11 @@ def run(check: Check) -> None:
     with _highest_memory(check.device) as highest, (check.out / "stages.txt").open("w") as log:
         for stage in STAGES:
             began = time.perf_counter()
-            try:
-                subprocess.run(
-                    [sys.executable, "-m", f"stages.{stage}"],
-                    cwd=root,
-                    env=common.child_environment(),
-                    stdout=log,
-                    stderr=log,
-                    timeout=check.left(),
-                    check=True,
-                )
-            except subprocess.CalledProcessError:
+            command, environment = [sys.executable, "-m", f"stages.{stage}"], common.child_environment()
+            given: Any = {"cwd": root, "env": environment, "timeout": check.left()}
+            if subprocess.run(command, stdout=log, stderr=log, **given).returncode:
                 text = (check.out / "stages.txt").read_text()
-                raise RuntimeError(f"the stage {stage} failed; the end of stages.txt: {text[-2000:]}") from None
+                raise RuntimeError(f"the stage {stage} failed; the end of stages.txt: {text[-2000:]}")
             took[stage] = time.perf_counter() - began
             check.figure(f"{stage}, s", f"{took[stage]:.1f}")
     rows = [row for split in common.SPLITS for row in corpus.read(root / common.responses_path(split))]
@@ -59,7 +52,7 @@ def run(check: Check) -> None:
     rates = [metrics[source]["tokens_per_step"] for source in ("offline", "ngram", "hybrid")]
     check.figure("tokens per step: head, n-gram, hybrid", ", ".join(f"{rate:.2f}" for rate in rates))
     check.figure("speed-up of decoding", f"{metrics['decode']['speedup']:.2f}")
-    check.figure("identical to plain decoding in float32", "yes" if metrics["decode"]["lossless"] else "NO")
+    check.figure("identical to plain decoding in float32", "yes" if metrics["decode"]["lossless"] else "NO", "yes")
     check.figure("highest device memory, GB", f"{highest[0] / 1e9:.2f}")
 
 
