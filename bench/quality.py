@@ -22,6 +22,7 @@ import torch
 
 from bench.common import default_config, machine, reader, table
 from spec import acceptance, plots
+from spec.base import Teacher
 from spec.config import Config
 from spec.heads import Speculator
 from spec.store import tables as base_tables
@@ -30,7 +31,6 @@ from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.resume import Checkpoints
 from spec.training.start import initialise, shape_on
-from spec.training.teacher import Teacher
 from spec.workers import this_worker
 
 PUBLIC = (

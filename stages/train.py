@@ -17,6 +17,7 @@ import torch
 
 from spec import base as base_model
 from spec import corpus, files, heads, plots, tracking
+from spec.base import Teacher
 from spec.config import Config, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
@@ -29,7 +30,6 @@ from spec.training import loop, start
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.resume import Checkpoints
-from spec.training.teacher import Teacher
 from spec.workers import Worker, joined
 from stages import common
 

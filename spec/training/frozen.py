@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from spec import acceptance
+from spec.base import Teacher
 from spec.config import Config
 from spec.heads import Speculator, Supervision
 from spec.store.reader import FeatureReader, SequenceReader
 from spec.training.loss import SpeculatorLoss
 from spec.training.tables import twin
-from spec.training.teacher import Teacher
 from spec.workers import Worker
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spec.base import Teacher
 from spec.heads import LAST, Packed, Speculator, Supervision, supervise
-from spec.training.teacher import Teacher
 
 CHUNK_LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**28}
 """Logits [rows, V] that exist at one time, at most, by device. A chunk reads the weight and adds to its gradient once;

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from spec import base as base_model
 from spec import config as config_module
 from spec import workers
+from spec.base import Teacher
 from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.errors import SpecError
@@ -38,7 +39,6 @@ from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
-from spec.training.teacher import Teacher
 from spec.workers import Worker, joined
 from stages.common import child_environment
 from stages.train import _stop_signal
