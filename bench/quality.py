@@ -106,7 +106,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         task = FrozenTask(config, speculator, found["train"], found["val"], worker, Teacher(tables["lm_head"]))
         began = time.monotonic()
-        result = loop.run(config, task, worker, Checkpoints(Path(folder), ""))
+        result = loop.run(task, Checkpoints(Path(folder), ""))
         seconds = time.monotonic() - began
     task.restore(result.weights)
     return result.val["tokens_per_step"], walked(speculator, found["eval"]), seconds, result.step

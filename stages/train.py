@@ -147,13 +147,13 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
     checkpoints = Checkpoints(CHECKPOINTS / key[:12], key)
     with _stop_signal() as stopping:
         if not me.first:
-            loop.run(config, task, me, checkpoints, stopping=stopping)
+            loop.run(task, checkpoints, stopping=stopping)
             return
         began = time.monotonic()
         run = _tracked(config, shape, manifests, me)
         recorder = _Recorder(run)
         try:
-            result = loop.run(config, task, me, checkpoints, recorder.listen, stopping, recorder.advance)
+            result = loop.run(task, checkpoints, recorder.listen, stopping, recorder.advance)
             _keep(task, result)
             recorder.close()
             last = recorder.rows["train"][-1] if recorder.rows["train"] else {}

@@ -166,7 +166,7 @@ def in_the_loop(setting: Setting, name: str) -> None:
     checkpoints = Checkpoints(check.work / "checkpoints", "")
     task = FrozenTask(setting.config, setting.fresh(), setting.reader, setting.reader, setting.worker)
     try:
-        loop.run(setting.config, task, setting.worker, checkpoints, listen)
+        loop.run(task, checkpoints, listen)
     except _EnoughError:
         pass
     else:

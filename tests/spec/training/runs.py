@@ -101,7 +101,7 @@ def run(
     """Train on a store; the heads as they are at the last step."""
     config = config or make_config()
     task = frozen_task(config, store, ALONE, speculator)
-    return loop.run(config, task, ALONE, Checkpoints(checkpoints, key), listen), task.speculator
+    return loop.run(task, Checkpoints(checkpoints, key), listen), task.speculator
 
 
 class InterruptedRunError(Exception):
@@ -252,7 +252,7 @@ def run_to_the_end(connection: Connection, arguments: tuple[Make, Path]) -> None
                 connection.send("step")
                 return asked()
 
-            result = loop.run(config, task, me, Checkpoints(folder / "checkpoints", "key"), told.append, stopping)
+            result = loop.run(task, Checkpoints(folder / "checkpoints", "key"), told.append, stopping)
             torch.save(outcome(task, result, told), folder / f"outcome-{me.rank}.pt")
         os._exit(0)  # a signal that comes now is too late
 
@@ -266,7 +266,7 @@ def uninterrupted(make: Make, folder: Path) -> dict[str, Any]:
     """The outcome in this process."""
     config, task = make(ALONE)
     told: list[Progress] = []
-    result = loop.run(config, task, ALONE, Checkpoints(folder / "uninterrupted", "key"), told.append)
+    result = loop.run(task, Checkpoints(folder / "uninterrupted", "key"), told.append)
     return outcome(task, result, told)
 
 

@@ -55,7 +55,7 @@ def whole(
     """The outcome of a run in this process, from its newest checkpoint on."""
     told = [] if told is None else told
     task = frozen_task(make_config(), store, ALONE, make_speculator(method))
-    result = loop.run(make_config(), task, ALONE, Checkpoints(folder, key), told.append)
+    result = loop.run(task, Checkpoints(folder, key), told.append)
     return outcome(task, result, told)
 
 
@@ -92,7 +92,7 @@ def test_sums_between_two_logs_are_kept(
 
     def go() -> loop.Result:
         task = frozen_task(make_config(), store, ALONE)
-        return loop.run(make_config(), task, ALONE, checkpoints, stopping=lambda: next(begun) == step)
+        return loop.run(task, checkpoints, stopping=lambda: next(begun) == step)
 
     if step == TOTAL - 1:  # one further is the end
         assert go().steps == TOTAL
@@ -146,7 +146,7 @@ def test_one_worker_alone_holds_a_copy_of_the_best_weights(store: Path, tmp_path
     """Of a base that is trained too, each copy is as large as the base."""
     second = replace(ALONE, rank=1)
     task = frozen_task(make_config(), store, second)
-    result = loop.run(make_config(), task, second, Checkpoints(tmp_path, "key"))
+    result = loop.run(task, Checkpoints(tmp_path, "key"))
     assert result.step > 0
     assert result.weights == {}
 
@@ -214,7 +214,7 @@ def stop_one(connection: Connection, arguments: tuple[Path, Path, int | None]) -
             return next(begun) == step and me.rank == 1
 
         try:
-            result = loop.run(config, task, me, Checkpoints(folder, "key"), told.append, stopping)
+            result = loop.run(task, Checkpoints(folder, "key"), told.append, stopping)
         except StoppedError as error:
             connection.send(str(error))
         else:

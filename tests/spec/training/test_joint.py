@@ -67,7 +67,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(task: JointTask, folder: Path, told: list[Progress] | None = None) -> loop.Result:
     listen = (lambda progress: None) if told is None else told.append
-    return loop.run(task.config, task, task.worker, Checkpoints(folder, "key"), listen)
+    return loop.run(task, Checkpoints(folder, "key"), listen)
 
 
 @pytest.mark.parametrize("family", ["exact", "qwen"])
@@ -125,7 +125,7 @@ def test_gradients_of_both_losses_reach_the_base(family: str, coeff: float, requ
         torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         for loss in (base, heads)
     )
-    batch = task._batch(rows)
+    (batch,) = task.batches(iter([range(5)]))
     total, sums = task.module(batch, batch.counts)
     torch.testing.assert_close(total, base + coeff * heads)
     torch.testing.assert_close(sums[-1, 0] / batch.counts[-1], base)
@@ -258,7 +258,7 @@ def test_the_best_is_chosen_by_the_loss_that_is_trained(
 
 def test_a_worker_without_a_sequence_takes_part(exact: Path) -> None:
     task = joint_task(joint_config(), exact, ALONE)
-    batch = task._batch([])
+    (batch,) = task.batches(iter([[]]))
     assert batch.positions == 0
     assert batch.counts.tolist() == [0, 0, 0, 0]
     total, sums = task.module(batch, batch.counts)
@@ -314,10 +314,10 @@ def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(
     for split, step in stops:
         config, task = make_joint(base_folder, ALONE)
         with pytest.raises(InterruptedRunError):
-            loop.run(config, task, ALONE, Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
+            loop.run(task, Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
     config, task = make_joint(base_folder, ALONE)
     told: list[Progress] = []
-    result = loop.run(config, task, ALONE, Checkpoints(tmp_path / "parts", "key"), told.append)
+    result = loop.run(task, Checkpoints(tmp_path / "parts", "key"), told.append)
     assert steps_of(told, "val") == [4, 8, 12, 16, 20, 24, 28, 30]
     assert_same_outcome(outcome(task, result, told), expected)
 
