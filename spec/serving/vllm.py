@@ -164,7 +164,7 @@ class SpeculatorProposer:
             if not sampled or room < 1:
                 continue
             drafter = self._grown(request, token_ids_cpu[i], length)
-            found = drafter.draft(room, int)  # a number of the heads' drafts, which are made for all at once below
+            found = drafter.draft(room)  # or a number of the heads' drafts, which are made for all at once below
             if isinstance(found, int):
                 waiting.append(_Waiting(i, found, room, drafter))
             else:

@@ -39,7 +39,6 @@ from tests.spec.training.runs import (
     run,
     steps_of,
     together,
-    uninterrupted,
     weights_of,
 )
 
@@ -49,14 +48,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("store"))
 
 
-def whole(
-    store: Path, folder: Path, method: str = "sum_rnn", key: str = "key", told: list[Progress] | None = None
-) -> dict[str, Any]:
+def whole(store: Path, folder: Path, method: str = "sum_rnn") -> dict[str, Any]:
     """The outcome of a run in this process, from its newest checkpoint on."""
-    told = [] if told is None else told
-    task = frozen_task(make_config(), store, ALONE, make_speculator(method))
-    result = loop.run(task, Checkpoints(folder, key), told.append)
-    return outcome(task, result, told)
+    return outcome(frozen_task(make_config(), store, ALONE, make_speculator(method)), folder)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +169,7 @@ def test_positions_seen_are_counted_through_an_interruption(store: Path, tmp_pat
 
 def assert_survives(make: Make, folder: Path, sent: signal.Signals, times: int = 10) -> None:
     """Real processes, with a signal at random moments of each; a fast machine is done before the last ones."""
-    expected = uninterrupted(make, folder)
+    expected = outcome(make(ALONE), folder / "uninterrupted")
     ends = interrupted(make, folder / "parts", sent, times)
     stopped = [message for code, message in ends if code != 0]
     assert ends[len(stopped) :] == [(0, ends[-1][1])] * (len(ends) - len(stopped))

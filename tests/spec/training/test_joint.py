@@ -39,9 +39,7 @@ from tests.spec.training.runs import (
     make_joint,
     outcome,
     run_to_the_end,
-    steps_of,
     together,
-    uninterrupted,
     weights_of,
 )
 from tests.tiny import make_base, with_instructions
@@ -287,7 +285,7 @@ def test_mixed_precision_keeps_float32_weights(
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_workers_come_out_where_one_does(qwen: Path, tmp_path: Path, world: int) -> None:
     """The last batch of an epoch has two sequences: of four workers two have none."""
-    expected = uninterrupted(partial(make_exact_joint, qwen), tmp_path)
+    expected = outcome(make_exact_joint(qwen, ALONE), tmp_path / "alone")
     ends = together(world, run_to_the_end, (partial(make_exact_joint, qwen), tmp_path))
     assert [code for code, _ in ends] == [0] * world
     for rank in range(world):
@@ -309,17 +307,13 @@ def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(
 ) -> None:
     """Dropout included."""
     torch.manual_seed(0)
-    expected = uninterrupted(partial(make_joint, base_folder), tmp_path)
+    expected = outcome(make_joint(base_folder, ALONE), tmp_path / "whole")
     torch.manual_seed(0)
     for split, step in stops:
-        config, task = make_joint(base_folder, ALONE)
         with pytest.raises(InterruptedRunError):
-            loop.run(task, Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
-    config, task = make_joint(base_folder, ALONE)
-    told: list[Progress] = []
-    result = loop.run(task, Checkpoints(tmp_path / "parts", "key"), told.append)
-    assert steps_of(told, "val") == [4, 8, 12, 16, 20, 24, 28, 30]
-    assert_same_outcome(outcome(task, result, told), expected)
+            loop.run(make_joint(base_folder, ALONE), Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
+    assert_same_outcome(outcome(make_joint(base_folder, ALONE), tmp_path / "parts"), expected)
+    assert [step for split, step, *_ in expected["history"] if split == "val"] == [4, 8, 12, 16, 20, 24, 28, 30]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
