@@ -22,6 +22,7 @@ import torch
 
 from bench.common import default_config, machine, reader, table
 from spec import acceptance, plots
+from spec.base import Teacher
 from spec.config import Config
 from spec.store import tables as base_tables
 from spec.store.reader import FeatureReader
@@ -29,7 +30,6 @@ from spec.training import loop
 from spec.training.frozen import FrozenTask
 from spec.training.resume import Checkpoints
 from spec.training.start import initialise, shape_on
-from spec.training.teacher import Teacher
 from spec.workers import this_worker
 
 CHOICES: dict[str, Sequence[str]] = {
@@ -96,7 +96,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         task = FrozenTask(config, speculator, found["train"], found["val"], worker, Teacher(tables["lm_head"]))
         began = time.monotonic()
-        result = loop.run(config, task, worker, Checkpoints(Path(folder), ""))
+        result = loop.run(task, Checkpoints(Path(folder), ""))
         seconds = time.monotonic() - began
     task.restore(result.weights)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=worker.mixed("bfloat16")):

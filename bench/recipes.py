@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spec.base import Teacher
 from spec.config import Config
 from spec.device import synchronize
 from spec.heads import LAST, Speculator, supervise
 from spec.store.reader import FeatureReader
 from spec.training.frozen import FrozenTask
-from spec.training.teacher import Teacher
 from spec.workers import Worker
 
 

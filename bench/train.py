@@ -23,10 +23,10 @@ import torch
 from bench import recipes
 from bench.common import default_config, load_base, machine, parts_of, reader, spread, table
 from spec import base, costs
+from spec.base import Teacher
 from spec.device import synchronize
 from spec.store import tables as base_tables
 from spec.training.start import initialise, shape_on
-from spec.training.teacher import Teacher
 from spec.workers import this_worker
 
 BATCH, STEPS, WARMUP, ROUNDS = 8, 12, 2, 3

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spec.base.logits import PLAIN, Logits
+from spec.base import Teacher
 from spec.heads import LAST, Packed, Speculator, supervise
 from spec.store.reader import SequenceReader
 
@@ -30,33 +30,23 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Walk:
-    """One answer, decoded on paper.
+    """One answer, decoded on paper."""
 
-    Attributes:
-        accepted: for each step, how many drafts the base would have accepted.
-        domain: of the answer.
-        looping: whether the answer ends in a loop.
-        greedy: whether the base wrote it greedily, so that the walk is what decoding would do.
-        reached: [R, 3], for each draft that the base came to judge (the accepted ones and the first that was not):
-            the token of the answer whose state judged it, the draft's place in its step, from 1, and the draft.
-    """
-
-    accepted: NDArray[np.int64]
+    accepted: NDArray[np.int64]  # for each step, how many drafts the base would have accepted
     domain: str = ""
-    looping: bool = False
-    greedy: bool = True
+    looping: bool = False  # whether the answer ends in a loop
+    greedy: bool = True  # whether the base wrote it greedily, so that the walk is what decoding would do
+    # [R, 3], for each draft that the base came to judge (the accepted ones and the first that was not): the token of
+    # the answer whose state judged it, the draft's place in its step, from 1, and the draft.
     reached: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
 
 
 def walk(matches: Sequence[int], length: int) -> NDArray[np.int64]:
     """Accepted drafts of each step while an answer of `length` tokens is decoded.
 
-    The answer's first token costs no draft. Then each step drafts, keeps the drafts that match, takes the base's own
-    token, and the next step starts after it. Accepted drafts are capped at the tokens left.
-
-    Args:
-        matches: for each token of the answer, how many drafts made right after it equal what follows.
-        length: tokens of the answer.
+    The answer's first token costs no draft. Then each step drafts, keeps the drafts that match (`matches` has their
+    number after each token), takes the base's own token, and the next step starts after it. Accepted drafts are capped
+    at the tokens left.
     """
     accepted = []
     at = 0
@@ -99,39 +89,30 @@ def longest(walks: Iterable[Walk]) -> int:
     return int(_all_accepted(walks).max(initial=0))
 
 
-def interval(walks: Sequence[Walk], samples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of tokens_per_step, by bootstrap over answers."""
-    return _percentiles(_resampled(walks, samples, seed))
-
-
-def gain(walks: Sequence[Walk], baseline: Sequence[Walk], samples: int = 1000, seed: int = 0) -> tuple[float, ...]:
-    """What walks gain in tokens_per_step over a baseline on the same answers: the difference, and its 95 % interval
-    by bootstrap over answers, both drawn alike."""
-    low, high = _percentiles(_resampled(walks, samples, seed) - _resampled(baseline, samples, seed))
-    return tokens_per_step(walks) - tokens_per_step(baseline), low, high
-
-
-def _resampled(walks: Sequence[Walk], samples: int, seed: int) -> NDArray[np.float64]:
-    """tokens_per_step of answers drawn with replacement, [samples]."""
-    steps = np.array([len(walk.accepted) for walk in walks], np.float64)
-    accepted = np.array([walk.accepted.sum() for walk in walks], np.float64)
-    if not steps.sum():
-        return np.ones(samples)
-    drawn = np.random.default_rng(seed).integers(len(walks), size=(samples, len(walks)))
-    return np.asarray(1 + accepted[drawn].sum(1) / np.maximum(steps[drawn].sum(1), 1))
-
-
-def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+def interval(walks: Sequence[Walk], baseline: Sequence[Walk] | None = None) -> tuple[float, float]:
+    """95 % interval of tokens_per_step by bootstrap over answers; with a baseline on the same answers, of what walks
+    gain over it, both drawn alike."""
+    values = _resampled(walks) - (0 if baseline is None else _resampled(baseline))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def loops(answer: Sequence[int], copies: int = 3, span: int = 24, longest: int = 64) -> bool:
-    """Whether an answer ends in `copies` or more copies of one block (of at most `longest` tokens) that together
-    cover at least `span` tokens. A closing stop token does not hide a loop."""
+def _resampled(walks: Sequence[Walk]) -> NDArray[np.float64]:
+    """tokens_per_step of answers drawn with replacement, [1000]."""
+    steps = np.array([len(walk.accepted) for walk in walks], np.float64)
+    accepted = np.array([walk.accepted.sum() for walk in walks], np.float64)
+    if not steps.sum():
+        return np.ones(1000)
+    drawn = np.random.default_rng(0).integers(len(walks), size=(1000, len(walks)))
+    return np.asarray(1 + accepted[drawn].sum(1) / np.maximum(steps[drawn].sum(1), 1))
+
+
+def loops(answer: Sequence[int]) -> bool:
+    """Whether an answer ends in three or more copies of one block of at most 64 tokens that together cover at least 24
+    tokens. A closing stop token does not hide a loop."""
     for tail in (np.asarray(answer), np.asarray(answer)[:-1]):
-        for period in range(1, min(longest, len(tail) // copies) + 1):
-            length = max(copies * period, span)
+        for period in range(1, min(64, len(tail) // 3) + 1):
+            length = max(3 * period, 24)
             if length <= len(tail) and np.array_equal(tail[-length:-period], tail[-length + period :]):
                 return True
     return False
@@ -172,12 +153,10 @@ def draft_answers(
     on_positions: Callable[[int], object] = lambda count: None,
     n: int | None = None,
 ) -> list[Answer]:
-    """Draft n tokens (n_predict by default) after every token of the last answer of each sequence.
-
-    No base model is needed.
+    """Draft n tokens (n_predict by default) after every token of the last answer of each sequence, without a base.
 
     Sequences of plain text count as answers that begin at their second token; sequences without a state before
-    their answer are left out.
+    their answer are left out. on_positions is called with the number of positions just drafted from.
     """
     device, length = next(speculator.parameters()).device, n or speculator.config.n_predict
     answers: list[Answer] = []
@@ -185,21 +164,19 @@ def draft_answers(
 
     def flush() -> None:
         packed = Packed.join([packed for _, packed, _ in pending])
-        before = accumulate((len(packed.starts) for _, packed, _ in pending), initial=0)
-        rows = torch.cat([rows + count for (_, _, rows), count in zip(pending, before, strict=False)])
-        drafts = speculator.draft_along(packed.to(device), rows.to(device), length).cpu().numpy()
-        sizes = np.cumsum([len(rows) for *_, rows in pending])[:-1]
-        for (index, one, kept), drafted in zip(pending, np.split(drafts, sizes), strict=True):
-            first, last = one.starts[kept[0]], one.starts[kept[-1]]
-            answers.append(Answer(one.ids[: last + 2].numpy(), int(first) + 1, drafted, index))
+        rows = torch.cat([wanted for *_, wanted in pending]).nonzero()[:, 0]
+        drafts = speculator.draft_along(packed.to(device), rows.to(device), length).cpu()
+        sizes = [int(wanted.sum()) for *_, wanted in pending]
+        for (index, one, _), drafted in zip(pending, torch.split(drafts, sizes), strict=True):
+            answers.append(Answer(one.ids.numpy(), len(one.ids) - len(drafted), drafted.numpy(), index))
         on_positions(len(rows))
         pending.clear()
 
     for index, packed in reader.sequences(range(len(reader)) if indices is None else indices):
-        rows = _last_answer(packed, reader.manifest.prompt_length[index])
-        if len(rows):
-            pending.append((index, packed, rows))
-        if sum(len(rows) for *_, rows in pending) >= CHUNK:
+        wanted = _last_answer(packed, reader.manifest.prompt_length[index])
+        if wanted.any():
+            pending.append((index, packed, wanted))
+        if sum(int(wanted.sum()) for *_, wanted in pending) >= CHUNK:
             flush()
     if pending:
         flush()
@@ -207,8 +184,8 @@ def draft_answers(
 
 
 def _last_answer(packed: Packed, prompt_length: int) -> Tensor:
-    """The rows of a sequence's starts that lead to its last answer, whose tokens are all supervised."""
-    return (packed.starts >= prompt_length - 1).nonzero()[:, 0]
+    """Which of a sequence's starts lead to its last answer, whose tokens are all supervised and end the sequence."""
+    return packed.starts >= prompt_length - 1
 
 
 Drafts = Callable[[Answer], Iterable[Sequence[int]]]
@@ -223,52 +200,40 @@ def walks(reader: SequenceReader, answers: Sequence[Answer], drafts: Drafts, tok
         made = list(drafts(answer))
         length = min(answer.length, tokens or answer.length)
         accepted = walk(answer.matches(made), length)
+        reached, at = [], 0
+        for count in accepted.tolist():
+            judged = min(count + 1, len(made[at]), length - 1 - at)
+            reached += [(at + i, i, made[at][i - 1]) for i in range(1, judged + 1)]
+            at += count + 1
         found.append(
             Walk(
                 accepted,
                 manifest.domains[manifest.domain[answer.index]],
                 loops(answer.ids[answer.start :].tolist()),
                 bool(manifest.written[answer.index]),
-                _reached(made, accepted, length),
+                np.asarray(reached, np.int64).reshape(-1, 3),
             )
         )
     return found
 
 
-def _reached(drafts: Sequence[Sequence[int]], accepted: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Walk.reached, from the drafts after each token of an answer of `length` tokens."""
-    rows = []
-    at = 0
-    for count in accepted.tolist():
-        judged = min(count + 1, len(drafts[at]), length - 1 - at)
-        rows += [(at + i, i, drafts[at][i - 1]) for i in range(1, judged + 1)]
-        at += count + 1
-    return np.asarray(rows, np.int64).reshape(-1, 3)
-
-
 def tokens_per_step_by_length(answers: Sequence[Answer], drafts: Drafts, lengths: Sequence[int]) -> list[float]:
     """Tokens per step where every draft of a source is cut to each of these lengths."""
-    steps, accepted = np.zeros(len(lengths)), np.zeros(len(lengths))
-    for answer in answers:
-        matches = np.asarray(answer.matches(drafts(answer)), np.int64)
-        for place, length in enumerate(lengths):
-            found = walk(np.minimum(matches, length).tolist(), answer.length)
-            steps[place] += len(found)
-            accepted[place] += found.sum()
-    return [float(ratio) for ratio in 1 + accepted / np.maximum(steps, 1)]
+    matches = [np.asarray(answer.matches(drafts(answer)), np.int64) for answer in answers]
+    return [
+        tokens_per_step(Walk(walk(np.minimum(found, length).tolist(), len(found))) for found in matches)
+        for length in lengths
+    ]
 
 
 @torch.inference_mode()
 def expected_acceptance(
     reader: SequenceReader,
-    lm_head: Tensor,
+    teacher: Teacher,
     answers: Sequence[Answer],
     walks: Mapping[K, Sequence[Walk]],
     temperatures: Sequence[float],
     on_positions: Callable[[int], object] = lambda count: None,
-    *,
-    kind: Logits = PLAIN,
-    bias: Tensor | None = None,
 ) -> dict[K, dict[float, list[float]]]:
     """What sampling at a temperature would accept, from the distributions that the cached states stand for.
 
@@ -278,17 +243,16 @@ def expected_acceptance(
 
     Args:
         reader: has the states.
-        lm_head: [V, d] of the base.
+        teacher: on the device that computes.
         answers: of draft_answers.
         walks: over these answers, by source.
         temperatures: each above 0.
         on_positions: called with the number of states just done.
-        kind: what turns lm_head times the state into the base's logits.
-        bias: [V] of lm_head.
 
     Returns:
         By source and temperature.
     """
+    lm_head = teacher.lm_head
     rows = max(1, CHUNK_LOGITS // len(lm_head))
     place = {answer.index: number for number, answer in enumerate(answers)}
     sums = {
@@ -299,7 +263,7 @@ def expected_acceptance(
         states = packed.states[LAST][_last_answer(packed, reader.manifest.prompt_length[index])]
         for start in range(0, len(states), rows):
             part = states[start : start + rows].to(lm_head.device, lm_head.dtype)
-            logits = kind.apply_((part @ lm_head.T).float(), bias)  # [rows, V]
+            logits = teacher.finish((part @ lm_head.T).float())  # [rows, V]
             totals = [(logits / temperature).logsumexp(1) for temperature in temperatures]
             for source, found in walks.items():
                 reached = found[place[index]].reached
@@ -312,8 +276,7 @@ def expected_acceptance(
             on_positions(len(part))
     result: dict[K, dict[float, list[float]]] = {}
     for source, found in walks.items():
-        accepted = _all_accepted(found)
-        counts = np.array([(accepted >= i).sum() for i in range(sums[source].shape[1])])
+        counts = (_all_accepted(found)[:, None] >= np.arange(sums[source].shape[1])).sum(0)
         shares = (sums[source] / np.maximum(counts, 1)).tolist()
         result[source] = dict(zip(temperatures, shares, strict=True))
     return result
@@ -324,9 +287,8 @@ def accuracy(speculator: Speculator, reader: SequenceReader) -> list[float]:
     """For each depth the share of its supervised drafts that are right, where it alone drafts, fed the true tokens."""
     device, index = next(speculator.parameters()).device, speculator.draft_index
     index = None if index is None else index.cpu()
-    n = speculator.config.n_predict
+    n, indices = speculator.config.n_predict, range(len(reader))
     right, count = np.zeros(n), np.zeros(n)
-    indices = range(len(reader))
     for packed in reader.batches([indices[start : start + 16] for start in range(0, len(indices), 16)]):
         batch = supervise(packed, n, index).to(device)
         targets = torch.split(batch.targets, batch.sizes)

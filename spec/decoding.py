@@ -77,13 +77,7 @@ class LanguageModelWithSpeculator:
     for token; in bfloat16 a forward of several tokens rounds differently from one of a single token, so that near
     ties may fall the other way). One sequence at a time.
 
-    Args:
-        base: the language model.
-        speculator: of this base, on its device, in the dtype that it is to draft in; None drafts by n-grams alone.
-        decode: where drafts come from.
-
-    Raises:
-        CheckpointError: the speculator is of other widths than the base.
+    The speculator lies on the base's device, in the dtype that it is to draft in; None drafts by n-grams alone.
     """
 
     def __init__(self, base: Base, speculator: Speculator | None = None, decode: Decode | None = None) -> None:
@@ -112,13 +106,9 @@ class LanguageModelWithSpeculator:
             base: folder or hub id of the base, where it is no longer where the checkpoint says.
             dtype: of the weights, bfloat16 by default; spec.device.arithmetic says what they compute in.
             device: CUDA where there is one, by default.
-            decode: as above.
+            decode: where drafts come from.
             trust_remote_code: run code from the base's folder.
             allow_other_weights: accept a base of the same widths but other weights, such as a fine-tune.
-
-        Raises:
-            FileNotFoundError, CheckpointError: no usable checkpoint, or one of another base.
-            BaseError: the base is not found or does not load.
         """
         config = heads.read_config(checkpoint)
         revision = None if base is not None else config.base_revision
@@ -144,10 +134,8 @@ class LanguageModelWithSpeculator:
         streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> Generation:
-        """Answer a prompt; stream says what parameters and errors there are, and gives tokens as they come.
-
-        A streamer, such as transformers' TextStreamer, is shown the prompt and then the tokens of each step.
-        """
+        """Answer a prompt, with the options and errors of stream; a streamer, such as transformers' TextStreamer, is
+        shown the prompt and then the tokens of each step."""
         started = time.perf_counter()
         stream = self.stream(input_ids, max_new_tokens, **options)
         if streamer is not None:
@@ -199,11 +187,14 @@ class LanguageModelWithSpeculator:
             eos_token_id: what ends an answer, instead of the base's stop tokens.
 
         Raises:
-            DecodingError: an empty prompt, more than one, a padded one, or one longer than the base has positions;
-                parameters out of range; heads asked for that are not there; drafts for a base with a recurrent state,
-                from which those that it rejects cannot be removed.
+            DecodingError: a prompt, a parameter or a source of drafts that the base or the speculator cannot take.
         """
-        prompt = _one_prompt(input_ids)
+        ids = torch.as_tensor(input_ids)
+        if ids.ndim != 1 and not (ids.ndim == 2 and len(ids) == 1):
+            raise DecodingError(f"input_ids has shape {list(ids.shape)}, expected one prompt: [S] or [1, S]")
+        prompt: list[int] = ids.flatten().tolist()
+        if not prompt:
+            raise DecodingError("the prompt is empty: the base needs a token to go on from, such as its bos token")
         if attention_mask is not None and not bool((torch.as_tensor(attention_mask) == 1).all()):
             raise DecodingError("attention_mask hides tokens: give one prompt without padding")
         stops = self.base.stop_ids
@@ -235,14 +226,6 @@ class LanguageModelWithSpeculator:
         speculator = self.speculator if drafter.uses_heads else None
         session = None if speculator is None else speculator.session()
         taps = () if speculator is None else speculator.taps
-        drafted = 0  # by the heads, since the base last read something
-
-        def from_heads(k: int) -> Tensor | list[int]:  # [k]
-            nonlocal drafted
-            assert session is not None  # Drafter has seen to it
-            draft, drafted = session.draft(k), k
-            return drafter.follow(most, draft.tolist()) if drafter.follows else draft
-
         with Tapped(model, taps) as tapped:
 
             def forward(tokens: Tensor, start: int, last: int) -> Tensor:  # [S] -> [last, V]
@@ -269,8 +252,13 @@ class LanguageModelWithSpeculator:
             while written < limit and run[-1] not in stops:
                 drafter.extend(run)
                 # Draft: what might follow the newest token.
-                most, drafted = min(limit - written, room - written), 0
-                draft = drafter.draft(most, from_heads)
+                most = min(limit - written, room - written)
+                draft: Tensor | list[int] | int = drafter.draft(most)
+                drafted = draft if isinstance(draft, int) else 0  # by the heads
+                if isinstance(draft, int):
+                    assert session is not None  # Drafter has seen to it
+                    draft = session.draft(drafted)
+                    draft = drafter.follow(most, draft.tolist()) if drafter.follows else draft
                 k = len(draft)
                 inputs = torch.cat([token, torch.as_tensor(draft, dtype=token.dtype, device=device)])  # [1 + k]
                 # Verify: what the base writes after the newest token and after each draft.
@@ -291,14 +279,9 @@ class LanguageModelWithSpeculator:
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that is sampled from, [.., V] -> [.., V] in float32; the filters in transformers' order.
-
-    Args:
-        logits: the base's.
-        temperature: divides them.
-        top_k: keep this many of the likeliest tokens (and ties with the last); 0 keeps all.
-        top_p: then keep the fewest of the likeliest tokens that together have at least this probability.
-    """
+    """The distribution that is sampled from, [.., V] -> [.., V] in float32; the filters in transformers' order: top_k
+    keeps this many of the likeliest tokens (and ties with the last; 0 keeps all), then top_p the fewest of the
+    likeliest that together have at least this probability."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
@@ -335,13 +318,3 @@ def _sampler(length: int, temperature: float, top_k: int, top_p: float, seed: in
         return torch.searchsorted(cumulative, levels)[:, 0]
 
     return pick
-
-
-def _one_prompt(input_ids: Tensor | Sequence[int]) -> list[int]:
-    ids = torch.as_tensor(input_ids)
-    if ids.ndim != 1 and not (ids.ndim == 2 and len(ids) == 1):
-        raise DecodingError(f"input_ids has shape {list(ids.shape)}, expected one prompt: [S] or [1, S]")
-    prompt: list[int] = ids.flatten().tolist()
-    if not prompt:
-        raise DecodingError("the prompt is empty: the base needs a token to go on from, such as its bos token")
-    return prompt

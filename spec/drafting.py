@@ -6,9 +6,8 @@ The offline walk (spec.acceptance) and decoding (spec.decoding) both draft by th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Literal, TypeVar, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,6 @@ PER_TOKEN = 3
 STRONG = 2
 """Tokens of the shortest match that hybrid drafting prefers to the heads."""
 
-T = TypeVar("T")
-
 
 class DecodingError(SpecError):
     """A request that cannot be decoded: says what was found and what would fit."""
@@ -44,11 +41,6 @@ class NgramIndex:
 
     A token costs O(maximum - minimum) dictionary entries and a draft O(maximum + length) time, however long the
     sequence is.
-
-    Args:
-        minimum: length of the shortest suffix looked up, at least 1.
-        maximum: of the longest.
-        ids: the first tokens of the sequence.
     """
 
     def __init__(self, minimum: int, maximum: int, ids: Iterable[int] = ()) -> None:
@@ -69,11 +61,11 @@ class NgramIndex:
     def draft(
         self, length: int, per_token: int | None = None, after: Sequence[int] = (), minimum: int = 1
     ) -> list[int]:
-        """The next tokens by lookup; none where no suffix occurred before.
+        """The next `length` tokens by lookup; none where no suffix occurred before.
 
         Args:
-            length: draft so many tokens.
-            per_token: so many for each token of the suffix at most, those of `after` counted.
+            length: of the draft.
+            per_token: at most this many tokens for each token of the suffix, those of `after` included.
             after: tokens that are not in the index, and are taken for the sequence's last ones.
             minimum: length of the shortest suffix, where that is more than the index's own.
         """
@@ -106,10 +98,7 @@ class Drafter:
       tokens), continued by lookup after the first of them where such a match exists (see follow).
     - none: nothing.
 
-    Args:
-        decode: lengths, and the source where none is given.
-        n_predict: heads of the speculator; None where there is no speculator.
-        source: instead of decode.draft.
+    n_predict is None where there is no speculator; `source` is taken instead of decode.draft.
 
     Raises:
         DecodingError: an unknown source; heads asked for without a speculator; decode asks for drafts of the heads
@@ -134,41 +123,25 @@ class Drafter:
                     f"set decode.draft_len to at most {n_predict}"
                 )
             self._head_length = min(decode.draft_len or n_predict, n_predict)
+        self.uses_heads = self._head_length > 0
+        self.follows = self._ngrams is not None and self.uses_heads  # whether `follow` may add to the heads' drafts
 
     def extend(self, ids: Iterable[int]) -> None:
         """Append tokens of the prompt or of the answer."""
         if self._ngrams is not None:
             self._ngrams.extend(ids)
 
-    def draft(self, limit: int, heads: Callable[[int], T]) -> list[int] | T:
-        """Draft what follows the sequence so far.
-
-        Args:
-            limit: draft no more than this many tokens.
-            heads: gives that many (at least one) of the heads' drafts; called only where they are wanted, and what it
-                gives is returned as it is: `follow` continues it.
-        """
-        found = self._lookup(limit, ())
-        if found:
+    def draft(self, limit: int) -> list[int] | int:
+        """At most `limit` tokens of what follows the sequence so far, or how many drafts of the heads are wanted, which
+        `follow` continues."""
+        if found := self._lookup(limit, ()):
             return found
-        length = min(limit, self._head_length)
-        return heads(length) if length > 0 else []
-
-    @property
-    def uses_heads(self) -> bool:
-        """Whether the heads may be asked for drafts."""
-        return self._head_length > 0
-
-    @property
-    def follows(self) -> bool:
-        """Whether `follow` may add to the heads' drafts."""
-        return self._ngrams is not None and self.uses_heads
+        return max(min(limit, self._head_length), 0) or []
 
     def follow(self, limit: int, drafted: list[int]) -> list[int]:
         """The heads' drafts, continued by lookup after the first one that ends a strong match; limit as in draft."""
         for used in range(1, len(drafted) + 1 if self.follows else 0):
-            found = self._lookup(limit, drafted[:used])
-            if found:
+            if found := self._lookup(limit, drafted[:used]):
                 return drafted[:used] + found
         return drafted
 
@@ -186,17 +159,9 @@ def drafts_along(
     heads: NDArray[np.int64] | None = None,
     source: Source | None = None,
 ) -> Iterator[list[int]]:
-    """What decoding would draft after each token of an answer, one draft a token.
+    """What decoding would draft after each token of an answer, which begins at `start` of ids, one draft a token.
 
-    Args:
-        ids: prompt and answer.
-        start: where the answer begins.
-        decode: as for Drafter.
-        heads: [tokens of the answer, n_predict] the heads' drafts after each of them; None without a speculator.
-        source: instead of decode.draft.
-
-    Raises:
-        DecodingError: as Drafter.
+    `heads` [tokens of the answer, n_predict] are the heads' drafts after each of them; None without a speculator.
     """
     tokens = [int(token) for token in ids]
     drafter = Drafter(decode, None if heads is None else heads.shape[1], source)
@@ -204,8 +169,5 @@ def drafts_along(
     rows: list[list[int]] = [[]] * (len(tokens) - start) if heads is None else heads.tolist()
     for token, row in zip(tokens[start:], rows, strict=True):
         drafter.extend([token])
-        yield drafter.draft(sys.maxsize, partial(_followed, drafter, row))
-
-
-def _followed(drafter: Drafter, row: list[int], length: int) -> list[int]:
-    return drafter.follow(sys.maxsize, row[:length])
+        found = drafter.draft(sys.maxsize)
+        yield drafter.follow(sys.maxsize, row[:found]) if isinstance(found, int) else found

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
-from torch import Tensor
 
 from spec import acceptance
 from spec.acceptance import Answer, Drafts, Walk
-from spec.base import PLAIN, Logits
+from spec.base import Teacher
 from spec.config import Decode
-from spec.decoding import Generation, LanguageModelWithSpeculator
+from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import Source, drafts_along, head_length
 from spec.heads import Speculator
 from spec.store.reader import FeatureReader, SequenceReader
@@ -33,43 +32,26 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Offline:
-    """The exact walk over every answer of a split.
+    """The exact walk over every answer of a split."""
 
-    Attributes:
-        answers: with the heads' drafts after each token.
-        walks: by source of drafts, one walk an answer.
-        accuracy: of each head alone, fed the true tokens.
-        by_length: by source, tokens per step with drafts of each of LENGTHS (heads draft n_predict at most).
-        expected: by source and temperature, acceptance.expected_acceptance; empty without an lm_head.
-    """
-
-    answers: list[Answer]
-    walks: dict[Source, list[Walk]]
-    accuracy: list[float]
-    by_length: dict[Source, list[float]]
-    expected: dict[Source, dict[float, list[float]]]
+    answers: list[Answer]  # with the heads' drafts after each token
+    walks: dict[Source, list[Walk]]  # one an answer
+    accuracy: list[float]  # of each head alone, fed the true tokens
+    by_length: dict[Source, list[float]]  # tokens per step at each of LENGTHS (heads draft n_predict at most)
+    expected: dict[Source, dict[float, list[float]]]  # acceptance by temperature; empty without a teacher
 
 
 def offline(
     speculator: Speculator,
     reader: SequenceReader,
     decode: Decode,
-    lm_head: Tensor | None = None,
+    teacher: Teacher | None,
     on_positions: Callable[[int], object] = lambda count: None,
-    *,
-    kind: Logits = PLAIN,
-    bias: Tensor | None = None,
 ) -> Offline:
     """Walk over the answers with each source of drafts; needs no base model.
 
-    Args:
-        speculator: whose heads draft.
-        reader: of the split.
-        decode: where drafts come from.
-        lm_head: [V, d] of the base; None where it is not known how its logits follow from it.
-        on_positions: called with the number of positions just drafted from, and again when they are judged.
-        kind: what turns lm_head times the state into the base's logits.
-        bias: [V] of lm_head.
+    on_positions is called with the number of positions just drafted from, and again when the teacher (None where it is
+    not known how the base makes its logits) has judged them.
     """
     n = max(head_length(decode, speculator.config), speculator.config.n_predict)
     answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions, n=n)
@@ -81,10 +63,8 @@ def offline(
         for source, (how, cut) in lengths.items()
     }
     expected = {}
-    if lm_head is not None:
-        expected = acceptance.expected_acceptance(
-            reader, lm_head, answers, walks, TEMPERATURES, on_positions, kind=kind, bias=bias
-        )
+    if teacher is not None:
+        expected = acceptance.expected_acceptance(reader, teacher, answers, walks, TEMPERATURES, on_positions)
     return Offline(answers, walks, acceptance.accuracy(speculator, reader), by_length, expected)
 
 
@@ -107,24 +87,13 @@ def on_paper(
     return {source: acceptance.walks(reader, answers, drafts_of(source, decode), max_new_tokens) for source in SOURCES}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timed:
-    """What one source of drafts took over several prompts."""
+    """One prompt decoded with one source of drafts."""
 
-    walks: list[Walk] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, generation: Generation, domain: str) -> None:
-        """Count one answer."""
-        self.walks.append(Walk(generation.walk.accepted, domain, generation.walk.looping))
-        self.tokens += len(generation.tokens)
-        self.seconds += generation.prefill_seconds + generation.decode_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """By the wall clock, prefill included."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+    walk: Walk
+    tokens: int
+    seconds: float  # by the wall clock, prefill included
 
 
 def choose_prompts(reader: FeatureReader, count: int) -> list[int]:
@@ -144,27 +113,24 @@ def decoding(
     indices: Sequence[int],
     max_new_tokens: int,
     on_prompt: Callable[[int], object] = lambda count: None,
-) -> dict[str, dict[Source, Timed]]:
+) -> dict[Source, list[Timed]]:
     """Decode prompts for real with every source and with none, in the same process and dtype; only with none where
     the base cannot take drafts back.
 
     The order of the sources turns by one with each prompt, so that none always runs on a warmer or quieter machine.
-
-    Returns:
-        By domain, what each source took.
     """
     manifest = reader.manifest
     everything: list[Source] = ["none", *SOURCES] if model.base.limits.takes_back else ["none"]
-    results: dict[str, dict[Source, Timed]] = {}
+    results: dict[Source, list[Timed]] = {source: [] for source in everything}
     for turn, index in enumerate(indices):
-        prompt = _prompt(reader, index)
+        prompt, domain = _prompt(reader, index), manifest.domains[manifest.domain[index]]
         if turn == 0:
             for source in everything:  # first calls pay for allocations and code paths
                 model.generate(prompt, min(8, max_new_tokens), draft=source)
-        domain = manifest.domains[manifest.domain[index]]
-        timed = results.setdefault(domain, {source: Timed() for source in everything})
         for source in np.roll(np.asarray(everything), turn).tolist():
-            timed[source].add(model.generate(prompt, max_new_tokens, draft=source), domain)
+            made = model.generate(prompt, max_new_tokens, draft=source)
+            seconds = made.prefill_seconds + made.decode_seconds
+            results[source].append(Timed(replace(made.walk, domain=domain), len(made.tokens), seconds))
         on_prompt(1)
     return results
 
@@ -188,8 +154,8 @@ def _prompt(reader: FeatureReader, index: int) -> list[int]:
 
 def summary(
     measured: Offline,
-    timed: dict[str, dict[Source, Timed]],
-    paper: dict[Source, list[Walk]],
+    timed: Mapping[Source, Sequence[Timed]],
+    paper: Mapping[Source, Sequence[Walk]],
     same: bool | None,
     draft: Source,
 ) -> dict[str, Any]:
@@ -200,8 +166,7 @@ def summary(
         source: _figures(walks, measured.expected.get(source, {}), len(measured.accuracy) if source == "head" else 1)
         for source, walks in measured.walks.items()
     }
-    total = _all_sources(list(timed.values()))
-    real = _real(total, paper)
+    real = _real(timed, paper)
     return {
         "offline": figures["head"]
         | {
@@ -214,10 +179,10 @@ def summary(
         "repetition": _share(walk.looping for walk in head),
         "decode": {
             "draft": draft,
-            **_headline(real.get(draft, {})),
+            **{name.removeprefix("decode_"): value for name, value in real.get(draft, {}).items()},
             "lossless": same,
-            "tokens_per_second": {source: timed.tokens_per_second for source, timed in total.items()},
-            "prompts": len(total["none"].walks),
+            "tokens_per_second": {source: _rate(made) for source, made in timed.items()},
+            "prompts": len(timed["none"]),
             "sources": real,
         },
         "domains": by_domain(measured, timed, paper, draft, {name: {name} for name in sorted(_sizes(measured))}),
@@ -234,31 +199,26 @@ def largest(measured: Offline) -> dict[str, set[str]]:
 
 def by_domain(
     measured: Offline,
-    timed: Mapping[str, dict[Source, Timed]],
-    paper: Mapping[Source, list[Walk]],
+    timed: Mapping[Source, Sequence[Timed]],
+    paper: Mapping[Source, Sequence[Walk]],
     draft: Source,
     groups: Mapping[str, set[str]],
 ) -> dict[str, dict[str, Any]]:
     """The figures of each group of domains, whose answers are counted as if they were of one."""
     rows: dict[str, dict[str, Any]] = {}
     for label, names in groups.items():
-        inside, lookup, both = (_of(measured.walks[source], names) for source in SOURCES)
-        low, high = acceptance.interval(inside)
-        rows[label] = {
-            "tokens_per_step": acceptance.tokens_per_step(inside),
-            "tokens_per_step_low": low,
-            "tokens_per_step_high": high,
-            "tokens_per_step_nonlooping": acceptance.tokens_per_step(w for w in inside if not w.looping),
+        inside, lookup, both = ([w for w in measured.walks[source] if w.domain in names] for source in SOURCES)
+        rows[label] = _steps(inside) | {
             "ngram_tokens_per_step": acceptance.tokens_per_step(lookup),
             "hybrid_tokens_per_step": acceptance.tokens_per_step(both),
             "gain": _gain(both, lookup),
             "repetition": _share(walk.looping for walk in inside),
             "answers": len(inside),
         }
-        decoded = [timed[name] for name in names if name in timed]
-        if decoded:
-            cut = {source: _of(walks, names) for source, walks in paper.items()}
-            rows[label] |= _real(_all_sources(decoded), cut).get(draft, {})
+        decoded = {source: [each for each in made if each.walk.domain in names] for source, made in timed.items()}
+        if decoded["none"]:
+            walked = {source: [walk for walk in walks if walk.domain in names] for source, walks in paper.items()}
+            rows[label] |= _real(decoded, walked).get(draft, {})
     return rows
 
 
@@ -272,15 +232,20 @@ def _label(name: str) -> str:
     return name if clear and name[0] not in "'\"" else repr(name)
 
 
-def _figures(walks: Sequence[Walk], expected: dict[float, list[float]], n: int) -> dict[str, Any]:
-    """The walk's figures for one source."""
+def _steps(walks: Sequence[Walk]) -> dict[str, float]:
     low, high = acceptance.interval(walks)
-    n = max(n, acceptance.longest(walks))
-    figures = {
+    return {
         "tokens_per_step": acceptance.tokens_per_step(walks),
         "tokens_per_step_low": low,
         "tokens_per_step_high": high,
-        "tokens_per_step_nonlooping": acceptance.tokens_per_step(w for w in walks if not w.looping),
+        "tokens_per_step_nonlooping": acceptance.tokens_per_step(walk for walk in walks if not walk.looping),
+    }
+
+
+def _figures(walks: Sequence[Walk], expected: dict[float, list[float]], n: int) -> dict[str, Any]:
+    """The walk's figures for one source."""
+    n = max(n, acceptance.longest(walks))
+    figures: dict[str, Any] = _steps(walks) | {
         "acceptance": _numbered(acceptance.acceptance(walks, n)),
         "conditional": _numbered(acceptance.conditional(walks, n)),
         "histogram": _numbered(acceptance.histogram(walks, n), 0),
@@ -296,46 +261,31 @@ def _figures(walks: Sequence[Walk], expected: dict[float, list[float]], n: int) 
     return figures
 
 
-def _real(timed: dict[Source, Timed], paper: dict[Source, list[Walk]]) -> dict[Source, dict[str, Any]]:
-    """By source, the real loop beside the walk over the same prompts."""
-    plain = timed["none"].tokens_per_second
+def _real(
+    timed: Mapping[Source, Sequence[Timed]], paper: Mapping[Source, Sequence[Walk]]
+) -> dict[Source, dict[str, Any]]:
+    """By source, the real loop next to the walk over the same prompts."""
+    plain = _rate(timed["none"])
     return {
         source: {
             "walk_tokens_per_step": acceptance.tokens_per_step(paper.get(source, [])),
-            "decode_tokens_per_step": acceptance.tokens_per_step(timed[source].walks),
-            "speedup": timed[source].tokens_per_second / plain if plain else None,
+            "decode_tokens_per_step": acceptance.tokens_per_step(each.walk for each in timed[source]),
+            "speedup": _rate(timed[source]) / plain if plain else None,
         }
         for source in SOURCES
         if source in timed
     }
 
 
-def _headline(row: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one source under the names that they have in decode.*."""
-    return {name.removeprefix("decode_"): value for name, value in row.items()}
+def _rate(timed: Sequence[Timed]) -> float:
+    """Tokens per second."""
+    return sum(each.tokens for each in timed) / (sum(each.seconds for each in timed) or 1.0)
 
 
 def _gain(walks: Sequence[Walk], baseline: Sequence[Walk]) -> dict[str, float]:
-    return dict(zip(("value", "low", "high"), acceptance.gain(walks, baseline), strict=True))
-
-
-def _of(walks: Sequence[Walk], domains: set[str]) -> list[Walk]:
-    return [walk for walk in walks if walk.domain in domains]
-
-
-def _all_sources(parts: Sequence[Mapping[Source, Timed]]) -> dict[Source, Timed]:
-    """What each source took in all; those that no part has are left out, but where there is no part at all."""
-    everything: list[Source] = ["none", *SOURCES]
-    used = [source for source in everything if not parts or source in parts[0]]
-    return {source: _together([part[source] for part in parts]) for source in used}
-
-
-def _together(parts: Sequence[Timed]) -> Timed:
-    return Timed(
-        [walk for part in parts for walk in part.walks],
-        sum(part.tokens for part in parts),
-        sum(part.seconds for part in parts),
-    )
+    low, high = acceptance.interval(walks, baseline)
+    value = acceptance.tokens_per_step(walks) - acceptance.tokens_per_step(baseline)
+    return {"value": value, "low": low, "high": high}
 
 
 def _share(flags: Any) -> float:

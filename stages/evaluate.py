@@ -13,6 +13,7 @@ from spec import acceptance, base, corpus, evaluation, files, heads, plots, reco
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device
+from spec.drafting import Source
 from spec.store import features, index, locks, tables
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest, make_manifest
@@ -82,17 +83,16 @@ def _measure(
     dtype = arithmetic(config.model.dtype, device)
     kind = tables.logits(reader.tables)
     found = tables.Tables(reader.tables)
-    known = () if kind is None else found
-    lm_head, bias = (found[name].to(device, dtype) if name in known else None for name in ("lm_head", "bias"))
+    teacher = None
+    if kind is not None:
+        teacher = base.Teacher(found["lm_head"], kind, found.get("bias")).over(None, device, dtype)
     with common.progress(
         (1 + (kind is not None)) * reader.manifest.positions, "positions", "evaluate: exact walk"
     ) as bar:
         speculator = heads.load(common.MODEL, device, dtype, found)
-        measured = evaluation.offline(
-            speculator, reader, config.decode, lm_head, bar.update, kind=kind or base.PLAIN, bias=bias
-        )
+        measured = evaluation.offline(speculator, reader, config.decode, teacher, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
-    timed: dict[str, dict[Any, evaluation.Timed]] = {}
+    timed: dict[Source, list[evaluation.Timed]] = {source: [] for source in ("none", *evaluation.SOURCES)}
     same = None
     paper = evaluation.on_paper(measured, reader, config.decode, indices, config.evaluate.max_new_tokens)
     if indices:

@@ -17,6 +17,7 @@ import torch
 
 from spec import base as base_model
 from spec import corpus, files, heads, plots, tracking
+from spec.base import Teacher
 from spec.config import Config, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
@@ -29,7 +30,6 @@ from spec.training import loop, start
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.resume import Checkpoints
-from spec.training.teacher import Teacher
 from spec.workers import Worker, joined
 from stages import common
 
@@ -147,13 +147,13 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
     checkpoints = Checkpoints(CHECKPOINTS / key[:12], key)
     with _stop_signal() as stopping:
         if not me.first:
-            loop.run(config, task, me, checkpoints, stopping=stopping)
+            loop.run(task, checkpoints, stopping=stopping)
             return
         began = time.monotonic()
         run = _tracked(config, shape, manifests, me)
         recorder = _Recorder(run)
         try:
-            result = loop.run(config, task, me, checkpoints, recorder.listen, stopping, recorder.advance)
+            result = loop.run(task, checkpoints, recorder.listen, stopping, recorder.advance)
             _keep(task, result)
             recorder.close()
             last = recorder.rows["train"][-1] if recorder.rows["train"] else {}

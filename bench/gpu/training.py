@@ -150,7 +150,7 @@ def in_the_loop(setting: Setting, name: str) -> None:
     speculator = copy.deepcopy(setting.speculator)
     task = FrozenTask(setting.config, speculator, setting.reader, setting.reader, setting.worker)
     with contextlib.suppress(_EnoughError):
-        loop.run(setting.config, task, setting.worker, Checkpoints(check.work / "checkpoints", ""), listen)
+        loop.run(task, Checkpoints(check.work / "checkpoints", ""), listen)
     if len(told) < 2:
         raise RuntimeError(f"the data last for less than {2 * LOG_EVERY} steps")
     del task, speculator

@@ -7,7 +7,7 @@ from spec.base.folder import BaseError, downloaded_revision, find_folder, identi
 from spec.base.layer import last_layer, layer_of
 from spec.base.limits import Limits, limits
 from spec.base.loading import Base, load, producer, stop_ids, unstopped_turn
-from spec.base.logits import LOOKED_AT, PLAIN, Logits, bias_of, find_logits, has_linear_logits
+from spec.base.logits import LOOKED_AT, PLAIN, Logits, Teacher, bias_of, find_logits, has_linear_logits
 from spec.base.padding import BUCKET, bucket, prompt_bucket
 from spec.base.taps import Tapped, hidden_states, read_taps
 from spec.base.tokenizer import load_tokenizer

@@ -23,17 +23,11 @@ LOOKED_AT = 128
 
 @dataclass(frozen=True)
 class Logits:
-    """What turns lm_head times the state into a base's logits: softcap * tanh(scale * (product + bias) / softcap).
-
-    Attributes:
-        scale: a factor of all logits.
-        softcap: their bound; None: none.
-        bias: whether lm_head has one.
-    """
+    """What turns lm_head times the state into a base's logits: softcap * tanh(scale * (product + bias) / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
-    bias: bool = False
+    bias: bool = False  # whether lm_head has one
 
     def apply_(self, product: Tensor, bias: Tensor | None = None) -> Tensor:
         """Change products [.., V] in place; where the logits are plain, not a bit of them changes."""
@@ -49,6 +43,27 @@ class Logits:
 PLAIN = Logits()
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """What makes the base's distribution of its last state."""
+
+    lm_head: Tensor  # [V, d] of the base, or its rows of the draft vocabulary [K, d]
+    logits: Logits = PLAIN
+    bias: Tensor | None = None  # [V or K] of lm_head
+
+    def over(self, token_map: Tensor | None, device: torch.device, dtype: torch.dtype) -> Teacher:
+        """The same over a draft vocabulary (its ids [K], or None), on a device, lm_head in a dtype, bias in float32."""
+        lm_head, bias = self.lm_head, self.bias
+        if token_map is not None:
+            lm_head = lm_head[token_map.to(lm_head.device)]
+            bias = None if bias is None else bias[token_map.to(bias.device)]
+        return Teacher(lm_head.to(device, dtype), self.logits, None if bias is None else bias.to(device, torch.float32))
+
+    def finish(self, products: Tensor) -> Tensor:
+        """Turn products [.., K] of lm_head and states into logits, in place."""
+        return self.logits.apply_(products, self.bias)
+
+
 def bias_of(model: Any) -> Tensor | None:
     """lm_head's bias [V]."""
     bias: Tensor | None = getattr(model.get_output_embeddings(), "bias", None)
@@ -59,12 +74,8 @@ def bias_of(model: Any) -> Tensor | None:
 def find_logits(base: Base, rows: Sequence[NDArray[np.int32]]) -> Logits | None:
     """How the base makes its logits, or None where it is in none of these ways.
 
-    The config says what there may be. Of that, the first is taken by which every logit of real sequences is the
-    float32 product but for the rounding of the dtype that the base computes in.
-
-    Args:
-        base: the model.
-        rows: ids [T] of real sequences; the first few are read, as far as LOOKED_AT tokens.
+    The config says what there may be. Of that, the first is taken by which every logit of the first few rows (ids [T]
+    of real sequences) is the float32 product but for the rounding of the dtype that the base computes in.
     """
     if not rows:
         raise BaseError("there is no sequence by which to judge whether lm_head makes the base's logits")
@@ -80,7 +91,11 @@ def find_logits(base: Base, rows: Sequence[NDArray[np.int32]]) -> Logits | None:
     rounding = max(torch.finfo(base.model.dtype).eps, 2e-5)
     for kind in _possible(base.model.config.get_text_config(), bias is not None):
         allowed = rounding * (1 + (kind.scale != 1) + 3 * (kind.softcap is not None))  # each operation rounds once
-        if all(_is_same(logits, kind.apply_(product.clone(), bias), allowed) for logits, product in pairs):
+        for logits, product in pairs:
+            off = (logits - kind.apply_(product.clone(), bias)).abs()
+            if (off > allowed * (logits.abs() + logits.square().mean().sqrt())).any():
+                break
+        else:
             return kind
     return None
 
@@ -90,21 +105,15 @@ def has_linear_logits(base: Base, rows: Sequence[NDArray[np.int32]]) -> bool:
     return find_logits(base, rows) == PLAIN
 
 
-def _is_same(logits: Tensor, found: Tensor, rounding: float) -> bool:
-    allowed = rounding * (logits.abs() + logits.square().mean().sqrt())
-    return not bool(((logits - found).abs() > allowed).any())
-
-
 def _possible(config: Any, bias: bool) -> Iterator[Logits]:
     """What the names in a config stand for; families use one name for a factor and for a divisor."""
-    yield Logits(bias=bias)
-    names = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    values = [float(value) for name in names if isinstance(value := getattr(config, name, None), int | float) and value]
-    caps = [
-        float(value)
-        for name in ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
-        if isinstance(value := getattr(config, name, None), int | float) and value
-    ]
+
+    def numbers(*names: str) -> list[float]:
+        found = [getattr(config, name, None) for name in names]
+        return [float(value) for value in found if isinstance(value, int | float) and value]
+
+    scales = numbers("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    caps = numbers("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
     for cap in (None, *caps):
-        for scale in (1.0, *values, *(1 / value for value in values)):
+        for scale in (1.0, *scales, *(1 / value for value in scales)):
             yield Logits(scale, cap, bias)

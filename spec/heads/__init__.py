@@ -17,7 +17,7 @@ from spec.heads.checkpoint import (
 )
 from spec.heads.config import Layer, OnBase, Params, SpeculatorConfig
 from spec.heads.packed import LAST, Packed, Supervision, Tap, supervise
-from spec.heads.position_wise import PositionWise
+from spec.heads.recurrent import Recurrent
 from spec.heads.registry import build, method, on_base, parse_config
 from spec.heads.speculator import Session, Speculator
 from spec.heads.sum_lstm import SumLstm, SumLstmConfig

@@ -28,17 +28,9 @@ class CheckpointError(SpecError):
 
 
 def save(speculator: Speculator, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-    """Write the speculator; each file appears whole or not at all, config.json last.
-
-    Args:
-        speculator: what build or load returned.
-        folder: created where it is missing; an earlier checkpoint in it is replaced.
-        dtype: of the stored weights; as they are by default.
-
-    Raises:
-        TypeError: a wrapper for data-parallel training, or a fused copy.
-    """
-    if not isinstance(speculator, Speculator) or not isinstance(speculator, registry.method(speculator.config.method)):
+    """Write what build or load returned, in its own dtype by default. Each file appears whole or not at all, and an
+    earlier checkpoint in the folder is replaced."""
+    if not isinstance(speculator, registry.method(speculator.config.method)):
         raise TypeError(f"save takes a speculator as build made it, not a {type(speculator).__name__}")
     path = Path(folder)
     with files.whole(path / WEIGHTS) as temporary, temporary.open("wb") as file:
@@ -56,8 +48,7 @@ def load(
     """Read what save wrote, its weights as they are stored unless a dtype is given; tables as for restore.
 
     Raises:
-        FileNotFoundError: pytorch_model.bin or config.json is missing.
-        CheckpointError: as read_config, read_weights and restore.
+        FileNotFoundError, CheckpointError: a file is missing, or the two do not fit each other.
     """
     config = read_config(folder)
     return restore(config, read_weights(_existing(folder, WEIGHTS)), tables).to(device=device, dtype=dtype)
@@ -67,15 +58,10 @@ def restore(
     config: SpeculatorConfig, state: dict[str, Tensor], tables: Mapping[str, Tensor] | None = None
 ) -> Speculator:
     """The config's network with these weights, which it takes over as they are; tied ones may have any of their names.
-
-    Args:
-        config: of the network.
-        state: its own weights.
-        tables: the base's "embedding" and "lm_head", for a head that borrows them.
+    A head that borrows the base's "embedding" or "lm_head" needs them in `tables`.
 
     Raises:
-        CheckpointError: names or shapes that do not fit the config, tied weights that differ, or no tables for a head
-            that borrows them.
+        CheckpointError: names or shapes that do not fit the config, tied weights that differ, or no tables.
     """
     lent = {} if tables is None else tables
     if lacking := sorted(set(registry.method(config.method).borrowed.values()) - lent.keys()):
@@ -97,8 +83,7 @@ def read_config(folder: str | os.PathLike[str]) -> SpeculatorConfig:
     """The config of the checkpoint in a folder, without its weights.
 
     Raises:
-        FileNotFoundError: no config.json.
-        CheckpointError: it is no speculator's config.
+        FileNotFoundError, CheckpointError: there is none, or it is no speculator's.
     """
     path = _existing(folder, CONFIG)
     try:
@@ -113,18 +98,10 @@ def read_config(folder: str | os.PathLike[str]) -> SpeculatorConfig:
 def check_base(
     config: SpeculatorConfig, vocab_size: int, hidden_size: int, digest: str, *, allow_other_weights: bool = False
 ) -> None:
-    """Refuse a speculator of another base. Where it does not say which weights it was trained on, the widths alone
-    are compared, and the log says so.
+    """Refuse a speculator of another base than that of these widths and this digest of its weights.
 
-    Args:
-        config: the checkpoint's.
-        vocab_size: rows of the lm_head of the base at hand.
-        hidden_size: width of its hidden states.
-        digest: identity of its weights.
-        allow_other_weights: accept other weights of the same shape, such as a fine-tune's.
-
-    Raises:
-        CheckpointError: names the field and both values.
+    Where the speculator does not say which weights it was trained on, the widths alone are compared, and the log says
+    so. allow_other_weights accepts other weights of the same shape, such as a fine-tune's.
     """
     name = config.base_model_name_or_path
     for field, found in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
@@ -162,11 +139,7 @@ def weights(speculator: Speculator, dtype: torch.dtype | None = None) -> dict[st
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict that torch.save wrote, on the CPU.
-
-    Raises:
-        CheckpointError: a torn file, or one that holds anything but tensors (no code in it is run).
-    """
+    """A state dict that torch.save wrote, on the CPU; no code in it is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -185,12 +158,12 @@ def _with_aliases(state: dict[str, Tensor], speculator: Speculator) -> dict[str,
         names.setdefault(id(tensor), []).append(key)
     whole = dict(state)
     for keys in names.values():
-        first, *others = [key for key in keys if key in state] or [""]
-        for other in others:
-            if state[first].data_ptr() != state[other].data_ptr() and not torch.equal(state[first], state[other]):
-                raise CheckpointError(f"{first} and {other} differ in {WEIGHTS}, but {CONFIG} ties them")
-        if first:
-            whole |= dict.fromkeys(keys, state[first])
+        found = [key for key in keys if key in state]
+        for other in found[1:]:
+            if not torch.equal(state[found[0]], state[other]):
+                raise CheckpointError(f"{found[0]} and {other} differ in {WEIGHTS}, but {CONFIG} ties them")
+        if found:
+            whole |= dict.fromkeys(keys, state[found[0]])
     return whole
 
 

@@ -18,32 +18,18 @@ IGNORED_KEYS = frozenset(
 )
 """Keys of config.json that say nothing about the network: readers and tools of the Hugging Face family want them."""
 
-_NOT_KEPT = frozenset({"init"})
-"""Says where training starts, and nothing about the network."""
-
 
 class Params(Section):
-    """The section model.speculator of params.yaml, as far as all methods have it.
+    """The section model.speculator of params.yaml, as far as all methods have it."""
 
-    Attributes:
-        method: a name in the registry.
-        n_predict: number of heads n. A network may depend on it, so it stays what it was in training, even where fewer
-            heads are asked for.
-        init: where training starts: "random", "base", or the folder of a checkpoint.
-        draft_vocab_size: K, rows of the heads' output when they draft from a part of the vocabulary; None for all V.
-    """
-
-    method: str
+    method: str  # a name in the registry
+    # The number of heads n. A network may depend on it, so it stays as in training, even where fewer are asked for.
     n_predict: Annotated[int, Field(ge=1, le=32)] = 5
-    init: str = "random"
-    draft_vocab_size: Positive | None = None
+    init: str = "random"  # where training starts: "random", "base", or the folder of a checkpoint
+    draft_vocab_size: Positive | None = None  # K, rows of the heads' output; None for the whole vocabulary
 
     def taps(self, layers: int | None) -> tuple[Tap, ...]:
-        """The vectors that such a head reads of a base with so many layers.
-
-        Raises:
-            ValueError: the base has no such layer.
-        """
+        """The vectors that such a head reads of a base with so many layers; a ValueError says that it lacks one."""
         return (LAST,)
 
     @property
@@ -67,46 +53,26 @@ class Params(Section):
 
 
 class Layer(Section):
-    """The shape of a base's decoder layers, which a draft layer repeats.
+    """The shape of a base's decoder layers, which a draft layer repeats."""
 
-    Attributes:
-        heads: of the queries.
-        kv_heads: of keys and values.
-        head_dim: width of each.
-        intermediate_size: width of the feed-forward network.
-        bias: whether queries, keys and values have one.
-        eps: of the norms.
-        rope_theta: base of the rotary embedding.
-        positions: that the base was made for.
-    """
-
-    heads: Positive
+    heads: Positive  # of the queries
     kv_heads: Positive
     head_dim: Positive
     intermediate_size: Positive
-    bias: bool = False
-    eps: float = 1e-5
+    bias: bool = False  # of queries, keys and values
+    eps: float = 1e-5  # of the norms
     rope_theta: float = 10000.0
-    positions: Positive = 2048
+    positions: Positive = 2048  # that the base was made for
 
 
 class OnBase(Section):
-    """What is known of the base that a speculator belongs to.
+    """What is known of the base that a speculator belongs to."""
 
-    Attributes:
-        hidden_size: width d of its hidden states.
-        vocab_size: V, the rows of its lm_head (padding included; not ``len(tokenizer)``).
-        layers: their number, where it is known.
-        base_model_name_or_path: where it came from.
-        base_digest: identity of its weights; empty where it is not known (a head from elsewhere).
-        base_revision: its revision, where it has one.
-    """
-
-    hidden_size: Positive
-    vocab_size: Positive
+    hidden_size: Positive  # d
+    vocab_size: Positive  # V, the rows of its lm_head (padding included; not len(tokenizer))
     layers: Positive | None = None
     base_model_name_or_path: str
-    base_digest: str
+    base_digest: str  # identity of its weights; empty where it is not known (a head from elsewhere)
     base_revision: str | None = None
 
 
@@ -129,20 +95,19 @@ class SpeculatorConfig(OnBase, Params):
 
     def to_json(self) -> dict[str, Any]:
         """The contents of config.json: every field of the network."""
-        return self.model_dump(mode="json", exclude=set(_NOT_KEPT))
+        return self.model_dump(mode="json", exclude={"init"})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Read what to_json wrote; the keys in IGNORED_KEYS may hold anything. A switch that is missing is at its
-        default, a number is not.
-
-        Raises:
-            ValueError: unknown or missing keys, or values that make no network; says which.
-        """
-        fields = {name: field for name, field in cls.model_fields.items() if name not in _NOT_KEPT}
-        needed = [name for name, field in fields.items() if not isinstance(field.default, bool | None)]
-        if missing := [name for name in needed if name not in values]:
-            raise ValueError("; ".join(f"{name}: field required" for name in missing))
+        default, a number is not. A ValueError names what is missing, unknown or wrong."""
+        missing = [
+            f"{name}: field required"
+            for name, field in cls.model_fields.items()
+            if name != "init" and name not in values and not isinstance(field.default, bool | None)
+        ]
+        if missing:
+            raise ValueError("; ".join(missing))
         try:
             return cls.model_validate({key: value for key, value in values.items() if key not in IGNORED_KEYS})
         except ValidationError as error:

@@ -25,11 +25,8 @@ def draw(speculator: nn.Module, seed: int = 0) -> None:
 
 
 def principal_directions(rows: Tensor, k: int) -> Tensor:
-    """Orthonormal directions that hold most of the rows' variance: [V, d] centred rows -> [d, min(k, d)].
-
-    The identity for k >= d: nothing is left out, so there is nothing to choose. Each direction's largest entry is
-    positive, which makes the answer unique.
-    """
+    """Orthonormal directions that hold most of the rows' variance: [V, d] centred rows -> [d, min(k, d)], the identity
+    for k >= d. Each direction's largest entry is positive, which makes the answer unique."""
     d = rows.shape[1]
     if k >= d:
         return torch.eye(d, device=rows.device)

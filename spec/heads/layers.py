@@ -18,13 +18,13 @@ from spec.section import Dims
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
 
-def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)`` over the last dimension, without parameters."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+def rms_normalize(x: Tensor) -> Tensor:
+    """``x / sqrt(mean(x^2) + 1e-6)`` over the last dimension, without parameters."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 class RMSNorm(nn.Module):
-    """``rms_normalize(x) * weight + bias``: no mean is subtracted, eps is 1e-6 [.., width] -> [.., width]."""
+    """``rms_normalize(x) * weight + bias``, [.., width] -> [.., width]: no mean is subtracted."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

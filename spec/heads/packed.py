@@ -14,16 +14,11 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Tap:
-    """One vector of the base for each of some positions of a sequence.
+    """One vector of the base for each of some positions of a sequence."""
 
-    Attributes:
-        layer: the output after so many layers (0: the embedded tokens), or None: the last state, after the final
-            norm, which lm_head reads.
-        positions: "answers", those t whose next token x_{t+1} is supervised, or "all".
-    """
-
+    # The output after so many layers (0: the embedded tokens); None: after the final norm, what lm_head reads.
     layer: int | None = None
-    positions: Literal["answers", "all"] = "answers"
+    positions: Literal["answers", "all"] = "answers"  # "answers": those t whose next token x_{t+1} is supervised
 
 
 LAST = Tap()
@@ -32,23 +27,14 @@ LAST = Tap()
 
 @dataclass(frozen=True)
 class Packed:
-    """Whole sequences, one after the other: T tokens of R sequences.
+    """Whole sequences, one after the other: T tokens of R sequences."""
 
-    Attributes:
-        ids: [T].
-        mask: [T], whether a token is supervised.
-        offsets: R + 1 places where sequences begin, and T; on the CPU, whatever the device.
-        starts: [P] ascending places t from which heads draft, those of "answers": x_{t+1} is supervised.
-        bounds: R + 1 places in starts where those of each sequence begin, and P; on the CPU.
-        states: by tap its vectors, [P, width] (answers) or [T, width] (all).
-    """
-
-    ids: Tensor
-    mask: Tensor
-    offsets: tuple[int, ...]
-    starts: Tensor
-    bounds: tuple[int, ...]
-    states: Mapping[Tap, Tensor]
+    ids: Tensor  # [T]
+    mask: Tensor  # [T], whether a token is supervised
+    offsets: tuple[int, ...]  # R + 1 places where sequences begin, and T
+    starts: Tensor  # [P] ascending places t from which heads draft, those of "answers"
+    bounds: tuple[int, ...]  # R + 1 places in starts where those of each sequence begin, and P
+    states: Mapping[Tap, Tensor]  # [P, width] (answers) or [T, width] (all)
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor, lengths: Iterable[int], states: Mapping[Tap, Tensor]) -> Packed:
@@ -90,25 +76,17 @@ class Supervision:
     The draft of depth k that begins at t foresees x_{t+2+k}. It is supervised where x_{t+1} .. x_{t+2+k} all lie in
     one supervised span of one sequence.
 
-    Attributes:
-        packed: the sequences.
-        rows: [M] rows of packed.starts from which drafts begin, depth after depth.
-        targets: [M] the logits' index of each target, -1 where the draft vocabulary lacks it.
-        depths: [M] the depth that the row trains; padded rows have depth n and weight 0.
-        taught: [R] the rows of packed.starts at which the base wrote targets, ascending; empty without a teacher. Each
-            depth has a row for each of them, in this order, padded where it has no target there (in the first n - 1
-            of a supervised span).
-        sizes: rows of each depth.
-        counts: [n] supervised drafts of each depth, those with targets outside the draft vocabulary included.
+    Where a teacher's distributions are the targets, each depth has a row for each place where the base wrote one, in
+    the same order, padded where it has no target there (in the first n - 1 of a supervised span).
     """
 
     packed: Packed
-    rows: Tensor
-    targets: Tensor
-    depths: Tensor
-    taught: Tensor
-    sizes: list[int]
-    counts: Tensor
+    rows: Tensor  # [M] rows of packed.starts from which drafts begin, depth after depth
+    targets: Tensor  # [M] the logits' index of each target, -1 where the draft vocabulary lacks it
+    depths: Tensor  # [M] the depth that the row trains; padded rows have depth n and weight 0
+    taught: Tensor  # [R] the rows of packed.starts at which the base wrote targets, ascending; empty without a teacher
+    sizes: list[int]  # rows of each depth
+    counts: Tensor  # [n] supervised drafts of each depth, those with targets outside the draft vocabulary included
 
     @property
     def positions(self) -> int:
@@ -131,14 +109,11 @@ class Supervision:
 
 
 def supervise(packed: Packed, n: int, draft_index: Tensor | None = None, *, taught: bool = False) -> Supervision:
-    """Line up the drafts of n depths with their targets.
+    """Line up the drafts of n depths with their targets; the sequences lie on the CPU, and their states do not matter.
 
-    Args:
-        packed: sequences on the CPU; what they hold of states does not matter.
-        n: depths.
-        draft_index: [V] the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary.
-        taught: whether the base's distributions are the targets. Then drafts whose written token is outside the draft
-            vocabulary train as well.
+    draft_index [V] has the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary. Where
+    the base's distributions are the targets (taught), drafts whose written token is outside the draft vocabulary train
+    as well.
     """
     starts = packed.starts
     broken = ~F.pad(packed.mask, (0, 1))
@@ -156,9 +131,8 @@ def supervise(packed: Packed, n: int, draft_index: Tensor | None = None, *, taug
         depths = torch.where(supervised[writers], torch.arange(n), n).T.flatten()
     else:
         writers = torch.zeros(0, dtype=torch.int64)
-        if draft_index is None:
-            drafted = valid
-        else:
+        drafted = valid
+        if draft_index is not None:
             drafted = valid & (draft_index[following[starts[:, None] + torch.arange(2, n + 2)]] >= 0)
         depths, rows = drafted.T.nonzero(as_tuple=True)
         sizes = depths.bincount(minlength=n).tolist()

@@ -1,39 +1,36 @@
-"""What sum_rnn and sum_lstm share: their parameters, the mixing of state and token, starting weights and cost."""
+"""What sum_rnn and sum_lstm share: small recurrent networks that draft at each position by itself, from the base's last
+state there. A depth is a head, which adds a token's embedding to the projected state and hands the result on."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spec.heads.config import Params, SpeculatorConfig
 from spec.heads.init import centred, draw, principal_directions, rotation, unit_rows
 from spec.heads.layers import PerHead, rms_normalize
-from spec.heads.position_wise import PositionWise
+from spec.heads.packed import LAST, Packed, Tap
+from spec.heads.speculator import Session, Speculator
 from spec.section import DimsField
+
+Carry = tuple[Tensor, ...]
 
 
 class RecurrentParams(Params):
-    """Widths, and what heads share.
+    """Widths of stacks, and what heads share."""
 
-    Attributes:
-        inner_dim: widths of the path from the sum to the head.
-        emb_dim: widths of the token embedding's stack.
-        proj_dim: widths of the state projection's stack; ends in the same width as emb_dim.
-        scale_input: normalise the base's states before the first head.
-        tie_weights: all heads share embedding, norm and output Linear.
-    """
-
-    inner_dim: DimsField = (1024,)
-    emb_dim: DimsField = (1024,)
-    proj_dim: DimsField = (1024,)
-    scale_input: bool = False
-    tie_weights: bool = True
+    inner_dim: DimsField = (1024,)  # of the path from the sum to the head
+    emb_dim: DimsField = (1024,)  # of the token embedding
+    proj_dim: DimsField = (1024,)  # of the state projection; ends in the same width as emb_dim
+    scale_input: bool = False  # normalise the base's states before the first head
+    tie_weights: bool = True  # all heads share embedding, norm and output Linear
 
     @model_validator(mode="after")
     def _addable(self) -> Self:
@@ -79,14 +76,68 @@ class RecurrentConfig(RecurrentParams, SpeculatorConfig):
         }
 
 
-class Recurrent(PositionWise):
-    """Heads that add the token's embedding to the projected state, and hand the result to the next head."""
+class Recurrent(Speculator):
+    """A network that starts from h_t and takes one step for each head."""
 
+    joint: ClassVar[bool] = True
     config: RecurrentConfig
+
+    head: Callable[[int], nn.Linear]
+    """The Linear of head i, [V or K, head width]; the same one for every i where heads are tied."""
 
     @abstractmethod
     def state_projections(self) -> PerHead[nn.Module]:
         """Those through which a state reaches the output unchanged in kind: all, or of an LSTM the cell's."""
+
+    def start(self, states: Tensor) -> Carry:
+        """What head 0 needs of the base's states [P, d], in the speculator's dtype; its first part is the state as the
+        first projection reads it: with scale_input, rms_normalize(h) / sqrt(2)."""
+        states = states.to(self.head(0).weight.dtype)
+        return (rms_normalize(states) / math.sqrt(2) if self.config.scale_input else states,)
+
+    @abstractmethod
+    def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
+        """Run head i, after head i - 1 or `start`, up to its Linear, on ids x_{t+1+i} [P] of the full vocabulary: the
+        carry for the next head, and the vector [P, head width] that the Linear reads."""
+
+    def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """All heads' logits [n, P, V or K] of states [P, d] and true tokens [P, n]; column i holds x_{t+1+i}."""
+        carry, logits = self.start(states), []
+        for i in range(self.config.n_predict):
+            carry, hidden = self.step(i, carry, tokens[:, i])
+            logits.append(self.head(i)(hidden))
+        return torch.stack(logits)
+
+    def output(self, k: int) -> Tensor:
+        return self.head(k).weight
+
+    def unroll(self, packed: Packed, rows: Sequence[Tensor]) -> list[Tensor]:
+        carry = self.start(packed.states[LAST])
+        ids = F.pad(packed.ids, (0, len(rows)))  # past the end of a sequence nothing is asked for
+        vectors = []
+        for i, chosen in enumerate(rows):
+            carry, hidden = self.step(i, carry, ids[packed.starts + 1 + i])
+            vectors.append(hidden.index_select(0, chosen))
+        return vectors
+
+    def draft_along(self, packed: Packed, rows: Tensor, n: int) -> Tensor:
+        return self.draft(packed.states[LAST][rows], packed.ids[packed.starts[rows] + 1], n)
+
+    def session(self) -> Session:
+        return _Session(self)
+
+    @torch.inference_mode()
+    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
+        """Greedy drafts [P, n] (n_predict by default) of x_{t+2}, x_{t+3}, .., as ids of the full vocabulary, from the
+        base's states h_t [P, d] and the tokens x_{t+1} [P] after them; each head reads the draft of the one before."""
+        carry, drafts = self.start(states), []
+        for i in range(self.config.n_predict if n is None else n):
+            carry, hidden = self.step(i, carry, tokens)
+            tokens = self.head(i)(hidden).max(-1).indices  # four times as fast as argmax in bf16 on a CPU
+            if self.token_map is not None:
+                tokens = self.token_map[tokens]
+            drafts.append(tokens)
+        return torch.stack(drafts, 1)
 
     @classmethod
     def operations(cls, config: RecurrentConfig) -> float:  # type: ignore[override]
@@ -112,7 +163,7 @@ class Recurrent(PositionWise):
         draw(self, seed)
         if tables is None:
             return
-        config, (embedding, lm_head) = self.config, self._fitting(tables)
+        config, (embedding, lm_head) = self.config, (tables["embedding"], tables["lm_head"])
         generator = torch.Generator().manual_seed(seed)
         rows = centred(lm_head if self.token_map is None else lm_head[self.token_map.to(lm_head.device)])
         columns = unit_rows(rows @ principal_directions(rows, config.head_width))  # [V or K, k]
@@ -131,19 +182,21 @@ class Recurrent(PositionWise):
             for projection in projections[1:]:
                 nn.init.eye_(_first_linear(projection).weight)
 
-    def _fitting(self, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        expected = (self.config.vocab_size, self.config.hidden_size)
-        for name in ("embedding", "lm_head"):
-            if tables[name].shape != expected:
-                raise ValueError(
-                    f"{name} has shape {list(tables[name].shape)}, expected {list(expected)} (vocab_size, hidden_size)"
-                )
-        return tables["embedding"], tables["lm_head"]
 
-    def _scaled(self, states: Tensor) -> Tensor:
-        """The states as the first projection reads them: with scale_input, rms_normalize(h) / sqrt(2)."""
-        states = states.to(self.head(0).weight.dtype)
-        return rms_normalize(states) / math.sqrt(2) if self.config.scale_input else states
+class _Session(Session):
+    """The newest state and token: such a head remembers nothing else."""
+
+    def __init__(self, speculator: Recurrent) -> None:
+        self._speculator = speculator
+
+    def extend(self, states: Mapping[Tap, Tensor], tokens: Tensor) -> None:
+        self._state, self._token = states[LAST][-1:], tokens[-1:]
+
+    def draft(self, n: int) -> Tensor:
+        return self._speculator.draft(self._state, self._token, n)[0]
+
+    def crop(self, n: int) -> None:
+        pass
 
 
 def mixing_weight(config: RecurrentConfig) -> float:

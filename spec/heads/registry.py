@@ -29,11 +29,7 @@ GONE = {
 
 
 def method(name: object) -> type[Speculator]:
-    """The class of a method.
-
-    Raises:
-        ValueError: there is none of this name, or the package that brings it cannot be loaded.
-    """
+    """The class of a method; a ValueError says that there is none of this name, or that it cannot be loaded."""
     key = str(name)
     if key in GONE:
         raise ValueError(GONE[key])
@@ -49,11 +45,7 @@ def method(name: object) -> type[Speculator]:
 
 
 def unused_keys(name: object) -> dict[str, Any]:
-    """The keys of params.yaml that other methods have and this one has not, with their defaults as a file has them.
-
-    Raises:
-        ValueError: as method.
-    """
+    """The keys of params.yaml that other methods have and this one has not, with their defaults as a file has them."""
     own = method(name).Params.model_fields
     found: dict[str, Any] = {}
     for other in METHODS:
@@ -62,11 +54,7 @@ def unused_keys(name: object) -> dict[str, Any]:
 
 
 def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> SpeculatorConfig:
-    """The network that params ask for, on a base whose layers have a shape.
-
-    Raises:
-        SpecError: values that make no network on this base.
-    """
+    """The network that params ask for, on a base whose layers have a shape; a SpecError says that there is none."""
     config = method(params.method).Config
     values = params.model_dump(exclude={"init"}) | base.model_dump()
     if layer is not None and "layer" in config.model_fields:
@@ -78,11 +66,8 @@ def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> Specula
 
 
 def parse_config(values: Mapping[str, Any]) -> SpeculatorConfig:
-    """What a config.json holds; what other methods have and this one has not is passed over.
-
-    Raises:
-        ValueError: an unknown method, or as SpeculatorConfig.from_json.
-    """
+    """What a config.json holds; what other methods have and this one has not is passed over. A ValueError says what
+    makes no network."""
     others = unused_keys(values.get("method"))
     own = {key: value for key, value in values.items() if key not in others}
     return method(values["method"]).Config.from_json(own)

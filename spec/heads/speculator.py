@@ -19,11 +19,9 @@ class Session(ABC):
 
     @abstractmethod
     def extend(self, states: Mapping[Tap, Tensor], tokens: Tensor) -> None:
-        """Go on by S positions that the base has read.
+        """Go on by S positions that the base has read; tokens [S] are those after each, the last the newest.
 
-        Args:
-            states: by tap the base's vectors, [S, width]; at the prompt, taps of answers have the last position alone.
-            tokens: [S] the token after each position, of which the last is the newest of the sequence.
+        States are [S, width]; at the prompt, taps of answers have the last position alone.
         """
 
     @abstractmethod
@@ -42,12 +40,7 @@ class Speculator(nn.Module, ABC):
     foresees x_{t+2+k}; so depth 0 never learns x_{t+1}.
 
     T counts tokens, P the positions from which drafts begin. d is the base's hidden size, V its vocabulary, n the
-    number of depths, K the draft vocabulary.
-
-    Args:
-        config: the network's shape.
-        token_map: [K] ascending ids of the draft vocabulary in the full one; exactly where config.draft_vocab_size
-            is set.
+    number of depths, K the draft vocabulary; token_map [K] has its ascending ids in the full one.
 
     Raises:
         ValueError: a token_map that does not fit config.draft_vocab_size.
@@ -84,15 +77,8 @@ class Speculator(nn.Module, ABC):
 
     @abstractmethod
     def unroll(self, packed: Packed, rows: Sequence[Tensor]) -> list[Tensor]:
-        """All depths with the true tokens as inputs (teacher forcing).
-
-        Args:
-            packed: the sequences.
-            rows: by depth [M_k], the rows of packed.starts from which drafts are wanted.
-
-        Returns:
-            By depth the vectors [M_k, h] that its output matrix reads, for x_{t+2+k}.
-        """
+        """All depths with the true tokens as inputs (teacher forcing): by depth the vectors [M_k, h] that its output
+        matrix reads for x_{t+2+k}, of drafts that begin at packed.starts[rows[k]]."""
 
     @abstractmethod
     def draft_along(self, packed: Packed, rows: Tensor, n: int) -> Tensor:
@@ -140,15 +126,8 @@ class Speculator(nn.Module, ABC):
 
     @abstractmethod
     def initialise(self, tables: Mapping[str, Tensor] | None = None, seed: int = 0) -> None:
-        """Give the weights their first values, in place: random ones, or where the base's tables are given, from them.
-
-        Args:
-            tables: the base's "embedding" and "lm_head", [V, d].
-            seed: of what is random.
-
-        Raises:
-            ValueError: tables of another shape than the config's [vocab_size, hidden_size].
-        """
+        """Give the weights their first values, in place: random ones that follow from the seed, or where the base's
+        "embedding" and "lm_head" [V, d] are given, from them."""
 
     @classmethod
     @abstractmethod

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spec.heads.layers import PerHead, RMSNorm, adapter, embedding_stack, linear, projection_stack, widths
-from spec.heads.position_wise import Carry, PositionWise
-from spec.heads.recurrent import Recurrent, RecurrentConfig, RecurrentParams, mixing_weight
+from spec.heads.recurrent import Carry, Recurrent, RecurrentConfig, RecurrentParams, mixing_weight
 
 
 class SumLstmParams(RecurrentParams):
-    """With tie_lstm_embs, the four gates share one embedding."""
+    """Of sum_lstm."""
 
-    tie_lstm_embs: bool = False
+    tie_lstm_embs: bool = False  # the four gates share one embedding
 
     @model_validator(mode="after")
     def _tied(self) -> Self:
@@ -51,14 +50,10 @@ class SumLstm(Recurrent):
         w, inner = config.sum_width, config.inner_dim
         self.alpha = mixing_weight(config)
         self.forget_emb = self._embedding()
-        tied = config.tie_lstm_embs
-        self.input_emb = self.forget_emb if tied else self._embedding()
-        self.output_emb = self.forget_emb if tied else self._embedding()
-        self.cell_emb = self.forget_emb if tied else self._embedding()
-        self.forget_proj = self._projections()
-        self.input_proj = self._projections()
-        self.output_proj = self._projections()
-        self.cell_proj = self._projections()
+        self.input_emb, self.output_emb, self.cell_emb = (
+            self.forget_emb if config.tie_lstm_embs else self._embedding() for _ in range(3)
+        )
+        self.forget_proj, self.input_proj, self.output_proj, self.cell_proj = (self._projections() for _ in range(4))
         self.cell_ln = PerHead([RMSNorm(w)])
         self.state_ln = PerHead([RMSNorm(w)])
         self.adapter = PerHead([adapter(w, inner[0])])
@@ -70,7 +65,7 @@ class SumLstm(Recurrent):
         return self.cell_proj
 
     def start(self, states: Tensor) -> Carry:
-        state = self._scaled(states)
+        (state,) = super().start(states)
         return state, state.new_zeros(len(state), self.config.sum_width)
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
@@ -80,7 +75,7 @@ class SumLstm(Recurrent):
     def update(self, cell: Tensor, projected: Sequence[Tensor], tokens: Tensor) -> tuple[Carry, Tensor]:
         """The cell and the state as each gate projects it, all [P, w] -> next carry, hidden [P, inner]."""
         forget, input_, output, candidate = (
-            torch.add(part, emb, alpha=self.alpha) for part, emb in zip(projected, self.embed(tokens), strict=True)
+            torch.add(part, emb, alpha=self.alpha) for part, emb in zip(projected, self._embed(tokens), strict=True)
         )
         cell = cell * torch.sigmoid(forget) + F.gelu(self.cell_ln(0)(candidate)) * torch.sigmoid(input_)
         state = F.gelu(self.state_ln(0)(cell)) * torch.sigmoid(output)
@@ -91,14 +86,14 @@ class SumLstm(Recurrent):
         """The gates' projections, in the order in which serving engines fuse them: forget, input, output, cell."""
         return self.forget_proj, self.input_proj, self.output_proj, self.cell_proj
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Each gate's embedding of the tokens, [P] -> four of [P, w], in the order of projections."""
+    def _embed(self, tokens: Tensor) -> list[Tensor]:
+        """[P] -> four of [P, w], in the order of projections."""
         forget: Tensor = self.forget_emb(0)(tokens)
         if self.config.tie_lstm_embs:  # one look-up: four would make four gradients the size of the table
-            return forget, forget, forget, forget
-        return forget, self.input_emb(0)(tokens), self.output_emb(0)(tokens), self.cell_emb(0)(tokens)
+            return [forget] * 4
+        return [forget, *(emb(0)(tokens) for emb in (self.input_emb, self.output_emb, self.cell_emb))]
 
-    def for_drafting(self) -> PositionWise:
+    def for_drafting(self) -> Recurrent:
         return FusedSumLstm(self) if len(self.config.proj_dim) == 1 else self
 
     def undecayed(self) -> frozenset[str]:

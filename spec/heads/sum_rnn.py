@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spec.heads.layers import PerHead, adapter, embedding_stack, linear, norm_stack, projection_stack
-from spec.heads.position_wise import Carry
-from spec.heads.recurrent import Recurrent, RecurrentConfig, RecurrentParams, mixing_weight
+from spec.heads.recurrent import Carry, Recurrent, RecurrentConfig, RecurrentParams, mixing_weight
 
 
 class SumRnnParams(RecurrentParams):
@@ -45,9 +44,6 @@ class SumRnn(Recurrent):
 
     def state_projections(self) -> PerHead[nn.Module]:
         return self.proj
-
-    def start(self, states: Tensor) -> Carry:
-        return (self._scaled(states),)
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
         (state,) = carry

@@ -27,7 +27,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from spec import heads
 from spec.config import Decode
 from spec.drafting import Drafter
-from spec.heads import PositionWise
+from spec.heads import Recurrent
 from spec.section import explain
 from spec.serving import ServingError
 
@@ -102,7 +102,7 @@ class SpeculatorProposer:
             )
         Drafter(self._decode, self._config.n_predict)  # its errors belong here
         self._drafters: dict[str, tuple[Drafter, int]] = {}  # by request, and how many tokens it has seen
-        self._speculator: PositionWise | None = None
+        self._speculator: Recurrent | None = None
         self.verified: Verified | None = None
         """Of the step that propose is called for; see _hand_over_states."""
 
@@ -110,7 +110,7 @@ class SpeculatorProposer:
         """Load the heads beside the base, in its dtype."""
         device = next(target_model.parameters()).device
         speculator = heads.load(self._checkpoint, device, self._dtype).for_drafting().eval()
-        if not isinstance(speculator, PositionWise):
+        if not isinstance(speculator, Recurrent):
             raise ServingError(
                 f"{self._checkpoint} is a {self._config.method}, which reads whole sequences: the proposer is for "
                 "heads that draft at each position by itself (sum_rnn, sum_lstm)"
@@ -164,7 +164,7 @@ class SpeculatorProposer:
             if not sampled or room < 1:
                 continue
             drafter = self._grown(request, token_ids_cpu[i], length)
-            found = drafter.draft(room, int)  # a number of the heads' drafts, which are made for all at once below
+            found = drafter.draft(room)  # or a number of the heads' drafts, which are made for all at once below
             if isinstance(found, int):
                 waiting.append(_Waiting(i, found, room, drafter))
             else:

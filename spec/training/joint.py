@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,24 +22,16 @@ from spec.workers import Worker
 
 BASE = "base."
 SPECULATOR = "speculator."
-_VALIDATION_ROWS = 8
 
 
 @dataclass(frozen=True)
 class JointBatch:
-    """A micro-batch of whole sequences.
+    """A micro-batch of whole sequences."""
 
-    Attributes:
-        ids: [B, S], padded on the right.
-        at: [P] where each of the drafts' starts lies among the B * S.
-        heads: the sequences, without states, and what the heads are trained towards.
-        counts: [n + 1] supervised drafts of each head, then supervised tokens of the base: P.
-    """
-
-    ids: Tensor
-    at: Tensor
-    heads: Supervision
-    counts: Tensor
+    ids: Tensor  # [B, S], padded on the right
+    at: Tensor  # [P] where each of the drafts' starts lies among the B * S
+    heads: Supervision  # the sequences, without states, and what the heads are trained towards
+    counts: Tensor  # [n + 1] supervised drafts of each head, then supervised tokens of the base: P
 
     @property
     def positions(self) -> int:
@@ -76,15 +67,10 @@ class JointLoss(nn.Module):
 
 
 class JointTask:
-    """What the loop trains when the base is not frozen.
+    """What the loop trains when the base is not frozen; val chooses the checkpoint.
 
-    Args:
-        config: of the run.
-        base: loaded in float32 (arithmetic is bf16 where Worker.mixed says so); trained in place.
-        speculator: initialised, on the base's device; trained in place.
-        train: sequences to train on.
-        val: sequences that choose the checkpoint.
-        worker: this process.
+    The base is loaded in float32 (arithmetic is bf16 where Worker.mixed says so), and lies with the speculator on the
+    worker's device.
     """
 
     def __init__(
@@ -104,18 +90,8 @@ class JointTask:
             model = base.model  # earlier releases of transformers 5 know the second name alone
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self._loss = SpeculatorLoss(speculator, config.optim.head_weights).to(worker.device)
-
-    @cached_property
-    def module(self) -> nn.Module:
-        return JointLoss(self.base.model, self._loss, self.config.model.speculator_loss_coeff)
-
-    @property
-    def rows(self) -> tuple[str, ...]:
-        return (*(str(i + 1) for i in range(self.speculator.config.n_predict)), "base")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self._train) // self.config.data.train_batch_size)
+        self.module = JointLoss(base.model, self._loss, config.model.speculator_loss_coeff)
+        self.steps_per_epoch = -(-len(train) // config.data.train_batch_size)
 
     def parameters(self) -> list[dict[str, Any]]:
         """The speculator's are at optim.lr, the base's at optim.base_lr; no decay on vectors and tables."""
@@ -140,7 +116,12 @@ class JointTask:
 
     def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[JointBatch]:
         for part in parts:
-            yield self._batch([self._train[index] for index in part])
+            rows = [self._train[index] for index in part]
+            ids, packed = padded(rows), pack(rows)
+            row = torch.searchsorted(torch.tensor(packed.offsets), packed.starts, right=True) - 1
+            at = row * ids.shape[1] + packed.starts - torch.tensor(packed.offsets)[row]
+            heads = self._loss.supervise(packed)
+            yield JointBatch(ids, at, heads, torch.cat([heads.counts, torch.tensor([len(at)])]))
 
     def validate(self) -> dict[str, float]:
         """As FrozenTask, over the states that the base has now; and the base's own loss."""
@@ -172,17 +153,9 @@ class JointTask:
         for prefix, module in ((BASE, self.base.model), (SPECULATOR, self.speculator)):
             yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
 
-    def _batch(self, rows: Sequence[TokenSequence]) -> JointBatch:
-        ids, packed = padded(rows), pack(rows)
-        row = torch.searchsorted(torch.tensor(packed.offsets), packed.starts, right=True) - 1
-        at = row * ids.shape[1] + packed.starts - torch.tensor(packed.offsets)[row]
-        heads = self._loss.supervise(packed)
-        return JointBatch(ids, at, heads, torch.cat([heads.counts, torch.tensor([len(at)])]))
-
 
 class LiveReader:
-    """Sequences with the states that a base in evaluation mode computes for them, in bf16 or not (`mixed`), when they
-    are asked for."""
+    """Sequences with the states that a base in evaluation mode computes when they are asked for, mixed: in bf16."""
 
     def __init__(self, base: Base, rows: Sequence[TokenSequence], mixed: bool) -> None:
         self._base, self._rows, self._mixed = base, rows, mixed
@@ -199,8 +172,7 @@ class LiveReader:
 
     def sequences(self, indices: Iterable[int]) -> Iterator[tuple[int, Packed]]:
         wanted, device = list(indices), self._base.device
-        for start in range(0, len(wanted), _VALIDATION_ROWS):
-            part = wanted[start : start + _VALIDATION_ROWS]
+        for part in [wanted[start : start + 8] for start in range(0, len(wanted), 8)]:
             rows = [self._rows[index] for index in part]
             with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._mixed):
                 hidden = base_model.hidden_states(self._base.model, padded(rows).to(device))

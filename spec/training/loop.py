@@ -8,23 +8,21 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from spec.config import Config
 from spec.device import fetch, mark, send
 from spec.errors import SpecError
-from spec.heads import Speculator
+from spec.heads import Supervision
 from spec.store.reader import prefetch
 from spec.training import schedule
-from spec.training.frozen import head_metrics
+from spec.training.frozen import FrozenTask, head_metrics
+from spec.training.joint import JointBatch, JointTask
 from spec.training.resume import Checkpoints
-from spec.workers import Worker
 
 log = logging.getLogger(__name__)
 
@@ -32,61 +30,7 @@ LOG_EVERY = 10
 """Steps whose sums are fetched from the device together."""
 
 
-class Batch(Protocol):
-    """A micro-batch."""
-
-    @property
-    def counts(self) -> Tensor:
-        """What each row of sums is divided by, [rows], on the CPU."""
-
-    @property
-    def positions(self) -> int:
-        """How many positions it has."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-
-
-class Task(Protocol):
-    """What is trained, on what: FrozenTask or JointTask."""
-
-    speculator: Speculator
-
-    @property
-    def module(self) -> nn.Module:
-        """(batch, counts) -> the loss's part, and [rows, 2] sums of loss and hits."""
-
-    @property
-    def rows(self) -> tuple[str, ...]:
-        """Names of the rows of sums."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps."""
-
-    def parameters(self) -> list[dict[str, Any]]:
-        """AdamW's groups, each with its peak learning rate."""
-
-    def order(self, epoch: int) -> list[int]:
-        """All sequences, shuffled."""
-
-    def share(self, batch: Sequence[int]) -> list[int]:
-        """This worker's part of a batch."""
-
-    def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[Batch]:
-        """The micro-batches of these sequences."""
-
-    def validate(self) -> dict[str, float]:
-        """Figures on val."""
-
-    def score(self, metrics: dict[str, float]) -> float:
-        """What the checkpoint is chosen by, of validate's figures; higher is better."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that is trained, each shared tensor once, where it is."""
-
-    def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+Task = FrozenTask | JointTask
 
 
 @dataclass(frozen=True)
@@ -96,26 +40,20 @@ class Progress:
 
     split: str
     step: int
-    total: int
     metrics: dict[str, float]
     time: float
+    total: int
 
 
 @dataclass
 class Result:
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes:
-        step: the step whose weights are best on val.
-        val: their metrics.
-        weights: a copy of Task.tensors on the CPU; on the first worker alone, since of a large base one is enough.
-        steps: steps of the run.
-    """
-
-    step: int = -1
-    val: dict[str, float] = field(default_factory=dict)
+    step: int = -1  # whose weights are best on val
+    val: dict[str, float] = field(default_factory=dict)  # their metrics
+    # A copy of Task.tensors on the CPU; on the first worker alone, since of a large base one is enough.
     weights: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    steps: int = 0  # of the run
 
 
 class StoppedError(SpecError):
@@ -123,9 +61,7 @@ class StoppedError(SpecError):
 
 
 def run(
-    config: Config,
     task: Task,
-    worker: Worker,
     checkpoints: Checkpoints,
     listen: Callable[[Progress], None] = lambda progress: None,
     stopping: Callable[[], bool] = lambda: False,
@@ -138,9 +74,7 @@ def run(
     the whole batch's supervised tokens, so the number of workers and the micro-batch change nothing but rounding.
 
     Args:
-        config: of the run.
         task: what is trained.
-        worker: this process.
         checkpoints: where to save and resume.
         listen: told of every logged step, on the first worker only.
         stopping: asked at every step whether to save and leave; one worker's yes counts for all.
@@ -149,34 +83,31 @@ def run(
     Raises:
         StoppedError: after saving, because of `stopping`.
     """
-    return _Run(config, task, worker, checkpoints, listen, stopping).run(advance)
+    return _Run(task, checkpoints, listen, stopping).run(advance)
 
 
-@dataclass
 class _Run:
-    config: Config
-    task: Task
-    worker: Worker
-    checkpoints: Checkpoints
-    listen: Callable[[Progress], None]
-    stopping: Callable[[], bool]
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.task.parameters(), betas=self.config.optim.betas, fused=True)
+    def __init__(
+        self, task: Task, checkpoints: Checkpoints, listen: Callable[[Progress], None], stopping: Callable[[], bool]
+    ) -> None:
+        self.task, self.checkpoints, self.listen, self.stopping = task, checkpoints, listen, stopping
+        self.config, self.worker = task.config, task.worker
+        self.optimizer = torch.optim.AdamW(task.parameters(), betas=self.config.optim.betas, fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.total = self.task.steps_per_epoch * self.config.trainer.total_epochs
+        self.total = task.steps_per_epoch * self.config.trainer.total_epochs
         self.mixed = self.worker.mixed(self.config.model.dtype)
         self.step = self.positions_seen = self.since_best = 0
         self.result = Result()
         self.history: list[tuple[str, int, dict[str, float], float]] = []
-        # Since the last log, on this worker: loss, hits and count by row; then positions.
+        # Since the last log, on this worker: loss, hits and count of each head and of a live base; then positions.
         exact = torch.device("cpu") if self.worker.device.type == "mps" else self.worker.device  # MPS has no float64
-        self.sums = torch.zeros(len(self.task.rows), 3, dtype=torch.float64, device=exact)
+        rows = task.speculator.config.n_predict + isinstance(task, JointTask)
+        self.sums = torch.zeros(rows, 3, dtype=torch.float64, device=exact)
         self.positions = 0
         self.waited = self.trained = 0.0
         self._resume()
-        module = self.task.module
-        self.parallel = DistributedDataParallel(module, broadcast_buffers=False) if self.worker.world > 1 else module
+        distributed = self.worker.world > 1
+        self.parallel = DistributedDataParallel(task.module, broadcast_buffers=False) if distributed else task.module
 
     def run(self, advance: Callable[[int, int], object]) -> Result:
         advance(self.step, self.total)
@@ -214,7 +145,7 @@ class _Run:
         self.result.steps = self.step
         return self.result
 
-    def _batches(self) -> Iterator[list[Batch]]:
+    def _batches(self) -> Iterator[list[Supervision | JointBatch]]:
         """This worker's micro-batches of every step still to do."""
         size, micro = self.config.data.train_batch_size, self.config.data.micro_batch_size_per_gpu
 
@@ -227,11 +158,11 @@ class _Run:
                     yield [mine[at : at + micro] for at in range(0, len(mine), micro)] or [[]]
 
         ahead, here = itertools.tee(steps())
-        batches = self.task.batches(part for step in ahead for part in step)
+        batches: Iterator[Supervision | JointBatch] = self.task.batches(part for step in ahead for part in step)
         for step in here:
             yield [next(batches) for _ in step]
 
-    def _step(self, micro_batches: list[Batch]) -> tuple[Tensor, Callable[[], Tensor]]:
+    def _step(self, micro_batches: list[Supervision | JointBatch]) -> tuple[Tensor, Callable[[], Tensor]]:
         """One optimizer step; returns the gradient's norm, and what says whether any worker was asked to stop.
 
         Nothing here waits for the device.
@@ -273,7 +204,10 @@ class _Run:
         waited = self.worker.sum(torch.tensor(self.waited, dtype=torch.float32, device=self.worker.device))
         self.positions_seen += positions
         if self.worker.first:
-            metrics = row_metrics(self.task.rows, sums)
+            heads = self.task.speculator.config.n_predict
+            metrics = head_metrics(sums[:heads].numpy())
+            for loss, hits, count in sums[heads:].tolist():
+                metrics |= {"base_loss": loss / max(count, 1), "base_accuracy": hits / max(count, 1)}
             metrics |= {
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": float(norm),
@@ -316,17 +250,13 @@ class _Run:
 
     def _tell(self, split: str, metrics: dict[str, float]) -> None:
         self.history.append((split, self.step, metrics, time.time()))
-        self._listen(*self.history[-1])
-
-    def _listen(self, split: str, step: int, metrics: dict[str, float], at: float) -> None:
-        self.listen(Progress(split, step, self.total, metrics, at))
+        self.listen(Progress(*self.history[-1], self.total))
 
     def _save(self) -> None:
         sums, positions = self._total_sums()
         if not self.worker.first:
             return
-        device = self.worker.device
-        tensors = self.task.tensors()  # brings the speculator up to date, too
+        device, tensors = self.worker.device, self.task.tensors()  # brings the speculator up to date, too
         self.checkpoints.save(
             self.step,
             self.task.speculator,
@@ -365,18 +295,7 @@ class _Run:
             self.waited, self.trained = state["seconds"]
             log.info("resuming at step %d of %d", self.step, self.total)
             for entry in self.history:
-                self._listen(*entry)
-
-
-def row_metrics(rows: Sequence[str], sums: Tensor) -> dict[str, float]:
-    """Loss and accuracy of each head; a live base's are `base_loss` and `base_accuracy`."""
-    numbers = sums.numpy()
-    heads = [index for index, name in enumerate(rows) if name != "base"]
-    metrics = head_metrics(numbers[heads])
-    if "base" in rows:
-        loss, hits, count = numbers[rows.index("base")]
-        metrics |= {"base_loss": float(loss / max(count, 1)), "base_accuracy": float(hits / max(count, 1))}
-    return metrics
+                self.listen(Progress(*entry, self.total))
 
 
 def _memory(device: torch.device) -> float:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spec.base import Teacher
 from spec.heads import LAST, Packed, Speculator, Supervision, supervise
-from spec.training.teacher import Teacher
 
 CHUNK_LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**28}
 """Logits [rows, V] that exist at one time, at most, by device. A chunk reads the weight and adds to its gradient once;
 a GPU's products are so fast that it takes more rows to make up for that (by arithmetic; not measured)."""
+
+
+Soft = tuple[Tensor, Tensor]
+"""A teacher's distribution for C rows, [C, V], and its entropy [C]."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -40,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         length = len(hidden) // groups
         hidden = hidden.view(groups, length, hidden.shape[1])
         targets, scale = targets.view(groups, length), scale.view(groups, length)
-        room = _Room.of(hidden, weight, None if taught is None else taught[1])
+        room = _Room(hidden, weight, None if taught is None else taught[1])
         losses = torch.empty(targets.shape, dtype=room.logits.dtype, device=hidden.device)
         correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needed else None
@@ -76,55 +79,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), learned, None, None, None, None
 
 
-@dataclass(frozen=True)
-class _Soft:
-    """A teacher's distribution for C rows, [C, V], and its entropy [C]."""
-
-    probabilities: Tensor
-    entropy: Tensor
-
-
-@dataclass(frozen=True)
 class _Room:
-    """Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU.
+    """Memory that every chunk uses again: fresh pages for each would cost a fifth of the time on a CPU."""
 
-    Attributes:
-        weight: [V, h] in the dtype of the products.
-        table: [V, d] the teacher's lm_head, in the same dtype.
-        finish: makes the teacher's logits of its products, in place.
-        rows: C, the rows of a chunk in each group.
-        logits: [G * C, V] in float32 or wider.
-        low: the same in the dtype of the products; the same memory where the dtypes agree.
-        soft: [C, V] for the teacher's distribution.
-    """
-
-    weight: Tensor
-    table: Tensor | None
-    finish: Callable[[Tensor], object]
-    rows: int
-    logits: Tensor
-    low: Tensor
-    soft: Tensor | None
-
-    @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, teacher: Teacher | None) -> _Room:
-        """For the rows [G, R, h] of a call."""
+    def __init__(self, hidden: Tensor, weight: Tensor, teacher: Teacher | None) -> None:
+        """For the rows [G, R, h] of a call, weight [V, h]."""
         device = hidden.device.type
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        kind = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         groups, length, _ = hidden.shape
         V = len(weight)
-        rows = max(min(CHUNK_LOGITS[device] // (V * groups), length), 1)
-        logits = torch.empty(groups * rows, V, dtype=kind, device=hidden.device)
-        return cls(
-            weight.to(low),
-            None if teacher is None else teacher.lm_head.to(low),
-            (lambda logits: logits) if teacher is None else teacher.finish,
-            rows,
-            logits,
-            logits if low == kind else torch.empty_like(logits, dtype=low),
-            None if teacher is None else torch.empty(rows, V, dtype=kind, device=hidden.device),
-        )
+        self.rows = max(min(CHUNK_LOGITS[device] // (V * groups), length), 1)  # C, of a chunk in each group
+        self.weight = weight.to(dtype)  # of the products
+        self.logits = torch.empty(groups * self.rows, V, dtype=wide, device=hidden.device)
+        # The same in the dtype of the products; the same memory where the dtypes agree.
+        self.low = self.logits if dtype == wide else torch.empty_like(self.logits, dtype=dtype)
+        if teacher is not None:
+            self.teacher, self.table = teacher, teacher.lm_head.to(dtype)
+            self.soft = torch.empty(self.rows, V, dtype=wide, device=hidden.device)
 
     def shifted_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The rows' logits less their largest, [G * C, V], and where that is: the token that drafting would take."""
@@ -133,21 +105,19 @@ class _Room:
         largest, likeliest = logits.max(1)  # the first of equal ones
         return logits.sub_(largest[:, None]), likeliest  # sums round less for the shift
 
-    def distribution(self, states: Tensor) -> _Soft:
+    def distribution(self, states: Tensor) -> Soft:
         """The base's own distribution after these states [C, d]; overwrites the logits."""
-        assert self.table is not None
-        assert self.soft is not None
         low, logits, probabilities = (room[: len(states)] for room in (self.low, self.logits, self.soft))
         logits.copy_(torch.mm(states.to(low.dtype), self.table.T, out=low))
-        self.finish(logits)
+        self.teacher.finish(logits)
         logits.sub_(logits.amax(1, keepdim=True))
         torch.exp(logits, out=probabilities)
         total = probabilities.sum(1)
         probabilities.div_(total[:, None])
-        return _Soft(probabilities, total.log() - _dots(probabilities, logits[None])[0])
+        return probabilities, total.log() - _dots(probabilities, logits[None])[0]
 
 
-def _loss(logits: Tensor, target: Tensor, soft: _Soft | None) -> tuple[Tensor, Tensor]:
+def _loss(logits: Tensor, target: Tensor, soft: Soft | None) -> tuple[Tensor, Tensor]:
     """Each row's loss, and the sum of its exponentials, [G * C, 1] both; turns the logits into exponentials.
 
     Cross-entropy is log sum exp(logits) - logits[target]. The divergence from a teacher p is
@@ -156,20 +126,20 @@ def _loss(logits: Tensor, target: Tensor, soft: _Soft | None) -> tuple[Tensor, T
     if soft is None:
         expected = logits.gather(1, target.clamp(min=0))
     else:
-        by_group = logits.view(-1, *soft.probabilities.shape)  # [G, C, V]
-        expected = (_dots(soft.probabilities, by_group) + soft.entropy).reshape(-1, 1)
+        probabilities, entropy = soft
+        expected = (_dots(probabilities, logits.view(-1, *probabilities.shape)) + entropy).reshape(-1, 1)
     total = logits.exp_().sum(1, keepdim=True)
     return total.log() - expected, total
 
 
-def _gradient(exponentials: Tensor, total: Tensor, target: Tensor, factor: Tensor, soft: _Soft | None) -> None:
+def _gradient(exponentials: Tensor, total: Tensor, target: Tensor, factor: Tensor, soft: Soft | None) -> None:
     """Turn exponentials [G * C, V] into the gradient of the logits: factor * (softmax - target's distribution)."""
     grad = exponentials.mul_(factor / total)
     if soft is None:
         grad.scatter_add_(1, target, -factor.to(grad.dtype))
     else:
-        by_group = grad.view(-1, *soft.probabilities.shape)
-        by_group.addcmul_(soft.probabilities, factor.view(len(by_group), -1, 1).to(grad.dtype), value=-1)
+        by_group = grad.view(-1, *soft[0].shape)  # [G, C, V]
+        by_group.addcmul_(soft[0], factor.view(len(by_group), -1, 1).to(grad.dtype), value=-1)
 
 
 def _dots(rows: Tensor, groups: Tensor) -> Tensor:
@@ -192,8 +162,8 @@ def linear_cross_entropy(
         targets: [M], rows of weight; where taught, -1 if the written token has none.
         scale: [M], the factor of each row in the sum.
         taught: the base's states [R, d] from which it wrote the targets, and what makes its distributions over the V
-            rows of weight. The loss is then KL(base || head). M is a multiple of R: every R rows of `hidden` have the
-            same R states, whose distributions are computed once for all of them.
+            rows of weight. The loss is then KL(base || head). Every R of the M rows have the same R states, whose
+            distributions are computed once for all of them.
 
     Returns:
         The scalar sum of scale * loss, which has gradients; each row's loss [M]; and whether its target is the token
@@ -206,13 +176,9 @@ def linear_cross_entropy(
 class SpeculatorLoss(nn.Module):
     """Teacher-forced loss of every depth: the mean over depths of each depth's mean over its drafts.
 
-    A module, so that DistributedDataParallel can wrap it.
-
-    Args:
-        speculator: what is trained.
-        head_weights: of each depth's loss, scaled to a mean of 1.
-        teacher: the base's own distributions, over the draft vocabulary where there is one; None: cross-entropy on
-            the written tokens.
+    A module, so that DistributedDataParallel can wrap it. head_weights are those of each depth's loss, scaled to a
+    mean of 1. The teacher has the base's own distributions, over the draft vocabulary where there is one; without one
+    it is cross-entropy on the written tokens.
     """
 
     head_weights: Tensor
@@ -234,15 +200,10 @@ class SpeculatorLoss(nn.Module):
         return supervise(packed, n, self._draft_index, taught=self.teacher is not None)
 
     def forward(self, batch: Supervision, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's part of the loss.
+        """A micro-batch's part of the loss (a scalar with gradients), and [n, 2] sums without gradients: loss, hits.
 
-        Args:
-            batch: a micro-batch.
-            counts: [n] supervised drafts of each depth in the whole batch, over all workers and micro-batches.
-
-        Returns:
-            The loss's part (a scalar with gradients), and [n, 2] sums without gradients: loss, hits. A target
-            outside the draft vocabulary counts as a miss; by cross-entropy it trains nothing.
+        `counts` [n] are the supervised drafts of each depth in the whole batch, over all workers and micro-batches. A
+        target outside the draft vocabulary counts as a miss; by cross-entropy it trains nothing.
         """
         sizes = batch.sizes
         vectors = self.speculator.unroll(batch.packed, torch.split(batch.rows, sizes))

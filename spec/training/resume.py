@@ -19,15 +19,10 @@ _PREFIX = "global_step_"
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run: `folder/global_step_N/` holds the speculator in its own format, and the newest
-    also the optimizer's state, from which the same command goes on.
-
-    Attributes:
-        folder: of this run.
-        key: digest of everything that the run's result depends on; another run's state is never taken up.
-    """
+    also the optimizer's state, from which the same command goes on."""
 
     folder: Path
-    key: str
+    key: str  # digest of everything that the run's result depends on; another run's state is never taken up
 
     def save(self, step: int, speculator: Speculator, state: dict[str, Any]) -> None:
         """Write a checkpoint; older ones keep their speculator and lose their optimizer state."""

@@ -6,9 +6,6 @@ import math
 
 from spec.config import Optim
 
-_DECAY = 0.2
-"""Share of the steps in which WSD comes down."""
-
 
 def factor(params: Optim, step: int, total: int) -> float:
     """What the learning rate is multiplied by at `step` (from 0) of `total`.
@@ -22,5 +19,5 @@ def factor(params: Optim, step: int, total: int) -> float:
     if params.schedule == "constant":
         return 1.0
     if params.schedule == "wsd":
-        return min(1.0, (total - step) / max(_DECAY * total, 1))
+        return min(1.0, (total - step) / max(0.2 * total, 1))
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))

@@ -18,11 +18,7 @@ from spec.store.manifest import Manifest
 
 
 def shape_on(params: Params, manifest: Manifest) -> SpeculatorConfig:
-    """The network that params ask for, on the base that the features come from.
-
-    Raises:
-        SpecError: values that make no network on this base.
-    """
+    """The network that params ask for, on the base that the features come from."""
     base = OnBase(
         hidden_size=manifest.hidden_size,
         vocab_size=manifest.vocab_size,
@@ -39,19 +35,16 @@ def initialise(
 ) -> Speculator:
     """A speculator with its first weights: random, the base's tables, or an earlier checkpoint's.
 
-    Args:
-        config: names them.
-        shape: of the network.
-        counts: [V] how often each token is supervised, from which the draft vocabulary is chosen.
-        tables: the base's "embedding" and "lm_head", where they are needed.
-
-    Raises:
-        SpecError: a checkpoint that is missing or of another shape.
+    `counts` [V] says how often each token is supervised: the draft vocabulary is the most frequent ones, of which ties
+    go to the lower id. `tables` has the base's "embedding" and "lm_head", where they are needed.
     """
     init, seed = config.model.speculator.init, config.trainer.seed
     if init not in ("random", "base"):
         return _warm(Path(init), shape, tables)
-    speculator = heads.build(shape, _frequent_tokens(counts, shape.draft_vocab_size))
+    token_map = None
+    if shape.draft_vocab_size is not None:
+        token_map = torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[: shape.draft_vocab_size]))
+    speculator = heads.build(shape, token_map)
     speculator.initialise(tables if init == "base" else None, seed)
     speculator.lend(tables)
     return speculator
@@ -71,8 +64,3 @@ def _warm(folder: Path, shape: SpeculatorConfig, tables: Mapping[str, Tensor]) -
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
     saved.config = shape
     return saved
-
-
-def _frequent_tokens(counts: NDArray[np.int64], count: int | None) -> Tensor | None:
-    """The `count` most frequent tokens, by id; ties go to the lower id. None: no draft vocabulary."""
-    return None if count is None else torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:count]))

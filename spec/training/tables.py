@@ -17,11 +17,8 @@ class OccurringRows(nn.Module):
 
     A row whose token never occurs has no gradient, and without weight decay AdamW never moves it. So training the
     others alone gives the same table, bit for bit, while gradients, optimizer state and what workers exchange are
-    as small as the vocabulary in use.
-
-    Args:
-        table: the whole embedding; not registered, so that its weight is no parameter of this module.
-        tokens: [U] ids that occur, ascending.
+    as small as the vocabulary in use (its ids [U], ascending). The whole table is not registered: its weight is no
+    parameter of this module.
     """
 
     index: Tensor
@@ -37,10 +34,7 @@ class OccurringRows(nn.Module):
         self.register_buffer("tokens", tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The rows of tokens that occur, [..] -> [.., width].
-
-        Others read the first row: they stand only where nothing trains.
-        """
+        """[..] -> [.., width]; tokens that do not occur read the first row: they stand only where nothing trains."""
         return F.embedding(self.index[tokens], self.weight)
 
     @torch.no_grad()
@@ -55,12 +49,8 @@ class OccurringRows(nn.Module):
 
 
 def twin(speculator: Speculator, tokens: Tensor) -> tuple[Speculator, list[OccurringRows]]:
-    """A speculator that shares every parameter with another one but its token tables, which are OccurringRows.
-
-    Args:
-        speculator: the whole one; it is up to date after each table's flush.
-        tokens: [U] ids that occur in training data, ascending, on the speculator's device.
-    """
+    """A speculator that shares every parameter with another one but its token tables, which are OccurringRows of the
+    ids [U], ascending, on its device; the other one is up to date after each table's flush."""
     replaced: dict[int, Any] = {
         id(module): OccurringRows(module, tokens)
         for module in speculator.modules()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spec import base as base_model
-from spec.base import Base
+from spec.base import Base, Teacher
 from spec.config import Model
 from spec.heads import LAST
 from spec.store import features, identity, tables
@@ -18,7 +18,6 @@ from spec.store.features import FeatureRow, TapStore
 from spec.store.manifest import Manifest, make_manifest
 from spec.store.reader import FeatureReader
 from spec.training.frozen import FrozenTask
-from spec.training.teacher import Teacher
 from spec.workers import Worker
 from tests.spec.training.runs import make_config, make_speculator
 from tests.tiny import chain

@@ -45,7 +45,7 @@ def run(
     config = make_config(**{"trainer": ONE_VALIDATION, **changed})
     speculator = make_speculator(method="sum_lstm").to(worker.device)
     task = FrozenTask(config, speculator, *readers_of(store), worker, teacher().to(worker.device))
-    return loop.run(config, task, worker, Checkpoints(folder, "key"), listen)
+    return loop.run(task, Checkpoints(folder, "key"), listen)
 
 
 @pytest.mark.parametrize("changed", LOSSES, ids=["ce", "kl"])

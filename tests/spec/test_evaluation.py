@@ -25,7 +25,7 @@ def test_small_domains_are_pooled_step_by_step() -> None:
     found = measured([*small, *large])
     groups = evaluation.largest(found)
     assert list(groups) == [*(f"d{number:02}" for number in range(SHOWN)), "others"]
-    timed = {each.domain: dict.fromkeys(("none", *evaluation.SOURCES), Timed([each], 10, 1.0)) for each in small}
+    timed = {source: [Timed(each, 10, 1.0) for each in (*small, *large)] for source in ("none", *evaluation.SOURCES)}
     row = evaluation.by_domain(found, timed, found.walks, "head", groups)["others"]
     assert row["answers"] == 2
     assert row["tokens_per_step"] == row["decode_tokens_per_step"] == acceptance.tokens_per_step(small) == 2.0

@@ -55,13 +55,13 @@ def at_step(step: int, happens: Callable[[], object], patch: pytest.MonkeyPatch)
     """Let something happen before the stage hears of that step."""
     run = loop.run
 
-    def with_event(config: Any, task: Any, me: Any, checkpoints: Any, listen: Any, *others: Any) -> loop.Result:
+    def with_event(task: Any, checkpoints: Any, listen: Any, *others: Any) -> loop.Result:
         def told(progress: Progress) -> None:
             if progress.step >= step:
                 happens()
             listen(progress)
 
-        return run(config, task, me, checkpoints, told, *others)
+        return run(task, checkpoints, told, *others)
 
     patch.setattr(loop, "run", with_event)
 

@@ -10,10 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from bench.bases import make, prompts
-from spec.base import PLAIN, Base, Logits, bias_of, find_logits, hidden_states
+from spec.base import PLAIN, Base, Logits, Teacher, bias_of, find_logits, hidden_states
 from spec.store import tables
 from spec.training.loss import linear_cross_entropy
-from spec.training.teacher import Teacher
 
 KINDS = {
     "llama": PLAIN,

@@ -40,40 +40,27 @@ def test_round_trip_is_bit_equal(tmp_path: Path, c: SpeculatorConfig) -> None:
     assert loaded.state_dict().keys() == speculator.state_dict().keys() == weights(tmp_path).keys()
 
 
-def test_a_draft_vocabulary_comes_back(tmp_path: Path) -> None:
-    speculator = saved(tmp_path, draft_vocab_size=4)
-    loaded = load(tmp_path)
-    assert loaded.draft_index[[0, 1, 4, 5]].tolist() == [-1, 0, 3, -1]
-    states, tokens = inputs(loaded.config)
-    assert torch.equal(loaded.draft(states, tokens[:, 0]), speculator.draft(states, tokens[:, 0]))
-
-
-def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
-    saved(tmp_path, vocab_size=5000)
+def test_tied_weights_are_stored_once_under_any_of_their_names(tmp_path: Path) -> None:
+    speculator = saved(tmp_path, vocab_size=5000)
     assert (tmp_path / "pytorch_model.bin").stat().st_size < 1.1 * 4 * 2 * 5000 * 8
     state = weights(tmp_path)
     assert state["head.0.weight"].data_ptr() == state["head.2.weight"].data_ptr()
-
-
-def test_a_file_without_the_aliases_loads(tmp_path: Path) -> None:
-    speculator = saved(tmp_path)
-    state = weights(tmp_path)
     del state["head.0.weight"], state["head.2.weight"]
     torch.save(state, tmp_path / "pytorch_model.bin")
     states, tokens = inputs(speculator.config)
     assert torch.equal(load(tmp_path)(states, tokens), speculator(states, tokens))
 
 
-def test_dtypes(tmp_path: Path) -> None:
+def test_dtypes_and_a_draft_vocabulary(tmp_path: Path) -> None:
     c = config(draft_vocab_size=3)
-    speculator = randomized(c, torch.tensor([1, 2, 3]))
+    speculator = randomized(c, torch.tensor([1, 2, 4]))
     save(speculator, tmp_path, dtype=torch.bfloat16)
     assert speculator.head(0).weight.dtype == torch.float32
     assert weights(tmp_path)["token_map"].dtype == torch.int64
     assert load(tmp_path).head(0).weight.dtype == torch.bfloat16
     back = load(tmp_path, dtype=torch.float32)
-    assert back.head(0).weight.dtype == torch.float32
     assert torch.equal(back.head(0).weight, speculator.head(0).weight.bfloat16().float())
+    assert back.draft_index[:6].tolist() == [-1, 0, 1, -1, 2, -1]
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
@@ -99,10 +86,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.Sequential, lambda speculator: speculator.for_drafting()])
-def test_wrappers_and_fused_copies_are_not_saved(tmp_path: Path, wrap: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match=r"not a (Sequential|FusedSumLstm)"):
-        save(wrap(build(config("sum_lstm"))), tmp_path)
+def test_a_fused_copy_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not a FusedSumLstm"):
+        save(build(config("sum_lstm")).for_drafting(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -121,7 +107,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         (lambda state: state | {"proj.0.0.weight": torch.zeros(8, 13)}, r"proj\.0\.0\.weight.*\[8, 13\].*\[8, 12\]"),
         (
             lambda state: state | {"head.1.weight": state["head.1.weight"] + 1},
-            r"head\.0\.weight and head\.1\.weight differ",
+            r"head\.0\.weight and head\.1\S* differ",
         ),
         (lambda state: state | {"token_map": torch.arange(4)}, "token_map of 4 ids was given.* is None"),
         (lambda state: [1, 2], "holds a list"),
@@ -140,7 +126,7 @@ class _Code:
         return os.mkdir, ("ran",)
 
 
-def test_code_in_a_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_pickle_and_a_torn_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path)
     monkeypatch.chdir(tmp_path)
     for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
@@ -148,14 +134,10 @@ def test_code_in_a_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(CheckpointError, match="something other than tensors"):
             load(tmp_path)
     assert not Path("ran").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04half"])
-def test_a_torn_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    saved(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
-        load(tmp_path)
+    for torn in (b"", b"PK\x03\x04half"):
+        (tmp_path / "pytorch_model.bin").write_bytes(torn)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"model_type": "llama", "hidden_size": 4}'])

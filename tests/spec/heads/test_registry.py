@@ -35,9 +35,7 @@ def toy() -> Speculator:
 
 
 def test_a_package_brings_a_method_which_is_loaded_when_it_is_named(package: None) -> None:
-    with pytest.raises(
-        ValueError, match="method 'nothing' is not known; there are sum_rnn, sum_lstm, eagle3, broken, toy"
-    ):
+    with pytest.raises(ValueError, match="'nothing' is not known; there are sum_rnn, sum_lstm, eagle3, broken, toy"):
         heads.method("nothing")
     heads.method("sum_lstm")
     assert "toy_head" not in sys.modules

@@ -27,14 +27,6 @@ def test_the_first_forget_projection_has_a_gradient_of_exactly_zero() -> None:
         assert idle == {name for name in grads if name.startswith("forget_proj.0.")}
 
 
-def test_decay_spares_the_norms_the_tables_and_the_idle_projection() -> None:
-    norms = {f"{norm}_ln.0.{p}" for norm in ("cell", "state") for p in ("weight", "bias")}
-    tables = {f"{gate}_emb.0.weight" for gate in GATES}
-    assert build(config("sum_lstm")).undecayed() == norms | tables | {"forget_proj.0.weight"}
-    tied = build(config("sum_lstm", tie_lstm_embs=True)).undecayed()
-    assert tied == norms | {"forget_emb.0.weight", "forget_proj.0.weight"}
-
-
 def test_a_single_head_leaves_the_second_projection_out_of_training() -> None:
     speculator = build(config("sum_lstm", n_predict=1))
     frozen = {name for name, p in speculator.named_parameters() if not p.requires_grad}

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from spec import base as base_model
 from spec import config as config_module
 from spec import workers
+from spec.base import Teacher
 from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.errors import SpecError
@@ -38,7 +39,6 @@ from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
-from spec.training.teacher import Teacher
 from spec.workers import Worker, joined
 from stages.common import child_environment
 from stages.train import _stop_signal
@@ -101,7 +101,7 @@ def run(
     """Train on a store; the heads as they are at the last step."""
     config = config or make_config()
     task = frozen_task(config, store, ALONE, speculator)
-    return loop.run(config, task, ALONE, Checkpoints(checkpoints, key), listen), task.speculator
+    return loop.run(task, Checkpoints(checkpoints, key), listen), task.speculator
 
 
 class InterruptedRunError(Exception):
@@ -217,8 +217,10 @@ def weights_of(task: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in task.tensors().items()}
 
 
-def outcome(task: Any, result: Result, told: list[Progress]) -> dict[str, Any]:
-    """All that a run comes to, as torch.save keeps it."""
+def outcome(task: Any, checkpoints: Path, stopping: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """All that a run comes to, from its newest checkpoint on, as torch.save keeps it."""
+    told: list[Progress] = []
+    result = loop.run(task, Checkpoints(checkpoints, "key"), told.append, stopping)
     return {
         "last": weights_of(task),
         "best": result.weights,
@@ -237,7 +239,8 @@ def assert_same_outcome(found: dict[str, Any], expected: dict[str, Any]) -> None
             assert torch.equal(found[part][name], weight), (part, name)
 
 
-Make = Callable[[Worker], tuple[Config, Any]]
+Make = Callable[[Worker], Any]
+"""Makes a worker's task."""
 
 
 def run_to_the_end(connection: Connection, arguments: tuple[Make, Path]) -> None:
@@ -245,29 +248,18 @@ def run_to_the_end(connection: Connection, arguments: tuple[Make, Path]) -> None
     make, folder = arguments
     with _stop_signal() as asked:
         with joined() as me:
-            config, task = make(me)
-            told: list[Progress] = []
 
             def stopping() -> bool:
                 connection.send("step")
                 return asked()
 
-            result = loop.run(config, task, me, Checkpoints(folder / "checkpoints", "key"), told.append, stopping)
-            torch.save(outcome(task, result, told), folder / f"outcome-{me.rank}.pt")
+            torch.save(outcome(make(me), folder / "checkpoints", stopping), folder / f"outcome-{me.rank}.pt")
         os._exit(0)  # a signal that comes now is too late
 
 
 def load_outcome(folder: Path, rank: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(folder / f"outcome-{rank}.pt", weights_only=True)
     return found
-
-
-def uninterrupted(make: Make, folder: Path) -> dict[str, Any]:
-    """The outcome in this process."""
-    config, task = make(ALONE)
-    told: list[Progress] = []
-    result = loop.run(config, task, ALONE, Checkpoints(folder / "uninterrupted", "key"), told.append)
-    return outcome(task, result, told)
 
 
 def interrupted(
@@ -301,10 +293,9 @@ def frozen_task(config: Config, store: Path, worker: Worker, speculator: Specula
     return FrozenTask(config, speculator or make_speculator(), *readers_of(store), worker, teacher(config))
 
 
-def make_frozen(store: Path, worker: Worker) -> tuple[Config, FrozenTask]:
+def make_frozen(store: Path, worker: Worker) -> FrozenTask:
     """A run of 112 steps that logs every tenth, and saves in between."""
-    config = make_config(trainer={"total_epochs": 14, "test_freq": 7, "save_freq": 3})
-    return config, frozen_task(config, store, worker)
+    return frozen_task(make_config(trainer={"total_epochs": 14, "test_freq": 7, "save_freq": 3}), store, worker)
 
 
 JOINT = {
@@ -344,13 +335,10 @@ def in_float64(task: JointTask) -> JointTask:
     return task
 
 
-def make_exact_joint(folder: Path, worker: Worker) -> tuple[Config, JointTask]:
-    """make_joint in float64."""
-    config, task = make_joint(folder, worker)
-    return config, in_float64(task)
-
-
-def make_joint(folder: Path, worker: Worker) -> tuple[Config, JointTask]:
+def make_joint(folder: Path, worker: Worker) -> JointTask:
     """A run of 30 steps."""
-    config = joint_config()
-    return config, joint_task(config, folder, worker)
+    return joint_task(joint_config(), folder, worker)
+
+
+def make_exact_joint(folder: Path, worker: Worker) -> JointTask:
+    return in_float64(make_joint(folder, worker))

@@ -39,7 +39,6 @@ from tests.spec.training.runs import (
     run,
     steps_of,
     together,
-    uninterrupted,
     weights_of,
 )
 
@@ -49,14 +48,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("store"))
 
 
-def whole(
-    store: Path, folder: Path, method: str = "sum_rnn", key: str = "key", told: list[Progress] | None = None
-) -> dict[str, Any]:
+def whole(store: Path, folder: Path, method: str = "sum_rnn") -> dict[str, Any]:
     """The outcome of a run in this process, from its newest checkpoint on."""
-    told = [] if told is None else told
-    task = frozen_task(make_config(), store, ALONE, make_speculator(method))
-    result = loop.run(make_config(), task, ALONE, Checkpoints(folder, key), told.append)
-    return outcome(task, result, told)
+    return outcome(frozen_task(make_config(), store, ALONE, make_speculator(method)), folder)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +86,7 @@ def test_sums_between_two_logs_are_kept(
 
     def go() -> loop.Result:
         task = frozen_task(make_config(), store, ALONE)
-        return loop.run(make_config(), task, ALONE, checkpoints, stopping=lambda: next(begun) == step)
+        return loop.run(task, checkpoints, stopping=lambda: next(begun) == step)
 
     if step == TOTAL - 1:  # one further is the end
         assert go().steps == TOTAL
@@ -146,7 +140,7 @@ def test_one_worker_alone_holds_a_copy_of_the_best_weights(store: Path, tmp_path
     """Of a base that is trained too, each copy is as large as the base."""
     second = replace(ALONE, rank=1)
     task = frozen_task(make_config(), store, second)
-    result = loop.run(make_config(), task, second, Checkpoints(tmp_path, "key"))
+    result = loop.run(task, Checkpoints(tmp_path, "key"))
     assert result.step > 0
     assert result.weights == {}
 
@@ -175,7 +169,7 @@ def test_positions_seen_are_counted_through_an_interruption(store: Path, tmp_pat
 
 def assert_survives(make: Make, folder: Path, sent: signal.Signals, times: int = 10) -> None:
     """Real processes, with a signal at random moments of each; a fast machine is done before the last ones."""
-    expected = uninterrupted(make, folder)
+    expected = outcome(make(ALONE), folder / "uninterrupted")
     ends = interrupted(make, folder / "parts", sent, times)
     stopped = [message for code, message in ends if code != 0]
     assert ends[len(stopped) :] == [(0, ends[-1][1])] * (len(ends) - len(stopped))
@@ -214,7 +208,7 @@ def stop_one(connection: Connection, arguments: tuple[Path, Path, int | None]) -
             return next(begun) == step and me.rank == 1
 
         try:
-            result = loop.run(config, task, me, Checkpoints(folder, "key"), told.append, stopping)
+            result = loop.run(task, Checkpoints(folder, "key"), told.append, stopping)
         except StoppedError as error:
             connection.send(str(error))
         else:

@@ -39,9 +39,7 @@ from tests.spec.training.runs import (
     make_joint,
     outcome,
     run_to_the_end,
-    steps_of,
     together,
-    uninterrupted,
     weights_of,
 )
 from tests.tiny import make_base, with_instructions
@@ -67,7 +65,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(task: JointTask, folder: Path, told: list[Progress] | None = None) -> loop.Result:
     listen = (lambda progress: None) if told is None else told.append
-    return loop.run(task.config, task, task.worker, Checkpoints(folder, "key"), listen)
+    return loop.run(task, Checkpoints(folder, "key"), listen)
 
 
 @pytest.mark.parametrize("family", ["exact", "qwen"])
@@ -125,7 +123,7 @@ def test_gradients_of_both_losses_reach_the_base(family: str, coeff: float, requ
         torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         for loss in (base, heads)
     )
-    batch = task._batch(rows)
+    (batch,) = task.batches(iter([range(5)]))
     total, sums = task.module(batch, batch.counts)
     torch.testing.assert_close(total, base + coeff * heads)
     torch.testing.assert_close(sums[-1, 0] / batch.counts[-1], base)
@@ -258,7 +256,7 @@ def test_the_best_is_chosen_by_the_loss_that_is_trained(
 
 def test_a_worker_without_a_sequence_takes_part(exact: Path) -> None:
     task = joint_task(joint_config(), exact, ALONE)
-    batch = task._batch([])
+    (batch,) = task.batches(iter([[]]))
     assert batch.positions == 0
     assert batch.counts.tolist() == [0, 0, 0, 0]
     total, sums = task.module(batch, batch.counts)
@@ -287,7 +285,7 @@ def test_mixed_precision_keeps_float32_weights(
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_workers_come_out_where_one_does(qwen: Path, tmp_path: Path, world: int) -> None:
     """The last batch of an epoch has two sequences: of four workers two have none."""
-    expected = uninterrupted(partial(make_exact_joint, qwen), tmp_path)
+    expected = outcome(make_exact_joint(qwen, ALONE), tmp_path / "alone")
     ends = together(world, run_to_the_end, (partial(make_exact_joint, qwen), tmp_path))
     assert [code for code, _ in ends] == [0] * world
     for rank in range(world):
@@ -309,17 +307,13 @@ def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(
 ) -> None:
     """Dropout included."""
     torch.manual_seed(0)
-    expected = uninterrupted(partial(make_joint, base_folder), tmp_path)
+    expected = outcome(make_joint(base_folder, ALONE), tmp_path / "whole")
     torch.manual_seed(0)
     for split, step in stops:
-        config, task = make_joint(base_folder, ALONE)
         with pytest.raises(InterruptedRunError):
-            loop.run(config, task, ALONE, Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
-    config, task = make_joint(base_folder, ALONE)
-    told: list[Progress] = []
-    result = loop.run(config, task, ALONE, Checkpoints(tmp_path / "parts", "key"), told.append)
-    assert steps_of(told, "val") == [4, 8, 12, 16, 20, 24, 28, 30]
-    assert_same_outcome(outcome(task, result, told), expected)
+            loop.run(make_joint(base_folder, ALONE), Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
+    assert_same_outcome(outcome(make_joint(base_folder, ALONE), tmp_path / "parts"), expected)
+    assert [step for split, step, *_ in expected["history"] if split == "val"] == [4, 8, 12, 16, 20, 24, 28, 30]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])

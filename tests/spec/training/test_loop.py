@@ -87,7 +87,7 @@ def test_every_step_is_told_as_it_ends(store: Path, tmp_path: Path) -> None:
     """So that a bar moves while steps are slow, long before the first of them is logged."""
     seen: list[tuple[int, int]] = []
     task = FrozenTask(make_config(), make_speculator(), *readers_of(store), ALONE)
-    loop.run(task.config, task, ALONE, Checkpoints(tmp_path, "key"), advance=lambda *at: seen.append(at))
+    loop.run(task, Checkpoints(tmp_path, "key"), advance=lambda *at: seen.append(at))
     assert seen == [(step, TOTAL) for step in range(TOTAL + 1)]
 
 
@@ -303,7 +303,7 @@ def test_heads_learn_the_bases_own_distribution(tmp_path: Path, drafted: int | N
     assert made_of is not None
     loss = SpeculatorLoss(speculator, None, made_of.over(speculator.token_map, torch.device("cpu"), torch.float32))
     sums = with_true_inputs(loss, reader, range(len(reader)))
-    assert result.val == pytest.approx(result.val | head_metrics(sums.numpy()), rel=1e-5)
+    assert result.val == pytest.approx(result.val | head_metrics(sums), rel=1e-5)
 
 
 @pytest.mark.parametrize("trainer", [{}, {"early_stop": 1, "test_freq": 1}, {"save_freq": 1}])
@@ -335,7 +335,7 @@ def work(connection: Connection, arguments: tuple[Path, Path, str]) -> None:
         speculator = make_speculator(draft_vocab_size=15)
         checkpoints = Checkpoints(folder / "checkpoints", "key")
         task = frozen_task(CASES[case], store, me, speculator)
-        result = loop.run(CASES[case], task, me, checkpoints, told.append)
+        result = loop.run(task, checkpoints, told.append)
         # Every worker has the same weights and the same opinion of them.
         torch.save(dict(speculator.named_parameters()), folder / f"weights-{me.rank}.pt")
         connection.send([result.step, result.steps, result.val, history_of(told)])

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from spec.base import Teacher
 from spec.corpus import TokenSequence
 from spec.heads import LAST, Packed, Speculator, build
 from spec.training import loss as loss_module
 from spec.training.joint import pack
 from spec.training.loss import SpeculatorLoss, linear_cross_entropy
-from spec.training.teacher import Teacher
 from tests.spec.heads.reference import config
 from tests.tiny import sequence
 

@@ -79,7 +79,7 @@ def test_rows_that_occur_are_trained_as_in_the_whole_table(
     config = make_config(optim={"weight_decay": 0.3, "clip_grad": 1e9}, trainer={"test_freq": 1000})
     found, expected, initial = (speculator_of(method, changed) for _ in range(3))
     task = FrozenTask(config, found, *readers, ALONE)
-    result = loop.run(config, task, ALONE, Checkpoints(tmp_path, "key"))
+    result = loop.run(task, Checkpoints(tmp_path, "key"))
     train_whole_tables(config, expected, task, readers[0])
     assert result.val == validate(SpeculatorLoss(expected), readers[1], ALONE, mixed=False)
     for (name, mine), other, first in zip(
@@ -97,7 +97,7 @@ def test_clipping_sees_one_norm_whatever_the_table(
     config = make_config(optim={"clip_grad": 0.1})
     found, expected = (speculator_of("sum_rnn", {}) for _ in range(2))
     task = FrozenTask(config, found, *readers, ALONE)
-    loop.run(config, task, ALONE, Checkpoints(tmp_path, "key"))
+    loop.run(task, Checkpoints(tmp_path, "key"))
     task.tensors()
     train_whole_tables(config, expected, task, readers[0])
     for (name, mine), other in zip(found.named_parameters(), expected.parameters(), strict=True):
@@ -115,7 +115,7 @@ def test_weights_are_kept_and_restored_whole(readers: tuple[FeatureReader, Featu
     config = make_config()
     task = FrozenTask(config, speculator_of("sum_lstm", {}), *readers, ALONE)
     began = weights_of(task)
-    loop.run(config, task, ALONE, Checkpoints(tmp_path, "key"))
+    loop.run(task, Checkpoints(tmp_path, "key"))
     ended = weights_of(task)
     for weights in (began, ended):
         task.restore(weights)
