@@ -1,7 +1,8 @@
 """What does a speculator give in vLLM? `python -m bench.serve`, after `make repro`, in .venv-vllm.
 
 tokens/s of vLLM's own server, asked over HTTP by 1, 2, 4 and 8 clients at a time with prompts of the eval split: the
-base alone, vLLM's n-gram lookup, our heads, our hybrid. Each server is asked everything once before it is timed.
+base alone, vLLM's n-gram lookup, our heads, our hybrid (but of eagle3). Each server is asked everything once before it
+is timed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from bench.common import default_config, machine, reader, table
 from spec import heads
-from spec.config import Decode
+from spec.config import Decode, DraftSource
 from spec.serving import server as servers
 from spec.serving.server import NGRAM_DRAFT, Server
 from stages import common
@@ -38,13 +39,13 @@ def main() -> None:
     prompts = [found.packed([i]).ids[: lengths[i]].tolist() for i in range(PROMPTS)]
     shape = heads.read_config(common.MODEL)
     base = shape.base_model_name_or_path
+    sources: list[DraftSource] = ["head"] if shape.method == "eagle3" else ["head", "hybrid"]
     alone = servers.plain_command(base, shape.base_revision, dtype=config.model.dtype)
     ngram = json.dumps({"method": "ngram", "num_speculative_tokens": NGRAM_DRAFT, **NGRAMS})
     commands = {
         "base alone": alone,
         "vLLM's n-gram": [*alone, "--speculative-config", ngram],
-        "head": servers.command(common.MODEL, Decode(draft="head"), dtype=config.model.dtype),
-        "hybrid": servers.command(common.MODEL, Decode(draft="hybrid"), dtype=config.model.dtype),
+        **{source: servers.command(common.MODEL, Decode(draft=source), dtype=config.model.dtype) for source in sources},
     }
     rates: dict[str, list[float]] = {}
     rows = []

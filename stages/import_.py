@@ -18,8 +18,8 @@ from stages import common
 def import_(source: str, out: Path, base: str | None, trust_remote_code: bool) -> None:
     """Read the speculator in SRC, a folder or hub id, into the new folder OUT.
 
-    SRC is in IBM's layout (MLPSpeculatorPreTrainedModel), or in ArcticTraining's or ArcticInference's. OUT serves as
-    model.speculator.init, as --checkpoint of `spec generate`, and to be exported.
+    SRC is in IBM's layout (MLPSpeculatorPreTrainedModel), in ArcticTraining's or ArcticInference's, or an EAGLE-3 head
+    as vLLM loads it. OUT serves as model.speculator.init, as --checkpoint of `spec generate`, and to be exported.
     """
     from spec import export, heads
 

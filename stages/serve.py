@@ -12,7 +12,7 @@ from stages import common
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
-@click.option("--draft", type=click.Choice(get_args(DraftSource)), default="hybrid", show_default=True)
+@click.option("--draft", type=click.Choice(get_args(DraftSource)), default=None, help="[hybrid; eagle3: head alone]")
 @click.option("--draft-len", type=click.IntRange(min=1), default=None, help="Drafts a step. [n_predict; n-gram: 8]")
 @click.option("--dtype", type=click.Choice(["auto", *get_args(Dtype)]), default="auto", show_default=True)
 @click.option("--base", default=None, help="The base, if it is not where the checkpoint says.")
@@ -20,7 +20,7 @@ from stages import common
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTIONS]")
 def serve(
     checkpoint: Path,
-    draft: DraftSource,
+    draft: DraftSource | None,
     draft_len: int | None,
     dtype: str,
     base: str | None,
@@ -31,7 +31,7 @@ def serve(
     from spec.serving import bound_cpu_memory, server
 
     with common.clear_errors():
-        decode = Decode(draft=draft, draft_len=draft_len)
+        decode = Decode(draft_len=draft_len) if draft is None else Decode(draft=draft, draft_len=draft_len)
         command = server.command(
             checkpoint, decode, base=base, dtype=dtype, trust_remote_code=trust_remote_code, more=more
         )

@@ -39,7 +39,9 @@ CHATML = (
 DOMAINS = ("maths", "code", "chat")
 
 
-def make_base(folder: Path, family: Family = "gpt2", seed: int = 0) -> Path:
+def make_base(
+    folder: Path, family: Family = "gpt2", seed: int = 0, hidden_size: int = HIDDEN_SIZE, layers: int = 2
+) -> Path:
     """Write a random causal language model with a tokenizer of its own, as save_pretrained lays it out.
 
     Its weights are large enough for its answers to be varied, and its end-of-turn token is likely enough for some of
@@ -49,6 +51,8 @@ def make_base(folder: Path, family: Family = "gpt2", seed: int = 0) -> Path:
         folder: made where it is missing.
         family: architecture.
         seed: of the weights.
+        hidden_size: of two attention heads.
+        layers: their number.
     """
     tokenizer = _tokenizer()
     assert len(tokenizer) < VOCAB_SIZE
@@ -56,8 +60,8 @@ def make_base(folder: Path, family: Family = "gpt2", seed: int = 0) -> Path:
     if family == "gpt2":
         config: Any = GPT2Config(
             vocab_size=VOCAB_SIZE,
-            n_embd=HIDDEN_SIZE,
-            n_layer=2,
+            n_embd=hidden_size,
+            n_layer=layers,
             n_head=2,
             n_positions=512,
             initializer_range=0.3,
@@ -66,9 +70,9 @@ def make_base(folder: Path, family: Family = "gpt2", seed: int = 0) -> Path:
     else:
         config = Qwen2Config(
             vocab_size=VOCAB_SIZE,
-            hidden_size=HIDDEN_SIZE,
-            intermediate_size=64,
-            num_hidden_layers=2,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=512,

@@ -12,15 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spec.errors import SpecError
+from spec.export.format import ExportError, Format
 from spec.heads import SpeculatorConfig, SumLstmConfig, SumRnnConfig
 
 HeldConfig = SumRnnConfig | SumLstmConfig
 """Those of the methods that the format holds."""
-
-
-class ExportError(SpecError):
-    """A speculator that the format cannot hold, or a folder that is in the way: says why, and what would fit."""
 
 
 def check(config: SpeculatorConfig) -> HeldConfig:
@@ -32,7 +28,7 @@ def check(config: SpeculatorConfig) -> HeldConfig:
     if not isinstance(config, HeldConfig):
         raise ExportError(
             f"format arctic holds sum_rnn and sum_lstm, and this speculator's method is {config.method}: "
-            "ArcticInference has no class for it"
+            "ArcticInference has no class for it; the format vllm holds eagle3"
         )
     dims = {key: getattr(config, key) for key in ("inner_dim", "emb_dim", "proj_dim")}
     found = ", ".join(f"{key} {'.'.join(map(str, value))}" for key, value in dims.items())
@@ -60,13 +56,16 @@ def check(config: SpeculatorConfig) -> HeldConfig:
     return config
 
 
-def engine_config(config: HeldConfig, base_architectures: Sequence[str]) -> dict[str, Any]:
-    """What the engine reads in config.json.
+def describe(config: SpeculatorConfig) -> str:
+    """The number of heads and their width."""
+    held = check(config)
+    heads = f"{held.n_predict} head{'s' if held.n_predict > 1 else ''}"
+    return f"{heads}, width {held.head_width}, {'tied' if held.tie_weights else 'untied'} weights"
 
-    Args:
-        config: one that check accepts.
-        base_architectures: of the base's own config.json; empty where they are not known.
-    """
+
+def engine_config(config: SpeculatorConfig, base_architectures: Sequence[str]) -> dict[str, Any]:
+    """What the engine reads in config.json."""
+    config = check(config)
     n = config.n_predict
     return {
         "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
@@ -98,3 +97,6 @@ def command(config: SpeculatorConfig, folder: Path, base_architectures: Sequence
     return (
         f"{environment}vllm serve {model}{revision} \\\n    --speculative-config {shlex.quote(json.dumps(speculative))}"
     )
+
+
+ARCTIC = Format("arctic", check, describe, engine_config, lambda config, weights: dict(weights), command)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from spec.export.arctic import HeldConfig
+from spec.export.format import Format
+from spec.heads import SpeculatorConfig
 
 MARK = "<!-- written by spec export -->"
 """Tells an export from another folder that holds a model."""
@@ -21,7 +22,8 @@ class Measured:
 
 
 def text(
-    config: HeldConfig,
+    form: Format,
+    config: SpeculatorConfig,
     parameters: int,
     dtype: torch.dtype,
     digest: str,
@@ -36,13 +38,12 @@ def text(
     base = f"`{config.base_model_name_or_path}`"
     if config.base_revision:
         base += f", revision `{config.base_revision}`"
-    heads = f"{config.n_predict} head{'s' if config.n_predict > 1 else ''}"
-    tied = "tied" if config.tie_weights else "untied"
+    drafted = f"all {config.vocab_size:,}" if config.draft_vocab_size is None else f"{config.draft_vocab_size:,}"
     rows = {
         "base": base,
         "weights of the base": f"`{config.base_digest}`" if config.base_digest else "not known",
-        "method": f"{config.method}, {heads}, width {config.head_width}, {tied} weights",
-        "drafts from": f"all {config.vocab_size:,} tokens",
+        "method": f"{config.method}, {form.describe(config)}",
+        "drafts from": f"{drafted} tokens",
         "size": f"{parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')}",
         "trained on": f"features `{measured.features}`" if measured.features else "not known",
         "exported from": f"pytorch_model.bin `{digest}`",
@@ -57,8 +58,8 @@ def text(
             "",
             f"# Speculator for {config.base_model_name_or_path}",
             "",
-            f"Draft heads for speculative decoding, in the format `arctic`. They draft up to {config.n_predict} "
-            "tokens from the base's last hidden state, and serve this base alone.",
+            f"It drafts tokens for speculative decoding, and serves this base alone. The format is `{form.name}`; it "
+            f"was trained to draft {config.n_predict} tokens.",
             "",
             "| | |",
             "|---|---|",

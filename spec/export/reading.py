@@ -1,5 +1,6 @@
-"""Read a speculator from a folder in a public format: IBM's (fms_extras/models/hf/modeling_mlp_speculator.py), or that
-of ArcticTraining and ArcticInference. Whatever else lies there is refused by its name.
+"""Read a speculator from a folder in a public format: IBM's (fms_extras/models/hf/modeling_mlp_speculator.py), that of
+ArcticTraining and ArcticInference, or that of the EAGLE-3 authors, SpecForge and vLLM. Whatever else lies there is
+refused by its name.
 """
 
 import logging
@@ -16,6 +17,7 @@ from torch import Tensor
 from spec import base, files, heads
 from spec.base.folder import weight_files
 from spec.config import Model
+from spec.export import eagle3
 from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnnConfig, registry
 from spec.heads.config import IGNORED_KEYS
 from spec.section import parse_dims
@@ -24,7 +26,9 @@ log = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
 _DOWNLOADED = ["config.json", _ADAPTER, "*.safetensors", "*.bin", "*.index.json"]
-_READ = "Read are the MLP speculators of IBM (fms), and Arctic's MLP and LSTM speculators"
+_READ = (
+    "Read are the MLP speculators of IBM (fms), Arctic's MLP and LSTM speculators, and EAGLE-3 heads as vLLM loads them"
+)
 _NEUTRAL = IGNORED_KEYS - {"num_attention_heads", "num_hidden_layers"}
 """Keys that say nothing about the network."""
 
@@ -38,6 +42,7 @@ class KnownBase:
     digest: str  # of its weights
     vocab_size: int
     hidden_size: int
+    layers: int | None = None
 
 
 def identify_base(name: str, trust_remote_code: bool = False) -> KnownBase:
@@ -58,11 +63,13 @@ def identify_base(name: str, trust_remote_code: bool = False) -> KnownBase:
         digest=base.identify(folder, trust_remote_code)["weights"],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
+        layers=getattr(config, "num_hidden_layers", None),
     )
 
 
 def read(source: str, known: KnownBase | None = None) -> Speculator:
-    """A speculator from a public checkpoint, its weights as they are stored.
+    """A speculator from a public checkpoint, its weights as they are stored; what it borrows from its base is not there
+    until it is lent.
 
     Args:
         source: a folder or a hub id.
@@ -78,22 +85,23 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     except base.BaseError as error:
         raise CheckpointError(str(error)) from None
     values = _read_config(folder)
-    name, fields = _format_of(values, folder)
+    layout = _layout_of(values, folder)
     try:
-        config = registry.parse_config({**fields(values), **_base_fields(values, known)})
+        fields = layout.fields(values, known.layers if known else None)
+        config = registry.parse_config({**fields, **_base_fields(values, known)})
     except ValueError as error:  # CheckpointError is one, too
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     if known is not None:
         heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
-    left = sorted(set(values) - type(config).model_fields.keys() - {"input_hidden_dim"} - _NEUTRAL)
+    left = sorted(set(values) - type(config).model_fields.keys() - layout.keys - _NEUTRAL)
     log.info(
         "%s is in %s: its weights and shape are read; %s",
         folder,
-        name,
+        layout.name,
         f"not: {', '.join(left)}" if left else "nothing is left",
     )
     try:
-        return heads.restore(config, _renamed(_read_state(folder), config))
+        return heads.restore(config, layout.renamed(_read_state(folder), config), heads.no_tables(config))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of sizes and types that no network has
@@ -115,22 +123,42 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-_Fields = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""What turns a config.json into the fields of a SpeculatorConfig, but the base's."""
+@dataclass(frozen=True)
+class _Layout:
+    """One of the formats.
+
+    Attributes:
+        name: for people.
+        fields: what turns a config.json, and the number of the base's layers where that is known, into the fields of
+            a SpeculatorConfig, but the base's.
+        renamed: what gives the tensors our names.
+        keys: of config.json that are read, and are no fields of ours.
+    """
+
+    name: str
+    fields: Callable[[Mapping[str, Any], int | None], dict[str, Any]]
+    renamed: Callable[[Mapping[str, Tensor], SpeculatorConfig], dict[str, Tensor]]
+    keys: frozenset[str] = frozenset()
 
 
-def _format_of(values: Mapping[str, Any], folder: Path) -> tuple[str, _Fields]:
-    """The name of the format that a config.json is in, and its fields.
+def _layout_of(values: Mapping[str, Any], folder: Path) -> _Layout:
+    """The format that a config.json is in.
 
     Raises:
         CheckpointError: one that is not read; says what it is.
     """
     if values.get("model_type") == "mlp_speculator" and not any(name.startswith("speculators_") for name in values):
         if "input_hidden_dim" in values:
-            return "Arctic's format", _arctic
+            return _Layout("Arctic's format", _arctic, _renamed, frozenset({"input_hidden_dim"}))
         if "emb_dim" in values and "hidden_size" not in values:
-            return "IBM's format (fms)", _ibm
+            return _Layout("IBM's format (fms)", _ibm, _renamed)
+    if _is_eagle3(values) and values.get("model_type") == "llama" and "speculators_config" not in values:
+        return _Layout("the format of EAGLE-3 heads", eagle3.fields, eagle3.renamed, eagle3.KEYS)
     raise CheckpointError(_refusal(values, folder))
+
+
+def _is_eagle3(values: Mapping[str, Any]) -> bool:
+    return "eagle3" in str(values.get("architectures")).lower() or "draft_vocab_size" in values
 
 
 def _refusal(values: Mapping[str, Any], folder: Path) -> str:
@@ -143,8 +171,8 @@ def _refusal(values: Mapping[str, Any], folder: Path) -> str:
         return f"{path}: the format of the library speculators (method {method!r}), which is not read. {_READ}"
     if "medusa" in kind or any("medusa" in name for name in values):
         return f"{path}: Medusa's heads, with or without biases. {registry.GONE['medusa']}"
-    if "eagle3" in kind or ("draft_vocab_size" in values and "mlp_speculator" not in kind):
-        return f"{path}: an EAGLE-3 head, which this project does not train yet and does not read. {_READ}"
+    if "model_type" in values and _is_eagle3(values) and "mlp_speculator" not in kind:
+        return f"{path}: an EAGLE-3 head with a layer of {values['model_type']!r}; only Llama's is read. {_READ}"
     if "eagle" in kind or (values.get("num_hidden_layers") == 1 and "fc.weight" in _tensor_names(folder)):
         return f"{path}: an EAGLE head, which this project neither trains nor reads. {_READ}"
     if (folder / _ADAPTER).is_file():
@@ -177,7 +205,7 @@ def _tensor_names(folder: Path) -> set[str]:
         return set()
 
 
-def _arctic(values: Mapping[str, Any]) -> dict[str, Any]:
+def _arctic(values: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
     widths = {name: _width(values, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
     if len(set(widths.values())) > 1:
         raise CheckpointError(f"{widths}: the public network has one width for the three")
@@ -189,7 +217,7 @@ def _arctic(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ibm(values: Mapping[str, Any]) -> dict[str, Any]:
+def _ibm(values: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
     """There, emb_dim is the base's hidden size, and inner_dim the one width of the speculator (0: the base's)."""
     width = values["emb_dim"] if values.get("inner_dim", 0) == 0 else _width(values, "inner_dim")
     return {

@@ -10,6 +10,7 @@ from spec.heads.checkpoint import (
     CheckpointError,
     check_base,
     load,
+    no_tables,
     read_config,
     read_weights,
     restore,

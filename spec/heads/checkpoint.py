@@ -79,6 +79,12 @@ def restore(
     return speculator
 
 
+def no_tables(config: SpeculatorConfig) -> dict[str, Tensor]:
+    """Stand-ins without values for what a head borrows, where it is read and written but drafts nothing."""
+    names = registry.method(config.method).borrowed.values()
+    return {name: torch.empty(config.vocab_size, config.hidden_size, device="meta") for name in names}
+
+
 def read_config(folder: str | os.PathLike[str]) -> SpeculatorConfig:
     """The config of the checkpoint in a folder, without its weights.
 

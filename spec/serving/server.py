@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -19,10 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spec import base as bases
-from spec import heads
+from spec import export, files, heads
 from spec.config import Decode
-from spec.drafting import Drafter
-from spec.serving import ServingError, require_vllm
+from spec.drafting import Drafter, head_length
+from spec.export.eagle3 import speculative
+from spec.heads import SpeculatorConfig
+from spec.serving import ServingError, installed_vllm, require_vllm, untested
+
+log = logging.getLogger(__name__)
 
 NGRAM_DRAFT = 8
 """num_speculative_tokens with n-grams, unless asked otherwise: vLLM makes room for so many in every step."""
@@ -39,10 +44,12 @@ def command(
     trust_remote_code: bool = False,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The command that serves a base with the speculator in the folder `checkpoint`.
+    """The command that serves a base with the speculator in the folder `checkpoint`: eagle3 by vLLM's own method, the
+    recurrent heads by our proposer.
 
     Args:
         decode: where drafts come from; draft_len bounds them (default: n_predict; with n-grams at least NGRAM_DRAFT).
+            eagle3 drafts alone: whatever else is set explicitly is refused.
         base: folder or hub id of the base, where it is no longer where the checkpoint says.
         dtype: of base and speculator; auto is that of the base's checkpoint.
         trust_remote_code: run code from the base's folder.
@@ -51,21 +58,41 @@ def command(
     Raises:
         FileNotFoundError, CheckpointError: no usable checkpoint.
         DecodingError: more drafts of the heads than there are heads.
-        BaseError, ServingError: as plain_command.
+        ExportError: an eagle3 that vLLM cannot load.
+        BaseError, ServingError: as plain_command; or n-grams with eagle3.
     """
     config = heads.read_config(checkpoint)
+    if config.method == "eagle3" and "draft" in decode.model_fields_set and decode.draft != "head":
+        raise ServingError(
+            f"draft {decode.draft} with eagle3: vLLM drafts with its own method eagle3, which mixes in no n-grams. "
+            "--draft head is served; `spec generate` mixes them, and sum_rnn and sum_lstm do so in vLLM, too"
+        )
+    name = base or config.base_model_name_or_path
+    plain = plain_command(name, None if base else config.base_revision, dtype, trust_remote_code)
+    road = _own_method if config.method == "eagle3" else _by_proposer
+    return [*plain, *road(checkpoint, config, decode), *more]
+
+
+def _own_method(checkpoint: Path, config: SpeculatorConfig, decode: Decode) -> list[str]:
+    """vLLM's options for eagle3; the folder that it loads is written on the first call, into the cache folder."""
+    if warning := untested(installed_vllm() or "of an unknown release"):
+        log.warning(warning)
+    identity = files.digest_json([files.digest_file(checkpoint / heads.WEIGHTS), config.to_json()])
+    folder = files.cache_dir() / "vllm" / identity[:16]
+    if not folder.exists():
+        export.write(checkpoint, folder, form=export.VLLM)
+    return ["--speculative-config", speculative(folder, head_length(decode, config))]
+
+
+def _by_proposer(checkpoint: Path, config: SpeculatorConfig, decode: Decode) -> list[str]:
+    """vLLM's options for a recurrent head."""
+    log.warning("%s is served by a proposer of our own, which needs vLLM's deprecated model runner V1", config.method)
     length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_DRAFT)
     Drafter(decode, config.n_predict)  # says what does not fit before vLLM spends a minute on starting
     method = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": decode.draft_len or length}
     chosen = decode.model_dump(exclude_none=True)
     options = {"speculator": {"checkpoint": str(checkpoint.resolve()), **chosen}}
-    name = base or config.base_model_name_or_path
-    return [
-        *plain_command(name, None if base else config.base_revision, dtype, trust_remote_code),
-        *("--speculative-config", json.dumps(method)),
-        *("--additional-config", json.dumps(options)),
-        *more,
-    ]
+    return ["--speculative-config", json.dumps(method), "--additional-config", json.dumps(options)]
 
 
 def plain_command(

@@ -1,4 +1,4 @@
-"""Speculators in vLLM's engine: a proposer for its ``custom_class`` speculative method.
+"""Recurrent heads in vLLM's engine: a proposer for its ``custom_class`` speculative method.
 
     vllm serve BASE \
         --speculative-config '{"method": "custom_class", "model": "spec.serving.vllm.SpeculatorProposer",
@@ -29,10 +29,7 @@ from spec.config import Decode
 from spec.drafting import Drafter
 from spec.heads import Recurrent
 from spec.section import explain
-from spec.serving import ServingError
-
-TESTED = "0.32"
-"""The vLLM releases that make test-vllm runs with; others get a warning."""
+from spec.serving import TESTED, ServingError, untested
 
 OPTIONS = "speculator"
 """Key of vLLM's additional_config that holds the checkpoint's folder and, by their names, the keys of decode."""
@@ -236,8 +233,8 @@ def _hand_over_states() -> None:
             f"{_changed()}: GPUModelRunner.propose_draft_token_ids has the arguments {signature}, expected "
             f"{', '.join(sorted(wanted))}; install vllm {TESTED}.*"
         )
-    if not vllm.__version__.startswith(f"{TESTED}."):
-        log.warning("vLLM %s: speculators were tested with %s.* only", vllm.__version__, TESTED)
+    if warning := untested(vllm.__version__):
+        log.warning(warning)
 
     @functools.wraps(original)
     def propose_draft_token_ids(runner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -58,9 +58,13 @@ def _warm(folder: Path, shape: SpeculatorConfig, tables: Mapping[str, Tensor]) -
         heads.check_base(saved.config, shape.vocab_size, shape.hidden_size, "", allow_other_weights=True)
     except (heads.CheckpointError, OSError) as error:
         raise SpecError(f"model.speculator.init: {error}") from None
-    for name in [name for name in heads.method(shape.method).Params.model_fields if name != "init"]:
+    params = heads.method(shape.method).Params.model_fields
+    # A head that drafts as far as it is asked is the same network whatever n_predict it was trained with.
+    free = {"init"} if shape.longest_draft else {"init", "n_predict"}
+    for name in [name for name in params if name not in free]:
         found, asked = getattr(saved.config, name, None), getattr(shape, name)
         if found != asked:
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
-    saved.config = shape
+    own = type(shape).model_fields.keys() - params - OnBase.model_fields.keys()  # a public head's layer is its own
+    saved.config = shape.model_copy(update={name: getattr(saved.config, name) for name in own})
     return saved

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from spec import files, heads
 from spec.base import BaseError
-from spec.export import KnownBase, identify_base, read, write
+from spec.export import VLLM, KnownBase, identify_base, read, write
 from spec.heads import CheckpointError
-from tests.spec.export import engines
+from tests.spec.export import engines, test_vllm
 from tests.spec.heads.reference import config
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE
 
@@ -145,8 +145,11 @@ ADAPTER, LLAMA = {"peft_type": "LORA"}, {"architectures": ["LlamaForCausalLM"], 
     [
         ("config.json", {"model_type": "medusa", "num_heads": 3}, r"Medusa's heads.*use sum_rnn or sum_lstm"),
         ("config.json", {"medusa_num_heads": 3, "base_model_name_or_path": "b"}, "Medusa's heads, with or without"),
-        ("config.json", {**LLAMA, "architectures": ["LlamaForCausalLMEagle3"]}, "an EAGLE-3 head, .* yet"),
-        ("config.json", {**LLAMA, "draft_vocab_size": 32000}, "an EAGLE-3 head"),
+        (
+            "config.json",
+            {"architectures": ["Eagle3Qwen3ForCausalLM"], "model_type": "qwen3"},
+            "an EAGLE-3 head with a layer of 'qwen3'; only Llama's is read",
+        ),
         ("config.json", {"model_type": "eagle", "model": LLAMA}, "an EAGLE head"),
         ("config.json", {**LLAMA, "num_hidden_layers": 1}, "an EAGLE head"),
         (
@@ -180,11 +183,23 @@ JSON = st.recursive(
 )
 KEYS = st.sampled_from(
     [
+        *("eagle_config", "rope_parameters", "head_dim", "num_attention_heads", "target_num_hidden_layers"),
+        *("eagle_aux_hidden_state_layer_ids", "norm_before_residual", "rms_norm_eps", "attention_bias"),
         *("model_type", "architectures", "method", "input_hidden_dim", "hidden_size", "emb_dim", "inner_dim"),
         *("proj_dim", "vocab_size", "n_predict", "tie_weights", "scale_input", "base_model_name_or_path"),
         *("base_digest", "speculators_config", "num_hidden_layers", "draft_vocab_size"),
     ]
 )
+
+
+@pytest.fixture(params=["arctic", "vllm"])
+def either(request: pytest.FixtureRequest, exported: Path) -> Path:
+    """An export of either format."""
+    if request.param == "arctic":
+        return exported
+    test_vllm.checkpoint(exported.parent / "eagle3", test_vllm.config(draft_vocab_size=9))
+    write(exported.parent / "eagle3", exported.parent / "v", form=VLLM)
+    return exported.parent / "v"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,12 +208,12 @@ KEYS = st.sampled_from(
 @example({"emb_dim": 10**12, "inner_dim": 10**12, "proj_dim": 10**12}, set(), b"").via("a RuntimeError")
 @example({"n_predict": 10**9}, set(), b"").via("would take hours")
 def test_whatever_config_json_holds_a_refusal_is_one_message(
-    exported: Path, changes: dict[str, object], dropped: set[str], raw: bytes
+    either: Path, changes: dict[str, object], dropped: set[str], raw: bytes
 ) -> None:
-    whole = (exported / "config.json").read_bytes()
+    whole = (either / "config.json").read_bytes()
     values = {name: value for name, value in json.loads(whole).items() if name not in dropped} | changes
     for content in (json.dumps(values).encode(), raw, whole[: len(raw)], whole.replace(b"8", raw, 1), b"[" * 100_000):
-        (exported / "config.json").write_bytes(content)
+        (either / "config.json").write_bytes(content)
         with contextlib.suppress(CheckpointError):
-            read(str(exported))
-    (exported / "config.json").write_bytes(whole)
+            read(str(either))
+    (either / "config.json").write_bytes(whole)

@@ -1,15 +1,22 @@
 """A server process of any kind: vLLM's own is in tests/vllm."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from spec import export
 from spec.base import BaseError
+from spec.config import Decode
 from spec.serving import ServingError, server
 from spec.serving.server import Server
+from tests.spec.export import engines, test_vllm
+from tests.spec.heads.reference import config as recurrent
 
 FOREVER = [sys.executable, "-c", "import time; print('Error: of a worker', flush=True); time.sleep(600)"]
 
@@ -67,3 +74,42 @@ def test_without_vllm_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ServingError, match="not installed"):
         server.plain_command("models/base")
+
+
+def speculative(command: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(command[command.index("--speculative-config") + 1])
+    return found
+
+
+def test_eagle3_goes_to_vllms_own_method(
+    tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "require_vllm", lambda: None)
+    monkeypatch.setattr(server, "installed_vllm", lambda: "0.33.0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    head = test_vllm.checkpoint(tmp_path / "c", test_vllm.config(draft_vocab_size=9))
+    command = server.command(tmp_path / "c", Decode(), base=str(base_folder))
+    method = speculative(command)
+    folder = Path(method.pop("model"))
+    assert method == {"method": "eagle3", "num_speculative_tokens": 3}
+    assert "--additional-config" not in command
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert torch.equal(engines.tensors(folder)["fc.weight"], head.fc.weight)
+    assert caplog.messages == ["vLLM 0.33.0: speculators were tested with 0.32.* only"]
+
+    monkeypatch.setattr(export, "write", None)  # nothing is written twice
+    again = server.command(tmp_path / "c", Decode(draft="head", draft_len=7), base=str(base_folder))
+    assert speculative(again) == {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 7}
+    for draft in ("hybrid", "ngram"):
+        with pytest.raises(ServingError, match=f"draft {draft} with eagle3: .*mixes in no n-grams"):
+            server.command(tmp_path / "c", Decode(draft=draft), base=str(base_folder))
+
+
+def test_recurrent_heads_go_to_the_proposer(
+    tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "require_vllm", lambda: None)
+    engines.checkpoint(tmp_path, recurrent("sum_lstm"))
+    command = server.command(tmp_path, Decode(), base=str(base_folder))
+    assert speculative(command) == {"method": "custom_class", "model": server.PROPOSER, "num_speculative_tokens": 8}
+    assert "sum_lstm is served by a proposer of our own, which needs vLLM's deprecated model runner V1" in caplog.text

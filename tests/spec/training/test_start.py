@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from spec import config as config_module
 from spec import heads
+from spec.errors import SpecError
 from spec.training import start
+from tests.spec.export import test_vllm
 from tests.spec.heads.reference import config as shape
 
 
@@ -30,3 +33,16 @@ def test_heads_start_from_the_bases_tables_where_they_are_asked_to(method: Any) 
     expected.initialise(tables, 3)
     for name, weight in expected.state_dict().items():
         assert torch.equal(made.state_dict()[name], weight)
+
+
+def test_an_imported_head_keeps_its_own_layer(tmp_path: Path) -> None:
+    """Public heads have layers and lengths of their own, and weights that fit no other."""
+    head = test_vllm.checkpoint(tmp_path, test_vllm.config({"head_dim": 4, "rope_theta": 10.0}))
+    tables = {"embedding": head.embed_tokens.weight.detach()}
+    config = config_module.from_mapping({"model": {"speculator": {"init": str(tmp_path)}}})
+    shape = test_vllm.config(n_predict=7, base_digest="d2")
+    made = start.initialise(config, shape, np.zeros(23, np.int64), tables)
+    assert made.config == shape.model_copy(update={"layer": head.config.layer})
+    assert torch.equal(made.midlayer.self_attn.q_proj.weight, head.midlayer.self_attn.q_proj.weight)
+    with pytest.raises(SpecError, match=r"has aux_layers None, and the parameters ask for \(3,\)"):
+        start.initialise(config, test_vllm.config(aux_layers=[3]), np.zeros(23, np.int64), tables)
