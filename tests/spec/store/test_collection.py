@@ -224,15 +224,6 @@ def test_there_is_no_claim_to_what_is_there(tmp_path: Path) -> None:
     assert list(made.folder.glob(".lock-*")) == []
 
 
-def test_a_commit_that_fails_gives_the_claim_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = collection(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(segment, "write", full)
-        with pytest.raises(OSError, match="the disk is full"):
-            commit(made, ["a"])
-    assert commit(made, ["a"]).items == ("a",)
-
-
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     made = collection(tmp_path)
     with forked(lambda: claim(made, ["a"])) as kill:
@@ -316,11 +307,6 @@ def test_workers_do_each_group_once(tmp_path: Path, ranks: list[int], world: int
     assert list(found.folder.glob(".lock-*")) == []
 
 
-def test_nothing_is_left_when_all_is_there(tmp_path: Path) -> None:
-    together(tmp_path, [0], 1, pause=0)
-    assert together(tmp_path, [0, 1], 2) == [[], []]
-
-
 def test_the_groups_of_a_dead_worker_are_taken_over(tmp_path: Path) -> None:
     made = collection(tmp_path)
     begun = (1, 4)
@@ -380,14 +366,6 @@ def test_a_group_comes_with_claims_to_those_of_its_segments_that_are_missing(tmp
     assert all(made.holds(["a", "b"]) for made in stores)
 
 
-def test_a_writer_gives_back_all_claims_of_a_group(tmp_path: Path) -> None:
-    stores = [collection(tmp_path, layer=layer) for layer in range(2)]
-    with pytest.raises(OSError, match="the disk is full"), Writer() as writer:
-        writer.write([claim(made, ["a"]) for made in stores], full)
-    for made in stores:
-        claim(made, ["a"]).release()
-
-
 # The writer ----------------------------------------------------------------------------------------------------------
 
 
@@ -411,12 +389,13 @@ def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> 
     assert list(made.folder.glob(".lock-*")) == []
 
 
-def test_the_writer_raises_what_went_wrong_with_rows(tmp_path: Path) -> None:
-    made = collection(tmp_path)
+def test_the_writer_raises_what_went_wrong_and_gives_back_all_claims_of_the_group(tmp_path: Path) -> None:
+    stores = [collection(tmp_path, layer=layer) for layer in range(2)]
     with pytest.raises(OSError, match="the disk is full"), Writer() as writer:
-        write(writer, claim(made, ["a"]), (full(item) for item in "a"))
-    claim(made, ["a"]).release()
-    assert made.find() == {}
+        writer.write([claim(made, ["a"]) for made in stores], full)
+    for made in stores:
+        claim(made, ["a"]).release()
+        assert made.find() == {}
 
 
 def test_a_writer_that_has_failed_takes_no_more_and_keeps_no_claim(

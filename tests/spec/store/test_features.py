@@ -201,27 +201,6 @@ class StoppedError(Exception):
     """What ends a run in the middle."""
 
 
-@pytest.mark.parametrize("after", [1, 2, 4])
-def test_an_interrupted_run_ends_with_the_segments_of_an_uninterrupted_one(
-    half: Base, tmp_path: Path, after: int
-) -> None:
-    rows = make_rows(16)
-    once = produce(half, tmp_path / "once", rows)
-    counts: list[int] = []
-
-    def stop(count: int) -> None:
-        counts.append(count)
-        if len(counts) == after:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        produce(half, tmp_path / "late", rows, on_tokens=stop)
-    begun = set(digests(made(tmp_path / "late", half)[0].collection))
-    assert len(begun) < len(once.records())
-    assert digests(produce(half, tmp_path / "late", rows)) == digests(once)
-    assert begun <= set(digests(once))
-
-
 def test_appended_and_reordered_rows_compute_nothing_again(half: Base, tmp_path: Path) -> None:
     rows, more = make_rows(8), make_rows(4, seed=1)
     before = digests(produce(half, tmp_path, rows))
