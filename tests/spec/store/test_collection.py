@@ -196,14 +196,6 @@ def test_a_claim_is_held_by_one_until_the_segment_is_there(tmp_path: Path) -> No
     assert list(made.folder.glob(".lock-*")) == []
 
 
-def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
-    made = collection(tmp_path)
-    with forked(lambda: claim(made, ["a"])) as kill:
-        assert made.claim(["a"]) is None
-        kill()
-        claim(made, ["a"]).release()
-
-
 def test_cleaning_takes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path) -> None:
     made = collection(tmp_path)
     record = commit(made, ["kept"])
@@ -297,20 +289,6 @@ def test_the_groups_of_a_dead_worker_are_taken_over(tmp_path: Path) -> None:
         assert not worker.is_alive()
     assert sorted(done) == list(range(len(GROUPS)))
     assert sorted(done[-len(begun) :]) == list(begun)
-
-
-def test_who_fails_gives_its_claim_back(tmp_path: Path) -> None:
-    """Or the same process, trying again, would wait for itself for ever."""
-    made = collection(tmp_path)
-
-    def fail() -> None:
-        for _ in share_out(wanted(made), 0, 1):
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    claim(made, GROUPS[0]).release()
-    assert together(tmp_path, [0], 1, pause=0) == [list(range(len(GROUPS)))]
 
 
 def test_a_group_comes_with_claims_to_those_of_its_segments_that_are_missing(tmp_path: Path) -> None:
