@@ -13,7 +13,7 @@ import numpy as np
 from spec import base, corpus, files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store import index, locks, segment, upkeep
+from spec.store import index, locks, upkeep
 from spec.store.manifest import Manifest
 from spec.store.transfer import Place, Transfer
 from stages import common
@@ -60,13 +60,9 @@ def _describe(root: Path, manifest: Manifest, path: Path) -> None:
         f"    digest: {manifest.digest}"
     )
     for places in manifest.taps:
-        collection, missing = places.collection(root), []
-        for name, digest in zip(places.segments, places.digests, strict=True):
-            try:
-                if collection.record(name).digest != digest:
-                    missing.append(name)
-            except segment.DamagedError:
-                missing.append(name)
+        collection = places.collection(root)
+        found, named = collection.records(), zip(places.segments, places.digests, strict=True)
+        missing = [name for name, digest in named if name not in found or found[name].digest != digest]
         tap = f"layer {places.identity['layer']} at {places.tap.positions}"
         held = f"{len(places.segments)} segments, {len(missing)} missing or damaged"
         common.say(f"    {tap}, in {collection.folder}: {held}")
@@ -132,7 +128,7 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
     )
     if removal.missed:
         raise SpecError(
-            f"{len(removal.missed)} of the {len(given)} given rows were not found in {root}: they are gone already, or "
+            f"{removal.missed} of the {len(given)} given rows were not found in {root}: they are gone already, or "
             "were stored by a version that kept no index, with other tokens. Such rows are looked for as the chat "
             "template of model.partial_pretrain renders them now, with data.date; run this again with the base, the "
             f"template and the date of that time{unreadable}"
@@ -148,10 +144,7 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
 def _given_rows(
     config: Config, paths: tuple[Path, ...], sources: dict[str, Any]
 ) -> tuple[dict[bytes, index.Start | None], str]:
-    """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does.
-
-    A row that cannot be read, and so could not be looked for, is a SpecError.
-    """
+    """The rows of some files as forget wants them, and what keeps them from being rendered, if anything does."""
     found = corpus.list_files([str(path) for path in paths])
     columns = {**config.reading, "need_answers": False}
     given: dict[bytes, index.Start | None] = {}
@@ -220,9 +213,7 @@ def _named(root: Path, manifests: tuple[Path, ...]) -> dict[str, set[str]] | Non
     """The segments that manifests need, by their collection's folder; None: everything."""
     found: dict[str, set[str]] = {}
     for path in manifests:
-        manifest = Manifest.load(path)
-        needed = {**upkeep.root_segments(root, path), **manifest.needed(root)}
-        for folder, names in needed.items():
+        for folder, names in {**upkeep.root_segments(root, path), **Manifest.load(path).needed(root)}.items():
             found.setdefault(folder, set()).update(names)
     return found if manifests else None
 
@@ -244,8 +235,13 @@ def _copy(root: Path, transfer: Transfer, name: str, follow: bool, dry_run: bool
             if target.folder:
                 common.need_space(target.folder, total, name, "name a folder on a larger disk")
             bar = stack.enter_context(common.progress(total, "B", name))
+
+            def extend(left: int) -> None:
+                bar.total = bar.n + left
+                bar.refresh()
+
             if follow:
-                transfer.follow(stack.enter_context(_stopping()), lambda left: _extend(bar, left), bar.update)
+                transfer.follow(stack.enter_context(_stopping()), extend, bar.update)
             else:
                 transfer.copy(lacking, bar.update)
         common.say(f"{name}: {transfer.copied} segments are copied -> {target.url}")
@@ -256,28 +252,19 @@ def _copy(root: Path, transfer: Transfer, name: str, follow: bool, dry_run: bool
         raise SpecError(f"{name}: {len(transfer.problems)} problems are named above; {left}")
 
 
-def _extend(bar: Any, left: int) -> None:
-    """Let a bar end `left` bytes from now."""
-    bar.total = bar.n + left
-    bar.refresh()
-
-
 @contextlib.contextmanager
 def _stopping() -> Iterator[threading.Event]:
     """An event that the first SIGTERM or SIGINT sets; the second one does what it usually does."""
     event, usual = threading.Event(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def restore() -> None:
+    def stop(*_: object) -> None:
+        event.set()
         for number, handler in usual.items():
             signal.signal(number, handler)
-
-    def stop(number: int, _: object) -> None:
-        event.set()
-        restore()
 
     for number in usual:
         signal.signal(number, stop)
     try:
         yield event
     finally:
-        restore()
+        stop()

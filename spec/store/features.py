@@ -129,11 +129,6 @@ def produce(
         for index, claims in share_out(wanted, rank, world):
             group = [rows[number] for number in groups[index][0]]
             lengths = [len(row.ids) for row in group]
-            most = base.limits.most
-            if most is not None and max(lengths) > most:
-                raise StoreError(
-                    f"a sequence has {max(lengths)} tokens and the base {most} positions; lower data.max_length"
-                )
             claimed = [by_folder[claim.collection.folder] for claim in claims]
             width, batches = base_model.bucket(max(lengths)), []
             for part, batch in parts.run(partial(_forward, base, claimed, group, width), lengths, width):
@@ -148,7 +143,6 @@ class _Batch:
 
     group: Sequence[FeatureRow]
     encoded: Mapping[Tap, Mapping[str, Callable[[], Tensor]]]
-    width: Mapping[Tap, int]
     finite: Callable[[], Tensor]  # [rows]
 
     def rows(self, tap: Tap) -> Iterator[Row]:
@@ -169,13 +163,14 @@ def _commit(base: Base, claimed: Sequence[tuple[Claim, TapStore]], batches: Sequ
                 "infinite; nothing of its segment was stored. Try model.dtype=float32, or check the base's weights"
             )
     for claim, store in claimed:
+        rows = [row for batch in batches for row in batch.rows(store.tap)]
         attributes = {
             "dtype": str(base.dtype).removeprefix("torch."),
-            "width": batches[0].width[store.tap],
+            "width": rows[0]["states"].shape[1],
             "offsets": offsets(store.codec),
             "producer": base.producer,
         }
-        claim.commit([row for batch in batches for row in batch.rows(store.tap)], attributes, store.codec)
+        claim.commit(rows, attributes, store.codec)
 
 
 def _forward(base: Base, stores: Sequence[TapStore], rows: Sequence[FeatureRow], width: int, part: slice) -> _Batch:
@@ -192,5 +187,4 @@ def _forward(base: Base, stores: Sequence[TapStore], rows: Sequence[FeatureRow],
         bad = (~flat.abs().amax(1).isfinite()).float() if flat.numel() else flat.new_zeros(0, dtype=torch.float32)
         damaged.index_add_(0, at // width, bad)
         encoded[store.tap] = {key: fetch(tensor) for key, tensor in store.codec.encode(flat).items()}
-    widths = {tap: states.shape[-1] for tap, states in found.items()}
-    return _Batch(group, encoded, widths, fetch(damaged == 0))
+    return _Batch(group, encoded, fetch(damaged == 0))

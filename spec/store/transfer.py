@@ -153,12 +153,7 @@ class Transfer:
             elif self.target.read(path := f"{folder.name}/{IDENTITY}") is None:
                 self.target.upload(folder / IDENTITY, path)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="segment-copier") as pool:
-            try:
-                for future in [pool.submit(self._copy, item, on_bytes) for item in segments]:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            list(pool.map(partial(self._copy, on_bytes), segments))  # an error cancels those that are not begun
 
     def follow(self, stopping: threading.Event, on_look: OnBytes, on_bytes: OnBytes) -> None:
         """Copy what is there and what is added, until `stopping` is set; then look a last time.
@@ -225,7 +220,7 @@ class Transfer:
             )
         )
 
-    def _copy(self, item: Lacking, on_bytes: OnBytes) -> None:
+    def _copy(self, on_bytes: OnBytes, item: Lacking) -> None:
         collection, name = item.collection, item.record.name
         where = f"{collection.folder.name}/{name}"
 

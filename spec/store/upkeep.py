@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Removal:
     bytes: int = 0  # of the disk
     kept: int = 0  # segments that stay
     indexed: int = 0  # forget: source rows that the index knew
-    missed: list[int] = field(default_factory=list)  # forget: numbers of the source rows of which nothing was stored
+    missed: int = 0  # forget: source rows of which nothing was stored
 
 
 def add_root(root: Path, path: Path, segments: Mapping[str, Sequence[str]]) -> None:
@@ -143,7 +143,10 @@ def gc(root: Path, older_than: float, remove: bool = True) -> Removal:
                 if path.name in named or (not _is_litter(path) and path.stat().st_mtime > before):
                     rest += 1
                 else:
-                    _count(removal, path)
+                    removal.segments += 1
+                    removal.bytes += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                    with contextlib.suppress(OSError, ValueError, LookupError):
+                        removal.rows += len(json.loads((path / segment.RECORD).read_bytes())["items"])
                     drop(path)
             removal.kept += rest
             if not rest and not named:
@@ -175,13 +178,6 @@ def _is_litter(path: Path) -> bool:
     return path.name.startswith(DAMAGED) or path.name.endswith((files.PARTIAL, files.OLD))
 
 
-def _count(removal: Removal, path: Path) -> None:
-    removal.segments += 1
-    removal.bytes += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    with contextlib.suppress(OSError, ValueError, LookupError):
-        removal.rows += len(json.loads((path / segment.RECORD).read_bytes())["items"])
-
-
 def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Removal:
     """Remove every stored row of given source rows: states, ids, answers, their keys, and what the index has of them.
 
@@ -200,11 +196,12 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
     with alone(root):
         indexed = index.find(root, rows)
         removal.indexed = len(indexed)
-        rendered = {source: {start} for source, start in rows.items() if start is not None}
+        anyhow = [(source, start) for source, starts in indexed.items() for start in starts]
+        rendered = [(source, start) for source, start in rows.items() if start is not None]
         for folder in collections(root):
             collection = Collection.open(folder)
-            known = [indexed, rendered] if collection.identity.get("tokenizer") == tokenizer else [indexed]
-            if collection.kind == "tables" or not any(known):
+            known = anyhow + rendered if collection.identity.get("tokenizer") == tokenizer else anyhow
+            if collection.kind == "tables" or not known:
                 continue
             given = _matcher(known, found)
             for name in segment.names(folder):
@@ -212,17 +209,15 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
             for path in filter(_is_litter, folder.iterdir()):
                 files.remove(path)  # it cannot be read, so it may hold them
         index.drop(root, rows)
-    removal.missed = [number for number, source in enumerate(rows) if source not in found]
+    removal.missed = len(rows.keys() - found)
     return removal
 
 
-def _matcher(known: Sequence[Mapping[bytes, set[Start]]], found: set[bytes]) -> Callable[[Row], bool]:
+def _matcher(known: Sequence[tuple[bytes, Start]], found: set[bytes]) -> Callable[[Row], bool]:
     """Whether a stored row begins as one of the source rows does; adds those of which it is true to `found`."""
     rows_of: dict[Start, set[bytes]] = {}
-    for starts in known:
-        for source, each in starts.items():
-            for start in each:
-                rows_of.setdefault(start, set()).add(source)
+    for source, start in known:
+        rows_of.setdefault(start, set()).add(source)
     lengths = {start.length for start in rows_of}
 
     def given(row: Row) -> bool:

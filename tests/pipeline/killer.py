@@ -18,12 +18,7 @@ assert stages.train  # loaded before the fork
 
 
 def run(folder: str, stage: str, delay: float | None = None) -> dict[str, Any]:
-    """Run a stage in a folder, its worker in the same process, and kill it after some seconds.
-
-    Returns:
-        status: -9 where it was killed, 0 where it was done.
-        seconds: that it took.
-    """
+    """Run a stage in a folder, its worker in the same process, as run_killing does."""
 
     def body() -> None:
         os.chdir(folder)
@@ -33,8 +28,7 @@ def run(folder: str, stage: str, delay: float | None = None) -> dict[str, Any]:
         inline_workers(pytest.MonkeyPatch())
         cli.main([stage], standalone_mode=False)
 
-    [status], seconds = run_killing([body], delay)
-    return {"status": status, "seconds": seconds}
+    return run_killing(body, delay)
 
 
 if __name__ == "__main__":

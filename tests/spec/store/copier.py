@@ -49,8 +49,8 @@ def killing(step: int) -> None:
     transfer.THREADS = 1  # or the step would not be the same one each time
 
 
-def run(source: str, target: str, step: int | None = None, delay: float | None = None) -> dict[str, Any]:
-    """Copy in a child, which is killed at a step or after some seconds; its status, -9 where it was killed."""
+def run(source: str, target: str, step: int | None = None) -> dict[str, Any]:
+    """Copy in a child, which is killed at a step; its status is -9 where it was killed."""
 
     def body() -> None:
         if step is not None:
@@ -58,8 +58,7 @@ def run(source: str, target: str, step: int | None = None, delay: float | None =
         work = Transfer(Place(source), Place(target))
         work.copy(work.look())
 
-    [status], seconds = run_killing([body], delay)
-    return {"status": status, "seconds": seconds}
+    return run_killing(body)
 
 
 if __name__ == "__main__":

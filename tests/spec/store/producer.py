@@ -44,7 +44,7 @@ def collection(root: Path, kind: str) -> Collection:
     return Collection(root, kind, identity.answers(DIGESTS, "float32", RESPOND, "float32"))
 
 
-def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> None:
+def fill(base: Base, root: Path, kind: str) -> None:
     """What the stages cache and respond do with a store: clean it, plan, and compute what is missing."""
     made = collection(root, kind)
     made.create()
@@ -54,10 +54,10 @@ def fill(base: Base, root: Path, kind: str, rank: int = 0, world: int = 1) -> No
         masks = [np.resize(np.asarray([0, 1, 1], np.uint8), len(row)) for row in rows]
         keyed = [FeatureRow(item_key(row, mask), row, mask) for row, mask in zip(rows, masks, strict=True)]
         groups = features.plan(keyed, [made.find()], 1)
-        features.produce(base, [TapStore(LAST, ZSTD, made)], keyed, groups, rank=rank, world=world)
+        features.produce(base, [TapStore(LAST, ZSTD, made)], keyed, groups)
     else:
         groups = answers.plan(rows, made.find(), 1, base_model.prompt_bucket)
-        answers.produce(partial(base_model.answer, base), {}, made, rows, groups, RESPOND, rank=rank, world=world)
+        answers.produce(partial(base_model.answer, base), {}, made, rows, groups, RESPOND)
 
 
 def logging_claims(path: Path) -> None:
@@ -74,48 +74,37 @@ def logging_claims(path: Path) -> None:
     Collection.claim = claim  # type: ignore[method-assign]
 
 
-def fork(body: Callable[[], None]) -> int:
-    """A child that runs `body`; its exit status tells whether that ended well."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        body()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def run_killing(bodies: Sequence[Callable[[], None]], delay: float | None) -> tuple[list[int], float]:
-    """Run each body in a child, and kill the last of them after `delay` seconds.
+def run_killing(body: Callable[[], None], delay: float | None = None) -> dict[str, Any]:
+    """Run a body in a child, and kill it after `delay` seconds.
 
     Returns:
-        The status of each child, -9 where it was killed, and the seconds until all had ended.
+        status: -9 where it was killed, 0 where it was done.
+        seconds: that it took.
     """
     began = time.monotonic()
-    children = [fork(body) for body in bodies]
+    child = os.fork()
+    if not child:
+        try:
+            body()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     if delay is not None:
         time.sleep(delay)
-        os.kill(children[-1], signal.SIGKILL)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return statuses, time.monotonic() - began
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"status": status, "seconds": time.monotonic() - began}
 
 
-def run(base: Base, root: str, kind: str, log: str, delay: float | None = None, world: int = 1) -> dict[str, Any]:
-    """Fill a store by `world` children, and kill the last of them after `delay` seconds.
+def run(base: Base, root: str, kind: str, log: str, delay: float | None = None) -> dict[str, Any]:
+    """Fill a store in a child, as run_killing does."""
 
-    Returns:
-        statuses: of each child, -9 where it was killed.
-        seconds: until all had ended.
-    """
-
-    def body(rank: int) -> None:
+    def body() -> None:
         logging_claims(Path(log))
-        fill(base, Path(root), kind, rank, world)
+        fill(base, Path(root), kind)
 
-    statuses, seconds = run_killing([partial(body, rank) for rank in range(world)], delay)
-    return {"statuses": statuses, "seconds": seconds}
+    return run_killing(body, delay)
 
 
 def serve(body: Callable[..., dict[str, Any]]) -> None:

@@ -139,13 +139,6 @@ def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path
         assert found.dtype == direct.dtype
         tolerance = 1e-5 if dtype == "float32" else 0.05  # the padded length changes bf16's rounding
         torch.testing.assert_close(found, direct[kept], rtol=tolerance, atol=tolerance)
-        if model.model.dtype == torch.bfloat16:  # padded to its own bucket, it is the same bit for bit
-            width = base_model.bucket(len(row))
-            padded = torch.zeros(1, width, dtype=torch.long)
-            padded[0, : len(row)] = torch.from_numpy(row.ids)
-            with torch.no_grad():
-                alone = base_model.hidden_states(model.model, padded)[0, kept]
-                assert torch.equal(found, alone.to(model.dtype))
 
 
 def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) -> None:
@@ -153,13 +146,8 @@ def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) ->
     exact, rounded = produce(half, tmp_path, rows), produce(half, tmp_path, rows, codec="fp8")
     assert exact.folder != rounded.folder
     for row in rows:
-        wanted = stored(exact, row)
-        assert torch.equal(
-            stored(rounded, row),
-            codecs.FP8.decode(
-                {key: codecs.to_numpy(tensor) for key, tensor in codecs.FP8.encode(wanted).items()}, torch.bfloat16
-            ),
-        )
+        kept = {key: codecs.to_numpy(tensor) for key, tensor in codecs.FP8.encode(stored(exact, row)).items()}
+        assert torch.equal(stored(rounded, row), codecs.FP8.decode(kept, torch.bfloat16))
 
 
 def test_each_row_is_padded_to_its_own_bucket(base: Base, tmp_path: Path) -> None:
@@ -197,31 +185,6 @@ def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Pa
     assert sum(count for count, _ in shapes) == len(rows)  # each row once, by whomever
 
 
-class StoppedError(Exception):
-    """What ends a run in the middle."""
-
-
-@pytest.mark.parametrize("after", [1, 2, 4])
-def test_an_interrupted_run_ends_with_the_segments_of_an_uninterrupted_one(
-    half: Base, tmp_path: Path, after: int
-) -> None:
-    rows = make_rows(16)
-    once = produce(half, tmp_path / "once", rows)
-    counts: list[int] = []
-
-    def stop(count: int) -> None:
-        counts.append(count)
-        if len(counts) == after:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        produce(half, tmp_path / "late", rows, on_tokens=stop)
-    begun = set(digests(made(tmp_path / "late", half)[0].collection))
-    assert len(begun) < len(once.records())
-    assert digests(produce(half, tmp_path / "late", rows)) == digests(once)
-    assert begun <= set(digests(once))
-
-
 def test_appended_and_reordered_rows_compute_nothing_again(half: Base, tmp_path: Path) -> None:
     rows, more = make_rows(8), make_rows(4, seed=1)
     before = digests(produce(half, tmp_path, rows))
@@ -237,13 +200,12 @@ def test_appended_and_reordered_rows_compute_nothing_again(half: Base, tmp_path:
     assert shapes == []
 
 
-@pytest.mark.parametrize("codec", ["zstd", "fp8"])
-def test_a_split_does_not_tell_how_its_segments_came_to_be(half: Base, tmp_path: Path, codec: str) -> None:
+def test_a_split_does_not_tell_how_its_segments_came_to_be(half: Base, tmp_path: Path) -> None:
     rows, more = make_rows(8), make_rows(5, seed=1)
     split = [*rows[:3], *more, *rows[3:], rows[0]]
-    fresh = produce(half, tmp_path / "fresh", split, codec=codec)
-    produce(half, tmp_path / "grown", rows, codec=codec)
-    grown = produce(half, tmp_path / "grown", split, codec=codec)
+    fresh = produce(half, tmp_path / "fresh", split)
+    produce(half, tmp_path / "grown", rows)
+    grown = produce(half, tmp_path / "grown", split)
     assert set(grown.records()) != set(fresh.records())
     assert row_digests(grown) == row_digests(fresh)
 
@@ -267,18 +229,13 @@ def test_running_out_of_memory_changes_no_bit(half: Base, tmp_path: Path, monkey
     assert [size for size in tried if size > 300] == tried[:1]
 
 
-@pytest.mark.parametrize("codec", ["none", "fp8"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_states_that_are_no_numbers_are_never_stored(
-    base_folder: Path, tmp_path: Path, value: float, codec: str
-) -> None:
+@pytest.mark.parametrize(("value", "codec"), [("nan", "none"), ("inf", "fp8"), ("-inf", "none")])
+def test_states_that_are_no_numbers_are_never_stored(base_folder: Path, tmp_path: Path, value: str, codec: str) -> None:
     broken = base_model.load(Model(), base_folder, "digest", torch.device("cpu"))
     with torch.no_grad():
-        broken.embedding[299] = value  # a token that one row alone has
+        broken.embedding[299] = float(value)  # a token that one row alone has
     good, bad = sequence([0, 1, 1, 1], [5, 6, 7, 8]), sequence([0, 0, 1, 1], [11, 299, 13, 14])
-    with pytest.raises(
-        StoreError, match=rf"{key_of(bad)} \(it begins with the ids \[11, 299, 13, 14\]\) is NaN or inf"
-    ):
+    with pytest.raises(StoreError, match=rf"{key_of(bad)} \(it begins with the ids \[11, 299, 13, 14\]\) is NaN or"):
         produce(broken, tmp_path, [good, bad], codec=codec)
     assert made(tmp_path, broken, codec)[0].collection.find() == {}
     assert set(produce(broken, tmp_path, [good], codec=codec).find()) == {key_of(good)}
@@ -346,27 +303,25 @@ def test_workers_and_stages_share_several_taps(half: Base, tmp_path: Path) -> No
         assert list(store.collection.folder.glob(".lock-*")) == []
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
 def test_what_a_stopped_run_committed_of_some_taps_is_not_computed_again(
-    half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = make_rows(12)
-    real, written = Claim.commit, []
+    rows, real, written = make_rows(12), Claim.commit, []
 
     def commit(self: Claim, *arguments: Any) -> Any:
-        if len(written) == after:
-            raise StoppedError
+        if len(written) == 2:
+            raise InterruptedError
         written.append(self.collection.folder)
         return real(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Claim, "commit", commit)
-        with pytest.raises(StoppedError):
+        with pytest.raises(InterruptedError):
             produce(half, tmp_path / "late", rows, taps=TAPS)
     begun = [digests(store.collection) for store in made(tmp_path / "late", half, taps=TAPS)]
-    assert sum(map(len, begun)) == after
-    produce(half, tmp_path / "late", rows, taps=TAPS)
-    produce(half, tmp_path / "once", rows, taps=TAPS)
+    assert sum(map(len, begun)) == 2
+    for name in ("late", "once"):
+        produce(half, tmp_path / name, rows, taps=TAPS)
     for before, late, once in zip(begun, *(made(tmp_path / n, half, taps=TAPS) for n in ("late", "once")), strict=True):
         assert before.items() <= digests(late.collection).items()
         assert row_digests(late.collection) == row_digests(once.collection)

@@ -1,7 +1,6 @@
 """Copies of a store: what is copied, what is refused, and what a kill at any moment leaves."""
 
 import json
-import random
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from spec.store.segment import StoreError
 from spec.store.transfer import Place, Transfer, TransferError
 from tests import s3
 from tests.spec.store import copier, producer
-from tests.tiny import chain, states_of, store_features
+from tests.tiny import chain, store_features
 
 ROWS = chain(24, 997)
 
@@ -269,23 +268,6 @@ def test_a_kill_at_any_step(root: Path, url: str, tmp_path: Path, run: Run, dire
         assert content(target) == expected
     assert visible == expected
     assert partly >= 3
-
-
-def test_a_kill_at_any_time(root: Path, url: str, tmp_path: Path, run: Run) -> None:
-    """The same in the middle of large files, on several threads."""
-    store_features(root, chain(12, 99), states=lambda row: states_of(row, 16384))
-    copy(root, url)
-    expected, generator = content(root), random.Random(0)
-    for source, final in ((str(root), f"{url}/pushed"), (url, str(tmp_path / "pulled"))):
-        duration = run(source=source, target=f"{final}-whole")["seconds"]
-        killed = 0
-        for number in range(4):
-            target = f"{final}-{number}"
-            killed += run(source=source, target=target, delay=duration * generator.uniform(0.1, 0.8))["status"] == -9
-            assert_whole(content(target), expected)
-            assert run(source=source, target=target)["status"] == 0
-            assert content(target) == expected
-        assert killed
 
 
 def segments_of(visible: dict[str, bytes]) -> set[str]:
