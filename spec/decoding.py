@@ -84,7 +84,7 @@ class LanguageModelWithSpeculator:
         if speculator is not None:
             heads.check_base(speculator.config, base.vocab_size, base.hidden_size, "", allow_other_weights=True)
         self.base = base
-        self.speculator = None if speculator is None else speculator.for_drafting().eval()
+        self.speculator = None if speculator is None else speculator.eval()
         self.decode = decode or Decode()
 
     @classmethod

@@ -151,8 +151,7 @@ def check_weights(folder: Path, model: Any) -> list[str]:
         if importlib.util.find_spec("peft") is not None:
             raise BaseError(
                 f"{folder} holds whole weights and adapter_config.json: peft, which is installed, would add the "
-                "adapter to them. Move adapter_config.json away if the adapter is merged into the weights; else merge it "
-                "first"
+                "adapter to them. Move adapter_config.json away if it is merged into the weights; else merge it first"
             )
         notes.append("an adapter lies next to the weights: it is not read, and must be merged into them to count")
     headers = {name: header for path in weight_files(folder) for name, header in _read_header(path).items()}
