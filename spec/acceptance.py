@@ -241,16 +241,8 @@ def expected_acceptance(
     For i = 1, 2, .. this is the mean of p_T of draft i over the steps of a walk that accepted the i - 1 before it, 0
     where there is no draft i or the answer ends. As T goes to 0 it becomes `conditional` of an answer written greedily.
 
-    Args:
-        reader: has the states.
-        teacher: on the device that computes.
-        answers: of draft_answers.
-        walks: over these answers, by source.
-        temperatures: each above 0.
-        on_positions: called with the number of states just done.
-
-    Returns:
-        By source and temperature.
+    `walks` are over these answers, by source; the result is by source and temperature (above 0). on_positions is called
+    with the number of states just done.
     """
     lm_head = teacher.lm_head
     rows = max(1, CHUNK_LOGITS // len(lm_head))
@@ -274,29 +266,27 @@ def expected_acceptance(
                     p = (chosen / temperature - total[row]).exp().cpu().double().numpy()
                     np.add.at(sums[source][t], here[:, 1].numpy() - 1, p)
             on_positions(len(part))
-    result: dict[K, dict[float, list[float]]] = {}
+    shares = {}
     for source, found in walks.items():
         counts = (_all_accepted(found)[:, None] >= np.arange(sums[source].shape[1])).sum(0)
-        shares = (sums[source] / np.maximum(counts, 1)).tolist()
-        result[source] = dict(zip(temperatures, shares, strict=True))
-    return result
+        shares[source] = dict(zip(temperatures, (sums[source] / np.maximum(counts, 1)).tolist(), strict=True))
+    return shares
 
 
 @torch.inference_mode()
 def accuracy(speculator: Speculator, reader: SequenceReader) -> list[float]:
     """For each depth the share of its supervised drafts that are right, where it alone drafts, fed the true tokens."""
-    device, index = next(speculator.parameters()).device, speculator.draft_index
-    index = None if index is None else index.cpu()
-    n, indices = speculator.config.n_predict, range(len(reader))
-    right, count = np.zeros(n), np.zeros(n)
+    device, n = next(speculator.parameters()).device, speculator.config.n_predict
+    index = None if speculator.draft_index is None else speculator.draft_index.cpu()
+    right, count, indices = np.zeros(n), np.zeros(n), range(len(reader))
     for packed in reader.batches([indices[start : start + 16] for start in range(0, len(indices), 16)]):
         batch = supervise(packed, n, index).to(device)
         targets = torch.split(batch.targets, batch.sizes)
         for k, vectors in enumerate(speculator.unroll(batch.packed, torch.split(batch.rows, batch.sizes))):
             weight = speculator.output(k)
-            rows = max(1, CHUNK_LOGITS // len(weight))
-            for part, wanted in zip(torch.split(vectors, rows), torch.split(targets[k], rows), strict=True):
-                right[k] += int(((part @ weight.T).max(1).indices == wanted).sum())
+            parts = torch.split(vectors, max(1, CHUNK_LOGITS // len(weight)))
+            likeliest = [(part @ weight.T).max(1).indices for part in parts]
+            right[k] += int((torch.cat(likeliest) == targets[k]).sum())
         count += batch.counts.numpy()
     return [float(share) for share in right / np.maximum(count, 1)]
 
@@ -308,5 +298,4 @@ def expected_tokens_per_step(conditional: Sequence[float]) -> float:
 
 def head_drafts(answer: Answer) -> Iterable[Sequence[int]]:
     """The speculator's own drafts."""
-    drafts: list[list[int]] = answer.drafts.tolist()
-    return drafts
+    yield from answer.drafts.tolist()

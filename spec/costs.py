@@ -34,38 +34,24 @@ class Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """A run.
+    """A run."""
 
-    Attributes:
-        base_params: parameters N of the base that a token passes through.
-        hidden_size: d.
-        tokens: of all sequences, prompts included.
-        positions: stored states; about the tokens of the answers.
-        answers: tokens that the base has yet to write.
-        rows: answers that are written together (respond.batch_size).
-        head_operations: weights that the heads multiply for a position (Speculator.operations).
-        teacher_operations: weights that are multiplied to make the base's logits behind a position (optim.loss=kl): its
-            lm_head, once for heads that share their output matrix, else once a head; never with ce.
-    """
-
-    base_params: float
-    hidden_size: int
-    tokens: float
-    positions: float
-    answers: float
-    rows: int
-    head_operations: float
+    base_params: float  # parameters N of the base that a token passes through
+    hidden_size: int  # d
+    tokens: float  # of all sequences, prompts included
+    positions: float  # stored states; about the tokens of the answers
+    answers: float  # tokens that the base has yet to write
+    rows: int  # answers that are written together (respond.batch_size)
+    head_operations: float  # weights that the heads multiply for a position (Speculator.operations)
+    # Weights that are multiplied to make the base's logits after a position (optim.loss=kl): its lm_head, once for
+    # heads that share their output matrix, else once a head; never with ce.
     teacher_operations: float = 0
 
 
 def make_job(
     config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
 ) -> Job:
-    """What the parameters make of a base and its data.
-
-    Raises:
-        SpecError: heads that this base cannot have.
-    """
+    """What the parameters make of a base and its data; a SpecError says that this base cannot have such heads."""
     params = config.model.speculator
     base = OnBase(hidden_size=hidden, vocab_size=vocab, base_model_name_or_path="", base_digest="")
     shape = heads.on_base(params, base)

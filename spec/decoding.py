@@ -84,7 +84,7 @@ class LanguageModelWithSpeculator:
         if speculator is not None:
             heads.check_base(speculator.config, base.vocab_size, base.hidden_size, "", allow_other_weights=True)
         self.base = base
-        self.speculator = None if speculator is None else speculator.for_drafting().eval()
+        self.speculator = None if speculator is None else speculator.eval()
         self.decode = decode or Decode()
 
     @classmethod
@@ -172,13 +172,10 @@ class LanguageModelWithSpeculator:
         attention_mask: Tensor | None = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> Iterator[Step]:
-        """Answer a prompt, and yield what each forward of the base adds: the prefill one token, each step at least one.
-
-        The answer ends with a stop token of the base, after max_new_tokens, or where the base has no more positions.
+        """Answer a prompt [S] or [1, S], and yield what each forward of the base adds: the prefill one token, each step
+        at least one. The answer ends with a stop token, after max_new_tokens, or at the base's last position.
 
         Args:
-            input_ids: the prompt, [S] or [1, S].
-            max_new_tokens: at most this many tokens.
             do_sample: draw from the distribution that probabilities makes of temperature, top_k and top_p; else take
                 the likeliest token.
             seed: of sampling. The answer follows from it and the prompt, whatever is drafted; None draws a new one.

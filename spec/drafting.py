@@ -37,10 +37,8 @@ class NgramIndex:
     The longest suffix of minimum..maximum tokens that occurred before, overlaps allowed, is continued as it was at
     its most recent earlier occurrence. Where that continuation meets the end of the sequence it goes on with the
     draft itself, as LZ77 copies do: a loop of any period is drafted to full length, and a draft is never short.
-    (transformers' prompt lookup and vLLM's ngram proposer take the earliest occurrence and stop at the end.)
-
-    A token costs O(maximum - minimum) dictionary entries and a draft O(maximum + length) time, however long the
-    sequence is.
+    (transformers' prompt lookup and vLLM's ngram proposer take the earliest occurrence and stop at the end.) A draft
+    costs O(maximum + length) time, however long the sequence is.
     """
 
     def __init__(self, minimum: int, maximum: int, ids: Iterable[int] = ()) -> None:
@@ -63,11 +61,8 @@ class NgramIndex:
     ) -> list[int]:
         """The next `length` tokens by lookup; none where no suffix occurred before.
 
-        Args:
-            length: of the draft.
-            per_token: at most this many tokens for each token of the suffix, those of `after` included.
-            after: tokens that are not in the index, and are taken for the sequence's last ones.
-            minimum: length of the shortest suffix, where that is more than the index's own.
+        There are at most per_token tokens for each one of the suffix, those of `after` included: tokens that are not in
+        the index, and are taken for the sequence's last ones. `minimum` raises the index's own.
         """
         tail = [*self._ids[-self._sizes.start :], *after]
         for n in self._sizes:

@@ -55,11 +55,11 @@ def offline(
     """
     n = max(head_length(decode, speculator.config), speculator.config.n_predict)
     answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions, n=n)
-    walks = {source: acceptance.walks(reader, answers, drafts_of(source, decode)) for source in SOURCES}
+    walks = {source: acceptance.walks(reader, answers, _drafts_of(source, decode)) for source in SOURCES}
     long = decode.model_copy(update={"draft_len": max(LENGTHS)})
     lengths = {source: (decode, LENGTHS[:n]) if source == "head" else (long, LENGTHS) for source in SOURCES}
     by_length = {
-        source: acceptance.tokens_per_step_by_length(answers, drafts_of(source, how), cut)
+        source: acceptance.tokens_per_step_by_length(answers, _drafts_of(source, how), cut)
         for source, (how, cut) in lengths.items()
     }
     expected = {}
@@ -73,8 +73,7 @@ def cut(answers: Sequence[Answer], reader: SequenceReader, stops: Set[int]) -> f
     return _share(int(answer.ids[-1]) not in stops for answer in answers if reader.manifest.prompt_length[answer.index])
 
 
-def drafts_of(source: Source, decode: Decode) -> Drafts:
-    """What a source drafts after each token of an answer."""
+def _drafts_of(source: Source, decode: Decode) -> Drafts:
     return lambda answer: drafts_along(answer.ids, answer.start, decode, answer.drafts, source)
 
 
@@ -84,7 +83,7 @@ def on_paper(
     """The walk over the prompts that are decoded for real, as far as they are."""
     wanted = set(indices)
     answers = [answer for answer in measured.answers if answer.index in wanted]
-    return {source: acceptance.walks(reader, answers, drafts_of(source, decode), max_new_tokens) for source in SOURCES}
+    return {source: acceptance.walks(reader, answers, _drafts_of(source, decode), max_new_tokens) for source in SOURCES}
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,15 @@ def decoding(
     The order of the sources turns by one with each prompt, so that none always runs on a warmer or quieter machine.
     """
     manifest = reader.manifest
-    everything: list[Source] = ["none", *SOURCES] if model.base.limits.takes_back else ["none"]
-    results: dict[Source, list[Timed]] = {source: [] for source in everything}
+    results: dict[Source, list[Timed]] = {"none": []}
+    if model.base.limits.takes_back:
+        results |= {source: [] for source in SOURCES}
     for turn, index in enumerate(indices):
         prompt, domain = _prompt(reader, index), manifest.domains[manifest.domain[index]]
         if turn == 0:
-            for source in everything:  # first calls pay for allocations and code paths
+            for source in results:  # first calls pay for allocations and code paths
                 model.generate(prompt, min(8, max_new_tokens), draft=source)
-        for source in np.roll(np.asarray(everything), turn).tolist():
+        for source in np.roll(list(results), turn).tolist():
             made = model.generate(prompt, max_new_tokens, draft=source)
             seconds = made.prefill_seconds + made.decode_seconds
             results[source].append(Timed(replace(made.walk, domain=domain), len(made.tokens), seconds))

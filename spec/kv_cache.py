@@ -14,18 +14,16 @@ _BLOCK = 256
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values in a buffer that doubles when full.
+    """One layer's keys and values, [B, heads, length, head_dim] each, in buffers that double when full.
 
-    transformers' DynamicLayer concatenates at every step, which copies the whole cache for each token; here a
-    step writes its own positions only, and crop moves an index. Shapes are those of DynamicLayer:
-    keys and values [B, heads, length, head_dim].
+    transformers' DynamicLayer concatenates at every step, which copies the whole cache for each token; here a step
+    writes its own positions only. Keys and values are views of the buffers, which crop makes shorter.
     """
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take dtype, device and shapes from the first keys and values."""
         super().lazy_initialization(key_states, value_states)
-        self._length = 0
-        self._buffers = (_empty(key_states, 0), _empty(value_states, 0))
+        self._show([key_states[:, :, :0], value_states[:, :, :0]], 0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -33,46 +31,27 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Append S positions (each [B, heads, S, head_dim]) and return all keys and values so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, stop = self._length, self._length + key_states.shape[-2]
-        if stop > self._buffers[0].shape[-2]:
-            self._buffers = (self._grown(0, key_states, stop), self._grown(1, value_states, stop))
-        self._buffers[0][:, :, start:stop] = key_states
-        self._buffers[1][:, :, start:stop] = value_states
-        self._show(stop)
+        start, room = self.keys.shape[-2], self._buffers[0].shape[-2]
+        stop = start + key_states.shape[-2]
+        for i, states in enumerate((key_states, value_states)):
+            if stop > room:
+                old, (B, heads, _, width) = self._buffers[i], states.shape
+                self._buffers[i] = states.new_empty(B, heads, max(stop + _BLOCK, 2 * room), width)
+                self._buffers[i][:, :, :start] = old[:, :, :start]
+            self._buffers[i][:, :, start:stop] = states
+        self._show(self._buffers, stop)
         return self.keys, self.values
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last -tokens_to_remove positions (the sign is transformers' own)."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative count, found a positive one: {tokens_to_remove}")
-        if self.is_initialized and tokens_to_remove:
-            self._show(max(self._length + tokens_to_remove, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows of the batch."""
         if self.is_initialized:
-            self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
-            self._show(self._length)
+            self._show([buffer[indices] for buffer in self._buffers], self.keys.shape[-2])
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take these rows of the batch."""
-        self.batch_select_indices(beam_idx)
+    reorder_cache = batch_select_indices
 
-    def _show(self, length: int) -> None:
-        self._length = length
-        self.keys = self._buffers[0][:, :, :length]
-        self.values = self._buffers[1][:, :, :length]
-
-    def _grown(self, index: int, states: torch.Tensor, length: int) -> torch.Tensor:
-        old = self._buffers[index]
-        new = _empty(states, max(length + _BLOCK, 2 * old.shape[-2]))
-        new[:, :, : self._length] = old[:, :, : self._length]
-        return new
-
-
-def _empty(states: torch.Tensor, length: int) -> torch.Tensor:
-    B, heads, _, width = states.shape
-    return states.new_empty(B, heads, length, width)
+    def _show(self, buffers: list[torch.Tensor], length: int) -> None:
+        self._buffers = buffers
+        self.keys, self.values = (buffer[:, :, :length] for buffer in buffers)
 
 
 def make_cache(config: PretrainedConfig) -> DynamicCache:
@@ -83,11 +62,8 @@ def make_cache(config: PretrainedConfig) -> DynamicCache:
 
 
 class Memory:
-    """A model with what it remembers of the tokens that it has read.
-
-    Args:
-        model: in most families it is given a cache; a few make their own, and some keep a part in their layers.
-    """
+    """A model with what it remembers of the tokens that it has read: in most families it is given a cache; a few make
+    their own, and some keep a part in their layers."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -97,7 +73,7 @@ class Memory:
         self._given: dict[str, Any] = {} if self._makes_its_own else {name: make_cache(model.config)}
 
     def forward(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Logits behind ids [B, S], which follow what was read; options that the model does not know are left out."""
+        """Logits after ids [B, S], which follow what was read; options that the model does not know are left out."""
         known = {name: value for name, value in options.items() if name in self._names}
         made = self._model(input_ids=ids, use_cache=True, **self._given, **known)
         if self._makes_its_own:

@@ -55,15 +55,9 @@ def answer(
     """Let the base continue each prompt until a stop token (kept), max_new_tokens, or its last position.
 
     Prompts are padded on the left to a common bucketed length; give prompts of one bucket together, so that an
-    answer does not depend on its company. Finished rows leave the batch.
-
-    Args:
-        base: the model.
-        prompts: token ids, none empty.
-        max_new_tokens: of each answer.
-        temperature: 0 is greedy; else softmax sampling.
-        seeds: of the sampling, one a prompt, so that an answer follows from its prompt and seed alone.
-        on_token: called with the number of tokens written at each step.
+    answer does not depend on its company. Finished rows leave the batch. on_token is called with the number of tokens
+    written at each step. A temperature of 0 is greedy; else the seeds, one a prompt, are those of softmax sampling, so
+    that an answer follows from its prompt and seed alone.
 
     Raises:
         BaseError: a prompt that leaves no position for an answer, or with an id for which the base has no row.

@@ -30,24 +30,14 @@ _META = torch.device("meta")
 _OTHER_TASKS = re.compile(r".*(Classification|QuestionAnswering|MultipleChoice|MaskedLM|RewardModel\w*)")
 """Classes of models that have something else in the place of an output matrix."""
 
-_LIBRARIES = {
-    "gptq": "optimum gptqmodel",
-    "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "torchao": "torchao",
-    "hqq": "hqq",
-    "quark": "amd-quark",
-}
+_LIBRARIES = {"gptq": "optimum gptqmodel", "awq": "gptqmodel", "quark": "amd-quark"}
+_LIBRARIES |= {name: name for name in ("bitsandbytes", "compressed-tensors", "torchao", "hqq")}
 """What reads weights of a quantisation, where transformers' own message does not say it in full."""
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The model's configuration.
-
-    Raises:
-        BaseError: it cannot be read, is no language model's, or asks for libraries that are not installed.
-    """
+    """The model's configuration; a BaseError says that it cannot be read, is no language model's, or asks for libraries
+    that are not installed."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
@@ -93,11 +83,8 @@ def auto_class(config: Any) -> Any:
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The model without its weights, on the meta device; an attention that is not installed is replaced by PyTorch's.
-
-    Raises:
-        BaseError: its config makes no model that writes with a memory of its past, by an output matrix.
-    """
+    """The model without its weights, on the meta device; an attention that is not installed is replaced by PyTorch's. A
+    BaseError says that its config makes no model that writes with a memory of its past, by an output matrix."""
     config = read_config(folder, trust_remote_code)
     with refusals(folder, "its config.json makes no model"):
         try:
@@ -156,13 +143,17 @@ def _check_quantisation(folder: Path, config: Any) -> None:
 def check_weights(folder: Path, model: Any) -> list[str]:
     """Compare names and shapes in the weight files with those of skeleton's model, as transformers' loading does.
 
-    Returns:
-        What the user should know, a sentence each.
-
-    Raises:
-        BaseError: a damaged file; weights that are missing, of another shape, or of more than the model.
+    Returns what the user should know, a sentence each. A BaseError says that a file is damaged, or that weights are
+    missing, of another shape, or of more than the model.
     """
-    notes = _adapter_notes(folder)
+    notes = []
+    if (folder / "adapter_config.json").is_file():
+        if importlib.util.find_spec("peft") is not None:
+            raise BaseError(
+                f"{folder} holds whole weights and adapter_config.json: peft, which is installed, would add the "
+                "adapter to them. Move adapter_config.json away if it is merged into the weights; else merge it first"
+            )
+        notes.append("an adapter lies next to the weights: it is not read, and must be merged into them to count")
     headers = {name: header for path in weight_files(folder) for name, header in _read_header(path).items()}
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
         return notes
@@ -206,18 +197,6 @@ def _lost(model: Any, unexpected: Collection[str]) -> list[str]:
     return [
         name for name in unexpected if re.sub(r"\d+", "0", name) in any_layer or not modules.isdisjoint(prefixes[name])
     ]
-
-
-def _adapter_notes(folder: Path) -> list[str]:
-    """What to say where an adapter lies next to whole weights."""
-    if not (folder / "adapter_config.json").is_file():
-        return []
-    if importlib.util.find_spec("peft") is not None:
-        raise BaseError(
-            f"{folder} holds whole weights and adapter_config.json: peft, which is installed, would add the adapter to "
-            "them. Move adapter_config.json away if the adapter is merged into the weights; else merge it first"
-        )
-    return ["an adapter lies next to the weights: it is not read, and must be merged into them to count"]
 
 
 def check_report(folder: Path, missing: Any, mismatched: Any, unexpected: Collection[str] = ()) -> None:

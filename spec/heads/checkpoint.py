@@ -30,8 +30,6 @@ class CheckpointError(SpecError):
 def save(speculator: Speculator, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Write what build or load returned, in its own dtype by default. Each file appears whole or not at all, and an
     earlier checkpoint in the folder is replaced."""
-    if not isinstance(speculator, registry.method(speculator.config.method)):
-        raise TypeError(f"save takes a speculator as build made it, not a {type(speculator).__name__}")
     path = Path(folder)
     with files.whole(path / WEIGHTS) as temporary, temporary.open("wb") as file:
         # Given a name, torch.save writes it into the file: the same weights would be other bytes each time.

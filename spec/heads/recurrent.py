@@ -153,12 +153,11 @@ class Recurrent(Speculator):
           loss is below or near ln V. A table is centred (the mean row adds the same to every logit, which a softmax
           does not see, and is nearly half of a real lm_head's norm), reduced to its leading principal components where
           it is wider than the speculator's, and rescaled to rows of mean square 1. Where lm_head is narrower than
-          the head, the head's remaining columns stay random; at equal widths nothing is left out.
+          the head, the head's remaining columns stay random.
         - Token tables are turned by a random rotation. In most bases they share their coordinates with lm_head, so
           that a token added to the state would make every head predict the token that it has just read.
         - The first projection (of sum_lstm: the cell's) maps the base's state onto lm_head's directions, and later ones
-          carry it on unchanged where no stack lies between: head and state share their coordinates from the start.
-        - The other Linears (of stacks, adapters and gates) stay random.
+          carry it on unchanged where no stack lies between. The other Linears stay random.
         """
         draw(self, seed)
         if tables is None:

@@ -89,10 +89,6 @@ class Speculator(nn.Module, ABC):
     def session(self) -> Session:
         """For a new sequence that is decoded."""
 
-    def for_drafting(self) -> Speculator:
-        """The speculator as it drafts fastest; for decoding alone, since it is neither trained nor saved."""
-        return self
-
     @torch.no_grad()
     def lend(self, tables: Mapping[str, Tensor]) -> None:
         """Put the base's tables, each [V, d], into the places of what is borrowed."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self, cast
+from typing import Self
 
 import torch
 from pydantic import model_validator
@@ -70,31 +69,17 @@ class SumLstm(Recurrent):
 
     def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
         state, cell = carry
-        return self.update(cell, [proj(i)(state) for proj in self.projections()], tokens)
-
-    def update(self, cell: Tensor, projected: Sequence[Tensor], tokens: Tensor) -> tuple[Carry, Tensor]:
-        """The cell and the state as each gate projects it, all [P, w] -> next carry, hidden [P, inner]."""
+        embedded = [self.forget_emb(0)(tokens)] * 4  # one look-up: four would make four gradients the size of the table
+        if not self.config.tie_lstm_embs:
+            embedded[1:] = [emb(0)(tokens) for emb in (self.input_emb, self.output_emb, self.cell_emb)]
+        gates = (self.forget_proj, self.input_proj, self.output_proj, self.cell_proj)
         forget, input_, output, candidate = (
-            torch.add(part, emb, alpha=self.alpha) for part, emb in zip(projected, self._embed(tokens), strict=True)
+            torch.add(proj(i)(state), emb, alpha=self.alpha) for proj, emb in zip(gates, embedded, strict=True)
         )
         cell = cell * torch.sigmoid(forget) + F.gelu(self.cell_ln(0)(candidate)) * torch.sigmoid(input_)
         state = F.gelu(self.state_ln(0)(cell)) * torch.sigmoid(output)
         state = self.inner(0)(self.adapter(0)(state))
         return (state, cell), state
-
-    def projections(self) -> tuple[PerHead[nn.Module], ...]:
-        """The gates' projections, in the order in which serving engines fuse them: forget, input, output, cell."""
-        return self.forget_proj, self.input_proj, self.output_proj, self.cell_proj
-
-    def _embed(self, tokens: Tensor) -> list[Tensor]:
-        """[P] -> four of [P, w], in the order of projections."""
-        forget: Tensor = self.forget_emb(0)(tokens)
-        if self.config.tie_lstm_embs:  # one look-up: four would make four gradients the size of the table
-            return [forget] * 4
-        return [forget, *(emb(0)(tokens) for emb in (self.input_emb, self.output_emb, self.cell_emb))]
-
-    def for_drafting(self) -> Recurrent:
-        return FusedSumLstm(self) if len(self.config.proj_dim) == 1 else self
 
     def undecayed(self) -> frozenset[str]:
         """The norms, and forget_proj of the first head: without a gradient, decay alone would move it."""
@@ -110,35 +95,6 @@ class SumLstm(Recurrent):
         # A single head never reaches the second projection, which data-parallel training takes for an error.
         later.requires_grad_(self.config.n_predict > 1)
         return PerHead([first, later])
-
-
-class FusedSumLstm(Recurrent):
-    """A SumLstm with one matrix product for all gates, and the same drafts up to rounding.
-
-    Later changes to the projections of the SumLstm do not reach it.
-    """
-
-    first: Tensor
-    later: Tensor
-
-    def __init__(self, lstm: SumLstm) -> None:
-        super().__init__(lstm.config, lstm.token_map)
-        self.lstm = lstm
-        self.head = lstm.head
-        for name, j in (("first", 0), ("later", 1)):  # [4w, d] and [4w, h]
-            weights = [cast(nn.Linear, proj(j)).weight.detach() for proj in lstm.projections()]
-            self.register_buffer(name, torch.cat(weights))
-
-    def state_projections(self) -> PerHead[nn.Module]:
-        return self.lstm.state_projections()
-
-    def start(self, states: Tensor) -> Carry:
-        return self.lstm.start(states)
-
-    def step(self, i: int, carry: Carry, tokens: Tensor) -> tuple[Carry, Tensor]:
-        state, cell = carry
-        projected = F.linear(state, self.later if i else self.first).chunk(4, -1)  # four of [P, w]
-        return self.lstm.update(cell, projected, tokens)
 
 
 def _unwrapped(stack: nn.Sequential) -> nn.Module:

@@ -106,7 +106,7 @@ class SpeculatorProposer:
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the heads beside the base, in its dtype."""
         device = next(target_model.parameters()).device
-        speculator = heads.load(self._checkpoint, device, self._dtype).for_drafting().eval()
+        speculator = heads.load(self._checkpoint, device, self._dtype).eval()
         if not isinstance(speculator, Recurrent):
             raise ServingError(
                 f"{self._checkpoint} is a {self._config.method}, which reads whole sequences: the proposer is for "

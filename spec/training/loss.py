@@ -16,7 +16,6 @@ CHUNK_LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**28}
 """Logits [rows, V] that exist at one time, at most, by device. A chunk reads the weight and adds to its gradient once;
 a GPU's products are so fast that it takes more rows to make up for that (by arithmetic; not measured)."""
 
-
 Soft = tuple[Tensor, Tensor]
 """A teacher's distribution for C rows, [C, V], and its entropy [C]."""
 
@@ -24,9 +23,9 @@ Soft = tuple[Tensor, Tensor]
 class _LinearCrossEntropy(torch.autograd.Function):
     """Weighted sum of losses of ``hidden @ weight.T``, with gradients computed chunk by chunk on the way.
 
-    The idea is that of Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024): the loss is a scalar, so its
-    gradients can be made in the forward pass, while a chunk's logits are at hand, and scaled in the backward one.
-    Rows come in G groups, one a head, that share their teachers; a chunk has C rows of each.
+    As in Liger-Kernel (Hsu et al. 2024), the loss is a scalar, so its gradients are made in the forward pass, while a
+    chunk's logits are at hand, and scaled in the backward one. Rows come in G groups, one a head, that share their
+    teachers; a chunk has C rows of each.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The growing cache beside transformers' own, over everything that decoding does to a cache."""
+"""The growing cache next to transformers' own, over everything that decoding does to a cache."""
 
 from __future__ import annotations
 
@@ -89,22 +89,8 @@ def compare(family: str, rows: int, prefill: int, steps: list[tuple[str, int]]) 
             torch.testing.assert_close(mine.values, other.values, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_writes_its_own_positions_only() -> None:
-    layer = GrowingLayer()
-    states = torch.randn(2, 3, 10, 4)
-    keys, values = layer.update(states, -states)
-    storage = keys.data_ptr()
-    for length in range(11, 200):
-        keys, values = layer.update(states[:, :, :1], -states[:, :, :1])
-        assert keys.data_ptr() == storage, f"copied at {length}"
-        assert keys.shape == values.shape == (2, 3, length, 4)
-    assert torch.equal(keys[:, :, :10], states)
-    assert torch.equal(values, -keys)
-
-
-def test_a_full_buffer_doubles() -> None:
-    layer = GrowingLayer()
-    states = torch.randn(1, 1, 2000, 2)
+def test_a_step_writes_its_own_positions_only_and_a_full_buffer_doubles() -> None:
+    layer, states = GrowingLayer(), torch.randn(1, 3, 2000, 2)
     places = {layer.update(s, -s)[0].data_ptr() for s in states.split(1, 2)}
     assert len(places) <= 5
     assert torch.equal(layer.keys, states)
@@ -113,6 +99,8 @@ def test_a_full_buffer_doubles() -> None:
 
 def test_cropping_and_writing_again() -> None:
     layer = GrowingLayer()
+    layer.crop(-1)  # untouched layers take every call
+    layer.batch_select_indices(torch.tensor([0]))
     first, second = torch.randn(1, 1, 6, 2), torch.randn(1, 1, 2, 2)
     layer.update(first, first)
     layer.crop(-4)
@@ -121,29 +109,10 @@ def test_cropping_and_writing_again() -> None:
     layer.crop(-100)
     assert layer.get_seq_length() == 0
     assert torch.equal(layer.update(first, first)[0], first)
-
-
-def test_a_cache_that_was_reset_starts_anew() -> None:
-    layer = GrowingLayer()
-    first, second = torch.randn(2, 1, 6, 2), torch.randn(1, 1, 3, 2)
-    layer.update(first, first)
     layer.reset()
     assert layer.get_seq_length() == 0
-    assert torch.equal(layer.update(second, second)[0], second)
-
-
-def test_untouched_layers_take_every_call() -> None:
-    layer = GrowingLayer()
-    layer.crop(-1)
-    layer.batch_select_indices(torch.tensor([0]))
-    assert layer.get_seq_length() == 0
-
-
-def test_cropping_by_a_positive_count_is_refused() -> None:
-    layer = GrowingLayer()
-    layer.update(torch.randn(1, 1, 6, 2), torch.randn(1, 1, 6, 2))
-    with pytest.raises(ValueError, match="positive"):
-        layer.crop(2)
+    several = torch.randn(2, 1, 3, 2)
+    assert torch.equal(layer.update(several, several)[0], several)
 
 
 def test_layers_of_special_kinds_stay_as_they_are() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from spec.heads import CheckpointError, Speculator, SpeculatorConfig, build, check_base, load, read_config, save
+from spec.heads import CheckpointError, Speculator, SpeculatorConfig, check_base, load, read_config, save
 
 from .reference import config, inputs, randomized
 from .test_speculator import configs
@@ -84,12 +84,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="no space"):
         save(speculator, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_a_fused_copy_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="not a FusedSumLstm"):
-        save(build(config("sum_lstm")).for_drafting(), tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "config.json"])

@@ -140,18 +140,3 @@ def test_a_plain_networks_names_and_sizes() -> None:
     assert set(tied.state_dict()) == shared
     assert tied.num_parameters() == 2 * 23 * 8 + 8 * (12 + 8) + 2 * 8
     assert untied.num_parameters() == 3 * (2 * 23 * 8 + 2 * 8) + 8 * (12 + 8 + 8)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_fused_gates_compute_the_same(tied: bool) -> None:
-    c = config("sum_lstm", tie_lstm_embs=tied, inner_dim=(6, 10), emb_dim=(4, 8), draft_vocab_size=5)
-    speculator = randomized(c, torch.tensor([1, 2, 5, 9, 22])).double()
-    fused, (states, tokens) = speculator.for_drafting(), inputs(c)
-    assert fused is not speculator
-    torch.testing.assert_close(fused(states, tokens), speculator(states, tokens), rtol=0, atol=1e-12)
-    assert torch.equal(fused.draft(states, tokens[:, 0]), speculator.draft(states, tokens[:, 0]))
-
-
-def test_what_cannot_be_fused_stays_as_it_is() -> None:
-    for speculator in (build(config("sum_lstm", proj_dim=(4, 8))), build(config())):
-        assert speculator.for_drafting() is speculator
