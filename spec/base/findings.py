@@ -26,15 +26,9 @@ class Findings:
 
 
 def examine(folder: Path, max_length: int, trusted: bool = False) -> Findings:
-    """Look at a base's config, tokenizer and headers.
+    """Look at a base's config, tokenizer and headers; a BaseError says why it cannot be used, and what to do.
 
-    Args:
-        folder: of the base.
-        max_length: tokens that a row may have (data.max_length).
-        trusted: whether the base's own code may run.
-
-    Raises:
-        BaseError: it cannot be used; says why, and what to do.
+    `max_length` is data.max_length, and `trusted` says whether the base's own code may run.
     """
     model, tokenizer = skeleton(folder, trusted), load_tokenizer(folder, trusted)
     found, answering = limits_of(model), []
@@ -62,7 +56,7 @@ def examine(folder: Path, max_length: int, trusted: bool = False) -> Findings:
 
 
 def examine_once(identity: Mapping[str, Any], folder: Path, max_length: int, trusted: bool = False) -> Findings:
-    """The findings of examine, remembered by what they follow from; `identity` is the base's, as identify gives it."""
+    """The findings of examine, remembered by what they follow from; `identity` is as identify gives it."""
     key = files.digest_json([RULE, transformers.__version__, dict(identity), trusted, max_length])
     path = files.cache_dir() / "checked" / f"{key[:32]}.json"
     if path.is_file():

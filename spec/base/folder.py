@@ -21,7 +21,7 @@ _TOKENIZER = re.compile(
     r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece|tekken).*"
     r"|.*\.(model|tiktoken|jinja|bpe|spm)"
 )
-"""Names of the files that a tokenizer reads; what lies in the folder chat_templates belongs to them."""
+"""The files that a tokenizer reads; those in the folder chat_templates belong to them."""
 
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe")
 _SUBFOLDERS = "*/*"
@@ -32,7 +32,7 @@ _NOT_READ = (
 """Weights, documents and pictures: of what else lies next to a model's code, a tokenizer may read any file."""
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
-"""Weights in one file, in the order in which transformers looks for them; each may have an index in its place."""
+"""Weights in one file, as transformers looks for them; each may have an index in its place."""
 
 _REMEDIES = {
     "checkpoint-*/config.json": "is of a training run's checkpoint: give its folder",
@@ -47,7 +47,7 @@ _REMEDIES = {
     "*/*.safetensors": "holds weights in a subfolder: copy config.json and weights into one folder",
     "model.*.safetensors": "has another name than model.safetensors: rename it if it holds the weights",
 }
-"""What tells how weights were saved, and what to do with it; the first that is found is said."""
+"""What tells how weights were saved, and what to do then; the first that is found is said."""
 
 
 class BaseError(SpecError):
@@ -72,44 +72,40 @@ def refusals(folder: Path, what: str) -> Iterator[None]:
 
 
 def find_folder(name: str, patterns: Sequence[str]) -> Path:
-    """The folder that a path or a hub id names; of a hub id, files whose names match are downloaded if need be.
-
-    A BaseError says that the name is neither a folder nor on the hub.
-    """
+    """The folder that a path or a hub id names; of a hub id, the files whose names match are downloaded."""
     return _local(name) or _download(name, None, patterns)
 
 
 def resolve(name: str, revision: str | None, trust_remote_code: bool = False) -> Path:
-    """The folder of a model, as find_folder gives it, with config and weights; of a hub model, what is loaded.
+    """The folder of a model with config and weights; of a hub model, what is loaded is downloaded.
 
     With trust_remote_code the model's code and the files that its tokenizer may read are downloaded as well.
-
-    Raises:
-        BaseError: a folder without config or weights; a name that is neither a folder nor on the hub.
     """
     folder = _local(name)
     if folder is None:
         folder = _download_model(name, revision)
         if trust_remote_code:
             add_code(folder)
-    weights = weight_files(folder)
-    if not weights:
-        _refuse_adapter(folder)
-    if not (folder / "config.json").is_file():
-        raise BaseError(f"{folder}: no config.json; this is not a model folder{_remedy(folder)}")
-    if not weights:
+    weights, has_config = weight_files(folder), (folder / "config.json").is_file()
+    if weights and has_config:
+        return folder
+    if not weights and any(folder.glob("adapter_*")):
+        base = "a base that it does not name"
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         raise BaseError(
-            f"{folder}: no weights (model.safetensors or pytorch_model.bin, or the parts that their index names)"
-            + (_remedy(folder) or "; copy them next to config.json")
+            f"{folder} holds an adapter for {base}, not a whole model: merge the two with peft "
+            f"(AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(...)), "
+            "save the tokenizer next to it, and give that folder"
         )
-    return folder
-
-
-def _remedy(folder: Path) -> str:
-    """What to do with the first thing in a folder that tells how its weights were saved."""
-    found = ((path, remedy) for pattern, remedy in _REMEDIES.items() for path in sorted(folder.glob(pattern)))
-    path, remedy = next(found, (None, ""))
-    return f". {path.relative_to(folder)} {remedy}" if path else ""
+    found = [(path, what) for pattern, what in _REMEDIES.items() for path in sorted(folder.glob(pattern))]
+    remedy = "".join(f". {path.relative_to(folder)} {what}" for path, what in found[:1])
+    if not has_config:
+        raise BaseError(f"{folder}: no config.json; this is not a model folder{remedy}")
+    raise BaseError(
+        f"{folder}: no weights (model.safetensors or pytorch_model.bin, or the parts that their index names)"
+        + (remedy or "; copy them next to config.json")
+    )
 
 
 def _local(name: str) -> Path | None:
@@ -146,39 +142,22 @@ def add_code(folder: Path) -> None:
 
 
 def _download(name: str, revision: str | None, wanted: Sequence[str], *ignored: str, cache: Path | None = None) -> Path:
-    """Download a hub model's files of some names into the hub's cache, or the folder given by `cache`."""
+    """Download a hub model's files of some names into the hub's cache."""
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise BaseError(f"no folder {name!r}; give a folder or a hub id such as owner/name")
     if Path(name).parent.is_dir():
         log.warning("there is no folder %s here; looking for a model of that name on the hub", name)
     from huggingface_hub import snapshot_download  # only where a hub is used
 
-    options: dict[str, Any] = {"ignore_patterns": list(ignored)} if ignored else {}
-    if cache is not None:
-        options["cache_dir"] = cache
+    patterns: dict[str, Any] = {"allow_patterns": list(wanted), "ignore_patterns": list(ignored)}
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), **options))
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, **patterns))
     except Exception as error:
         raise BaseError(
             f"{name!r} is no local folder and could not be downloaded: there is no {Path(name).absolute()}, and from "
             f"the hub came {one_line(error)}; give the path of a folder, or the id of a model that can be reached "
             "(after `hf auth login`, where it is private or has terms to accept on its page)"
         ) from None
-
-
-def _refuse_adapter(folder: Path) -> None:
-    """An adapter is no model: what it was trained with is elsewhere."""
-    if not any(folder.glob("adapter_*")):
-        return
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError):
-        base = "a base that it does not name"
-    raise BaseError(
-        f"{folder} holds an adapter for {base}, not a whole model: merge the two with peft "
-        f"(AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(...)), save "
-        "the tokenizer next to it, and give that folder"
-    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -193,11 +172,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads: the first of _WHOLE that is there, or else what its index names.
-
-    Raises:
-        BaseError: an index that cannot be read, or names files that are not there.
-    """
+    """The files that transformers loads: the first of _WHOLE that is there, or else what its index names."""
     for whole in _WHOLE:
         if (folder / whole).is_file():
             return [folder / whole]
@@ -206,10 +181,8 @@ def weight_files(folder: Path) -> list[Path]:
             shards = _shards(index)
             missing = [path.name for path in shards if not path.is_file()]
             if missing:
-                raise BaseError(
-                    f"{folder}: {len(missing)} of {len(shards)} files that {index.name} names are missing, the first "
-                    f"is {missing[0]}; copy every weight file of the model"
-                )
+                count = f"{len(missing)} of {len(shards)} files that {index.name} names are missing"
+                raise BaseError(f"{folder}: {count}, the first is {missing[0]}; copy every weight file of the model")
             return shards
     return []
 
@@ -228,21 +201,15 @@ def identify(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """
     entries = sorted(p for p in folder.iterdir() if p.is_file())
     code = [p for p in entries if p.suffix == ".py" and trust_remote_code]
-    parts = {
-        "weights": [folder / "config.json", *weight_files(folder), *code],
-        "generation": [p for p in entries if p.name == "generation_config.json"],
-    }
-    known = {*parts["weights"], *parts["generation"]}
-    parts["tokenizer"] = [
-        *(p for p in entries if p not in known and (_TOKENIZER.fullmatch(p.name) or (code and _may_be_read(p)))),
-        *sorted(p for p in folder.glob("chat_templates/**/*") if p.is_file()),
-    ]
+    weights = [folder / "config.json", *weight_files(folder), *code]
+    generation = [p for p in entries if p.name == "generation_config.json"]
+    others = sorted({*entries} - {*weights, *generation})
+    never = (*_NOT_READ, "*.index.json", "*.py") if code else ("*",)
+    read = [p for p in others if _TOKENIZER.fullmatch(p.name) or not any(fnmatch(p.name, each) for each in never)]
+    templates = sorted(p for p in folder.glob("chat_templates/**/*") if p.is_file())
+    parts = {"weights": weights, "tokenizer": [*read, *templates], "generation": generation}
     digests = files.digest_files([path for paths in parts.values() for path in paths])
     return {
-        part: files.digest_json({p.relative_to(folder).as_posix(): digests[str(p)] for p in parts[part]})
-        for part in ("weights", "tokenizer", "generation")
+        part: files.digest_json({p.relative_to(folder).as_posix(): digests[str(p)] for p in paths})
+        for part, paths in parts.items()
     }
-
-
-def _may_be_read(path: Path) -> bool:
-    return not any(fnmatch(path.name, pattern) for pattern in (*_NOT_READ, "*.index.json", "*.py"))

@@ -9,12 +9,9 @@ from torch import Tensor
 from spec.base.taps import layers_of
 from spec.heads import Layer
 
-_LLAMA = {
-    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
-    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-}
+_PROJECTIONS = (*(f"self_attn.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+_NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+_LLAMA = {*(f"{name}_proj.weight" for name in _PROJECTIONS), *_NORMS}
 _BIASES = {f"self_attn.{name}_proj.bias" for name in "qkvo"}
 _QUERY_NORMS = {f"self_attn.{name}_norm.weight" for name in "qk"}
 

@@ -11,7 +11,7 @@ from spec.base.check import skeleton
 from spec.kv_cache import make_cache
 
 _BIAS_OF_FIXED_LENGTH = ("mpt",)
-"""Architectures that build their attention's bias for so many positions, without a table in the model."""
+"""Architectures that build their attention's bias for a fixed number of positions, without a table in the model."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Limits:
 
 
 def limits(folder: Path, trust_remote_code: bool = False) -> Limits:
-    """The limits of the model in a folder, without its weights; a BaseError says that its config makes no model."""
+    """The limits of the model in a folder, without its weights."""
     return limits_of(skeleton(folder, trust_remote_code))
 
 
@@ -65,13 +65,8 @@ def limits_of(model: Any) -> Limits:
 
 
 def _has_table(model: Any, positions: int) -> bool:
-    """Whether something in the model has a row for each position and no more: learned positions, or stored waves.
-
-    A few tables have rows to spare (OPT's first two), which no position reaches.
-    """
-    tables = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    tables += [(name, buffer) for name, buffer in model.named_buffers() if buffer.ndim == 2]
-    return any(
-        positions <= table.shape[0] <= positions + 8 and re.fullmatch(r"(?!.*vision).*(\bwpe|pos[^.]*)", name)
-        for name, table in tables
-    )
+    """Whether something in the model has a row for each position, or a few more (OPT): learned or stored positions."""
+    rows = [(name, each.num_embeddings) for name, each in model.named_modules() if isinstance(each, nn.Embedding)]
+    rows += [(name, buffer.shape[0]) for name, buffer in model.named_buffers() if buffer.ndim == 2]
+    named = re.compile(r"(?!.*vision).*(\bwpe|pos[^.]*)")
+    return any(positions <= count <= positions + 8 and named.fullmatch(name) for name, count in rows)

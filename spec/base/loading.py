@@ -1,5 +1,6 @@
 """A base that is ready to run, and the tokens that end its answers."""
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,7 @@ class Base:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return _all_stops(self.model.generation_config, self.tokenizer)
+        return frozenset().union(*_stops(self.model.generation_config, self.tokenizer))
 
     @cached_property
     def limits(self) -> Limits:
@@ -80,13 +81,7 @@ def load(
 ) -> Base:
     """Load a base for inference, on `device` (default: choose_device()) and in `dtype` (default: that of params).
 
-    Args:
-        params: dtype and trust_remote_code are read.
-        folder: as resolve gives it.
-        digest: as identify gives it under "weights".
-
-    Raises:
-        BaseError: a model that does not load; says why, and what to do.
+    `folder` is as resolve gives it, and `digest` as identify does under "weights".
     """
     device = device or choose_device()
     dtype = dtype or params.dtype
@@ -132,8 +127,7 @@ def _load_model(folder: Path, trust_remote_code: bool, device: torch.device, dty
 
 @torch.inference_mode()
 def _check_states(folder: Path, base: Base) -> None:
-    """lm_head must read exactly what hidden_states returns, and no token what comes after it: else every head would
-    learn from the wrong vectors."""
+    """Check that lm_head reads exactly what hidden_states returns, and no token what comes after it."""
     read: list[torch.Tensor] = []
     hook = base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=base.device) % base.vocab_size
@@ -148,10 +142,8 @@ def _check_states(folder: Path, base: Base) -> None:
             f"large for {str(base.model.dtype).removeprefix('torch.')} (set model.dtype to bfloat16 or float32)"
         )
     if not read or not torch.equal(read[0], states):
-        raise BaseError(
-            f"{folder}: lm_head of {name} does not read the model's last hidden state, so these heads cannot be "
-            "trained for it"
-        )
+        what = f"lm_head of {name} does not read the model's last hidden state"
+        raise BaseError(f"{folder}: {what}, so these heads cannot be trained for it")
     one, other = states[:, :3].float()
     if (one - other).abs().max() > 0.1 * one.abs().max():  # rounding is far less
         raise BaseError(f"{folder}: {name} lets tokens see those that come after them; use another base")
@@ -169,42 +161,33 @@ def producer(device: torch.device, computed: torch.dtype) -> dict[str, str]:
 
 def stop_ids(folder: Path, trust_remote_code: bool = False) -> frozenset[int]:
     """Base.stop_ids of the model in a folder, without its weights."""
-    return _all_stops(_generation(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code))
+    return frozenset().union(*_stops(*_without_weights(folder, trust_remote_code)))
 
 
 def unstopped_turn(folder: Path, trust_remote_code: bool = False) -> int | None:
     """The token that closes a turn of the chat template where the base does not name it as one that ends an answer."""
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    end = _end_of_turn(tokenizer)
-    return None if end in _named_stops(_generation(folder, trust_remote_code), tokenizer) else end
+    named, turn = _stops(*_without_weights(folder, trust_remote_code))
+    return next(iter(turn - named), None)
 
 
-def _generation(folder: Path, trust_remote_code: bool) -> Any:
+def _without_weights(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The generation config and the tokenizer."""
     with refusals(folder, "its generation_config.json cannot be read"):
         if (folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(folder)
-        return GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+            generation = GenerationConfig.from_pretrained(folder)
+        else:
+            generation = GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+    return generation, load_tokenizer(folder, trust_remote_code)
 
 
-def _all_stops(generation: Any, tokenizer: Any) -> frozenset[int]:
-    end = _end_of_turn(tokenizer)
-    return _named_stops(generation, tokenizer) | ({end} if end is not None else set())
-
-
-def _named_stops(generation: Any, tokenizer: Any) -> frozenset[int]:
-    found: set[int] = set()
+def _stops(generation: Any, tokenizer: Any) -> tuple[set[int], set[int]]:
+    """The tokens that the base names as ends of an answer, and the one that closes a turn of the chat template."""
+    named: set[int] = set()
     for value in (generation.eos_token_id, tokenizer.eos_token_id):
-        found.update(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
-    return frozenset(found)
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The id of the token that closes an assistant's turn; None where there is no template or none that says so."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        token = ChatTemplate(tokenizer).end_of_turn
-    except Exception:  # a template is a program; what it refuses is said where data are read
-        return None
-    found = None if token is None else tokenizer.convert_tokens_to_ids(token)
-    return None if found is None or found == tokenizer.unk_token_id else int(found)
+        named.update(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
+    token = None
+    if getattr(tokenizer, "chat_template", None):
+        with contextlib.suppress(Exception):  # a template is a program; what it refuses is said where data are read
+            token = ChatTemplate(tokenizer).end_of_turn
+    turn = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return named, set() if turn is None or turn == tokenizer.unk_token_id else {int(turn)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,7 @@ class Tapped:
 
     def __init__(self, model: Any, taps: Sequence[Tap]) -> None:
         self._kept = _Kept()
-        self._reading: list[tuple[nn.Module, Tap]] = [
-            (_decoder(model) if tap.layer is None else _layer(model, tap.layer), tap) for tap in taps
-        ]
+        self._modules = {tap: _decoder(model) if tap.layer is None else _layer(model, tap.layer) for tap in taps}
         self._hooks: list[Any] = []
 
     @property
@@ -42,35 +41,30 @@ class Tapped:
         return self._kept.states
 
     def __enter__(self) -> Tapped:
-        for module, tap in self._reading:
+        for tap, module in self._modules.items():
             if tap.layer is None:
-                self._hooks.append(module.register_forward_hook(self._keep_output(tap)))
+                hook = module.register_forward_hook(partial(self._keep_output, tap))
             else:
-                self._hooks.append(module.register_forward_pre_hook(self._keep_input(tap), with_kwargs=True))
+                hook = module.register_forward_pre_hook(partial(self._keep_input, tap), with_kwargs=True)
+            self._hooks.append(hook)
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _keep_output(self, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.states[tap] = output.last_hidden_state
+    def _keep_output(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> None:
+        self.states[tap] = output.last_hidden_state
 
-        return keep
-
-    def _keep_input(self, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            vectors = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(vectors, Tensor) or vectors.ndim != 3:
-                found = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-                raise BaseError(
-                    f"layer {tap.layer} ({type(module).__name__}) reads {found}, expected one vector for each token "
-                    "[B, S, width]: heads that read layers cannot be trained for this base"
-                )
-            self.states[tap] = vectors
-
-        return keep
+    def _keep_input(self, tap: Tap, module: nn.Module, args: Any, kwargs: Any) -> None:
+        vectors = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(vectors, Tensor) or vectors.ndim != 3:
+            found = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise BaseError(
+                f"layer {tap.layer} ({type(module).__name__}) reads {found}, expected one vector for each token "
+                "[B, S, width]: heads that read layers cannot be trained for this base"
+            )
+        self.states[tap] = vectors
 
 
 def read_taps(model: Any, ids: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
@@ -78,9 +72,6 @@ def read_taps(model: Any, ids: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]
 
     Every layer is causal, so that padding on the right changes no vector of a real token. Padding beyond the last
     position that the model has is not read: its vectors are NaN.
-
-    Raises:
-        BaseError: the base has no such layer, or none that can be found.
     """
     length = ids.shape[1]
     made_for = positions_of(model.config) or length
@@ -109,12 +100,8 @@ def layers_of(model: Any) -> nn.ModuleList | None:
     """The decoder layers of a causal language model, where they are a list."""
     decoder: Any = _decoder(model)
     count = decoder.config.get_text_config().num_hidden_layers
-    lists = [
-        (path.count("."), module)
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    return min(lists, key=lambda found: found[0])[1] if lists else None  # experts lie deeper
+    lists = {path: m for path, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    return lists[min(lists, key=lambda path: path.count("."))] if lists else None  # experts lie deeper
 
 
 def _layer(model: Any, number: int) -> nn.Module:

@@ -10,7 +10,7 @@ from spec.base.folder import BaseError, add_code, refusals
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder; a BaseError says that there is none, or why it does not load."""
+    """The tokenizer of a model folder."""
     if trust_remote_code:
         add_code(folder)
     models, what = [*folder.glob("*.model"), *folder.glob("*.spm")], "no tokenizer could be loaded"
