@@ -42,7 +42,7 @@ def main() -> None:
 
     split = files.read_json(common.CACHE_RESULTS / common.DETAILS)["train"]
     stored = split["bytes_per_position"] * split["positions"]
-    formula = costs.stored_bytes(job, config.model.dtype, config.features.codec)
+    formula = costs.stored_bytes(job, config.model.dtype, config.features.codec, config.features.layer_codec)
     rows = [["disk: the train split", common.size(formula), common.size(stored), f"{stored / formula:.3f}"]]
 
     width = 256

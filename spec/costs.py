@@ -12,7 +12,7 @@ import torch
 from spec import heads
 from spec.config import Config
 from spec.device import synchronize
-from spec.heads import OnBase
+from spec.heads import LAST, Layer, OnBase
 from spec.store.codecs import CODECS
 
 SIZE = {"none": 1.0, "zstd": 0.69, "fp8": 0.85}
@@ -20,6 +20,9 @@ SIZE = {"none": 1.0, "zstd": 0.69, "fp8": 0.85}
 
 BYTES_A_TOKEN = 5
 """Its id and its mask."""
+
+LAYERS = 32
+"""Of a base that is planned for; which layers a head reads does not change what they cost."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Job:
     # Weights that are multiplied to make the base's logits after a position (optim.loss=kl): its lm_head, once for
     # heads that share their output matrix, else once a head; never with ce.
     teacher_operations: float = 0
+    layer_vectors: float = 0  # stored vectors of the base's layers
 
 
 def make_job(
@@ -53,8 +57,9 @@ def make_job(
 ) -> Job:
     """What the parameters make of a base and its data; a SpecError says that this base cannot have such heads."""
     params = config.model.speculator
-    base = OnBase(hidden_size=hidden, vocab_size=vocab, base_model_name_or_path="", base_digest="")
-    shape = heads.on_base(params, base)
+    base = OnBase(hidden_size=hidden, vocab_size=vocab, layers=LAYERS, base_model_name_or_path="", base_digest="")
+    shape = heads.on_base(params, base, Layer.at(hidden))
+    others = [tap for tap in shape.taps(LAYERS) if tap != LAST]
     teachers = params.output_matrices if config.optim.loss == "kl" else 0
     return Job(
         base_params=base_params,
@@ -65,6 +70,7 @@ def make_job(
         rows=config.respond.batch_size,
         head_operations=heads.method(params.method).operations(shape),
         teacher_operations=teachers * shape.head_rows * hidden,
+        layer_vectors=sum(tokens if tap.positions == "all" else positions for tap in others),
     )
 
 
@@ -76,10 +82,12 @@ def passed_params(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if tied or p is not embedding)
 
 
-def stored_bytes(job: Job, dtype: str, codec: str) -> float:
-    """Bytes on the disk: positions x bytes a position x what compression leaves, and ids and masks."""
-    each = CODECS[codec].position_bytes(job.hidden_size, dtype)
-    return job.positions * each * SIZE[codec] + job.tokens * BYTES_A_TOKEN
+def stored_bytes(job: Job, dtype: str, codec: str, layer_codec: str) -> float:
+    """Bytes on the disk: vectors x bytes of each x what compression leaves, and ids and masks."""
+    found = job.tokens * BYTES_A_TOKEN
+    for vectors, name in ((job.positions, codec), (job.layer_vectors, layer_codec)):
+        found += vectors * CODECS[name].position_bytes(job.hidden_size, dtype) * SIZE[name]
+    return found
 
 
 def prefill_seconds(job: Job, machine: Machine) -> float:

@@ -17,7 +17,6 @@ from spec.costs import Job, Machine
 from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
 from spec.store import answers, features, identity
-from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
 from spec.store.segment import StoreError
@@ -67,7 +66,9 @@ def plan(
         _print_formulas(config, job, job, machine)
     elif embedded.is_embedded(config.model.partial_pretrain) and not common.SOURCES.is_file():
         job = embedded.job(config)
-        needed = common.size(costs.stored_bytes(job, config.model.dtype, config.features.codec))
+        needed = common.size(
+            costs.stored_bytes(job, config.model.dtype, config.features.codec, config.features.layer_codec)
+        )
         common.say(f"plan: {embedded.DOWNLOAD}; the states will take about {needed} in {common.store_root(config)}")
         _print_formulas(config, job, job, machine)
     else:
@@ -139,16 +140,20 @@ def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[Toke
     return prompts, responses or tokens
 
 
+def _stored_bytes(job: Job, config: Config, codec: str) -> float:
+    return costs.stored_bytes(job, config.model.dtype, codec, config.features.layer_codec)
+
+
 def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
     """What all states take by codec, and whether those that are missing will fit."""
-    root, dtype = common.store_root(config), config.model.dtype
-    for codec, share in costs.SIZE.items():
+    root = common.store_root(config)
+    for codec in costs.SIZE:
         chosen = " <- features.codec" if codec == config.features.codec else ""
-        each = share * CODECS[codec].position_bytes(whole.hidden_size, dtype)
-        size = common.size(costs.stored_bytes(whole, dtype, codec))
-        common.say(f"plan: states as {codec}: about {size}, {each:,.0f} bytes a position{chosen}")
+        size = _stored_bytes(whole, config, codec)
+        each = size / max(whole.positions, 1)
+        common.say(f"plan: states as {codec}: about {common.size(size)}, {each:,.0f} bytes a position{chosen}")
     free = files.free_bytes(root)
-    needed = costs.stored_bytes(missing, dtype, config.features.codec)
+    needed = _stored_bytes(missing, config, config.features.codec)
     enough = "" if needed < free else " - TOO LITTLE"
     common.say(f"plan: to be written: about {common.size(needed)}; free in {root}: {common.size(free)}{enough}")
 

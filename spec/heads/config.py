@@ -64,6 +64,12 @@ class Layer(Section):
     rope_theta: float = 10000.0
     positions: Positive = 2048  # that the base was made for
 
+    @classmethod
+    def at(cls, width: int) -> Layer:
+        """A layer as Llama's first models had it."""
+        heads = max(width // 64, 1)
+        return cls(heads=heads, kv_heads=heads, head_dim=max(width // heads, 1), intermediate_size=4 * width)
+
 
 class OnBase(Section):
     """What is known of the base that a speculator belongs to."""

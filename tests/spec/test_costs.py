@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spec import costs
+from spec.config import from_mapping
 from spec.costs import Job, Machine
 
 JOB = Job(
@@ -64,8 +65,14 @@ def test_devices_share_the_work() -> None:
 
 
 def test_what_the_store_takes() -> None:
-    assert costs.stored_bytes(JOB, "bfloat16", "none") == pytest.approx(6e8 * 2 * 4096 + 5e9)
-    assert costs.stored_bytes(JOB, "float32", "none") == pytest.approx(6e8 * 4 * 4096 + 5e9)
+    assert costs.stored_bytes(JOB, "bfloat16", "none", "zstd") == pytest.approx(6e8 * 2 * 4096 + 5e9)
+    assert costs.stored_bytes(JOB, "float32", "none", "zstd") == pytest.approx(6e8 * 4 * 4096 + 5e9)
+    eagle = from_mapping({"model": {"speculator": {"method": "eagle3"}}})
+    job = costs.make_job(eagle, 1e8, 576, 49152, 1000, 600, 0)
+    assert job.layer_vectors == 3 * 1000
+    exact = costs.stored_bytes(job, "bfloat16", "none", "none")
+    assert exact == 600 * 2 * 576 + 3 * 1000 * 2 * 576 + 5 * 1000
+    assert costs.stored_bytes(job, "bfloat16", "none", "fp8") < exact
 
 
 def test_rates_of_this_machine() -> None:
