@@ -63,7 +63,7 @@ class SequenceReader(Protocol):
 class _Segment:
     """A decoded segment."""
 
-    arrays: Arrays
+    arrays: Arrays  # but for the encoded vectors
     vectors: Tensor
 
     @property
@@ -207,11 +207,9 @@ class FeatureReader:
         for segment, row in zip(last.segment, last.row, strict=True):
             rows[segment].append(row)
         for name, used in zip(last.segments, rows, strict=True):
-            arrays, _ = self._read((0, name), ("ids", "mask", "token_offsets"))
-            for row in used:
-                tokens = slice(*arrays["token_offsets"][row : row + 2])
-                wanted = (arrays["mask"][tokens] != 0) | prompts
-                counts += np.bincount(arrays["ids"][tokens][wanted], minlength=len(counts))
+            read = _Segment(self._read((0, name), ("ids", "mask", "token_offsets"))[0], torch.empty(0))
+            for ids, mask in map(read.tokens, used):
+                counts += np.bincount(ids[(mask != 0) | prompts], minlength=len(counts))
         return counts
 
     def _keys(self, index: int) -> list[Key]:
@@ -234,7 +232,8 @@ class FeatureReader:
 
     def _decode(self, key: Key) -> _Segment:
         arrays, attributes = self._read(key)
-        return _Segment(arrays, CODECS[attributes["codec"]].decode(arrays, self.dtype))
+        vectors = CODECS[attributes["codec"]].decode(arrays, self.dtype)
+        return _Segment({name: arrays[name] for name in ("ids", "mask", "token_offsets", "state_offsets")}, vectors)
 
     def _read(self, key: Key, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
         self._check(key)
