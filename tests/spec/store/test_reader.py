@@ -232,9 +232,6 @@ def test_token_counts_are_those_of_the_supervised_tokens(tmp_path: Path, reads: 
     assert reader.token_counts(prompts=True).tolist() == everything.tolist()
 
 
-# Several taps ---------------------------------------------------------------------------------------------------------
-
-
 TAPS = (LAST, Tap(0, "all"), Tap(1))
 
 
@@ -260,17 +257,6 @@ def test_taps_are_joined_sequence_by_sequence(tapped: Wide, parts: list[list[int
         states = {LAST: wanted.states[LAST], TAPS[1]: whole + 1, TAPS[2]: wanted.states[LAST] + 2}
         assert_equal(found, replace(wanted, states=states))
         assert_equal(found, reader.packed(part))
-
-
-def test_the_order_is_that_of_the_last_states_alone(tapped: Wide) -> None:
-    _, manifest, root = tapped
-    reader, alone = (FeatureReader(split, root) for split in (manifest, replace(manifest, taps=manifest.taps[:1])))
-    assert reader.order(1, 2) == alone.order(1, 2)
-    assert reader.share(range(20), 1, 3) == alone.share(range(20), 1, 3)
-    assert [index for index, _ in reader.sequences(range(30))] == [index for index, _ in alone.sequences(range(30))]
-
-
-# Damage ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_segment_is_named(tmp_path: Path) -> None:
