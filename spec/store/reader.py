@@ -83,12 +83,8 @@ class FeatureReader:
     """Reads the sequences of one split from the store, with the vectors of every tap that its manifest lists.
 
     Every chunk's checksum is checked at every read. Segments of different taps may hold different sequences. Decoded
-    segments stay in memory as far as there is room, so that a split that fits is decoded once.
-
-    Args:
-        manifest: the split.
-        store: the store's root.
-        memory: bytes that decoded segments may keep beyond those in use; None: MEMORY_SHARE of what is free.
+    segments stay in memory as far as there is room, so that a split that fits is decoded once: `memory` bytes beyond
+    those in use, or MEMORY_SHARE of what is free.
     """
 
     def __init__(self, manifest: Manifest, store: Path, memory: int | None = None) -> None:
