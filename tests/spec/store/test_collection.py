@@ -399,9 +399,7 @@ def test_the_writer_holds_at_most_two_segments(tmp_path: Path, monkeypatch: pyte
     producer = threading.Thread(target=produce)
     producer.start()
     time.sleep(0.2)
-    assert accepted == [0, 1]
-    assert started == [("0",)]
+    assert (accepted, started) == ([0, 1], [("0",)])
     go.set()
     producer.join(10)
-    assert accepted == [0, 1, 2, 3]
-    assert started == [("0",), ("1",), ("2",), ("3",)]
+    assert (accepted, started) == ([0, 1, 2, 3], [("0",), ("1",), ("2",), ("3",)])
