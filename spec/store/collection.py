@@ -28,17 +28,11 @@ NAME = re.compile("[a-z]+-[0-9a-f]{16}")  # of a collection's folder
 
 @dataclass(frozen=True)
 class Collection:
-    """Segments that share one identity; nothing computed under another identity is ever found here.
+    """Segments that share one identity; nothing computed under another identity is ever found here."""
 
-    Attributes:
-        root: the store.
-        kind: "states" of one tap, the base's "tables", or "answers".
-        identity: everything that the content depends on besides the row itself.
-    """
-
-    root: Path
-    kind: str
-    identity: Mapping[str, Any]
+    root: Path  # the store
+    kind: str  # "states" of one tap, the base's "tables", or "answers"
+    identity: Mapping[str, Any]  # everything that the content depends on besides the row itself
     _records: dict[str, Record] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

@@ -139,14 +139,9 @@ class Manifest:
 def make_manifest(
     collections: Sequence[Collection], keys: Sequence[str], rows: Sequence[TokenSequence], *, greedy: bool, **base: Any
 ) -> Manifest:
-    """The manifest of sequences of which every collection holds the vectors.
+    """The manifest of sequences (with their keys) of which every collection holds the vectors, LAST first.
 
-    Args:
-        collections: one a tap, that of LAST first.
-        keys: content key of each sequence, in the order of the data.
-        rows: the sequences.
-        greedy: whether the base wrote the last answers greedily.
-        base: Manifest's base, dtype, hidden_size, vocab_size, layers and layer.
+    `greedy` says whether the base wrote the last answers greedily; `base` are the fields of Manifest down to `layer`.
     """
     domains = sorted({row.domain for row in rows})
     found = [_places(collection, keys) for collection in collections]

@@ -63,7 +63,7 @@ class SequenceReader(Protocol):
 class _Segment:
     """A decoded segment."""
 
-    arrays: Arrays
+    arrays: Arrays  # but for the encoded vectors
     vectors: Tensor
 
     @property
@@ -83,12 +83,8 @@ class FeatureReader:
     """Reads the sequences of one split from the store, with the vectors of every tap that its manifest lists.
 
     Every chunk's checksum is checked at every read. Segments of different taps may hold different sequences. Decoded
-    segments stay in memory as far as there is room, so that a split that fits is decoded once.
-
-    Args:
-        manifest: the split.
-        store: the store's root.
-        memory: bytes that decoded segments may keep beyond those in use; None: MEMORY_SHARE of what is free.
+    segments stay in memory as far as there is room, so that a split that fits is decoded once: `memory` bytes beyond
+    those in use, or MEMORY_SHARE of what is free.
     """
 
     def __init__(self, manifest: Manifest, store: Path, memory: int | None = None) -> None:
@@ -207,11 +203,9 @@ class FeatureReader:
         for segment, row in zip(last.segment, last.row, strict=True):
             rows[segment].append(row)
         for name, used in zip(last.segments, rows, strict=True):
-            arrays, _ = self._read((0, name), ("ids", "mask", "token_offsets"))
-            for row in used:
-                tokens = slice(*arrays["token_offsets"][row : row + 2])
-                wanted = (arrays["mask"][tokens] != 0) | prompts
-                counts += np.bincount(arrays["ids"][tokens][wanted], minlength=len(counts))
+            read = _Segment(self._read((0, name), ("ids", "mask", "token_offsets"))[0], torch.empty(0))
+            for ids, mask in map(read.tokens, used):
+                counts += np.bincount(ids[(mask != 0) | prompts], minlength=len(counts))
         return counts
 
     def _keys(self, index: int) -> list[Key]:
@@ -234,7 +228,8 @@ class FeatureReader:
 
     def _decode(self, key: Key) -> _Segment:
         arrays, attributes = self._read(key)
-        return _Segment(arrays, CODECS[attributes["codec"]].decode(arrays, self.dtype))
+        vectors = CODECS[attributes["codec"]].decode(arrays, self.dtype)
+        return _Segment({name: arrays[name] for name in ("ids", "mask", "token_offsets", "state_offsets")}, vectors)
 
     def _read(self, key: Key, only: Sequence[str] | None = None) -> tuple[Arrays, dict[str, Any]]:
         self._check(key)

@@ -52,19 +52,12 @@ class DamagedError(StoreError):
 
 @dataclass(frozen=True)
 class Record:
-    """What a segment holds.
+    """What a segment holds."""
 
-    Attributes:
-        name: the segment's folder.
-        items: the content key of each row, in order.
-        digests: SHA-256 of each row, as digest_row gives it.
-        files: of each file its size, and its SHA-256 where it carries no checksum of its own (zarr.json).
-    """
-
-    name: str
-    items: tuple[str, ...]
-    digests: tuple[str, ...]
-    files: Mapping[str, tuple[int, str | None]]
+    name: str  # of its folder
+    items: tuple[str, ...]  # the content key of each row, in order
+    digests: tuple[str, ...]  # of each row, by digest_row
+    files: Mapping[str, tuple[int, str | None]]  # of each its size, and for zarr.json, which has no checksum, SHA-256
 
     @property
     def size(self) -> int:
@@ -119,15 +112,8 @@ def write(
     """Write the segment `folder/name`, which appears when all of it is on the disk.
 
     The caller holds the lock of this name (Collection.claim). The rest of a segment that lost its record is replaced.
-
-    Args:
-        folder: where segments lie.
-        name: the segment's name.
-        items: the content key of each row.
-        rows: at least one; all of the same arrays, whose first axes are cut into chunks.
-        attributes: what a reader must know (the real dtype and the like), kept in zarr.json. Its "offsets" name the
-            offsets of each array; arrays of equal lengths may share them.
-        codec: of the bytes; every chunk carries a crc32c.
+    `items` are the keys of the rows, of which there is at least one. `attributes`, what a reader must know, are kept in
+    zarr.json; their "offsets" name the offsets of each array, which arrays of equal lengths may share.
     """
     with files.whole(folder / name, folder=True) as temporary:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="segment-encoder") as pool:
@@ -183,11 +169,8 @@ def read(folder: Path, name: str, only: Sequence[str] | None = None) -> tuple[Ar
 def rows_of(arrays: Arrays, attributes: Mapping[str, Any]) -> list[Row]:
     """The rows of a segment that read returned, as views."""
     offsets: Mapping[str, str] = attributes["offsets"]
-    count = len(arrays[next(iter(offsets.values()))]) - 1
-    return [
-        {key: arrays[key][slice(*arrays[bounds][row : row + 2])] for key, bounds in offsets.items()}
-        for row in range(count)
-    ]
+    columns = {key: np.split(arrays[key], arrays[bounds][1:-1]) for key, bounds in offsets.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def check_rows(folder: Path, record: Record, arrays: Arrays, attributes: Mapping[str, Any]) -> None:

@@ -186,10 +186,8 @@ def forget(root: Path, tokenizer: str, rows: Mapping[bytes, Start | None]) -> Re
     are, with their states. Manifests that name the old segment are then refused, and the cache stage writes new ones
     without the base.
 
-    Args:
-        root: the store.
-        tokenizer: digest of the one that made the starts; they say nothing of collections of other tokenizers.
-        rows: by digest of the source row, how it begins as it is tokenized now; None where it cannot be tokenized.
+    `rows` says by the digest of a source row how it begins as this tokenizer (its digest) renders it now, or None where
+    it cannot; that says nothing of collections of other tokenizers.
     """
     removal = Removal()
     found: set[bytes] = set()

@@ -104,9 +104,6 @@ def test_later_segments_are_seen_and_earlier_records_not_read_again(
     assert read == [record.name]
 
 
-# The identity that is written down -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("content", [b"", b"\xff", json.dumps({"format": 3, **IDENTITY}).encode()])
 def test_an_identity_that_nobody_wrote_is_damage(tmp_path: Path, content: bytes) -> None:
     """The last one has equal values in another spelling."""
@@ -144,9 +141,6 @@ def test_a_collection_opens_from_its_folder_and_from_no_other(tmp_path: Path) ->
         Collection.open(made.folder)
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
-
-
 def test_a_survey_names_what_is_damaged(tmp_path: Path) -> None:
     made = collection(tmp_path)
     records = [commit(made, [item]) for item in "abcde"]
@@ -177,9 +171,6 @@ def test_a_segment_set_aside_is_computed_again(tmp_path: Path) -> None:
     assert made.verify(record.name) == record
     made.set_aside(record.name)  # again, over the one from before
     assert not made.holds(["a", "b"])
-
-
-# Claims --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_claim_is_held_by_one_until_the_segment_is_there(tmp_path: Path) -> None:
@@ -219,9 +210,6 @@ def test_cleaning_takes_what_the_dead_left_and_nothing_of_the_living(tmp_path: P
     made.create()
     assert {path.name for path in made.folder.iterdir()} == always
     assert made.verify(record.name) == record
-
-
-# Sharing the work out ------------------------------------------------------------------------------------------------
 
 
 GROUPS = [[f"{number}", f"{number}+"] for number in range(13)]
@@ -314,9 +302,6 @@ def test_a_group_comes_with_claims_to_those_of_its_segments_that_are_missing(tmp
     worker.join(10)
     assert found == [[ordered[0], ordered[2]]]
     assert all(made.holds(["a", "b"]) for made in stores)
-
-
-# The writer ----------------------------------------------------------------------------------------------------------
 
 
 def write(writer: Writer, claimed: Claim, rows: Iterable[Row]) -> None:
@@ -414,9 +399,7 @@ def test_the_writer_holds_at_most_two_segments(tmp_path: Path, monkeypatch: pyte
     producer = threading.Thread(target=produce)
     producer.start()
     time.sleep(0.2)
-    assert accepted == [0, 1]
-    assert started == [("0",)]
+    assert (accepted, started) == ([0, 1], [("0",)])
     go.set()
     producer.join(10)
-    assert accepted == [0, 1, 2, 3]
-    assert started == [("0",), ("1",), ("2",), ("3",)]
+    assert (accepted, started) == ([0, 1, 2, 3], [("0",), ("1",), ("2",), ("3",)])

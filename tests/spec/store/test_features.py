@@ -241,8 +241,6 @@ def test_states_that_are_no_numbers_are_never_stored(base_folder: Path, tmp_path
     assert set(produce(broken, tmp_path, [good], codec=codec).find()) == {key_of(good)}
 
 
-# Several taps --------------------------------------------------------------------------------------------------------
-
 TAPS = (LAST, Tap(0, "all"), Tap(1))
 
 

@@ -97,14 +97,10 @@ def test_the_order_mixes_the_segments_of_a_window_and_no_more(wide: Wide) -> Non
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each segment is read."""
-    count: Counter[str] = Counter()
-    real = Collection.read
-
-    def read(self: Collection, name: str, only: Sequence[str] | None = None) -> object:
-        count[name] += 1
-        return real(self, name, only)
-
-    monkeypatch.setattr(Collection, "read", read)
+    count, real = Counter[str](), Collection.read
+    monkeypatch.setattr(
+        Collection, "read", lambda self, name, only=None: count.update([name]) or real(self, name, only)
+    )
     return count
 
 
@@ -125,21 +121,12 @@ def test_each_segment_is_read_once_and_few_are_held(wide: Wide, reads: Counter[s
     assert max(held) <= reader_module.WINDOW + reader_module.AHEAD + (size or 1) + 1 < len(manifest.last.segments)
 
 
-def test_with_room_a_segment_is_decoded_once_for_good(wide: Wide, reads: Counter[str]) -> None:
-    _, manifest, root = wide
-    reader = FeatureReader(manifest, root, memory=10**9)
-    for epoch in range(2):
-        list(reader.batches(parts_of(reader.order(0, epoch), 7)))
-    list(reader.sequences(range(len(reader))))
-    for index in range(len(reader)):
-        reader.packed([index])
-    assert reads == dict.fromkeys(manifest.last.segments, 1)
-
-
 def test_as_much_is_kept_as_there_is_room_for(wide: Wide, reads: Counter[str]) -> None:
     _, manifest, root = wide
     every = FeatureReader(manifest, root, memory=10**9)
-    list(every.sequences(range(len(every))))
+    for epoch in range(2):
+        list(every.batches(parts_of(every.order(0, epoch), 7)))
+    assert reads == dict.fromkeys(manifest.last.segments, 1)
     sizes = {name: future.result().bytes for name, future in every._segments.items()}
     room = sum(sizes.values()) // 2
     reader = FeatureReader(manifest, root, memory=room)
@@ -232,9 +219,6 @@ def test_token_counts_are_those_of_the_supervised_tokens(tmp_path: Path, reads: 
     assert reader.token_counts(prompts=True).tolist() == everything.tolist()
 
 
-# Several taps ---------------------------------------------------------------------------------------------------------
-
-
 TAPS = (LAST, Tap(0, "all"), Tap(1))
 
 
@@ -260,17 +244,6 @@ def test_taps_are_joined_sequence_by_sequence(tapped: Wide, parts: list[list[int
         states = {LAST: wanted.states[LAST], TAPS[1]: whole + 1, TAPS[2]: wanted.states[LAST] + 2}
         assert_equal(found, replace(wanted, states=states))
         assert_equal(found, reader.packed(part))
-
-
-def test_the_order_is_that_of_the_last_states_alone(tapped: Wide) -> None:
-    _, manifest, root = tapped
-    reader, alone = (FeatureReader(split, root) for split in (manifest, replace(manifest, taps=manifest.taps[:1])))
-    assert reader.order(1, 2) == alone.order(1, 2)
-    assert reader.share(range(20), 1, 3) == alone.share(range(20), 1, 3)
-    assert [index for index, _ in reader.sequences(range(30))] == [index for index, _ in alone.sequences(range(30))]
-
-
-# Damage ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_segment_is_named(tmp_path: Path) -> None:

@@ -153,9 +153,6 @@ def test_the_digest_of_a_row_holds_names_dtypes_shapes_and_values() -> None:
     assert segment.digest_row({"a": columns}) == segment.digest_row({"a": columns.copy(order="C")})
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=["none", "zstd"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
     """A collection of one segment, to be damaged and written again."""
@@ -288,9 +285,6 @@ def test_rows_that_are_not_those_of_the_record_are_named(tmp_path: Path) -> None
         segment.check_rows(tmp_path, record, {**arrays, "ids": ids}, attributes)
     with pytest.raises(DamagedError, match=NAME):
         segment.check_rows(tmp_path, record, arrays, {**attributes, "offsets": {"lost": "lost_offsets"}})
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
 
 
 def full(*_: object) -> None:

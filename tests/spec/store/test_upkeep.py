@@ -90,9 +90,6 @@ def save_answers(root: Path, prompts: Sequence[Any], tokenizer: str = "t", group
     return collection
 
 
-# Roots ----------------------------------------------------------------------------------------------------------------
-
-
 def test_a_file_is_remembered_by_path_and_content(tmp_path: Path) -> None:
     """So branches that write to one path keep a root each."""
     path, other = tmp_path / "train.json", tmp_path / "elsewhere.json"
@@ -113,9 +110,6 @@ def test_a_file_is_remembered_by_path_and_content(tmp_path: Path) -> None:
         aged(root)
     assert upkeep.touch_root(tmp_path, path)
     assert sum(time.time() - root.stat().st_mtime < AGE for root in roots) == 1
-
-
-# Garbage --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -264,9 +258,6 @@ def test_a_store_that_is_not_there_is_empty(root: Path) -> None:
     assert upkeep.gc(root, 0) == upkeep.forget(root, "t", given_rows([])) == Removal()
 
 
-# What is in it, and whether it is whole -------------------------------------------------------------------------------
-
-
 def test_summaries_say_what_a_store_holds(root: Path) -> None:
     manifest = store_features(root, chain(12, 24))
     asked = save_answers(root, [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12], [13]])
@@ -333,9 +324,6 @@ def test_a_collection_that_cannot_be_read_is_named_and_stops_forgetting(root: Pa
         upkeep.forget(root, "t", given_rows([]))
     assert snapshot(root) == before
     assert [summary.folder for summary in upkeep.summaries(root)] == [folder_of(root, manifest)]
-
-
-# Forgetting -----------------------------------------------------------------------------------------------------------
 
 
 def contents(root: Path) -> bytes:
@@ -454,31 +442,21 @@ def test_rows_that_the_index_knows_go_whatever_made_them(root: Path) -> None:
     assert set(index.find(root, {row.source for row in rows})) == {rows[1].source, rows[2].source}
 
 
-def test_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
+def test_damage_stops_it_and_what_cannot_be_read_goes_since_it_may_hold_them(root: Path) -> None:
     """Damaged segments that were set aside, and what killed processes left half-written."""
     rows = rows_of(9)
     manifest = store_features(root, rows, segment_tokens=40)
     collection = manifest.last.collection(root)
-    first, second = manifest.last.segments[manifest.last.segment[0]], manifest.last.segments[manifest.last.segment[8]]
-    assert first != second
+    first, second = (manifest.last.segments[manifest.last.segment[index]] for index in (0, 8))
     damage(collection.folder, first)
-    collection.set_aside(first)
+    with pytest.raises(DamagedError, match=r"spec store verify"):
+        upkeep.forget(root, "t", given_rows([rows[0].ids[:5]]))
+    upkeep.verify(root, True)
     (collection.folder / second).rename(collection.folder / f".{second}{HALF}")
     assert rows[8].ids.tobytes() in contents(root)
     upkeep.forget(root, "t", given_rows([rows[0].ids[:5], rows[8].ids[:5]]))
     assert not any(trace in contents(root) for trace in [*traces(rows[0]), *traces(rows[8])])
     assert not any(path.name.startswith(".") for path in collection.folder.iterdir())
-
-
-def test_a_damaged_segment_stops_it_since_it_may_hold_them(root: Path) -> None:
-    rows = rows_of(4)
-    manifest = store_features(root, rows)
-    damage(folder_of(root, manifest), manifest.last.segments[0])
-    with pytest.raises(DamagedError, match=r"spec store verify"):
-        upkeep.forget(root, "t", given_rows([rows[0].ids[:5]]))
-    upkeep.verify(root, True)
-    upkeep.forget(root, "t", given_rows([rows[0].ids[:5]]))
-    assert not any(trace in contents(root) for trace in traces(rows[0]))
 
 
 def test_forgetting_that_was_interrupted_is_completed_by_the_next(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
