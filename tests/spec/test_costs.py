@@ -37,6 +37,8 @@ def test_seconds_of_each_stage() -> None:
     assert costs.prefill_seconds(JOB, MACHINE) == pytest.approx(2 * 8e9 * 1e9 / 400e12)
     weights = 3 * 128256 * 4096 + 3 * 4096**2
     assert costs.epoch_seconds(JOB, MACHINE) == pytest.approx(6 * weights * 6e8 / 400e12)
+    for seconds in (costs.prefill_seconds, costs.answer_seconds, costs.epoch_seconds):
+        assert seconds(JOB, MACHINE) == pytest.approx(4 * seconds(JOB, replace(MACHINE, devices=4)))
     together = costs.prefill_seconds(JOB, MACHINE) + costs.epoch_seconds(JOB, MACHINE)
     assert costs.loop_epoch_seconds(JOB, MACHINE) == pytest.approx(together)
 
@@ -56,12 +58,6 @@ def test_a_step_of_few_answers_reads_the_weights_and_of_many_multiplies_them() -
     wide = replace(MACHINE, weight_bytes=4)
     assert costs.answer_seconds(few, wide) == pytest.approx(2 * costs.answer_seconds(few, MACHINE))
     assert costs.answer_seconds(many, wide) == costs.answer_seconds(many, MACHINE)
-
-
-def test_devices_share_the_work() -> None:
-    four = replace(MACHINE, devices=4)
-    for seconds in (costs.prefill_seconds, costs.answer_seconds, costs.epoch_seconds):
-        assert seconds(JOB, MACHINE) == pytest.approx(4 * seconds(JOB, four))
 
 
 def test_what_the_store_takes() -> None:

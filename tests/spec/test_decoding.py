@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -216,13 +217,9 @@ def test_loops_are_foreseen_by_n_grams() -> None:
     assert made.drafted == made.accepted == [6, 6, 6, 6]
     assert made.tokens_per_step == 7
     assert made.acceptance_rates == [1.0] * 6
-
-
-def test_a_stop_token_ends_the_answer_inside_an_accepted_run() -> None:
-    base = with_stops(markov([1, 2, 3, 4, 0]), [3, 4])
-    lm = LanguageModelWithSpeculator(base, decode=Decode(draft="ngram", draft_len=6))
+    lm = LanguageModelWithSpeculator(with_stops(base, [3, 4]), decode=Decode(draft="ngram", draft_len=6))
     made = lm.generate([0, 1, 2, 3, 4, 0], 20)
-    assert (made.tokens, made.drafted, made.accepted) == ([1, 2, 3], [6], [2])
+    assert (made.tokens, made.drafted, made.accepted) == ([1, 2, 3], [6], [2]), "a stop token inside an accepted run"
     assert lm.generate([0, 1, 2], 20).tokens == [3], "the first token may be the last"
 
 
@@ -233,10 +230,14 @@ def test_figures_of_a_generation() -> None:
     assert len(made.tokens) == 31
     assert made.tokens_per_step == 1 + sum(made.accepted) / len(made.drafted)
     assert made.tokens_per_second == 31 / (made.prefill_seconds + made.decode_seconds)
-    assert min(made.prefill_seconds, made.decode_seconds) > 0
     greedy = lm.generate([1, 2], 31, draft="none")
     assert (len(greedy.accepted), greedy.tokens_per_step, greedy.acceptance_rates) == (30, 1.0, [])
     assert lm.generate([1, 2], 1).tokens_per_step == 1.0
+    given = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    assert lm.generate(**given, max_new_tokens=31).tokens == made.tokens  # what a tokenizer gives
+    for stop in ([made.tokens[9]], made.tokens[9]):
+        cut = made.tokens[: made.tokens.index(made.tokens[9]) + 1]
+        assert lm.generate([1, 2], 31, eos_token_id=stop).tokens == cut
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -321,6 +322,7 @@ def test_sampled_sequences_have_the_distribution_of_plain_sampling(settings_: di
     }
     observed = dict.fromkeys(expected, 0)
     accepted = 0
+    assert len({tuple(lm.generate([start], 40, do_sample=True).tokens) for _ in range(3)}) == 3  # without a seed
     for seed in range(draws):
         made = lm.generate([start], length, do_sample=True, seed=seed, **settings_)
         observed[tuple(made.tokens)] += 1  # type: ignore[index]
@@ -361,12 +363,6 @@ def test_a_seed_gives_one_answer_whatever_is_drafted(
         assert expected == plain(base, prompt, 20)
 
 
-def test_without_a_seed_answers_differ() -> None:
-    lm = LanguageModelWithSpeculator(with_stops(Base(Markov(torch.zeros(5, 5)), None, "digest", CPU, torch.float32)))
-    answers = {tuple(lm.generate([0], 40, do_sample=True, draft="ngram").tokens) for _ in range(3)}
-    assert len(answers) == 3
-
-
 @given(
     st.lists(st.integers(-64, 64), min_size=2, max_size=9, unique=True),
     st.sampled_from([0.3, 1.0, 2.0]),
@@ -386,25 +382,14 @@ def test_probabilities_are_those_of_transformers(row: list[int], temperature: fl
 
 
 def test_a_streamer_and_a_stream_are_given_every_token_as_it_comes() -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.shown: list[list[int]] = []
-            self.ended = 0
-
-        def put(self, value: Tensor) -> None:
-            self.shown.append(value.flatten().tolist())
-
-        def end(self) -> None:
-            self.ended += 1
-
-    base = with_stops(tiny())
-    lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
-    recorder = Recorder()
+    lm = LanguageModelWithSpeculator(with_stops(tiny()), head("llama", 0, "sum_rnn", 3))
+    recorder = mock.Mock()
     made = lm.generate(torch.tensor([[1, 2]]), 20, streamer=recorder)
-    assert recorder.shown[0] == [1, 2]
-    assert recorder.shown[1:] == [step.tokens for step in lm.stream([1, 2], 20)]
-    assert [token for tokens in recorder.shown[1:] for token in tokens] == made.tokens
-    assert recorder.ended == 1
+    prompt, *shown = (call.args[0].flatten().tolist() for call in recorder.put.call_args_list)
+    assert prompt == [1, 2]
+    assert shown == [step.tokens for step in lm.stream([1, 2], 20)]
+    assert [token for tokens in shown for token in tokens] == made.tokens
+    recorder.end.assert_called_once()
 
 
 def test_streams_of_one_model_do_not_disturb_each_other_and_leave_no_hook() -> None:
@@ -432,31 +417,23 @@ def test_an_answer_ends_where_the_base_has_no_more_positions() -> None:
         lm.generate([1] * 65, 1)
 
 
-def test_what_a_tokenizer_gives_and_other_stop_tokens() -> None:
-    base = with_stops(tiny())
-    lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
-    whole = lm.generate([1, 2], 20).tokens
-    given = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
-    assert lm.generate(**given, max_new_tokens=20).tokens == whole
-    for stop in ([whole[9]], whole[9]):
-        assert lm.generate([1, 2], 20, eos_token_id=stop).tokens == whole[: whole.index(whole[9]) + 1]
-
-
 def test_bad_requests_are_refused() -> None:
     base = with_stops(tiny())
     lm = LanguageModelWithSpeculator(base, head("llama", 0, "sum_rnn", 3))
-    for ids in ([], torch.empty(1, 0, dtype=torch.long)):
-        with pytest.raises(DecodingError, match="empty"):
-            lm.generate(ids)
-    with pytest.raises(DecodingError, match=r"\[2, 3\]"):
-        lm.generate(torch.ones(2, 3, dtype=torch.long))
-    with pytest.raises(DecodingError, match="padding"):
-        lm.generate([0, 1], attention_mask=torch.tensor([[0, 1]]))
-    with pytest.raises(DecodingError, match="max_new_tokens is 0"):
-        lm.generate([1], 0)
-    for bad in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
-        with pytest.raises(DecodingError, match="temperature"):
-            lm.stream([1], do_sample=True, **bad)  # type: ignore[arg-type]
+    requests: list[tuple[Any, dict[str, Any], str]] = [
+        ([], {}, "empty"),
+        (torch.empty(1, 0, dtype=torch.long), {}, "empty"),
+        (torch.ones(2, 3, dtype=torch.long), {}, r"\[2, 3\]"),
+        ([0, 1], {"attention_mask": torch.tensor([[0, 1]])}, "padding"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        *(
+            ([1], {"do_sample": True, name: bad}, "temperature")
+            for name, bad in (("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1))
+        ),
+    ]
+    for ids, options, words in requests:
+        with pytest.raises(DecodingError, match=words):
+            lm.generate(ids, **options)
     with pytest.raises(DecodingError, match="no speculator"):
         LanguageModelWithSpeculator(base).stream([1])
     with pytest.raises(DecodingError, match="draft_len is 4"):

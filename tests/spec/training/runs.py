@@ -96,12 +96,10 @@ def run(
     config: Config | None = None,
     speculator: Speculator | None = None,
     listen: Callable[[Progress], None] = lambda progress: None,
-    key: str = "key",
 ) -> tuple[Result, Speculator]:
     """Train on a store; the heads as they are at the last step."""
-    config = config or make_config()
-    task = frozen_task(config, store, ALONE, speculator)
-    return loop.run(task, Checkpoints(checkpoints, key), listen), task.speculator
+    task = frozen_task(config or make_config(), store, ALONE, speculator)
+    return loop.run(task, Checkpoints(checkpoints, "key"), listen), task.speculator
 
 
 class InterruptedRunError(Exception):
@@ -262,19 +260,14 @@ def load_outcome(folder: Path, rank: int = 0) -> dict[str, Any]:
     return found
 
 
-def interrupted(
-    make: Make, folder: Path, sent: signal.Signals, times: int = 10, within: int = 12
-) -> list[tuple[Any, Any]]:
-    """Run in processes that get a signal at a random moment `within` so many steps, and at last in one that gets none.
-
-    Returns:
-        Of each process, its exit code and the last thing it said.
-    """
+def interrupted(make: Make, folder: Path, sent: signal.Signals) -> list[tuple[Any, Any]]:
+    """Run in ten processes that get a signal at a random moment within twelve steps, and at last in one that gets none;
+    of each its exit code and the last thing it said."""
     folder.mkdir()
     moments = random.Random(int(sent))
     ends = []
-    for left in range(times, -1, -1):
-        steps, delay = moments.randrange(within), moments.uniform(0, 0.02)
+    for left in range(10, -1, -1):
+        steps, delay = moments.randrange(12), moments.uniform(0, 0.02)
         with process(run_to_the_end, (make, folder)) as (made, connection):
             said = [None]
             for message in received(connection):

@@ -18,7 +18,7 @@ from spec.heads import LAST, Supervision, supervise
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import frozen, loop
-from spec.training.frozen import FrozenTask, head_metrics, with_true_inputs
+from spec.training.frozen import head_metrics, with_true_inputs
 from spec.training.loop import Progress
 from spec.training.loss import SpeculatorLoss
 from spec.training.resume import Checkpoints
@@ -53,9 +53,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_all_there_is(store: Path, tmp_path: Path) -> None:
     told: list[Progress] = []
     config = make_config(optim={"lr": 0.05}, trainer={"total_epochs": 12, "test_freq": 1000, "save_freq": 1000})
-    result, _ = run(
-        store, tmp_path, config, make_speculator(inner_dim=(32,), emb_dim=(32,), proj_dim=(32,)), told.append
-    )
+    wide = make_speculator(inner_dim=(32,), emb_dim=(32,), proj_dim=(32,))
+    result, _ = run(store, tmp_path, config, wide, told.append)
     losses = losses_of(told)
     assert losses[0] > 0.5 * np.log(V)
     assert losses[-1] < 0.1
@@ -66,8 +65,10 @@ def test_it_learns_all_there_is(store: Path, tmp_path: Path) -> None:
 def test_what_listeners_are_told(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY", 3)
     told: list[Progress] = []
-    config = make_config()
-    result, _ = run(store, tmp_path, config, listen=told.append)
+    seen: list[tuple[int, int]] = []
+    task = frozen_task(config := make_config(), store, ALONE)
+    result = loop.run(task, Checkpoints(tmp_path, "key"), told.append, advance=lambda *at: seen.append(at))
+    assert seen == [(step, TOTAL) for step in range(TOTAL + 1)]  # a bar moves long before a step is logged
     assert result.steps == TOTAL
     assert {progress.total for progress in told} == {TOTAL}
     assert steps_of(told, "train") == [3, 6, 9, 12, 15, 16]
@@ -81,27 +82,6 @@ def test_what_listeners_are_told(store: Path, tmp_path: Path, monkeypatch: pytes
     assert told[-2].metrics["positions_seen"] == 2 * manifest.positions
     saved = sorted(int(path.name.rpartition("_")[2]) for path in tmp_path.iterdir())
     assert saved == [3, 6, 9, 12, 15, 16]
-
-
-def test_every_step_is_told_as_it_ends(store: Path, tmp_path: Path) -> None:
-    """So that a bar moves while steps are slow, long before the first of them is logged."""
-    seen: list[tuple[int, int]] = []
-    task = FrozenTask(make_config(), make_speculator(), *readers_of(store), ALONE)
-    loop.run(task, Checkpoints(tmp_path, "key"), advance=lambda *at: seen.append(at))
-    assert seen == [(step, TOTAL) for step in range(TOTAL + 1)]
-
-
-def test_metrics_are_means_over_positions() -> None:
-    sums = np.array([[6.0, 1.0, 4.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
-    assert head_metrics(sums) == {
-        "speculator_loss": pytest.approx((1.5 + 1 + 0) / 3),
-        "loss.1": 1.5,
-        "loss.2": 1.0,
-        "loss.3": 0.0,
-        "accuracy.1": 0.25,
-        "accuracy.2": 1.0,
-        "accuracy.3": 0.0,
-    }
 
 
 def everything(reader: FeatureReader) -> tuple[Supervision, torch.Tensor, torch.Tensor]:
@@ -132,22 +112,6 @@ def test_figures_of_a_split_are_those_of_all_its_logits(store: Path, drafted: in
     assert metrics["tokens_per_step"] == pytest.approx(expected)
     assert metrics["accuracy.1"] == pytest.approx(float(sums[0, 1] / sums[0, 2]))
     assert 1 + sum(metrics[f"acceptance.{i}"] for i in (1, 2, 3)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("micro", [1, 3])
-def test_micro_batches_change_nothing_but_rounding(
-    store: Path, tmp_path: Path, micro: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
-    curves = []
-    for size in (4, micro):
-        told: list[Progress] = []
-        config = make_config(data={"micro_batch_size_per_gpu": size})
-        run(store, tmp_path / str(size), config, listen=told.append)
-        curves.append(losses_of(told))
-    assert len(curves[0]) == TOTAL
-    assert len(set(curves[0])) == TOTAL
-    assert curves[1] == pytest.approx(curves[0], abs=1e-6)
 
 
 def test_steps_are_adamw_on_the_mean_over_the_whole_batch(store: Path, tmp_path: Path) -> None:
@@ -211,9 +175,6 @@ def test_the_best_heads_on_val_are_what_comes_out(store: Path, tmp_path: Path, m
         assert torch.equal(parameter, seen[1][name])
 
 
-PATIENCE = {"early_stop": 2, "test_freq": 2}
-
-
 @pytest.mark.parametrize(
     ("figures", "last"),
     [
@@ -222,21 +183,14 @@ PATIENCE = {"early_stop": 2, "test_freq": 2}
         ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], TOTAL),
     ],
 )
-def test_early_stop(
+def test_a_run_stops_early_and_is_not_trained_further(
     store: Path, tmp_path: Path, figures: list[float], last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(figures, monkeypatch)
-    result, _ = run(store, tmp_path, make_config(trainer=PATIENCE))
-    assert result.steps == last
-    assert (tmp_path / f"global_step_{last}").is_dir()
-
-
-def test_a_run_that_stopped_early_is_not_trained_further(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config(trainer=PATIENCE)
-    scripted([2.0, 1.0, 1.0, 9.0, 9.0], monkeypatch)
+    config = make_config(trainer={"early_stop": 2, "test_freq": 2})
+    scripted([*figures, 9.0], monkeypatch)
     expected, before = run(store, tmp_path, config)
+    assert expected.steps == last
+    assert (tmp_path / f"global_step_{last}").is_dir()
     found, after = run(store, tmp_path, config)
     assert (found.step, found.val, found.steps) == (expected.step, expected.val, expected.steps)
     assert all(torch.equal(one, other) for one, other in zip(after.parameters(), before.parameters(), strict=True))
@@ -318,12 +272,10 @@ def test_a_run_that_has_diverged_stops_and_says_what_to_change(
         assert all(weight.isfinite().all() for weight in saved.values())
 
 
+BATCHES = {"train_batch_size": 7, "micro_batch_size_per_gpu": 2}
 CASES = {
-    "ce": make_config(data={"train_batch_size": 7, "micro_batch_size_per_gpu": 2}),
-    "kl": make_config(
-        data={"train_batch_size": 7, "micro_batch_size_per_gpu": 2},
-        optim={"loss": "kl", "head_weights": [1.0, 0.5, 0.25]},
-    ),
+    "ce": make_config(data=BATCHES),
+    "kl": make_config(data=BATCHES, optim={"loss": "kl", "head_weights": [1.0, 0.5, 0.25]}),
 }
 
 

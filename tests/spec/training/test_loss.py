@@ -44,10 +44,8 @@ def inputs(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tupl
 def test_of_equal_logits_the_first_is_the_hit_as_it_is_the_draft() -> None:
     hidden, weight = torch.ones(4, D), torch.ones(V, D)
     weight[7:] = 2  # from there on all logits are the largest
-    targets = torch.tensor([7, 8, V - 1, 0])
-    _, _, correct = linear_cross_entropy(hidden, weight, targets, torch.ones(4))
+    _, _, correct = linear_cross_entropy(hidden, weight, torch.tensor([7, 8, V - 1, 0]), torch.ones(4))
     assert correct.tolist() == [True, False, False, False]
-    assert torch.equal(correct, (hidden @ weight.T).max(1).indices == targets)
 
 
 rows_of_logits = st.sampled_from([1, V - 1, V, 2 * V, 5 * V + 3, 7 * V, 12 * V, 1000 * V])
@@ -69,6 +67,8 @@ def test_the_fused_loss_is_cross_entropy(rows: int, seed: int, factor: float, ch
     assert torch.equal(correct, logits.argmax(1) == targets)
     torch.testing.assert_close((hidden.grad, weight.grad), expected)
     assert not losses.requires_grad
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets, scale)[0].requires_grad
 
 
 @settings(max_examples=60)
@@ -121,14 +121,6 @@ def test_logits_of_any_size_give_finite_losses() -> None:
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
     torch.testing.assert_close(losses, F.cross_entropy(hidden * 1e4 @ weight.T, targets, reduction="none"))
-
-
-def test_without_gradients_nothing_is_kept_for_them() -> None:
-    hidden, weight, targets, scale = inputs(9)
-    with torch.no_grad():
-        total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale)
-    assert not total.requires_grad
-    torch.testing.assert_close(losses, F.cross_entropy(hidden @ weight.T, targets, reduction="none").detach())
 
 
 @pytest.mark.parametrize("taught", [False, True])

@@ -23,18 +23,19 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return Checkpoints(tmp_path / "run", "key")
 
 
-def test_nothing_to_resume(checkpoints: Checkpoints) -> None:
-    assert checkpoints.newest() is None
-    checkpoints.finish()
+def saved(checkpoints: Checkpoints, speculator: Speculator, *steps: int) -> list[Path]:
+    for step in steps:
+        checkpoints.save(step, speculator, {"optimizer": {"a": torch.ones(2)}, "seen": step * 2})
+    return [checkpoints.folder / f"global_step_{step}" for step in steps]
 
 
 def test_the_newest_is_taken_up(checkpoints: Checkpoints, speculator: Speculator) -> None:
-    for step in (5, 20, 100):  # 100 sorts before 20 as text
-        checkpoints.save(step, speculator, {"optimizer": {"a": torch.ones(2)}, "seen": step * 2})
+    assert checkpoints.newest() is None
+    checkpoints.finish()
+    saved(checkpoints, speculator, 5, 20, 100)  # 100 sorts before 20 as text
     found = checkpoints.newest()
     assert found is not None
-    assert found["step"] == 100
-    assert found["seen"] == 200
+    assert (found["step"], found["seen"]) == (100, 200)
     assert torch.equal(found["optimizer"]["a"], torch.ones(2))
 
 
@@ -42,36 +43,29 @@ def test_the_newest_is_taken_up_where_the_one_before_still_has_its_state(
     checkpoints: Checkpoints, speculator: Speculator
 ) -> None:
     """As a kill between the two leaves them."""
-    checkpoints.save(20, speculator, {})
-    state = checkpoints.folder / "global_step_20" / "training.pt"
-    content = state.read_bytes()
-    checkpoints.save(100, speculator, {})
-    state.write_bytes(content)
+    (older,) = saved(checkpoints, speculator, 20)
+    content = (older / "training.pt").read_bytes()
+    saved(checkpoints, speculator, 100)
+    (older / "training.pt").write_bytes(content)
     found = checkpoints.newest()
     assert found is not None
     assert found["step"] == 100
 
 
-def test_older_checkpoints_keep_their_speculator_only(checkpoints: Checkpoints, speculator: Speculator) -> None:
-    for step in (1, 2):
-        checkpoints.save(step, speculator, {})
-    older, newer = (checkpoints.folder / f"global_step_{step}" for step in (1, 2))
+def test_older_checkpoints_and_those_of_a_finished_run_keep_their_speculator_only(
+    checkpoints: Checkpoints, speculator: Speculator
+) -> None:
+    older, newer = saved(checkpoints, speculator, 1, 2)
     assert sorted(path.name for path in older.iterdir()) == ["config.json", "pytorch_model.bin"]
     assert sorted(path.name for path in newer.iterdir()) == ["config.json", "pytorch_model.bin", "training.pt"]
+    checkpoints.finish()
+    assert checkpoints.newest() is None
     for folder in (older, newer):
         loaded = heads.load(folder)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), speculator.parameters(), strict=True))
 
 
 def test_another_runs_state_is_never_taken_up(checkpoints: Checkpoints, speculator: Speculator) -> None:
-    checkpoints.save(3, speculator, {})
+    saved(checkpoints, speculator, 3)
     assert Checkpoints(checkpoints.folder, "other").newest() is None
     assert checkpoints.newest() is not None
-
-
-def test_a_finished_run_leaves_nothing_to_resume(checkpoints: Checkpoints, speculator: Speculator) -> None:
-    for step in (1, 2):
-        checkpoints.save(step, speculator, {})
-    checkpoints.finish()
-    assert checkpoints.newest() is None
-    assert heads.load(checkpoints.folder / "global_step_2")

@@ -90,20 +90,6 @@ def test_rows_that_occur_are_trained_as_in_the_whole_table(
             assert not torch.equal(mine, first), name
 
 
-def test_clipping_sees_one_norm_whatever_the_table(
-    readers: tuple[FeatureReader, FeatureReader], tmp_path: Path
-) -> None:
-    """The norm is summed over fewer zeros, so in another order: equal up to rounding."""
-    config = make_config(optim={"clip_grad": 0.1})
-    found, expected = (speculator_of("sum_rnn", {}) for _ in range(2))
-    task = FrozenTask(config, found, *readers, ALONE)
-    loop.run(task, Checkpoints(tmp_path, "key"))
-    task.tensors()
-    train_whole_tables(config, expected, task, readers[0])
-    for (name, mine), other in zip(found.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=name)
-
-
 def test_what_is_exchanged_and_remembered_is_as_small_as_the_vocabulary_in_use(
     readers: tuple[FeatureReader, FeatureReader],
 ) -> None:
