@@ -30,8 +30,7 @@ from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
 from spec.workers import Worker
 
-log = logging.getLogger(__name__)
-
+PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = Path("data/sources.json")
 MODEL = Path("models/speculator")
 TRAINED_BASE = Path("models/trained_base")
@@ -59,11 +58,7 @@ def features_path(split: str) -> Path:
 
 
 def read_sources() -> dict[str, Any]:
-    """What fetch found.
-
-    Raises:
-        SpecError: it has not run here.
-    """
+    """What fetch found; a SpecError says that it has not run here."""
     if not SOURCES.is_file():
         raise SpecError(f"{SOURCES} is not here; run the fetch stage first (dvc repro runs every stage that is needed)")
     sources: dict[str, Any] = files.read_json(SOURCES)
@@ -101,11 +96,8 @@ def stage(body: Callable[..., None]) -> click.Command:
 
 
 def check_listed(params: Path) -> None:
-    """Name all keys together that dvc would otherwise miss one stage at a time; without dvc a missing key is no error.
-
-    Raises:
-        SpecError: shows the lines to add.
-    """
+    """Under dvc, raise a SpecError with the lines to add for all keys that the file lacks: dvc itself would miss them
+    one stage at a time."""
     pipeline = Path("dvc.yaml")
     if "DVC_STAGE" not in os.environ or not pipeline.is_file():
         return
@@ -114,11 +106,9 @@ def check_listed(params: Path) -> None:
     read = {key for stage in stages for key in stage.get("params", []) if isinstance(key, str)}
     present = yaml.load(params.read_text()) or {}
     absent = [key for key in sorted(read) if not _has(present, key.split("."))]
-    lines = [
-        f"  {name}: {json.dumps(value)}"
-        for name, value in config_module.defaults().items()
-        if any(f"{name}.".startswith(f"{key}.") for key in absent)
-    ]
+    missing = tuple(f"{key}." for key in absent)
+    defaults = config_module.defaults().items()
+    lines = [f"  {name}: {json.dumps(value)}" for name, value in defaults if f"{name}.".startswith(missing)]
     if lines:
         raise SpecError(
             f"{params} lacks {', '.join(absent)}: dvc stops where a stage reads a key that is not there. Put these, "
@@ -160,12 +150,7 @@ def clear_errors() -> Iterator[None]:
 def progress(total: int, unit: str, label: str, shown: bool = True, done: int = 0) -> tqdm[Any]:
     """A progress bar whose remaining time follows from the average rate; a line every ten seconds without a terminal.
 
-    Args:
-        total: how much there is to do.
-        unit: of what, in the plural.
-        label: in front of the bar.
-        shown: whether it is shown at all.
-        done: how much an earlier run has done, in no time of this one.
+    `unit` is a plural; `done` is how much an earlier run has done, in no time of this one.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -199,20 +184,19 @@ def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[C
 
 
 class Estimated:
-    """Answers as another function does, and corrects a progress bar's total as answers end.
+    """An answers.Answer that corrects the total of a progress bar of tokens as answers end.
 
     The estimate assumes that an answer ends after each of its tokens with the same probability, which is the number of
     ended answers divided by that of written tokens.
 
     Args:
         answer: writes the answers.
-        rows: how many answers this worker will write.
+        waiting: how many answers this worker will write.
         advance: is told the tokens just written, and the estimate of all tokens.
     """
 
-    def __init__(self, answer: answers.Answer, rows: int, advance: Callable[[int, float], object]) -> None:
-        self.answer, self.advance = answer, advance
-        self.waiting = rows
+    def __init__(self, answer: answers.Answer, waiting: int, advance: Callable[[int, float], object]) -> None:
+        self.answer, self.waiting, self.advance = answer, waiting, advance
         self.ended = self.written = 0
 
     def __call__(
@@ -223,7 +207,7 @@ class Estimated:
         seeds: Sequence[int],
         _: Callable[[int], object],
     ) -> list[list[int]]:
-        """Write answers as answers.Answer does, and report their tokens to `advance`."""
+        """Write answers, and tell `advance`."""
         size, counts = len(prompts), [0]
         self.waiting = max(0, self.waiting - size)
 
@@ -257,11 +241,7 @@ def store_root(config: Config) -> Path:
 
 
 def open_manifest(config: Config, split: str) -> Manifest:
-    """The split's manifest, which is believed where it is of this base and of a base that is trained or not as here.
-
-    Raises:
-        StoreError: it is missing, or made for others; names what differs.
-    """
+    """The split's manifest; a StoreError says that it is missing, or made for another base or kind of training."""
     path = features_path(split)
     manifest = Manifest.load(path)
     base = read_sources()["base"] if SOURCES.is_file() else manifest.base
@@ -277,11 +257,7 @@ def open_manifest(config: Config, split: str) -> Manifest:
 
 
 def check_joint(manifest: Manifest, split: str) -> None:
-    """Check that the sequences of joint training are those that the cache stage saw.
-
-    Raises:
-        SpecError: they have changed.
-    """
+    """Raise a SpecError where the sequences of joint training are not those that the cache stage saw."""
     path = responses_path(split)
     if not path.is_file() or files.digest_file(path) != manifest.content:
         raise SpecError(
@@ -295,11 +271,7 @@ def arithmetic_here(config: Config) -> str:
 
 
 def check_arithmetic(planned: str, config: Config) -> None:
-    """Check that a worker computes as the stage that started it does, by which the results are named.
-
-    Raises:
-        SpecError: it does not.
-    """
+    """Raise a SpecError where a worker does not compute as the stage that started it, by which results are named."""
     if arithmetic_here(config) != planned:
         raise SpecError(
             f"this worker computes in {arithmetic_here(config)}, and the stage that started it in {planned}: start it "
@@ -315,11 +287,7 @@ def responses_origin(config: Config, sources: dict[str, Any], computed_in: str) 
 
 
 def read_responses(config: Config, split: str, sources: dict[str, Any]) -> list[TokenSequence]:
-    """What respond wrote for these parameters and this base, in whatever arithmetic.
-
-    Raises:
-        StoreError: it was made for others; names what differs.
-    """
+    """What respond wrote, in whatever arithmetic; a StoreError names what differs from these parameters and base."""
     path = responses_path(split)
     found = corpus.read_origin(path)
     check_identity(found, responses_origin(config, sources, found.get("arithmetic", "")), str(path))
@@ -327,12 +295,8 @@ def read_responses(config: Config, split: str, sources: dict[str, Any]) -> list[
 
 
 def known_rows(collection: Collection, name: str) -> dict[str, tuple[str, int]]:
-    """Where the rows of the store lie. Damaged segments are set aside first, and their rows count as missing.
-
-    Args:
-        collection: of the store; made where it is missing.
-        name: of the stage.
-    """
+    """Where the rows of a collection lie; it is made where it is missing, and damaged segments are set aside first.
+    `name` is the stage's."""
     collection.create()
     for damaged, error in collection.survey()[1].items():
         target = collection.set_aside(damaged)
@@ -341,7 +305,7 @@ def known_rows(collection: Collection, name: str) -> dict[str, tuple[str, int]]:
 
 
 def say_computed_elsewhere(collection: Collection, missing: Set[str], name: str) -> None:
-    """Say which of the missing rows the store has from a machine that computes in another arithmetic."""
+    """Say how many of the missing rows the store has in another arithmetic."""
     here = collection.identity["arithmetic"]
     for other in sorted({"bfloat16", "float16", "float32"} - {here}):
         elsewhere = Collection(collection.root, collection.kind, {**collection.identity, "arithmetic": other})
@@ -353,17 +317,7 @@ def say_computed_elsewhere(collection: Collection, missing: Set[str], name: str)
 def need_space(
     path: Path, needed: int, what: str, remedy: str = "set features.store to a folder on a larger disk"
 ) -> None:
-    """Stop before any work when the disk cannot hold what is to be written.
-
-    Args:
-        path: where to.
-        needed: bytes.
-        what: needs them.
-        remedy: what to do where no space can be freed.
-
-    Raises:
-        SpecError: says what is needed, what is free, and what to change.
-    """
+    """Raise a SpecError before any work where `what` needs more bytes than the disk has."""
     free = files.free_bytes(path)
     if needed > free:
         raise SpecError(
@@ -380,19 +334,9 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def say(message: str) -> None:
-    """Tell the user something, on standard output."""
-    click.echo(message)
-
-
 def run_workers(config: Config, module: str, plan: Any) -> None:
-    """Run ``python -m module --worker`` under trainer.launcher, give it config and plan, and wait for it.
-
-    SIGTERM and SIGINT are passed on.
-
-    Raises:
-        SpecError: the launcher could not be started, or a worker failed (it has said why).
-    """
+    """Run ``python -m module --worker`` under trainer.launcher with a config and a plan, and wait for it; SIGTERM and
+    SIGINT are passed on. A SpecError says that it could not be started, or that a worker failed."""
     launcher = list(config.trainer.launcher) or [sys.executable]
     if launcher[0] == "torchrun":
         launcher[:1] = [sys.executable, "-m", "torch.distributed.run"]
@@ -402,16 +346,17 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
         config_module.save(config, params)
         plan_path.write_text(json.dumps(plan))
         command = [*launcher, "-m", module, "--params", str(params), "--worker", str(plan_path)]
+        # Workers that are asked to stop save first; torchrun's own patience is half a minute. Workers that torchrun
+        # starts again must not meet in the store that it shares by default: the dead ones' addresses are in it. What a
+        # library will change one day is nothing for users.
+        torchrun = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        torchrun |= {"PYTHONWARNINGS": "ignore::FutureWarning"}
         try:
-            # Workers that are asked to stop save first; torchrun's own patience is half a minute. Workers that torchrun
-            # starts again must not meet in the store that it shares by default: the dead ones' addresses are in it.
-            # What a library will change one day is nothing for users.
-            torchrun = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-            torchrun |= {"PYTHONWARNINGS": "ignore::FutureWarning"}
             process = subprocess.Popen(command, env={**torchrun, **child_environment()})
         except OSError as error:
             raise SpecError(f"trainer.launcher: {launcher[0]!r} could not be started ({error.strerror})") from None
-        previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in _SIGNALS}
+        signals = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
         try:
             status = process.wait()
         finally:
@@ -427,8 +372,8 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PROJECT = Path(__file__).resolve().parent.parent
+say: Callable[[str], None] = click.echo
+"""Tell the user something, on standard output."""
 
 worker_option = click.option("--worker", type=click.Path(path_type=Path), hidden=True)
 """Marks a process that trainer.launcher started; names its plan."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from spec.store import answers, features, identity
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
+from spec.store.segment import StoreError
 from stages import common, embedded
 
 MEASURED_SECONDS = 8.0
@@ -73,104 +75,76 @@ def plan(
 
 
 def _machine(config: Config, tflops: float | None, bandwidth: float | None, devices: int) -> Machine:
+    if tflops is not None and bandwidth is not None:
+        return Machine(tflops * 1e12, bandwidth * 1e9, devices=devices)
     device = choose_device()
-    if tflops is None or bandwidth is None:
-        dtype = arithmetic(config.model.dtype, device)
-        found = costs.measure(device, dtype)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        common.say(
-            f"plan: this {name} does {found.flops / 1e12:.2f} TFLOP/s in matrix products ({dtype}) "
-            f"and reads {found.bandwidth / 1e9:.0f} GB/s"
-        )
-    else:
-        found = Machine(0.0, 0.0)
-    flops = tflops * 1e12 if tflops else found.flops
+    dtype = arithmetic(config.model.dtype, device)
+    found = costs.measure(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    common.say(
+        f"plan: this {name} does {found.flops / 1e12:.2f} TFLOP/s in matrix products ({dtype}) "
+        f"and reads {found.bandwidth / 1e9:.0f} GB/s"
+    )
+    flops = found.flops if tflops is None else tflops * 1e12
     return replace(found, flops=flops, bandwidth=bandwidth * 1e9 if bandwidth else found.bandwidth, devices=devices)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What the parameters and the data here come to, and what the store lacks of it."""
-
-    sequences: int
-    tokens: int
-    positions: int
-    answers_missing: int
-    tokens_missing: int
-    positions_missing: int
-    estimated: bool
-
-
 def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
-    sources = common.read_sources()
-    folder = common.base_folder(config, sources)
-    meta = base.skeleton(folder, config.model.trust_remote_code)
-    text = meta.config.get_text_config()
+    sources, root = common.read_sources(), common.store_root(config)
+    meta = base.skeleton(common.base_folder(config, sources), config.model.trust_remote_code)
+    text, computed_in = meta.config.get_text_config(), common.arithmetic_here(config)
     prompts, rows = _rows(config, sources)
-    work = _work(config, sources, prompts, rows, text.num_hidden_layers)
-    about = "at most " if work.estimated else ""
+    content = identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)
+    written = Collection(root, "answers", content).find()
+    asked = answers.plan(prompts, written, config.respond.batch_size, base.prompt_bucket)
+    unanswered = any(row.prompt_length == len(row) for row in rows)
+    stores = features.tap_stores(root, sources["base"], config, computed_in, text.num_hidden_layers)
+    cached = [() if unanswered else store.collection.find() for store in stores]
+    keyed = list(map(FeatureRow.of, rows))
+    groups = features.plan(keyed, cached, config.features.segment_tokens)
+    most = config.respond.max_new_tokens if unanswered else 0
+
+    def count(some: list[FeatureRow]) -> tuple[int, int]:
+        """Tokens and positions, of an answer not yet written as many as it may have."""
+        return sum(len(row.ids) + most for row in some), sum(int(row.mask[1:].sum()) + most for row in some)
+
+    tokens, positions = count(keyed)
+    missing, missing_positions = count([keyed[number] for numbers, _ in groups for number in numbers])
+    missing_answers, about = sum(map(len, asked)), "at most " if unanswered else ""
     common.say(
-        f"plan: {work.sequences:,} sequences, {about}{work.tokens:,} tokens, {about}{work.positions:,} positions to "
-        f"keep ({work.positions / max(work.tokens, 1):.0%}); not in the store yet: {work.answers_missing:,} answers, "
-        f"{work.tokens_missing:,} tokens"
+        f"plan: {len(rows):,} sequences, {about}{tokens:,} tokens, {about}{positions:,} positions to keep "
+        f"({positions / max(tokens, 1):.0%}); not in the store yet: {missing_answers:,} answers, {missing:,} tokens"
     )
-    count = costs.passed_params(meta)
-    written = work.answers_missing * config.respond.max_new_tokens
-    job = costs.make_job(
-        config, count, text.hidden_size, text.vocab_size, work.tokens_missing, work.positions_missing, written
-    )
-    whole = replace(job, tokens=work.tokens, positions=work.positions)
+    to_write = missing_answers * config.respond.max_new_tokens
+    shape = (costs.passed_params(meta), text.hidden_size, text.vocab_size)
+    job = costs.make_job(config, *shape, missing, missing_positions, to_write)
+    whole = replace(job, tokens=tokens, positions=positions)
     _print_bytes(whole, job, config)
-    if measured and (written or work.tokens_missing):
+    if measured and (to_write or missing):
         _print_measured(config, sources, whole, job, machine, prompts, rows)
     else:
         _print_formulas(config, whole, job, machine)
 
 
 def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[TokenSequence]]:
-    """Prompts that are answered, and sequences as they will be cached (an answer not yet written: at full length)."""
+    """Prompts that are answered, and sequences as they will be cached, as far as their answers are written."""
     tokens: list[TokenSequence] = []
     responses: list[TokenSequence] = []
     for split in common.SPLITS:
         tokens += corpus.read(common.tokens_path(split))
-        with_answers = common.responses_path(split)
-        if with_answers.is_file():
-            found = corpus.read_origin(with_answers)
-            if found == common.responses_origin(config, sources, found.get("arithmetic", "")):
-                responses += corpus.read(with_answers)
+        if common.responses_path(split).is_file():
+            with contextlib.suppress(StoreError):
+                responses += common.read_responses(config, split, sources)
     prompts = [row.ids[: row.prompt_length] for row in tokens if row.prompt_length and config.base_answers]
     return prompts, responses or tokens
-
-
-def _work(config: Config, sources: dict[str, Any], prompts: list[Any], rows: list[TokenSequence], layers: int) -> _Work:
-    root, dtype = common.store_root(config), config.model.dtype
-    computed_in = common.arithmetic_here(config)
-    content = identity.answers(sources["base"], dtype, config.respond, computed_in)
-    written = Collection(root, "answers", content).find()
-    estimated = any(row.prompt_length == len(row) for row in rows)
-    stores = features.tap_stores(root, sources["base"], config, computed_in, layers)
-    cached = [() if estimated else store.collection.find() for store in stores]
-    keyed = list(map(FeatureRow.of, rows))
-    groups = features.plan(keyed, cached, config.features.segment_tokens)
-    lacking = [keyed[number] for numbers, _ in groups for number in numbers]
-    most = config.respond.max_new_tokens if estimated else 0
-    return _Work(
-        sequences=len(rows),
-        tokens=sum(len(row) + most for row in rows),
-        positions=sum(int(row.mask[1:].sum()) + most for row in rows),
-        answers_missing=sum(map(len, answers.plan(prompts, written, config.respond.batch_size, base.prompt_bucket))),
-        tokens_missing=sum(len(row.ids) + most for row in lacking),
-        positions_missing=sum(int(row.mask[1:].sum()) + most for row in lacking),
-        estimated=estimated,
-    )
 
 
 def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
     """What all states take by codec, and whether those that are missing will fit."""
     root, dtype = common.store_root(config), config.model.dtype
-    for codec in costs.SIZE:
+    for codec, share in costs.SIZE.items():
         chosen = " <- features.codec" if codec == config.features.codec else ""
-        each = costs.SIZE[codec] * CODECS[codec].position_bytes(whole.hidden_size, dtype)
+        each = share * CODECS[codec].position_bytes(whole.hidden_size, dtype)
         size = common.size(costs.stored_bytes(whole, dtype, codec))
         common.say(f"plan: states as {codec}: about {size}, {each:,.0f} bytes a position{chosen}")
     free = files.free_bytes(root)
@@ -213,8 +187,7 @@ def _print_measured(
 def _print_formulas(config: Config, whole: Job, job: Job, machine: Machine) -> None:
     """Times by formula, at the device's full rate."""
     if config.base_answers:
-        rows = f"{job.rows} answers at a time, by formula"
-        _print_time("respond", costs.answer_seconds(job, machine), rows)
+        _print_time("respond", costs.answer_seconds(job, machine), f"{job.rows} answers at a time, by formula")
     _print_time("cache", costs.prefill_seconds(job, machine), "by formula, at full rate")
     _print_training(config, whole, machine)
 
@@ -230,8 +203,6 @@ def _print_training(config: Config, job: Job, machine: Machine) -> None:
 
 
 def _print_time(stage: str, seconds: float, how: str) -> None:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            common.say(f"plan: {stage}: about {seconds / length:.1f} {unit} ({how})")
-            return
-    common.say(f"plan: {stage}: about {seconds:.0f} s ({how})")
+    units = (("days", 86400), ("h", 3600), ("min", 60))
+    about = next((f"{seconds / length:.1f} {unit}" for unit, length in units if seconds >= length), f"{seconds:.0f} s")
+    common.say(f"plan: {stage}: about {about} ({how})")
