@@ -35,33 +35,25 @@ def job(config: Config) -> Job:
 
 
 def ensure(*paths: str) -> None:
-    """Make those of some paths exist, relative to the working directory, that are the embedded default's.
-
-    Raises:
-        SpecError: a part cannot be made (the message says why), or the user's own folder in its place lacks the file.
-    """
+    """Make those of some paths exist, relative to the working directory, that are the embedded default's; a SpecError
+    says why one cannot be made, or that the user's own folder in its place lacks the file."""
     wanted = [Path(os.path.normpath(path)) for path in paths if is_embedded(path)]
     places = {path: path if path == Path(BASE) else path.parent for path in wanted}
-    for place in dict.fromkeys(places.values()):
-        _make(place)
+    for place in dict.fromkeys(places.values()):  # has the name of its part
+        if not RECIPE.is_file():
+            raise SpecError(
+                f"{RECIPE} is not here: the embedded default is made by a checkout of this project (pip install "
+                "--editable); or name your own model and files in params.yaml"
+            )
+        done = subprocess.run([sys.executable, str(RECIPE), place.name, str(place)], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SpecError(done.stderr.strip() or f"{RECIPE} ended with exit status {done.returncode}")
     for path, place in places.items():
         if not path.exists():
             raise SpecError(
                 f"{place} was not made by this project and {path} does not exist: name your own model and files in "
                 f"params.yaml, or move {place} away to get the embedded default"
             )
-
-
-def _make(place: Path) -> None:
-    """Run the recipe in a process of its own; a place has the name of its part."""
-    if not RECIPE.is_file():
-        raise SpecError(
-            f"{RECIPE} is not here: the embedded default is made by a checkout of this project (pip install "
-            "--editable); or name your own model and files in params.yaml"
-        )
-    done = subprocess.run([sys.executable, str(RECIPE), place.name, str(place)], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SpecError(done.stderr.strip() or f"{RECIPE} ended with exit status {done.returncode}")
 
 
 def find_base(config: Config) -> Path:

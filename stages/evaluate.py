@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,13 @@ RESULTS = common.EVALUATE_RESULTS
 _DRAWN_TABLES = ("acceptance", "domains", "draft_length")
 _WRITTEN = ("metrics.json", common.DETAILS, *(f"{name}.{kind}" for name in _DRAWN_TABLES for kind in ("csv", "png")))
 """The files that this stage writes into results/evaluate; others there are left alone."""
-
 _TOKENS_PER_STEP = {"head": "offline", "ngram": "ngram", "hybrid": "hybrid"}
 """Names in metrics.json, and the sections of details.json that they are taken from."""
-
-DRAWN = 8
+_BARS = {"head": "tokens_per_step", "n-gram": "ngram_tokens_per_step", "hybrid": "hybrid_tokens_per_step"}
+"""Names in domains.csv and its picture, and the figures of a domain that they are."""
+_DRAWN = 8
 """Positions of an n-gram's draft that acceptance.csv and its picture show."""
-
-LOSSLESS_PROMPTS = 4
-LOSSLESS_TOKENS = 32
+_LOSSLESS_PROMPTS, _LOSSLESS_TOKENS = 4, 32
 HEADLINE = [*_TOKENS_PER_STEP, "x_plain", "lossless"]
 """The figures of metrics.json, which stand on the MLflow run that trained the heads, too."""
 
@@ -57,11 +55,15 @@ def evaluate(config: Config) -> None:
             reader = FeatureReader(manifest, root)
             reader.check()
             metrics, shown = _measure(config, source, reader, shape.n_predict)
-        artifacts = {str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()}
         lines = _report(metrics, shown)
-        made: dict[str, Any] = {"metrics": _tracked(metrics), "headline": HEADLINE, "artifacts": artifacts}
         steps = ", ".join(f"{name} {metrics[key]['tokens_per_step']:.2f}" for name, key in _TOKENS_PER_STEP.items())
-        run.finish(RESULTS, **made, description="\n".join([f"**Tokens per step: {steps}**", "```", *lines, "```"]))
+        run.finish(
+            RESULTS,
+            metrics=_tracked(metrics),
+            headline=HEADLINE,
+            artifacts={str(RESULTS / name): "evaluate" for name in _WRITTEN if (RESULTS / name).is_file()},
+            description="\n".join([f"**Tokens per step: {steps}**", "```", *lines, "```"]),
+        )
     except BaseException:
         run.finish(RESULTS, "FAILED")
         raise
@@ -74,11 +76,7 @@ def evaluate(config: Config) -> None:
 def _measure(
     config: Config, source: Mapping[str, Any], reader: FeatureReader, n: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Walk, decode, compare; writes everything under results/evaluate.
-
-    Returns:
-        The metrics, and the rows of the domains that a table has room for.
-    """
+    """Walk, decode, compare, and write results/evaluate: the metrics, and those of the domains that a table shows."""
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
     kind = tables.logits(reader.tables)
@@ -86,9 +84,8 @@ def _measure(
     teacher = None
     if kind is not None:
         teacher = base.Teacher(found["lm_head"], kind, found.get("bias")).over(None, device, dtype)
-    with common.progress(
-        (1 + (kind is not None)) * reader.manifest.positions, "positions", "evaluate: exact walk"
-    ) as bar:
+    passes = 1 if teacher is None else 2
+    with common.progress(passes * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
         speculator = heads.load(common.MODEL, device, dtype, found)
         measured = evaluation.offline(speculator, reader, config.decode, teacher, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
@@ -107,13 +104,13 @@ def _measure(
                 gc.collect()
                 model = _model(config, source, "float32")
             common.say("evaluate: comparing with plain decoding token for token, in float32")
-            length = min(LOSSLESS_TOKENS, config.evaluate.max_new_tokens)
-            same = evaluation.lossless(model, reader, indices[:LOSSLESS_PROMPTS], length)
+            length = min(_LOSSLESS_TOKENS, config.evaluate.max_new_tokens)
+            same = evaluation.lossless(model, reader, indices[:_LOSSLESS_PROMPTS], length)
     metrics = evaluation.summary(measured, timed, paper, same, config.decode.draft)
     trusted = config.model.trust_remote_code
     stops = base.stop_ids(base.resolve(source["name"], source["revision"], trusted), trusted)
     metrics["cut"] = evaluation.cut(measured.answers, reader, stops)
-    metrics["speculator"] = files.digest_file(common.MODEL / "pytorch_model.bin")  # whose figures these are
+    metrics["speculator"] = files.digest_file(common.MODEL / heads.WEIGHTS)  # whose figures these are
     files.write_json(RESULTS / common.DETAILS, metrics)
     files.write_json(RESULTS / "metrics.json", _decisive(metrics))
     shown = evaluation.by_domain(measured, timed, paper, config.decode.draft, evaluation.largest(measured))
@@ -123,13 +120,10 @@ def _measure(
 
 def _decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The figures that a person decides by, as dvc shows them; None where drafts could not be taken back."""
-    steps = {name: metrics[key]["tokens_per_step"] for name, key in _TOKENS_PER_STEP.items()}
+    steps = {name: round(metrics[key]["tokens_per_step"], 3) for name, key in _TOKENS_PER_STEP.items()}
     speedup = metrics["decode"].get("speedup")
-    return {
-        **{name: round(value, 3) for name, value in steps.items()},
-        "x_plain": None if speedup is None else round(speedup, 2),
-        "lossless": metrics["decode"].get("lossless"),
-    }
+    speedup = None if speedup is None else round(speedup, 2)
+    return {**steps, "x_plain": speedup, "lossless": metrics["decode"]["lossless"]}
 
 
 def _tracked(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -179,41 +173,28 @@ def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageMod
 
 def _draw(measured: evaluation.Offline, domains: Mapping[str, Any], shown: Mapping[str, Any], n: int) -> None:
     """Tables for dvc, and pictures."""
-    shares = {
-        source: acceptance.acceptance(walks, n if source == "head" else DRAWN)
-        for source, walks in measured.walks.items()
-    }
+    cuts = {source: n if source == "head" else _DRAWN for source in measured.walks}
+    shares = {source: acceptance.acceptance(walks, cuts[source]) for source, walks in measured.walks.items()}
     _curves("acceptance", ("position", "acceptance"), shares, "drafted position", "share of steps that accept it")
-    _curves(
-        "draft_length",
-        ("draft_len", "tokens_per_step"),
-        measured.by_length,
-        "drafted tokens a step, at most",
-        "tokens per step (exact walk)",
-    )
-    with (RESULTS / "domains.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["domain", "source", "tokens_per_step"])
-        writer.writerows([name, source, value] for name, row in domains.items() for source, value in _bars(row).items())
-    plots.bars(
-        RESULTS / "domains.png", {name: _bars(row) for name, row in shown.items()}, "tokens per step", baseline=1.0
-    )
-
-
-def _bars(row: Mapping[str, Any]) -> dict[str, float]:
-    """A domain's tokens per step by source."""
-    columns = {"head": "tokens_per_step", "n-gram": "ngram_tokens_per_step", "hybrid": "hybrid_tokens_per_step"}
-    return {source: row[column] for source, column in columns.items()}
+    columns, axes = ("draft_len", "tokens_per_step"), ("drafted tokens a step, at most", "tokens per step (exact walk)")
+    _curves("draft_length", columns, measured.by_length, *axes)
+    bars = ((name, source, row[figure]) for name, row in domains.items() for source, figure in _BARS.items())
+    _write_table("domains", ("domain", "tokens_per_step"), bars)
+    groups = {name: {source: row[figure] for source, figure in _BARS.items()} for name, row in shown.items()}
+    plots.bars(RESULTS / "domains.png", groups, "tokens per step", baseline=1.0)
 
 
 def _curves(name: str, columns: tuple[str, str], rows: Mapping[Any, Sequence[float]], x: str, y: str) -> None:
     """Write a table and a picture of values by source, one for each of 1, 2, ..."""
+    _write_table(name, columns, ((i, source, value) for source, row in rows.items() for i, value in enumerate(row, 1)))
+    plots.curves(RESULTS / f"{name}.png", {key: (range(1, len(row) + 1), row) for key, row in rows.items()}, x, y)
+
+
+def _write_table(name: str, columns: tuple[str, str], rows: Iterable[tuple[Any, str, float]]) -> None:
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([columns[0], "source", columns[1]])
-        writer.writerows([i, source, value] for source, row in rows.items() for i, value in enumerate(row, 1))
-    lines: dict[str, Any] = {source: (list(range(1, len(row) + 1)), row) for source, row in rows.items()}
-    plots.curves(RESULTS / f"{name}.png", lines, x, y)
+        writer.writerows(rows)
 
 
 def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
@@ -236,9 +217,8 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
         share = 1 - offline["written_by_base"]
         lines.append(f"note: {share:.0%} of the answers were not written greedily by the base; decoding will differ")
     if metrics["cut"]:
-        lines.append(
-            f"note: {metrics['cut']:.0%} of the answers end without a stop token: they were cut at their longest"
-        )
+        cut = f"{metrics['cut']:.0%} of the answers end without a stop token"
+        lines.append(f"note: {cut}: they were cut at their longest")
     if offline["tokens_per_step"] <= metrics["ngram"]["tokens_per_step"]:
         lines.append("note: n-gram lookup alone, which needs no training, does as well as this head or better")
     gains = {**shown, "all": metrics["hybrid"]}
@@ -255,14 +235,13 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
 
 def _table(rows: Mapping[str, Mapping[str, Any]], decoded: str) -> list[str]:
     """The aligned lines of the table, one for each domain; `decoded` is the heading of what was decoded for real."""
-    names = [plots.short(name) for name in rows]
-    width = max(12, *map(len, names))
+    width = max(12, *(len(plots.short(name)) for name in rows))
     lines = [f"{'':{width}}  tokens per step, all of eval       {decoded}"]
     titles = f"{'head':>6}  {'n-gram':>6}  {'hybrid':>6}  {'looping':>7}  {'walk':>6}  {'loop':>6}  x plain"
     lines.append(f"{'domain':{width}}  {titles}")
-    for name, row in zip(names, rows.values(), strict=True):
-        line = f"{name:{width}}  {row['tokens_per_step']:6.2f}  {row['ngram_tokens_per_step']:6.2f}  "
-        line += f"{row['hybrid_tokens_per_step']:6.2f}  {row['repetition']:7.0%}"
+    for name, row in rows.items():
+        line = "  ".join([f"{plots.short(name):{width}}", *(f"{row[figure]:6.2f}" for figure in _BARS.values())])
+        line += f"  {row['repetition']:7.0%}"
         if row.get("speedup"):
             line += f"  {row['walk_tokens_per_step']:6.2f}  {row['decode_tokens_per_step']:6.2f}  {row['speedup']:7.2f}"
         lines.append(line)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from spec import base, corpus, files
 from spec.config import Config
 from stages import common, embedded
@@ -15,10 +13,8 @@ def fetch(config: Config) -> None:
     model = config.model
     embedded.ensure(*(path for split in common.SPLITS for path in config.data.files(split)))
     folder = embedded.find_base(config)
-    splits: dict[str, dict[str, str]] = {}
-    for split in common.SPLITS:
-        found = corpus.list_files(config.data.files(split), split=split)
-        splits[split] = files.digest_files(found)
+    found = {split: corpus.list_files(config.data.files(split), split=split) for split in common.SPLITS}
+    splits = {split: files.digest_files(paths) for split, paths in found.items()}
     corpus.check_apart(splits)
     identity = base.identify(folder, model.trust_remote_code)
     findings = base.examine_once(identity, folder, config.data.max_length, model.trust_remote_code)
@@ -26,12 +22,8 @@ def fetch(config: Config) -> None:
         common.say(f"fetch: {note}")
     if findings.answering:
         identity["generation"] = files.digest_json([identity["generation"], findings.answering])
-    revision = base.downloaded_revision(folder, model)
-    sources: dict[str, Any] = {
-        "base": {"name": model.partial_pretrain, "revision": revision, **identity},
-        "files": splits,
-    }
-    files.write_json(common.SOURCES, sources)
+    source = {"name": model.partial_pretrain, "revision": base.downloaded_revision(folder, model), **identity}
+    files.write_json(common.SOURCES, {"base": source, "files": splits})
     count = sum(map(len, splits.values()))
     common.say(f"fetch: base {model.partial_pretrain} and {count} data files are here -> {common.SOURCES}")
 

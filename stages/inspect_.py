@@ -1,7 +1,6 @@
 """inspect: how a data file or folder is read, in seconds."""
 
 import sys
-from collections import Counter
 from typing import Any
 
 import click
@@ -11,13 +10,11 @@ from spec.config import Config
 from spec.errors import SpecError
 from stages import common, embedded
 
-ROWS = 2000
-
 
 @common.stage
 @click.argument("data", nargs=-1, required=True)
 @click.option("--split", type=click.Choice(common.SPLITS), help="The split to take where a folder holds several.")
-@click.option("--rows", type=click.IntRange(min=1), default=ROWS, show_default=True, help="Read at most this many.")
+@click.option("--rows", type=click.IntRange(min=1), default=2000, show_default=True, help="Read at most this many.")
 def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int) -> None:
     """Say how DATA (parquet files, folders, globs) is read, and show the first row as the base gets it.
 
@@ -31,11 +28,24 @@ def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int
     tokenizer = base.load_tokenizer(folder, model.trust_remote_code)
     limits = base.limits(folder, model.trust_remote_code).of_rows
     options = {**config.reading, **limits, "date": config.data.date}
-    report, first, problems = _read(sources, tokenizer, rows, max_length=config.data.max_length, **options)
+    options |= {"max_length": config.data.max_length, "max_samples": max(1, rows // len(sources))}
+    report, first, problems = corpus.Report(), None, []
+    for source in sources[:rows]:
+        try:
+            for sequence in corpus.stream([source.path], tokenizer, **options, skip_bad_rows=True, report=report):
+                first = first or sequence
+        except corpus.CorpusError as error:
+            problems.append(str(error))
     total = corpus.count_rows(sources, None)
     common.say(f"inspect: {len(sources)} files with {total:,} rows; looked at {report.rows:,}")
     *notes, kept = report.lines()
-    for line in (*notes, *_turns(report), kept):
+    if report.roles:
+        roles = ", ".join(f"{role} {count:,}" for role, count in report.roles.most_common())
+        turns, mean = report.turns, sum(report.turns.elements()) / report.turns.total()
+        notes.append(
+            f"turns by role: {roles}; {min(turns)} to {max(turns)} turns a conversation, {mean:.1f} on average"
+        )
+    for line in (*notes, kept):
         common.say(f"inspect: {line}")
     for row in report.rejected_rows:
         common.say(f"inspect: bad row: {row}")
@@ -46,34 +56,6 @@ def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int
         common.say(_shown(first, tokenizer))
     if problems:
         raise SpecError("\n".join(problems))
-
-
-def _read(
-    sources: list[corpus.Source], tokenizer: Any, rows: int, **options: Any
-) -> tuple[corpus.Report, corpus.TokenSequence | None, list[str]]:
-    """Read the first rows of each file; returns the report, the first sequence, and errors by file."""
-    report, first, problems = corpus.Report(), None, []
-    share = max(1, rows // len(sources))
-    for source in sources[:rows]:
-        asked = {**options, "max_samples": share, "skip_bad_rows": True, "report": report}
-        sequences = corpus.stream([source.path], tokenizer, **asked)
-        try:
-            for sequence in sequences:
-                first = first or sequence
-        except corpus.CorpusError as error:
-            problems.append(str(error))
-    return report, first, problems
-
-
-def _turns(report: corpus.Report) -> list[str]:
-    """Roles and numbers of turns, in words."""
-    if not report.roles:
-        return []
-    roles = ", ".join(f"{role} {count:,}" for role, count in report.roles.most_common())
-    lengths = Counter(report.turns).elements()
-    shortest, longest = min(report.turns), max(report.turns)
-    mean = sum(lengths) / report.turns.total()
-    return [f"turns by role: {roles}; {shortest} to {longest} turns a conversation, {mean:.1f} on average"]
 
 
 def _shown(sequence: corpus.TokenSequence, tokenizer: Any) -> str:

@@ -1,5 +1,6 @@
 """run: every stage in a folder of its own, from the guide's defaults; what run_speculator_training.sh calls."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -24,7 +25,6 @@ _MADE = (
     *(heads.WEIGHTS, heads.CONFIG),
 )
 """What every call makes. Stages replace their own files in the folders, and leave others alone."""
-_GSM8K = "$HOME/data/gsm8k"
 
 
 @click.command()
@@ -57,10 +57,8 @@ def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> Non
 
 
 def _claim(save_path: Path) -> list[str]:
-    """Write down what this call will make in SAVE_PATH, and return what earlier calls have made there.
-
-    A SpecError names what is in the way and was made by no call.
-    """
+    """Write down what this call will make in SAVE_PATH, and return what earlier calls have made there; a SpecError
+    names what is in the way and was made by no call."""
     mark = save_path / _MARK
     owned: list[str] = files.read_json(mark) if mark.is_file() else []
     steps = sorted(path.name for path in save_path.glob("global_step_*"))
@@ -84,18 +82,18 @@ def _deliver(save_path: Path, owned: list[str]) -> None:
     for earlier in (save_path / name for name in owned if name.startswith("global_step_")):
         for name in (heads.WEIGHTS, heads.CONFIG):
             files.remove(earlier / name)
-        if earlier.is_dir() and not any(earlier.iterdir()):
-            files.remove(earlier)
+        with contextlib.suppress(OSError):  # a user's own files stay there
+            earlier.rmdir()
     files.write_json(save_path / _MARK, sorted({*_MADE, *(step.name for step in steps)}))
     for step in steps:
         files.move(step, save_path / step.name)
-    if not any(saved.iterdir()):
-        files.remove(saved)
+    with contextlib.suppress(OSError):
+        saved.rmdir()
 
 
 def _config(nproc_per_node: int, overrides: tuple[str, ...]) -> Config:
     """The guide's defaults with the caller's overrides; relative paths are the caller's, not the save path's."""
-    gsm8k = Path(os.path.expandvars(_GSM8K))
+    gsm8k = Path(os.path.expandvars("$HOME/data/gsm8k"))
     defaults = [f"trainer.launcher=torchrun --standalone --nproc-per-node={nproc_per_node}"]
     if all((gsm8k / name).is_file() for name in ("train.parquet", "test.parquet")):
         defaults += [f"data.train_files={gsm8k}/train.parquet", f"data.val_files={gsm8k}/test.parquet"]
@@ -114,11 +112,11 @@ def _halve_val(config: Config, folder: Path) -> Config:
         table = pq.read_table(path)
         if len(table) < 2:
             raise SpecError(f"{path} has {len(table)} rows; give data.eval_files, or val files of two rows and more")
-        for first, split in enumerate(halves):
+        for first, (split, half) in enumerate(halves.items()):
             target = folder / split / f"{number}-{path.name}"
             target.parent.mkdir(exist_ok=True)
             pq.write_table(table.take(list(range(first, len(table), 2))), target)
-            halves[split].append(str(target.relative_to(folder.parent)))
+            half.append(str(target.relative_to(folder.parent)))
     common.say(
         "run: no data.eval_files given, so even rows of data.val_files choose the checkpoint, odd ones are reported"
     )

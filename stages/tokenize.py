@@ -18,21 +18,14 @@ def tokenize(config: Config) -> None:
     data = config.data
     paths = {split: corpus.list_files(data.files(split), split=split) for split in common.SPLITS}
     found = {split: corpus.inspect(paths[split], **config.reading) for split in common.SPLITS}
-    options = {**config.reading, **limits, "date": data.date, "skip_bad_rows": data.skip_bad_rows}
+    options = {name: getattr(data, name) for name in ("date", "skip_bad_rows", "max_length", "max_samples")}
+    options |= {**config.reading, **limits}
     reports = {split: corpus.Report() for split in common.SPLITS}
     for split, report in reports.items():
         target = common.tokens_path(split)
         rows = corpus.count_rows(found[split], data.max_samples)
         with common.progress(rows, "rows", f"tokenize {split}") as bar:
-            sequences = corpus.stream(
-                paths[split],
-                tokenizer,
-                **options,
-                max_length=data.max_length,
-                max_samples=data.max_samples,
-                report=report,
-                progress=bar.update,
-            )
+            sequences = corpus.stream(paths[split], tokenizer, **options, report=report, progress=bar.update)
             corpus.write(target, sequences, {"tokenizer": sources["base"]["tokenizer"]})
         *notes, total = report.lines()
         for split_before, before in reports.items():

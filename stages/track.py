@@ -36,11 +36,10 @@ def sync(config: Config) -> None:
             tracked = True
             uri = tracking.tracking_uri(config, record.tracking_uri)
             made = tracking.sync(record, uri)
-        except SpecError as error:  # the other runs are sent all the same
-            problems.append(str(error))
-        else:
             what = f"made again as run {made}" if made else "is there, complete"
             common.say(f"track: {record.name} run {record.run_id} {what}, at {tracking.without_password(uri)}")
+        except SpecError as error:  # the other runs are sent all the same
+            problems.append(str(error))
     if problems:
         raise SpecError("\n".join(problems))
     if not tracked:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import logging
 import signal
 import threading
 import time
@@ -33,8 +32,6 @@ from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
 from stages import common
 
-log = logging.getLogger(__name__)
-
 CHECKPOINTS = Path("checkpoints")
 RESULTS = common.TRAIN_RESULTS
 _NO_INFLUENCE = (
@@ -51,21 +48,17 @@ _NO_INFLUENCE = (
 _WRITTEN = ("train.csv", "val.csv", "metrics.json", common.DETAILS, "loss.png", "accuracy.png", "tokens_per_step.png")
 """The files that this stage writes into results/train; others there are left alone."""
 
-_MARK = "README"
+_MARK = common.TRAINED_BASE / "README"
 _MADE = "Written by the train stage: the base where it was trained too, and nothing else where it was frozen."
 """The first words of models/trained_base/README, which mark the folder as this stage's."""
 
 _OF_TRAINING = ("lr", "grad_norm", "epoch", "positions_seen", "positions_per_second", "data_wait", "memory_gb")
+_LOSSES = {"speculator_loss": "loss", "base_loss": "base_loss"}
 _CURVES = {
-    "train": {
-        **{"speculator_loss": "curves/loss", "base_loss": "curves/base_loss"},
-        **{name: f"training/{name}" for name in _OF_TRAINING},
-    },
-    "val": {
-        "tokens_per_step": "curves/tokens_per_step",
-        "speculator_loss": "curves/val_loss",
-        "base_loss": "curves/val_base_loss",
-    },
+    "train": {column: f"curves/{name}" for column, name in _LOSSES.items()}
+    | {name: f"training/{name}" for name in _OF_TRAINING},
+    "val": {"tokens_per_step": "curves/tokens_per_step"}
+    | {column: f"curves/val_{name}" for column, name in _LOSSES.items()},
 }
 """The columns of train.csv and val.csv that are curves in MLflow, which sorts them by their names there."""
 
@@ -90,43 +83,36 @@ def train(config: Config, worker: Path | None) -> None:
         FeatureReader(manifest, common.store_root(config)).check()
         if not manifest.positions:
             raise SpecError(f"{common.features_path(split)} has no position to train on: no token of it is supervised")
-    mark = common.TRAINED_BASE / _MARK
     held = common.TRAINED_BASE.is_dir() and any(common.TRAINED_BASE.iterdir())
-    if held and not (mark.is_file() and mark.read_text().startswith(_MADE)):
+    if held and not (_MARK.is_file() and _MARK.read_text().startswith(_MADE)):
         raise SpecError(f"{common.TRAINED_BASE} holds something that this stage has not written; move it away")
+    token_map = None if shape.draft_vocab_size is None else torch.arange(shape.draft_vocab_size)
     with torch.device("meta"):
-        count = heads.build(shape, _placeholder_map(shape)).num_parameters()
+        count = heads.build(shape, token_map).num_parameters()
     what = "jointly with the base" if joint else f"{manifests['train'].positions:,} positions"
     common.say(
         f"train: {shape.method} with {shape.n_predict} heads, {count / 1e6:.1f} M parameters, {what} x "
         f"{config.trainer.total_epochs} epochs"
     )
-    trained = count + (_base_parameters(config) if joint else 0)
+    trained = count
+    if joint:
+        folder = common.base_folder(config, common.read_sources())
+        trained += int(base_model.skeleton(folder, config.model.trust_remote_code).num_parameters())
     # Of each parameter its weight, two moments and its best weight, in the newest state and in the one that it replaces
     common.need_space(CHECKPOINTS, 32 * trained + 8 * count, "train", "move the project to a larger disk")
     with locks.in_use(common.store_root(config)):
         common.run_workers(config, "stages.train", {})
     metrics = files.read_json(RESULTS / common.DETAILS)
-    size = common.size((common.MODEL / "pytorch_model.bin").stat().st_size)
+    size = common.size((common.MODEL / heads.WEIGHTS).stat().st_size)
     common.say(
         f"train: best at step {metrics['best_step']} of {metrics['steps']}, "
         f"{metrics['val']['tokens_per_step']:.3f} tokens per step on val -> {common.MODEL} ({size})"
     )
 
 
-def _base_parameters(config: Config) -> int:
-    """The number of the base's parameters, from its config.json alone."""
-    folder = common.base_folder(config, common.read_sources())
-    return int(base_model.skeleton(folder, config.model.trust_remote_code).num_parameters())
-
-
-def _placeholder_map(shape: SpeculatorConfig) -> torch.Tensor | None:
-    return None if shape.draft_vocab_size is None else torch.arange(shape.draft_vocab_size, device="cpu")
-
-
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGTERM has come; the loop asks it at every step, saves, and leaves."""
+    """Give a function that says whether SIGTERM has come; the loop asks it at every step, saves, and leaves."""
     came = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
@@ -137,9 +123,8 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
 
 def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> None:
     """This worker's part; the first one logs and writes."""
-    task = (
-        _joint_task(config, shape, me) if not config.model.freeze_base_model else _frozen(config, shape, manifests, me)
-    )
+    frozen = config.model.freeze_base_model
+    task = _frozen(config, shape, manifests, me) if frozen else _joint_task(config, shape, me)
     relevant = {key: value for key, value in flatten(config).items() if not key.startswith(_NO_INFLUENCE)}
     # The order of sequences follows from how they are grouped into segments, so a run belongs to the very files.
     placed = {split: files.digest_file(common.features_path(split)) for split in manifests}
@@ -150,43 +135,43 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             loop.run(task, checkpoints, stopping=stopping)
             return
         began = time.monotonic()
-        run = _tracked(config, shape, manifests, me)
+        sources = common.read_sources() if common.SOURCES.is_file() else {"base": manifests["train"].base}
+        tags = {"method": shape.method, "hardware.workers": str(me.world), "features": manifests["train"].digest}
+        tags |= {f"features.{split}": manifest.digest for split, manifest in manifests.items()}
+        run = tracking.Run(config, "train", tags, sources, ("train", "val"), me.device)
         recorder = _Recorder(run)
         try:
             result = loop.run(task, checkpoints, recorder.listen, stopping, recorder.advance)
             _keep(task, result)
             recorder.close()
             last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
-            seconds = round(time.monotonic() - began, 1)
-            files.write_json(
-                RESULTS / common.DETAILS,
-                {
-                    "speculator_loss": last.get("speculator_loss"),
-                    "val": result.val,
-                    "best_step": result.step,
-                    "steps": result.steps,
-                    "parameters": task.speculator.num_parameters(),
-                    "positions": manifests["train"].positions,
-                    "features": manifests["train"].digest,
-                    "checkpoints": str(checkpoints.folder),
-                    "speculator": files.digest_file(common.MODEL / "pytorch_model.bin"),
-                    "seconds": seconds,
-                },
-            )
+            figures = {"val": round(result.val["tokens_per_step"], 3), "seconds": round(time.monotonic() - began, 1)}
+            details = {
+                "speculator_loss": last.get("speculator_loss"),
+                "val": result.val,
+                "best_step": result.step,
+                "steps": result.steps,
+                "parameters": task.speculator.num_parameters(),
+                "positions": manifests["train"].positions,
+                "features": manifests["train"].digest,
+                "checkpoints": str(checkpoints.folder),
+                "speculator": files.digest_file(common.MODEL / heads.WEIGHTS),
+                "seconds": figures["seconds"],
+            }
+            files.write_json(RESULTS / common.DETAILS, details)
             rate = round(last.get("positions_per_second", 0.0))
-            shown = {"val": round(result.val["tokens_per_step"], 3), "seconds": seconds, "pos_per_s": rate}
-            files.write_json(RESULTS / "metrics.json", shown)
-            recorder.draw(RESULTS)
+            files.write_json(RESULTS / "metrics.json", {**figures, "pos_per_s": rate})
+            recorder.draw()
             of_cache = common.CACHE_RESULTS / "metrics.json"
             cached = files.read_json(of_cache) if of_cache.is_file() else {}
             run.finish(
                 common.MODEL,
-                metrics={"answers": len(task.order(0)), "val": shown["val"], "seconds": seconds, **cached},
+                metrics={"answers": len(task.order(0)), **figures, **cached},
                 step=result.step,
                 description=f"{shape.method}, {shape.n_predict} heads, best at step {result.step} of {result.steps}",
                 curves=recorder.curves(),
                 artifacts={str(RESULTS / name): "train" for name in sorted(_WRITTEN) if (RESULTS / name).is_file()},
-                model=[str(common.MODEL / name) for name in ("config.json", "pytorch_model.bin")],
+                model=[str(common.MODEL / name) for name in (heads.CONFIG, heads.WEIGHTS)],
             )
             checkpoints.finish()  # last: a full disk above leaves the state to go on from
         except BaseException as error:
@@ -195,30 +180,20 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
             raise
 
 
-def _tracked(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> tracking.Run:
-    """The MLflow run, with tags that say what it was made from."""
-    sources = common.read_sources() if common.SOURCES.is_file() else {"base": manifests["train"].base}
-    tags = {"method": shape.method, "hardware.workers": str(me.world)}
-    tags |= {f"features.{split}": manifest.digest for split, manifest in manifests.items()}
-    tags["features"] = manifests["train"].digest
-    return tracking.Run(config, "train", tags, sources, ("train", "val"), me.device)
-
-
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
-    readers = {split: FeatureReader(manifest, common.store_root(config)) for split, manifest in manifests.items()}
-    train_reader = readers["train"]
-    tables = base_tables.Tables(train_reader.tables)
-    speculator = start.initialise(config, shape, train_reader.token_counts(), tables).to(me.device)
+    train, val = (FeatureReader(manifests[split], common.store_root(config)) for split in ("train", "val"))
+    tables = base_tables.Tables(train.tables)
+    speculator = start.initialise(config, shape, train.token_counts(), tables).to(me.device)
     teacher = None
     if config.optim.loss == "kl":
-        found = base_tables.logits(train_reader.tables)
+        found = base_tables.logits(train.tables)
         if found is None:
             raise SpecError(
                 f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
                 "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce"
             )
         teacher = Teacher(tables["lm_head"], found, tables.get("bias"))
-    return FrozenTask(config, speculator, train_reader, readers["val"], me, teacher)
+    return FrozenTask(config, speculator, train, val, me, teacher)
 
 
 def _joint_task(config: Config, shape: SpeculatorConfig, me: Worker) -> JointTask:
@@ -250,14 +225,13 @@ def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
         heads.save(task.speculator, common.MODEL / "last")
     task.restore(result.weights)
     with files.whole(common.TRAINED_BASE, folder=True) as folder:
-        (folder / _MARK).write_text(f"{_MADE} data/sources.json names the base that it began with.\n")
+        (folder / _MARK.name).write_text(f"{_MADE} data/sources.json names the base that it began with.\n")
         if isinstance(task, JointTask):
             task.base.model.to(getattr(torch, task.config.model.dtype)).save_pretrained(folder)
             task.base.tokenizer.save_pretrained(folder)
     if isinstance(task, JointTask):
         digest = base_model.identify(common.TRAINED_BASE, task.config.model.trust_remote_code)["weights"]
-        name = str(common.TRAINED_BASE)
-        base = {"base_model_name_or_path": name, "base_revision": None, "base_digest": digest}
+        base = {"base_model_name_or_path": str(common.TRAINED_BASE), "base_revision": None, "base_digest": digest}
         task.speculator.config = task.speculator.config.model_copy(update=base)
     heads.save(task.speculator, common.MODEL)
 
@@ -282,30 +256,23 @@ class _Recorder:
     def listen(self, progress: loop.Progress) -> None:
         """Record and show one logged step."""
         self.advance(progress.step, progress.total)
-        metrics = progress.metrics
+        split, metrics = progress.split, progress.metrics
         row = {"step": progress.step, "time": round(progress.time, 3), **metrics}
-        self.rows[progress.split].append(row)
-        self._write(progress.split)
-        self.run.log(row, _CURVES[progress.split])
-        if progress.split == "train":
-            rate = f"{metrics['positions_per_second']:,.0f} positions/s"
-            accuracy = " ".join(f"{v:.2f}" for k, v in metrics.items() if k.startswith("accuracy."))
-            self.bar.set_postfix_str(
-                f"speculator_loss {metrics['speculator_loss']:.3f}, accuracy {accuracy}, {rate}", refresh=False
-            )
-        else:
-            self.bar.write(
-                f"step {progress.step}: val loss {metrics['speculator_loss']:.3f}, "
-                f"{metrics['tokens_per_step']:.3f} tokens per step"
-            )
-
-    def _write(self, split: str) -> None:
-        rows = self.rows[split]
         with (RESULTS / f"{split}.csv").open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[-1]))
-            if len(rows) == 1:
+            writer = csv.DictWriter(file, list(row))
+            if not self.rows[split]:
                 writer.writeheader()
-            writer.writerow(rows[-1])
+            writer.writerow(row)
+        self.rows[split].append(row)
+        self.run.log(row, _CURVES[split])
+        loss = f"{metrics['speculator_loss']:.3f}"
+        if split == "train":
+            accuracy = " ".join(f"{v:.2f}" for k, v in metrics.items() if k.startswith("accuracy."))
+            rate = f"{metrics['positions_per_second']:,.0f} positions/s"
+            self.bar.set_postfix_str(f"speculator_loss {loss}, accuracy {accuracy}, {rate}", refresh=False)
+        else:
+            steps = f"{metrics['tokens_per_step']:.3f} tokens per step"
+            self.bar.write(f"step {progress.step}: val loss {loss}, {steps}")
 
     def curves(self) -> dict[str, dict[str, str]]:
         """The files that were written, and what MLflow shows of them."""
@@ -316,21 +283,21 @@ class _Recorder:
         if self.bar is not None:
             self.bar.close()
 
-    def draw(self, folder: Path) -> None:
+    def draw(self) -> None:
         """The curves as pictures."""
 
         def line(split: str, name: str) -> tuple[list[float], list[float]]:
-            rows = self.rows[split]
-            return [row["step"] for row in rows], [row[name] for row in rows]
+            return [row["step"] for row in self.rows[split]], [row[name] for row in self.rows[split]]
 
-        if not self.rows["train"] or not self.rows["val"]:
+        if not all(self.rows.values()):
             return
-        losses = {split: line(split, "speculator_loss") for split in ("train", "val")}
-        plots.curves(folder / "loss.png", losses, "step", "speculator loss")
+        losses = {split: line(split, "speculator_loss") for split in self.rows}
+        plots.curves(RESULTS / "loss.png", losses, "step", "speculator loss")
         names = [name for name in self.rows["train"][-1] if name.startswith("accuracy.")]
         accuracy = {f"head {name.split('.')[1]}": line("train", name) for name in names}
-        plots.curves(folder / "accuracy.png", accuracy, "step", "accuracy (true inputs)")
-        plots.curves(folder / "tokens_per_step.png", {"val": line("val", "tokens_per_step")}, "step", "tokens per step")
+        plots.curves(RESULTS / "accuracy.png", accuracy, "step", "accuracy (true inputs)")
+        steps = {"val": line("val", "tokens_per_step")}
+        plots.curves(RESULTS / "tokens_per_step.png", steps, "step", "tokens per step")
 
 
 if __name__ == "__main__":
