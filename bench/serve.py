@@ -42,7 +42,7 @@ def main() -> None:
     sources: list[DraftSource] = ["head"] if shape.method == "eagle3" else ["head", "hybrid"]
     alone = servers.plain_command(base, shape.base_revision, dtype=config.model.dtype)
     ngram = json.dumps({"method": "ngram", "num_speculative_tokens": NGRAM_DRAFT, **NGRAMS})
-    commands = {
+    commands: dict[str, list[str]] = {
         "base alone": alone,
         "vLLM's n-gram": [*alone, "--speculative-config", ngram],
         **{source: servers.command(common.MODEL, Decode(draft=source), dtype=config.model.dtype) for source in sources},
