@@ -40,7 +40,13 @@ DOMAINS = ("maths", "code", "chat")
 
 
 def make_base(
-    folder: Path, family: Family = "gpt2", seed: int = 0, hidden_size: int = HIDDEN_SIZE, layers: int = 2
+    folder: Path,
+    family: Family = "gpt2",
+    seed: int = 0,
+    hidden_size: int = HIDDEN_SIZE,
+    layers: int = 2,
+    spread: float = 0.3,
+    ending: float = 1.5,
 ) -> Path:
     """Write a random causal language model with a tokenizer of its own, as save_pretrained lays it out.
 
@@ -53,6 +59,8 @@ def make_base(
         seed: of the weights.
         hidden_size: of two attention heads.
         layers: their number.
+        spread: of the weights; the smaller, the more an answer repeats itself.
+        ending: how much larger the end-of-turn token's row is, which makes it likely.
     """
     tokenizer = _tokenizer()
     assert len(tokenizer) < VOCAB_SIZE
@@ -64,7 +72,7 @@ def make_base(
             n_layer=layers,
             n_head=2,
             n_positions=512,
-            initializer_range=0.3,
+            initializer_range=spread,
             **special,
         )
     else:
@@ -77,14 +85,14 @@ def make_base(
             num_key_value_heads=1,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            initializer_range=0.3,
+            initializer_range=spread,
             **special,
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 1.5
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= ending
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

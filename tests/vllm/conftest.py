@@ -15,6 +15,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return small.train_small(tmp_path_factory.mktemp("pipeline"))
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return small.train_tiny(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _offline_telemetry() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

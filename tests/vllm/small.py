@@ -1,4 +1,4 @@
-"""The default pipeline in small: a speculator of the real base, trained for a minute, and what it is asked."""
+"""Pipelines in small: sum_rnn of the real base, trained for a minute, and eagle3 of a tiny one; what they are asked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from spec.serving.server import Server
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
+from tests.stages.workspace import prepare, run_through
+from tests.tiny import make_base, write_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = os.environ.get("XDG_CACHE_HOME")  # before tests/conftest.py sets its own: the base is downloaded once
@@ -27,6 +29,12 @@ OVERRIDES = (
     "optim.loss=ce",
     "features.store=store",
 )
+TINY = {
+    "model": {"dtype": "float32", "speculator": {"method": "eagle3", "n_predict": 3, "draft_vocab_size": 200}},
+    "data": {"max_length": 256, "train_batch_size": 8, "micro_batch_size_per_gpu": 8},
+    "respond": {"max_new_tokens": NEW_TOKENS, "batch_size": 64},
+    "trainer": {"logger": "console", "total_epochs": 8},
+}
 SERVER = ("--enforce-eager", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")  # most prompts come in parts
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -60,6 +68,17 @@ def train_small(root: Path) -> Trained:
     shutil.copy(REPOSITORY / "params.yaml", root)
     for stage in ("fetch", "tokenize", "respond", "cache", "train"):
         run(root, stage, *OVERRIDES)
+    return Trained(root, FeatureReader(Manifest.load(root / "data/features/eval.json"), root / "store"))
+
+
+def train_tiny(root: Path) -> Trained:
+    """The same with an attention head, on a base with biases whose answers half repeat themselves."""
+    prepare(root, TINY)
+    make_base(root / "base", "qwen2", hidden_size=64, layers=4, spread=0.12, ending=1.0)
+    write_prompts(root / "prompts", train=96, eval=PROMPTS + 4)
+    (root / "models").mkdir()
+    (root / "models/base").symlink_to(root / "base")
+    run_through(root, "train")
     return Trained(root, FeatureReader(Manifest.load(root / "data/features/eval.json"), root / "store"))
 
 
