@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from spec import acceptance
 from spec.base import Teacher
@@ -90,15 +90,19 @@ class FrozenTask:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is trained, each shared tensor once, where it is."""
         self._flush()
-        return {name: p.detach() for name, p in self.speculator.named_parameters()}
+        return {name: p.detach() for name, p in self._own()}
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Take over what `tensors` gave."""
-        for name, parameter in self.speculator.named_parameters():
+        for name, parameter in self._own():
             parameter.copy_(weights[name])
         for table in self._tables:
             table.reload()
+
+    def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The speculator's parameters that are not the base's."""
+        return ((name, p) for name, p in self.speculator.named_parameters() if name not in self.speculator.borrowed)
 
     def _flush(self) -> None:
         for table in self._tables:

@@ -112,6 +112,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(project: Project) -> None:
     process.communicate()
     said = project.run("train")
     assert "resuming at step" in said
+    kept = torch.load(next((project.root / "checkpoints").glob("*/global_step_2/pytorch_model.bin")), weights_only=True)
+    assert kept.keys() == expected.keys()
     found = project.weights()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
