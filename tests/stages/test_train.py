@@ -47,11 +47,10 @@ def test_the_best_heads_and_the_last_ones_are_kept(folder: Path) -> None:
     assert same(weights(MODEL), weights(checkpoint(best)))
     assert same(weights(LAST), weights(checkpoint(last)))
     assert not same(weights(MODEL), weights(LAST))
-    with Path("results/train/val.csv").open() as file:
-        curve = {int(row["step"]): float(row["tokens_per_step"]) for row in csv.DictReader(file)}
-    assert list(curve) == list(range(1, 13))
-    assert max(curve, key=curve.__getitem__) == best
-    assert metrics["val"]["tokens_per_step"] == curve[best]
+    steps = {row["step"]: row["tokens_per_step"] for row in curve("val")}
+    assert list(steps) == list(range(1, 13))
+    assert max(steps, key=steps.__getitem__) == best
+    assert metrics["val"]["tokens_per_step"] == steps[best]
     assert not list(Path("checkpoints").rglob("training.pt"))  # nothing is left to resume
 
 
@@ -62,21 +61,17 @@ def test_a_frozen_base_is_not_written_to(folder: Path, ready: Path) -> None:
     assert content(ready / "base") == before
     assert list(content(Path("models/trained_base"))) == ["README"]
     assert "frozen" in Path("models/trained_base/README").read_text()
-    assert files.read_json(Path("results/evaluate/details.json"))["decode"]["lossless"] is True
+    trained, evaluated = (files.read_json(Path(f"results/{stage}/details.json")) for stage in ("train", "evaluate"))
+    assert evaluated["decode"]["lossless"] is True
     digest = files.digest_file(MODEL / "pytorch_model.bin")  # by which an export finds the figures of its weights
-    assert all(
-        files.read_json(Path(f"results/{stage}/details.json"))["speculator"] == digest
-        for stage in ("train", "evaluate")
-    )
-    features = files.read_json(Path("results/train/details.json"))["features"]
-    assert features == Manifest.load(Path("data/features/train.json")).digest
+    assert trained["speculator"] == evaluated["speculator"] == digest
+    assert trained["features"] == Manifest.load(Path("data/features/train.json")).digest
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.speculator.draft_vocab_size=60", "model.speculator.init=base")])
 def test_heads_can_learn_the_bases_own_distribution(folder: Path, overrides: tuple[str, ...]) -> None:
     ok("train", "optim.loss=kl", "optim.head_weights=[1, 0.5, 0.25]", "trainer.total_epochs=6", *overrides)
-    with Path("results/train/train.csv").open() as file:
-        losses = [float(row["speculator_loss"]) for row in csv.DictReader(file)]
+    losses = [row["speculator_loss"] for row in curve("train")]
     assert losses[-1] < losses[0]
     assert files.read_json(Path("results/train/details.json"))["val"]["speculator_loss"] > 0
 
@@ -105,10 +100,10 @@ def test_a_diverged_run_keeps_no_heads(folder: Path) -> None:
     assert not MODEL.exists()
 
 
-def val_curve() -> list[dict[str, str]]:
-    """val.csv but for the times."""
-    with Path("results/train/val.csv").open() as file:
-        return [{name: value for name, value in row.items() if name != "time"} for row in csv.DictReader(file)]
+def curve(split: str) -> list[dict[str, float]]:
+    """A curve but for the times."""
+    with Path(f"results/train/{split}.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if name != "time"} for row in csv.DictReader(file)]
 
 
 def asked_to_stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
@@ -132,8 +127,7 @@ def asked_to_stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
 def test_a_signal_saves_and_the_same_command_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And everything comes out as without it, byte for byte."""
     ok("train", "trainer.test_freq=3")
-    expected = content(Path("models"))
-    curve = val_curve()
+    expected = content(Path("models")), curve("val")
     for name in ("models", "results/train", "checkpoints"):
         shutil.rmtree(name)
     before = signal.getsignal(signal.SIGTERM)
@@ -146,8 +140,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder: Path, monkeypatch: 
     assert (checkpoint(5) / "training.pt").is_file()
     assert not MODEL.exists()
     ok("train", "trainer.test_freq=3", "trainer.logger=[]", "trainer.experiment_name=other")  # of no influence
-    assert content(Path("models")) == expected
-    assert val_curve() == curve
+    assert (content(Path("models")), curve("val")) == expected
 
 
 def test_a_disk_that_is_full_at_the_end_leaves_what_to_go_on_from(
@@ -164,14 +157,11 @@ def test_a_disk_that_is_full_at_the_end_leaves_what_to_go_on_from(
     assert not list(Path("checkpoints").rglob("training.pt"))
 
 
-def test_a_disk_without_room_for_checkpoints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
-    message = refused("train")
-    assert "in checkpoints, where 10 B are free; free some, or move the project to a larger disk" in message
-    assert "features.store" not in message
-
-
 def test_another_runs_checkpoint_is_not_taken_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "free_bytes", lambda path: 10)
+        message = refused("train")
+        assert "in checkpoints, where 10 B are free; free some, or move the project to a larger disk" in message
     with monkeypatch.context() as patch:
         asked_to_stop_at(4, patch)
         refused("train")
@@ -187,9 +177,7 @@ def test_the_draft_vocabulary_is_what_answers_hold_most(folder: Path) -> None:
     ok("train", "model.speculator.draft_vocab_size=9", "trainer.total_epochs=1")
     manifest = Manifest.load(common.features_path("train"))
     counts = FeatureReader(manifest, common.store_root(config_module.load())).token_counts()
-    found = heads.load(MODEL).token_map
-    assert found is not None
-    chosen = found.tolist()
+    chosen = heads.load(MODEL).token_map.tolist()
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 9
     assert min(counts[chosen]) >= max(np.delete(counts, chosen))
