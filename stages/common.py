@@ -183,55 +183,38 @@ def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[C
         yield advance
 
 
-class Estimated:
-    """An answers.Answer that corrects the total of a progress bar of tokens as answers end.
-
-    The estimate assumes that an answer ends after each of its tokens with the same probability, which is the number of
-    ended answers divided by that of written tokens.
+def estimated(answer: answers.Answer, rows: int, advance: Callable[[int, float], object]) -> answers.Answer:
+    """An Answer that corrects the total of a progress bar of tokens by the mean length of the answers that are written.
 
     Args:
         answer: writes the answers.
-        waiting: how many answers this worker will write.
+        rows: how many answers this worker will write.
         advance: is told the tokens just written, and the estimate of all tokens.
     """
+    ended = written = 0
 
-    def __init__(self, answer: answers.Answer, waiting: int, advance: Callable[[int, float], object]) -> None:
-        self.answer, self.waiting, self.advance = answer, waiting, advance
-        self.ended = self.written = 0
-
-    def __call__(
-        self,
+    def write(
         prompts: Sequence[Sequence[int]],
         limit: int,
         temperature: float,
         seeds: Sequence[int],
         _: Callable[[int], object],
     ) -> list[list[int]]:
-        """Write answers, and tell `advance`."""
-        size, counts = len(prompts), [0]
-        self.waiting = max(0, self.waiting - size)
+        nonlocal ended, written
+        mean, tokens = written / ended if ended else limit, 0
+        rest = max(0, rows - ended - len(prompts)) * mean
 
         def tell(count: int) -> None:
-            counts.append(count)
-            self.written += count
-            # The first step of a batch writes a token to each answer, and every later one to those that go on. An
-            # engine that batches by itself reports tokens one by one, which says nothing about how many go on.
-            ended = size - count if counts[1] == size else 0
-            mean = self._mean(self.ended + ended, limit)
-            rest = max(0.0, size * mean - sum(counts))
-            self.advance(count, self.written + rest + self.waiting * mean)
+            nonlocal tokens
+            tokens += count
+            advance(count, written + max(tokens, len(prompts) * mean) + rest)
 
-        found = self.answer(prompts, limit, temperature, seeds, tell)
-        self.ended += sum(len(each) < limit for each in found)
-        self.advance(0, self.written + self.waiting * self._mean(self.ended, limit))
+        found = answer(prompts, limit, temperature, seeds, tell)
+        ended, written = ended + len(found), written + tokens
+        advance(0, written + max(0, rows - ended) * written / ended)
         return found
 
-    def _mean(self, ended: int, limit: int) -> float:
-        """The expected length of an answer that has at most `limit` tokens."""
-        if not ended:
-            return limit
-        rate = ended / self.written
-        return float((1 - (1 - rate) ** limit) / rate)
+    return write
 
 
 def store_root(config: Config) -> Path:

@@ -1,10 +1,9 @@
 """generate: text from the base, sped up by a speculator."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
-import torch
 
 from spec.config import Dtype
 from spec.drafting import Source
@@ -38,6 +37,8 @@ def generate(
     raw: bool,
 ) -> None:
     """Answer a prompt with a base and its speculator, streaming, and say how fast it was."""
+    from transformers import TextStreamer
+
     from spec import corpus
     from spec.decoding import LanguageModelWithSpeculator
 
@@ -59,7 +60,7 @@ def generate(
             temperature=temperature or 1.0,
             seed=seed,
             draft=draft,
-            streamer=_Screen(tokenizer),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     rates = " ".join(f"{rate:.2f}" for rate in result.acceptance_rates[:SHOWN]) or "-"
     click.echo(
@@ -67,22 +68,3 @@ def generate(
         f"per step, acceptance by position {rates}",
         err=True,
     )
-
-
-class _Screen:
-    """Prints text as soon as it is certain; the prompt is not repeated."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from transformers import TextStreamer
-
-        self._streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._streamer.next_tokens_are_prompt:
-            self._streamer.put(value)
-            return
-        for token in value:
-            self._streamer.put(token[None])
-
-    def end(self) -> None:
-        self._streamer.end()

@@ -41,9 +41,6 @@ def cache(tmp_path, monkeypatch):
     return files.cache_dir()
 
 
-# The lock and the wheels
-
-
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A lock of one tiny package and an index that holds nothing else."""
@@ -81,9 +78,6 @@ def test_a_wheel_with_another_hash_is_refused(tiny, tmp_path):
     tiny.write_text("tiny_one>=1.0\n")
     with pytest.raises(SystemExit, match=r"no line .* for tiny_one, tiny_two; restore it from git"):
         wheels.read_lock(["tiny_one", "tiny_two"])
-
-
-# Folders and links
 
 
 @pytest.fixture
@@ -200,18 +194,12 @@ def test_a_stage_gives_the_recipes_error_as_its_own(tiny, tmp_path, monkeypatch,
         embedded.ensure(embedded.PROMPTS["eval"])
 
 
-# The mix
-
-
 def test_failing_generators_are_reported_with_their_error(tmp_path):
     wheel = tmp_path / "reasoning_gym.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("reasoning_gym/utils.py", "raise ImportError('no such thing')")
     with pytest.raises(SystemExit, match=r"(?s)could not be generated.*ImportError: no such thing"):
         list(sources.maths({"reasoning_gym": wheel}))
-
-
-# The real packages
 
 
 @pytest.fixture(scope="module")
@@ -250,17 +238,17 @@ def test_the_files_hold_what_the_data_card_says(rows):
 def test_nothing_of_an_evaluation_set_is_in_train_or_val_and_no_prompt_is_in_two_places(rows, real):
     items, reserved = sources.evaluation(real)
     reserved += [item.text for found in items.values() for item in found]
-    exact = set(map(plain, reserved))
-    eight_words = {" ".join(run) for text in reserved for run in every_eight(plain(text).split())}
+    exact, eight_words = set(map(plain, reserved)), set().union(*map(every_eight, reserved))
     for row in rows["train"] + rows["val"]:
         assert plain(row["question"]) not in exact
-        assert not {" ".join(run) for run in every_eight(plain(row["question"]).split())} & eight_words, row["question"]
+        assert not every_eight(row["question"]) & eight_words, row["question"]
     every = [plain(row["question"]) for split in rows.values() for row in split]
     assert len(set(every)) == len(every)
 
 
-def every_eight(words: list[str]) -> list[list[str]]:
-    return [words[start : start + 8] for start in range(len(words) - 7)]
+def every_eight(text: str) -> set[tuple[str, ...]]:
+    words = plain(text).split()
+    return {tuple(words[start : start + 8]) for start in range(len(words) - 7)}
 
 
 def test_maths_is_split_by_template_and_restated_templates_are_gone(rows, real, monkeypatch):

@@ -13,12 +13,10 @@ from tests.tiny import with_instructions
 @pytest.mark.parametrize(
     ("instructions", "dtype", "device", "expected"),
     [
-        (["avx2"], "bfloat16", "cpu", torch.float32),
         (["avx2", "avx512_f"], "bfloat16", "cpu", torch.float32),
         (["avx2", "avx512_bf16"], "bfloat16", "cpu", torch.bfloat16),
         (["amx_bf16"], "bfloat16", "cpu", torch.bfloat16),
         (["neon", "bf16"], "bfloat16", "cpu", torch.bfloat16),
-        (["neon"], "bfloat16", "cpu", torch.float32),
         (["avx512_bf16"], "float16", "cpu", torch.float32),
         (["avx512_fp16"], "float16", "cpu", torch.float16),
         (["avx512_bf16"], "float32", "cpu", torch.float32),
