@@ -1,11 +1,11 @@
 """Parquet files -> token sequences: layouts, chat template, loss mask, limits.
 
-files.py says which files, layouts.py which columns of them hold what, rows.py and turns.py read conversations from
-those, chat.py renders them and finds the assistant's turns, tokens.py tokenizes what is rendered, encode.py puts all
-that together, sequences.py is the result and its file.
+files.py says which files, layouts.py which columns hold what, rows.py and turns.py read conversations from them,
+chat.py renders those and finds the assistant's turns, tokens.py tokenizes, encode.py puts all that together, and
+sequences.py is the result and its file.
 """
 
-from spec.corpus.chat import PLAIN_TEMPLATE, ChatTemplate, PrefixError, install_plain_template
+from spec.corpus.chat import PLAIN_TEMPLATE, ChatTemplate, install_plain_template
 from spec.corpus.encode import Report, stream
 from spec.corpus.files import check_apart, list_files
 from spec.corpus.layouts import Source, count_rows, inspect

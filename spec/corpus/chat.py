@@ -20,7 +20,7 @@ import contextlib
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,10 +56,6 @@ _CALL = {"id": "a" * 9, "type": "function", "function": {"name": FUNCTION, "argu
 _MARKED_CALL: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 
 
-class PrefixError(RowError):
-    """The template's rendering of a prompt is not where the rendering of its answer starts."""
-
-
 @dataclass(frozen=True)
 class Form:
     """How a template takes messages."""
@@ -79,10 +75,8 @@ class Chat:
 
 
 def install_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a tokenizer without a chat template the plain one, with BOS in front where the tokenizer itself puts it.
-
-    Returns whether the tokenizer has the plain template now.
-    """
+    """Give a tokenizer without a chat template the plain one, with BOS in front where the tokenizer itself puts it;
+    returns whether it has the plain template now."""
     if tokenizer.chat_template is not None:
         return str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
     starts = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -93,68 +87,44 @@ def install_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 class ChatTemplate:
     """A tokenizer's chat template, able to tell the assistant's tokens from the rest.
 
-    date: the day that a template takes for today, so that a row has the same ids on every day; with None, a template
-        that asks for the day is an error.
-    end_of_turn: the token that closes an assistant turn; None where the template has none.
+    `date` is the day that a template takes for today, so that a row has the same ids on every day; with None, a
+    template that asks for the day is an error. `end_of_turn` is the token that closes a turn, if there is one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date | None = DATE) -> None:
         self.tokenizer = tokenizer
         self._template = _dated(str(tokenizer.get_chat_template()), date)
         self._tool_template = _dated(str(tokenizer.get_chat_template(tools=[{}])), date)
-        self._form = Form()
         self._form = self._find_form()
-        self.end_of_turn: str | None = None
-        self._end: re.Pattern[str] | None = None
-        self._closing = ""
         rest = self._render([_QUESTION, _MARKED]).partition(MARKER)[2]
-        for tokens in _end_tokens(tokenizer):
-            if tokens and tokens.search(rest):
-                self._end = tokens
-                closing = self._find_closing(tokens, rest)
-                self.end_of_turn, self._closing = closing[-1], "".join(closing)
-                break
+        self._end = next((tokens for tokens in _end_tokens(tokenizer) if tokens.search(rest)), None)
+        closing = self._find_closing(self._end, rest) if self._end else []
+        self.end_of_turn, self._closing = (closing[-1] if closing else None), "".join(closing)
 
     def render(self, messages: Messages, tools: Tools = (), *, need_answer: bool = True) -> Chat:
         """Render a conversation, whose last message is the assistant's if it has an answer.
 
-        An answer that cannot be placed is an error where `need_answer` is set; otherwise it is left off.
-
-        Raises:
-            PrefixError: the last answer does not start where its generation prompt ends.
-            RowError: the template refuses the conversation (with its own words), or leaves a part of it out.
-            CorpusError: the template leaves out the tools.
+        An answer that does not start where its generation prompt ends is an error where `need_answer` is set; otherwise
+        it is left off. It is an error, too, if the template refuses the conversation or leaves a part of it out.
         """
         answered = messages[-1]["role"] == "assistant"
         before = messages[:-1] if answered else messages
-        prompt = self._render(before, tools, generate=True)
+        prompt, turns, answer = self._render(before, tools, generate=True), [], None
         self._check_shown(prompt, before, tools)
-        turns = []
         places = [i for i, turn in enumerate(before) if turn["role"] == "assistant" and turn.get("weight") != 0]
         for i in places:
             with contextlib.suppress(RowError):
                 generation = self._render(before[:i], tools, generate=True)
                 turns.append(self._turn(prompt, generation, before, i, tools, generate=True))
-        answer = None
-        if answered:
-            try:
-                answer = self._answer(prompt, messages, tools)
-            except RowError:
-                if need_answer:
-                    raise
+        with contextlib.nullcontext() if need_answer else contextlib.suppress(RowError):
+            answer = self._answer(prompt, messages, tools) if answered else None
         return Chat(prompt, answer, tuple(turns), len(places) - len(turns))
 
     def _render(self, messages: Messages, tools: Tools = (), *, generate: bool = False) -> str:
+        template, shaped = self._tool_template if tools else self._template, [*map(self._shaped, messages)]
+        options: Any = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": generate}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(map(self._shaped, messages)),
-                    tools=list(tools) or None,
-                    chat_template=self._tool_template if tools else self._template,
-                    tokenize=False,
-                    add_generation_prompt=generate,
-                )
-            )
+            return str(self.tokenizer.apply_chat_template(shaped, chat_template=template, **options))
         except Exception as error:  # a template is a program: whatever it raises is about this conversation
             roles = ", ".join(m["role"] for m in messages)
             raise RowError(f"the chat template refuses a conversation of {roles}: {error}") from error
@@ -175,25 +145,25 @@ class ChatTemplate:
     def _find_form(self) -> Form:
         """The first form in which the template shows text, and calls."""
         refusals: list[RowError] = []
+
+        def shows(form: Form, messages: Messages, marker: str) -> bool:
+            self._form = form
+            try:
+                return self._render(messages).count(marker) >= str(messages).count(repr(marker))
+            except RowError as error:
+                refusals.append(error)
+                return False
+
         forms = (Form(), Form(parts=True))
-        text = next((form for form in forms if self._shows(form, [_MARKED_QUESTION, _MARKED], MARKER, refusals)), None)
+        text = next((form for form in forms if shows(form, [_MARKED_QUESTION, _MARKED], MARKER)), None)
         if text is None and refusals:
             raise refusals[0]
         text = text or Form()
         calls = (replace(text, calls="values"), replace(text, calls="text"))
-        return next((form for form in calls if self._shows(form, [_QUESTION, _MARKED_CALL], FUNCTION, [])), text)
-
-    def _shows(self, form: Form, messages: Messages, marker: str, refusals: list[RowError]) -> bool:
-        """Whether all markers are in the rendering; a refusal is added to the list."""
-        self._form = form
-        try:
-            return self._render(messages).count(marker) >= str(messages).count(repr(marker))
-        except RowError as error:
-            refusals.append(error)
-            return False
+        return next((form for form in calls if shows(form, [_QUESTION, _MARKED_CALL], FUNCTION)), text)
 
     def _find_closing(self, tokens: re.Pattern[str], rest: str) -> list[str]:
-        """The tokens that close a turn one right after the other, whether or not another turn follows."""
+        """The tokens that together close a turn, whether or not another turn follows."""
         following = ""
         with contextlib.suppress(RowError):
             following = self._render([_QUESTION, _MARKED, _QUESTION], generate=True).partition(MARKER)[2]
@@ -259,7 +229,7 @@ class ChatTemplate:
         if refusal and not (found and (_thought(answer) or start.rstrip() == prompt.rstrip())):
             raise refusal
         if not found:
-            raise PrefixError("the chat template drops the thought of an answer, and how the answer ends is not known")
+            raise RowError("the chat template drops the thought of an answer, and how the answer ends is not known")
         return text + rest[: self._end_in(rest, answer)]
 
     def _turn(
@@ -280,7 +250,7 @@ class ChatTemplate:
             stop = len(text) - len(rest)
             placed = bool(found) and text.startswith(before) and text.endswith(rest) and stop >= len(before)
         if not placed:
-            raise PrefixError(
+            raise RowError(
                 f"the chat template does not render assistant message {i} as what follows its generation prompt "
                 f"(…{before[-40:]!r}), so its tokens cannot be told from the prompt's: use rows with a single answer "
                 "and respond.source=base, or another template"
@@ -294,7 +264,7 @@ class ChatTemplate:
         between = answered.partition(MARKER)[2].partition(ASKED)[0]
         through = self._render([*messages[: i + 1], *following], tools, generate=generate).partition(ASKED)[0]
         if not through.endswith(between):
-            raise PrefixError("the chat template closes a tool call otherwise than an answer")
+            raise RowError("the chat template closes a tool call otherwise than an answer")
         return through.removesuffix(between) + between[: self._end_in(between, _MARKED)]
 
     def _end_in(self, rest: str, message: Message) -> int:
@@ -306,7 +276,7 @@ class ChatTemplate:
             return end.end() if end else 0
         closed = len(rest.rstrip())
         if self._end and not any(end.end() == closed for end in self._end.finditer(rest)):
-            raise PrefixError("the chat template closes a tool call with no end-of-turn token")
+            raise RowError("the chat template closes a tool call with no end-of-turn token")
         return closed
 
 
@@ -354,12 +324,11 @@ def _dated(template: str, date: datetime.date | None) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ {today} }}}}{{% endmacro %}}\n{template}"
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[re.Pattern[str] | None]:
+def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[re.Pattern[str]]:
     """What may close a turn: the special tokens, else any token added to the vocabulary."""
     added = tokenizer.added_tokens_decoder.values()
     special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    patterns: list[re.Pattern[str] | None] = []
     for tokens in (special, {token.content for token in added}):
-        longest_first = sorted((t for t in tokens if t.strip()), key=lambda t: (-len(t), t))
-        patterns.append(re.compile("|".join(map(re.escape, longest_first))) if longest_first else None)
-    return patterns
+        longest_first = sorted(filter(str.strip, tokens), key=lambda token: (-len(token), token))
+        if longest_first:
+            yield re.compile("|".join(map(re.escape, longest_first)))

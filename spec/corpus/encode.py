@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -124,8 +124,8 @@ def stream(
 
     prompt_key, response_key: columns, dots reach into structs; None: found by name (see layouts.py).
     max_length: rows with more tokens are dropped; so are prompts that leave no room for one token of an answer.
-    need_answers: a row without an answer is a bad row. Otherwise such rows are welcome, and an answer that does not
-        fit is left off rather than its row dropped, as the base writes it anew.
+    need_answers: a row without an answer is a bad row. Otherwise an answer that does not fit is left off rather than
+        its row dropped, as the base writes it anew.
     ignore_columns: columns that count as absent.
     skip_bad_rows: rows that cannot be used are left out; otherwise they are an error once all rows are read.
     max_positions, trained_positions: longer rows are dropped as with max_length, or kept and counted; None: no limit.
@@ -133,10 +133,6 @@ def stream(
     progress: called with the number of rows done since the last call.
 
     A tokenizer without a chat template gets PLAIN_TEMPLATE, unless the files are plain text.
-
-    Raises:
-        CorpusError: before any row, what `inspect` raises; a part of a prompt that would be lost, with file and row; a
-            token that the base does not have; at the end, bad rows, or that no row is left.
     """
     keys = {"prompt_key": prompt_key, "response_key": response_key}
     sources = inspect(files, **keys, need_answers=need_answers, ignore_columns=ignore_columns)
@@ -158,8 +154,7 @@ def stream(
                 report.rejected[item.reason] += 1
                 report.rejected_rows += [f"{item.where}: {item.reason}"][: SHOWN - len(report.rejected_rows)]
                 continue
-            sequence = item.sequence
-            prompt = sequence.prompt_length
+            sequence, prompt = item.sequence, item.sequence.prompt_length
             if not need_answers and 0 < prompt < len(sequence) and len(sequence) > longest:
                 sequence = replace(sequence, ids=sequence.ids[:prompt], mask=sequence.mask[:prompt])
                 item = replace(item, sequence=sequence, shortened=True)
@@ -178,7 +173,12 @@ def stream(
                 yield sequence
         if progress is not None:
             progress(len(batch))
-    _check_rejected(report, skip_bad_rows)
+    bad = report.rejected.total()
+    if bad and (not skip_bad_rows or bad == report.rows):
+        first = "\n  ".join(report.rejected_rows)
+        advice = "" if bad == report.rows else "\ndata.skip_bad_rows=true leaves such rows out"
+        what = f"{bad:,} of {report.rows:,} rows cannot be used: {report.reasons()}"
+        raise CorpusError(f"{what}. The first:\n  {first}{advice}")
     if not report.kept:
         limit = f"data.max_length is {max_length}"
         limit += "" if max_positions is None else f", and the base has {max_positions} positions"
@@ -211,8 +211,7 @@ def _encode(
     if texts:
         tokens = tokenizer([text for _, text in texts.values()], return_attention_mask=False, verbose=False)
         for (i, (row, _)), ids in zip(texts.items(), tokens["input_ids"], strict=True):
-            array = np.array(ids, dtype=np.int32)
-            mask = np.ones(len(array), dtype=np.uint8)
+            array, mask = np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.uint8)
             done[i] = _Encoded(row, TokenSequence(array, mask, row.domain, 0, row.digest))
     encoded = tokenize(tokenizer, [chat for _, chat in chats.values()])
     for (i, (row, chat)), (ids, mask, prompt_length) in zip(chats.items(), encoded, strict=True):
@@ -225,26 +224,13 @@ def _encode(
     return [done[i] for i in range(len(rows))]
 
 
-def _check_vocabulary(
-    sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, where: str
-) -> None:
+def _check_vocabulary(sequence: TokenSequence, tokenizer: Any, vocab_size: int | None, where: str) -> None:
     highest = int(sequence.ids.max())
     if vocab_size is not None and highest >= vocab_size:
         raise CorpusError(
             f"{where}: the token {tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, and the base has "
             f"{vocab_size} rows in its lm_head: tokenizer and base do not belong together, or the tokenizer was given "
             "tokens for which the base was not enlarged"
-        )
-
-
-def _check_rejected(report: Report, skip_bad_rows: bool) -> None:
-    """Raise an error for bad rows, unless they are to be left out and others remain."""
-    count = report.rejected.total()
-    if count and (not skip_bad_rows or count == report.rows):
-        first = "\n  ".join(report.rejected_rows)
-        advice = "" if count == report.rows else "\ndata.skip_bad_rows=true leaves such rows out"
-        raise CorpusError(
-            f"{count:,} of {report.rows:,} rows cannot be used: {report.reasons()}. The first:\n  {first}{advice}"
         )
 
 

@@ -34,10 +34,6 @@ def list_files(paths: Sequence[str], *, split: str | None = None) -> list[Path]:
     A file stands for itself, a glob (`dir/train-*.parquet`, `**`) for the files that match, or else the folders, and
     a folder for every *.parquet below it, sorted; hidden files and folders are skipped. `~` and `$HOME` expand. Of a
     folder that holds several splits, only the files of `split` ("train", "val" or "eval") are taken.
-
-    Raises:
-        CorpusError: no path at all, a path that does not exist or matches nothing, a folder without parquet files or
-            without some of this split, a file in another format.
     """
     if not paths or not all(map(str.strip, paths)):
         raise CorpusError("no data file is named: give a parquet file, a folder of them, or a list of both")
@@ -74,11 +70,7 @@ def domain_of(path: Path) -> str:
 
 
 def check_apart(splits: Mapping[str, Mapping[str, str]]) -> None:
-    """Check that no file is in two splits, by the digest of each file by split and path; empty files may be alike.
-
-    Raises:
-        CorpusError: names a file that is in two, under whatever name.
-    """
+    """Check that no file is in two splits, by the digest of each file by split and path; empty files may be alike."""
     for (first, ones), (second, others) in combinations(splits.items(), 2):
         paths = {digest: path for path, digest in ones.items()}
         for path, digest in others.items():
@@ -108,7 +100,10 @@ def _of_folder(folder: Path, split: str | None) -> list[Path]:
             if path.name not in _DESCRIPTIONS:
                 _check_format(path)
         raise CorpusError(f"{folder}: the folder has no *.parquet file in it or below it")
-    words = {path: _split_words(path.relative_to(folder)) for path in below}
+    words = {  # the names of splits in the name of a file and of the folders on the way to it
+        path: frozenset(_SPLIT) & {*re.findall("[a-z]+", str(path.relative_to(folder).with_suffix("")).lower())}
+        for path in below
+    }
     owners = {path: {_SPLIT[word] for word in words[path]} for path in below}
     if split is None or len(below) == 1 or len(set().union(*owners.values())) < 2:
         return below
@@ -122,11 +117,6 @@ def _of_folder(folder: Path, split: str | None) -> list[Path]:
             f"in data.{split}_files, or a glob such as {folder}/{NAMES[split][0]}-*.parquet"
         )
     return taken
-
-
-def _split_words(path: Path) -> frozenset[str]:
-    """The names of splits in the name of a file and of the folders on the way to it."""
-    return frozenset(word for word in re.findall("[a-z]+", str(path.with_suffix("")).lower()) if word in _SPLIT)
 
 
 def _check_format(path: Path) -> None:

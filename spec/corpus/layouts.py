@@ -111,12 +111,7 @@ def inspect(
     need_answers: bool,
     ignore_columns: Sequence[str] = (),
 ) -> list[Source]:
-    """Find every file's layout from its schema alone, before any row is read; files without rows are passed over.
-
-    Raises:
-        CorpusError: not a parquet file, no rows in any file, no layout that fits, a key that is missing or of another
-            type, or answers needed of a file that has no column for them.
-    """
+    """Find every file's layout from its schema alone, before any row is read; files without rows are passed over."""
     found = [_inspect(path, prompt_key, response_key, need_answers, ignore_columns) for path in files]
     sources = [source for source in found if source is not None]
     if not sources:
@@ -180,19 +175,17 @@ class _Finder:
         turns = _is_conversation(self._type(prompt)) or prompt.lower() in AS_JSON
         response = second = None
         if response_key is not None:
-            expected = "a string, a list of strings or a list of {role, content}"
-            response = self._named(response_key, "data.response_key", expected)
+            response = self._named(response_key, "data.response_key")
         elif prompt_key is not None or prompt.lower() not in CONVERSATIONS:
             response = self._first(RESPONSES, _is_text_or_conversation, prompt)
         if not turns:
             second = self._first(SECOND_PARTS, _is_text, prompt, response)
-        kind: Literal["messages", "prompt"] = "messages" if turns else "prompt"
-        return self._complete(Layout(kind, prompt, response, second), prompt_key)
+        return self._complete(Layout("messages" if turns else "prompt", prompt, response, second), prompt_key)
 
     def _prompt(self, prompt_key: str | None, response_key: str | None) -> str | None:
         """The column of the prompt; None for plain text."""
         if prompt_key is not None:
-            return self._named(prompt_key, "data.prompt_key", "a string or a list of {role, content}")
+            return self._named(prompt_key, "data.prompt_key")
         prompt = (
             self._first(CONVERSATIONS, _is_conversation)
             or self._first(AS_JSON, _is_text)
@@ -220,11 +213,12 @@ class _Finder:
         suspects = tuple(name for name in unused if name not in expected and self._is_suspect(name, layout.kind))
         return replace(layout, suspects=suspects, unused=unused)
 
-    def _named(self, key: str, param: str, expected: str) -> str:
+    def _named(self, key: str, param: str) -> str:
         kind = _type(self.schema, key)
         if kind is None:
             raise CorpusError(f"{self.path}: no column {key!r}, which {param} names: found {columns(self.schema)}")
         if not _is_text_or_conversation(kind):
+            expected = "a string, a list of strings or a list of {role, content}"
             raise CorpusError(f"{self.path}: column {key!r}, which {param} names, is {kind}; expected {expected}")
         return key
 
@@ -279,9 +273,8 @@ def _is_text(kind: pa.DataType | None) -> bool:
     if kind is None:
         return False
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    types = pa.types
     # A column of nothing but nulls has the type null: its rows are reported as nulls, not the column as mistyped.
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or kind == pa.null())
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
 def _is_turn(kind: pa.DataType | None) -> bool:
@@ -291,10 +284,8 @@ def _is_turn(kind: pa.DataType | None) -> bool:
 
 def _is_turns(kind: pa.DataType | None) -> bool:
     """Whether a column holds a list of turns, or a struct of lists, as some libraries write one."""
-    columns = {name: _item(field) for name, field in _fields(kind).items()}
-    lists = any(_is_text(columns.get(key)) for key in ROLE_KEYS) and any(
-        columns.get(key) is not None for key in CONTENT_KEYS
-    )
+    items = {name: _item(field) for name, field in _fields(kind).items()}
+    lists = any(_is_text(items.get(key)) for key in ROLE_KEYS) and any(items.get(key) for key in CONTENT_KEYS)
     return _is_turn(_item(kind)) or lists
 
 
@@ -316,6 +307,5 @@ def _holds_text(kind: pa.DataType | None) -> bool:
     """Whether there may be text or media in a column."""
     if kind is None or kind == pa.null():
         return False
-    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     inside = [*_fields(kind).values(), _item(kind)]
-    return binary or _is_text(kind) or any(map(_holds_text, inside))
+    return kind in (pa.binary(), pa.large_binary()) or _is_text(kind) or any(map(_holds_text, inside))

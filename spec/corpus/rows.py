@@ -52,9 +52,6 @@ def read_rows(source: Source, *, need_answers: bool) -> Iterator[Row | Rejected]
     """The rows of a file, in order, a piece of it in memory at a time.
 
     A row is rejected for a null or malformed prompt, for an unknown role, or for no answer where one is needed.
-
-    Raises:
-        CorpusError: a file that is damaged; a column that would be lost (see _check_lost).
     """
     number = 0
     columns = list(dict.fromkeys((*source.layout.read, *source.layout.suspects)))
@@ -129,8 +126,7 @@ def _prompt(values: dict[str, Any], layout: Layout) -> Messages:
     prompt = _value(values, layout.prompt)
     if prompt is None:
         raise RowError(f"column {layout.prompt} is null")
-    messages = read_turns(prompt, layout.prompt)
-    if messages is not None:
+    if (messages := read_turns(prompt, layout.prompt)) is not None:
         return messages
     if layout.kind == "messages":
         raise RowError(f"column {layout.prompt} holds text that is not the JSON of a list of turns")

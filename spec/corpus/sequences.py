@@ -21,15 +21,14 @@ from spec.errors import SpecError
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
 
-SCHEMA = pa.schema(
-    [
-        pa.field("ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("mask", pa.list_(pa.uint8()), nullable=False),
-        pa.field("domain", pa.string(), nullable=False),
-        pa.field("prompt_length", pa.int32(), nullable=False),
-        pa.field("source", pa.binary(), nullable=False),
-    ]
-)
+_TYPES = {
+    "ids": pa.list_(pa.int32()),
+    "mask": pa.list_(pa.uint8()),
+    "domain": pa.string(),
+    "prompt_length": pa.int32(),
+    "source": pa.binary(),
+}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _TYPES.items()])
 ROWS_PER_GROUP = 1024
 _ORIGIN = b"origin"
 
@@ -71,10 +70,9 @@ def spans(mask: Sequence[int] | Mask) -> list[tuple[int, int]]:
 
 
 def write(path: str | Path, sequences: Iterable[TokenSequence], origin: Mapping[str, Any] | None = None) -> int:
-    """Write sequences to a parquet file, and return how many; nothing is at `path` until all of it is.
+    """Write sequences to a parquet file, and return how many; where a generator of them raises, what was there stays.
 
-    A generator is consumed in pieces of ROWS_PER_GROUP sequences; where it raises, what was at `path` stays. `origin`,
-    plain values, is what the sequences were made with; read_origin gives it back.
+    `origin`, plain values, is what the sequences were made with; read_origin gives it back.
     """
     count = 0
     schema = SCHEMA.with_metadata({_ORIGIN: json.dumps(dict(origin or {}))})
@@ -87,57 +85,46 @@ def write(path: str | Path, sequences: Iterable[TokenSequence], origin: Mapping[
 
 
 def read_origin(path: str | Path) -> dict[str, Any]:
-    """What the sequences of a file were made with, as write was told; empty where it was told nothing.
-
-    Raises:
-        CorpusError: no such file, or not one of write's.
-    """
+    """What the sequences of a file were made with, as write was told; empty where it was told nothing."""
     with _clear(path):
         origin: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(_ORIGIN, b"{}"))
     return origin
 
 
 def _record_batch(group: Sequence[TokenSequence]) -> pa.RecordBatch:
-    offsets = np.zeros(len(group) + 1, dtype=np.int32)
-    np.cumsum([len(s) for s in group], out=offsets[1:])
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.ListArray.from_arrays(offsets, np.concatenate([s.ids for s in group]).astype(np.int32, copy=False)),
-            pa.ListArray.from_arrays(offsets, np.concatenate([s.mask for s in group]).astype(np.uint8, copy=False)),
-            pa.array([s.domain for s in group], pa.string()),
-            pa.array([s.prompt_length for s in group], pa.int32()),
-            pa.array([s.source for s in group], pa.binary()),
-        ],
-        schema=SCHEMA,
+    offsets = np.cumsum([0, *map(len, group)]).astype(np.int32)
+    lists = (
+        np.concatenate([s.ids for s in group], dtype=np.int32),
+        np.concatenate([s.mask for s in group], dtype=np.uint8),
     )
+    plain = ("domain", "prompt_length", "source")
+    arrays = [pa.ListArray.from_arrays(offsets, values) for values in lists]
+    arrays += [pa.array([getattr(s, name) for s in group], _TYPES[name]) for name in plain]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def read(path: str | Path) -> list[TokenSequence]:
-    """Read what `write` wrote.
-
-    Raises:
-        CorpusError: no such file, not a parquet file, other columns or types, or entries that contradict each other.
-    """
+    """Read what `write` wrote."""
     with _clear(path):
         table = pq.read_table(Path(path), partitioning=None)
+    other = f"{path}: not a file of token sequences"
     if (table.schema.names, table.schema.types) != (SCHEMA.names, SCHEMA.types):
-        found, expected = columns(table.schema), columns(SCHEMA)
-        raise CorpusError(f"{path}: not a file of token sequences: found columns {found}, expected {expected}")
+        raise CorpusError(f"{other}: found columns {columns(table.schema)}, expected {columns(SCHEMA)}")
     sequences: list[TokenSequence] = []
     for batch in table.to_batches():
         if any(column.null_count for column in batch.columns):
-            raise CorpusError(f"{path}: not a file of token sequences: it has nulls")
+            raise CorpusError(f"{other}: it has nulls")
         ids, mask, *plain = batch.columns
         # One copy a batch, so that what is handed out can be written to and torch.from_numpy accepts it.
         all_ids, all_mask = np.array(ids.flatten()), np.array(mask.flatten())
         starts = np.concatenate([[0], np.cumsum(ids.value_lengths())]).tolist()
         if not ids.value_lengths().equals(mask.value_lengths()):
-            raise CorpusError(f"{path}: not a file of token sequences: ids and mask differ in length")
+            raise CorpusError(f"{other}: ids and mask differ in length")
         rows = zip(starts[:-1], starts[1:], *(column.to_pylist() for column in plain), strict=True)
         try:
             sequences += [TokenSequence(all_ids[a:b], all_mask[a:b], *rest) for a, b, *rest in rows]
         except ValueError as error:
-            raise CorpusError(f"{path}: not a file of token sequences: {error}") from error
+            raise CorpusError(f"{other}: {error}") from error
     return sequences
 
 

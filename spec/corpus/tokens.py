@@ -21,19 +21,17 @@ ANCHORS = ("", "\n", "a")
 def tokenize(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[tuple[Ids, Mask, int]]:
     """Tokenize rendered conversations: (ids [T], mask [T], prompt_length) of each.
 
-    The first prompt_length ids are apply_chat_template(prompt, add_generation_prompt=True); after an answer's
-    end-of-turn token nothing follows. In the earlier turns, which serving tokenizes as one text with all around
-    them, a token that begins before its turn's first character is not supervised: the base could not have
-    written it. An answer whose tokens cannot be told from its prompt's is left off.
+    The first prompt_length ids are apply_chat_template(prompt, add_generation_prompt=True). In the earlier turns,
+    which serving tokenizes as one text with all around them, a token that begins before its turn's first character is
+    not supervised: the base could not have written it. An answer whose tokens cannot be told from its prompt's is left
+    off.
     """
     if not chats:
         return []
     turns = any(chat.turns for chat in chats)
     if turns and not tokenizer.is_fast:
-        raise CorpusError(
-            f"{type(tokenizer).__name__} has no character offsets, which rows with several assistant turns "
-            "need: use the model's fast tokenizer"
-        )
+        none = f"{type(tokenizer).__name__} has no character offsets, which rows with several assistant turns need"
+        raise CorpusError(f"{none}: use the model's fast tokenizer")
     prompts = _tokens(tokenizer, [chat.prompt for chat in chats], offsets=turns)
     wholes = _tokens(tokenizer, [chat.prompt + (chat.answer or "") for chat in chats])["input_ids"]
     encoded = []
@@ -52,23 +50,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[
 
 def _tokens(tokenizer: Any, texts: list[str], *, offsets: bool = False) -> Any:
     # No special tokens: the template has written them. So does apply_chat_template(tokenize=True).
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=offsets,
-        verbose=False,
-    )
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets, verbose=False)
 
 
 def _continue(tokenizer: Any, prompt: list[int], answer: str, whole: list[int]) -> list[int]:
     """The tokens of an answer after the prompt's own; whole is prompt and answer tokenized as one text.
 
-    Nearly always whole starts with the prompt's tokens. Where a token reaches across the boundary (newlines
-    that merge, a space that belongs to the next word), the base, which is fed the prompt's tokens, continues
-    with others: the answer is then tokenized by itself, in the first way that gives the same text;
-    empty where there is none.
+    Nearly always whole starts with the prompt's tokens. Where a token reaches across the boundary (newlines that merge,
+    a space that belongs to the next word), the base, which is fed the prompt's tokens, continues with others. Then the
+    answer is tokenized by itself, in the first way that gives the same text; the result is empty where there is none.
     """
     if whole[: len(prompt)] == prompt:
         return whole[len(prompt) :]

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
@@ -37,9 +36,6 @@ def read_turns(value: Any, column: str) -> Messages | None:
     """The turns that a value holds as a list, a struct of lists, a single turn or JSON text; None for other text.
 
     A list may also hold texts, the user's and the assistant's in turn, or pairs of a question and its answer.
-
-    Raises:
-        RowError: turns that cannot be understood.
     """
     if isinstance(value, str):
         value = _from_json(value, column)
@@ -57,25 +53,24 @@ def read_turns(value: Any, column: str) -> Messages | None:
 
 
 def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
-    """The functions that a conversation may call, in OpenAI's form, from a list or JSON text.
-
-    Raises:
-        RowError: they are neither.
-    """
+    """The functions that a conversation may call, in OpenAI's form, from a list or JSON text."""
     if isinstance(value, str):
         value = [] if value.strip() in _NO_TOOLS else _loads(value) or ""
-    tools = [] if value is None else value if isinstance(value, list) else [value]
-    tools = [clean(_loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+    tools = [_clean(_loads(tool) if isinstance(tool, str) else tool) for tool in _listed(value)]
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"column {column} is neither a list of tools nor JSON text that holds one")
     return [{"type": "function", **_named(tool)} for tool in tools]
 
 
-def clean(value: Any) -> Any:
+def _clean(value: Any) -> Any:
     """Without the nulls with which a table fills up the fields that a struct does not have."""
     if isinstance(value, dict):
-        return {key: clean(item) for key, item in value.items() if item is not None}
-    return [clean(item) for item in value] if isinstance(value, list) else value
+        return {key: _clean(item) for key, item in value.items() if item is not None}
+    return [_clean(item) for item in value] if isinstance(value, list) else value
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _from_json(text: str, column: str) -> list[Any] | None:
@@ -117,7 +112,7 @@ def _turns(item: Any, where: str) -> Messages:
 def _turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {_shown(turn)}; expected {{role, content}} or {{from, value}}")
-    turn = clean(turn)
+    turn = _clean(turn)
     name = next((turn[key] for key in ROLE_KEYS if key in turn), None)
     role = _ROLE.get(name.strip().lower().replace("-", "_")) if isinstance(name, str) else None
     if role is None:
@@ -136,15 +131,10 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
 
 def _content(value: Any, where: str) -> str:
     """Text, or the parts of a text."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    parts = [value] if isinstance(value, dict) else value
-    if not isinstance(parts, list):
-        raise RowError(f"{where} has content {_shown(value)}; expected text, or a list of text parts")
     texts = []
-    for part in parts:
-        kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, dict) else _shown(part)
-        text = part.get("text") if isinstance(part, dict) else part
+    for item in _listed(value):
+        part = {"text": item} if isinstance(item, str) else item
+        kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else (_shown(part), None)
         if kind not in _TEXT_PARTS or not isinstance(text, str):
             raise RowError(f"{where} has a part of type {kind} in its content; only text can be read")
         texts.append(text)
@@ -153,8 +143,7 @@ def _content(value: Any, where: str) -> str:
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as values, which is how templates and servers take them."""
-    calls = _loads(value) if isinstance(value, str) else value
-    calls = calls if isinstance(calls, list) else [calls]
+    calls = _listed((_loads(value) or value) if isinstance(value, str) else value)
     if not all(isinstance(call, dict) for call in calls):
         raise RowError(f"{where} has tool_calls {_shown(value)}; expected a list of calls")
     return [{"type": "function", **call, "function": _call(call["function"])} for call in map(_named, calls)]
@@ -172,8 +161,7 @@ def _call(call: Any) -> Any:
 
 def written_call(text: str) -> dict[str, Any]:
     """The call that a text is, for templates that have a place for calls; others show the text."""
-    found = _loads(text)
-    calls: Sequence[Any] = found if isinstance(found, list) else [found]
+    calls = _listed(_loads(text))
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         return {}
     return {"tool_calls": _calls(calls, text), "written_call": True}

@@ -24,7 +24,7 @@ BE, QUESTION, NEEDED = {"role": "system", "content": "a"}, {"question": "a"}, {"
         ([{"q": "a"}], {"prompt_key": "p"}, r"no column 'p', which data.prompt_key names: found q \(string\)"),
         ([{"q": {"a": "b"}}], {"prompt_key": "q.b"}, r"no column 'q.b', which data.prompt_key names: found q \(struct"),
         ([{"question": "a"}], {"response_key": "r"}, r"no column 'r', which data.response_key names"),
-        ([{"q": 1}], {"prompt_key": "q"}, r"column 'q', which data.prompt_key names, is int64; expected a string or"),
+        ([{"q": 1}], {"prompt_key": "q"}, r"column 'q', which data.prompt_key names, is int64; expected a string, a"),
         ([{"question": "a", "answer": 1}], {"response_key": "answer"}, r"is int64; expected a string, a list of st"),
         ([{"question": "a"}], {"need_answers": True}, r"answers are needed, but no column.*respond.source=base"),
         ([{"question": "a"}, {"question": None}], {}, r"x.parquet, row 1: column question is null"),
