@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import figures
+from bench.gpu.check import SHARES, read
 from tests.workspace import REPOSITORY
 
 LOOPBACK_UP = """
@@ -36,42 +36,30 @@ def test_every_figure_comes_from_a_bundle_and_without_a_network(tmp_path: Path) 
     python, version = other_python()
     bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     bundle, there, out = tmp_path / "bundle", tmp_path / "there", tmp_path / "out"
-    build = [sys.executable, "-m", "bench.bundle", "build", "--python", version, "--to", str(bundle)]
-    subprocess.run(build, cwd=REPOSITORY, env=bare, check=True)
+
+    def run(*command: object) -> str:
+        arguments = list(map(str, command))
+        return subprocess.run(arguments, cwd=REPOSITORY, env=bare, check=True, stdout=-1, text=True).stdout
+
+    run(sys.executable, "-m", "bench.bundle", "build", "--python", version, "--to", bundle)
     parts = sorted(bundle.iterdir())
     assert len(parts) <= 3
     assert all(part.stat().st_size <= 50_000_000 for part in parts)
 
-    subprocess.run([python, "-m", "venv", tmp_path / "venv"], env=bare, check=True)
+    run(python, "-m", "venv", tmp_path / "venv")
     python = str(tmp_path / "venv/bin/python")
-    pip = [python, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt", "torch", "transformers"]
-    subprocess.run(pip, cwd=REPOSITORY, env=bare, check=True)
-    for part in parts:
-        said = subprocess.run(
-            [python, "bench/bundle.py", "unpack", part, there],
-            cwd=REPOSITORY,
-            env=bare,
-            check=True,
-            stdout=-1,
-            text=True,
-        ).stdout
+    run(python, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt", "torch", "transformers")
+    said = [run(python, "bench/bundle.py", "unpack", part, there) for part in parts][-1]
     assert f"go on with: . {there}/activate" in said
 
     script = f"{python} -c '{LOOPBACK_UP}' && . {there}/activate && exec {python} -m bench.gpu \"$@\""
     options = ["--minutes", "5", "--out", str(out), "--device", "cpu", "--small"]
-    done = subprocess.run([*ALONE, "sh", "-c", script, "sh", *options], cwd=REPOSITORY, env=bare, stdout=-1, text=True)
-    print(done.stdout)
-    assert done.returncode == 0
-    found = figures.read(out)
-    assert set(found) == {(section, name) for section, names in figures.SECTIONS.items() for name in names}
+    print(run(*ALONE, "sh", "-c", script, "sh", *options))  # fails where a section fails
+    found = {(section, name): value for section, name, value, _ in read(out)}
+    assert {section for section, _ in found} == set(SHARES)
     assert re.fullmatch(r"\d+ passed", found["right", "tests"])
     assert found["default", "identical to plain decoding in float32"] == "yes"
     assert "**A dry run: these figures mean nothing.**" in (out / "report.md").read_text()
     written = list(out.rglob("*"))
     assert len(written) <= 8
     assert all(path.stat().st_size < 2**24 for path in written)
-
-
-def test_a_figure_that_no_table_would_show_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(KeyError):
-        figures.add(tmp_path, "right", "no such figure", "1")
