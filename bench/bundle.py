@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 PART_BYTES = 50_000_000
@@ -79,7 +78,8 @@ def build(target: Path, python: str, machine: str) -> None:
         assert pin, "data/corpus.lock lacks the base"
         name = f"{pin[1]}.whl"
         wheel = (files.cache_dir() / "wheels" / name).read_bytes()
-        pack(target / "part-1", [(str(path.relative_to(root)), path.read_bytes()) for path in _files(root)])
+        found = sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        pack(target / "part-1", [(str(path.relative_to(root)), path.read_bytes()) for path in found])
         count = -(-len(wheel) // (PART_BYTES - 2**20))
         length = -(-len(wheel) // count)
         for number in range(count):
@@ -93,6 +93,8 @@ def build(target: Path, python: str, machine: str) -> None:
 
 def download(site: Path, python: str, machine: str) -> None:
     """The packages for another machine, unpacked."""
+    from spec import files
+
     pins = (PROJECT / "constraints.txt").read_text().splitlines()
     wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in PACKAGES}
     chosen = [pin for pin in pins if re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() in wanted]
@@ -103,15 +105,8 @@ def download(site: Path, python: str, machine: str) -> None:
     for name in (*platforms, f"manylinux2014_{machine}"):
         command += ["--platform", name]
     subprocess.run([*command, *chosen], check=True)
-    for path in (found for pattern in NEEDLESS for found in site.glob(pattern)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _files(root: Path) -> Iterator[Path]:
-    yield from sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    for found in [path for pattern in NEEDLESS for path in site.glob(pattern)]:
+        files.remove(found)
 
 
 def pack(part: Path, members: list[tuple[str, bytes]]) -> None:

@@ -4,14 +4,13 @@ A conversation is rendered in the two parts that serving sees: the prompt, which
 before the last answer with the generation prompt at its end, and the answer, which is what the rendering of the whole
 conversation adds to it. The prompt is tokenized by itself, as serving does it, and the answer follows from there.
 
-An assistant turn reaches from the end of its generation prompt through its end-of-turn token (with the whitespace that
-some templates put before it): the first special token after its content, or the last one after a tool call, which may
-hold others. What follows, such as the newline after <|im_end|>, is not the assistant's. Where a template closes turns
-with no special token, a turn ends with its content.
+An assistant turn reaches from the end of its generation prompt through its end-of-turn token: the first special token
+after its content, or the last one after a tool call, which may hold others. What follows, such as the newline after
+<|im_end|>, is not the assistant's. Where a template closes turns with no special token, a turn ends with its content.
 
 Where the content ends is found by rendering the conversation once more with a marker for it: what follows the marker
-is what follows the content, whatever the template does to it (strip it, drop its thoughts) and whatever it contains.
-An earlier turn that does not stand where its generation prompt ends has no place, and is not supervised.
+is what follows the content, whatever the template does to it. An earlier turn that does not stand where its generation
+prompt ends has no place, and is not supervised.
 """
 
 from __future__ import annotations
@@ -179,11 +178,9 @@ class ChatTemplate:
                 bare = [*messages[:i], {**message, key: None}, *messages[i + 1 :]]
                 if prompt == self._render(bare, tools, generate=True):
                     raise RowError(f"the chat template leaves out the {key} of a turn of {message['role']}")
-            text = (message.get("content") or "").strip()
-            if message["role"] == "assistant" or text in prompt:
+            if message["role"] == "assistant" or (message.get("content") or "").strip() in prompt:
                 continue
-            marked = [*messages[:i], {**message, "content": MARKER}, *messages[i + 1 :]]
-            if MARKER not in self._render(marked, tools, generate=True):
+            if MARKER not in self._render(_marked(messages, i), tools, generate=True):
                 raise RowError(f"the chat template leaves out a turn of {message['role']}")
         if tools and prompt == self._render(messages, generate=True):
             raise CorpusError(
@@ -245,8 +242,7 @@ class ChatTemplate:
             rest, stop = closed[len(before) :], len(before)
             placed = text.startswith(closed) and closed.startswith(before)
         else:
-            marked = [*messages[:i], {**message, "content": MARKER}, *messages[i + 1 :]]
-            _, found, rest = self._render(marked, tools, generate=generate).partition(MARKER)
+            _, found, rest = self._render(_marked(messages, i), tools, generate=generate).partition(MARKER)
             stop = len(text) - len(rest)
             placed = bool(found) and text.startswith(before) and text.endswith(rest) and stop >= len(before)
         if not placed:
@@ -288,6 +284,10 @@ def _adjacent(tokens: re.Pattern[str], text: str) -> list[str]:
         found.append(first[0])
         first = tokens.match(text, first.end())
     return found
+
+
+def _marked(messages: Messages, i: int) -> Messages:
+    return [*messages[:i], {**messages[i], "content": MARKER}, *messages[i + 1 :]]
 
 
 def _tail(text: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spec.base import Teacher
 from spec.training import loss as loss_module
 from spec.training.loss import linear_cross_entropy
 
@@ -48,7 +49,8 @@ def by_chunks(
 ) -> list[Tensor]:
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=mixed):
-        total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, teacher or None)
+        taught = (teacher[0], Teacher(teacher[1])) if teacher else None
+        total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, taught)
     return [total.detach(), losses, *torch.autograd.grad(total * FACTOR, (hidden, weight))]
 
 

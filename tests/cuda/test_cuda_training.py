@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spec.heads import LAST
 from spec.training import loop
-from spec.training.frozen import FrozenTask
 from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
 from spec.workers import Worker
@@ -25,8 +24,6 @@ from tests.spec.training.runs import (
     losses_of,
     make_config,
     make_speculator,
-    readers_of,
-    teacher,
 )
 
 LOSSES = [{"optim": {"lr": 0.01, "loss": loss}} for loss in ("ce", "kl")]
@@ -43,8 +40,7 @@ def run(
             stop(progress)
 
     config = make_config(**{"trainer": ONE_VALIDATION, **changed})
-    speculator = make_speculator(method="sum_lstm").to(worker.device)
-    task = FrozenTask(config, speculator, *readers_of(store), worker, teacher().to(worker.device))
+    task = frozen_task(config, store, worker, make_speculator(method="sum_lstm").to(worker.device))
     return loop.run(task, Checkpoints(folder, "key"), listen)
 
 

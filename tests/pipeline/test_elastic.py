@@ -37,14 +37,8 @@ class Command:
     def __init__(self, folder: Path, name: str, *overrides: str) -> None:
         command = [sys.executable, "-m", "stages.cli", name]
         command += [part for override in overrides for part in ("-S", override)]
-        self._process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=common.child_environment() | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        environment = common.child_environment() | {"OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=-1, stderr=-2, text=True)
 
     def kill_a_worker(self, when: Callable[[], bool]) -> None:
         """SIGKILL to one worker as soon as this is so."""
@@ -114,9 +108,8 @@ def test_torchrun_starts_killed_workers_again_and_nothing_differs(
     folder = copy_of(single, tmp_path)
     restarts = "--max-restarts=2"
     launcher = f"torchrun --standalone --nproc-per-node=2 {restarts}"
-    command = Command(
-        folder, "train", *TRAIN, f"trainer.launcher={launcher if groups == 1 else two_groups(folder, restarts)}"
-    )
+    launcher = launcher if groups == 1 else two_groups(folder, restarts)
+    command = Command(folder, "train", *TRAIN, f"trainer.launcher={launcher}")
     command.kill_a_worker(lambda: len(list(folder.glob("checkpoints/*/global_step_*"))) > 1)
     status, said = command.end()
     assert status == 0, said

@@ -20,13 +20,9 @@ from tests.workspace import REPOSITORY, STAGES
 
 TOY = {"method": "toy", "n_predict": 3, "decay": 0.25}
 EAGLE = {"method": "eagle3", "n_predict": 3, "init": "base", "draft_vocab_size": 200}
+TWO = "torchrun --standalone --nproc-per-node=2"
 CHANGED = {
-    "trainer": {
-        "launcher": "torchrun --standalone --nproc-per-node=2",
-        "save_freq": 2,
-        "test_freq": 4,
-        "logger": "console",
-    },
+    "trainer": {"launcher": TWO, "save_freq": 2, "test_freq": 4, "logger": "console"},
     "optim": {"lr": 0.01, "loss": "kl"},
     "respond": {"max_new_tokens": 24, "batch_size": 8},
 }
@@ -52,15 +48,7 @@ class Project:
 
     def start(self, stage: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "stages.cli", stage, *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=self.environment,
-            stdout=pipe,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=-1, stderr=-2, text=True)
 
     def run(self, stage: str, *arguments: str, fails: bool = False) -> str:
         process = self.start(stage, *arguments)

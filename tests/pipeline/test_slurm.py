@@ -55,13 +55,12 @@ class Cluster:
         }
 
     def submit(self, *command: str, preempted: str = "None") -> subprocess.Popen[str]:
+        script, environment = (
+            str(common.PROJECT / "deploy/slurm.sbatch"),
+            self._environment | {"FAKE_PREEMPT": preempted},
+        )
         return subprocess.Popen(
-            ["bash", str(common.PROJECT / "deploy/slurm.sbatch"), *command],
-            cwd=self.folder,
-            env=self._environment | {"FAKE_PREEMPT": preempted},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            ["bash", script, *command], cwd=self.folder, env=environment, stdout=-1, stderr=-2, text=True
         )
 
 
@@ -70,13 +69,8 @@ def test_a_stopped_job_saves_is_queued_again_and_goes_on(tmp_path: Path) -> None
     run_through(ready, "cache")
     whole, parts = (Cluster(copy_of(ready, tmp_path / name), tmp_path / "bin") for name in ("whole", "parts"))
     train = ["python", "-m", "stages.cli", "train"]
-    for override in (
-        f"trainer.launcher={common.PROJECT}/deploy/srun_torchrun.sh",
-        "trainer.total_epochs=20",
-        "trainer.save_freq=5",
-        "trainer.test_freq=20",
-    ):
-        train += ["-S", override]
+    train += ["-S", f"trainer.launcher={common.PROJECT}/deploy/srun_torchrun.sh", "-S", "trainer.total_epochs=20"]
+    train += ["-S", "trainer.save_freq=5", "-S", "trainer.test_freq=20"]
     job = whole.submit(*train)
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said

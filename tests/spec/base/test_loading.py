@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,6 @@ def test_logits_that_are_more_than_lm_head_times_the_state_are_told(
         assert not base_model.has_linear_logits(plain, rows)
 
 
-def test_what_computed_something_is_told() -> None:
-    assert base_model.producer(CPU, torch.float32) == {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": "cpu",
-        "arithmetic": "float32",
-    }
-
-
 def test_shapes_are_those_of_lm_head_not_of_the_tokenizer(base: Base) -> None:
     assert (base.vocab_size, base.hidden_size) == (VOCAB_SIZE, HIDDEN_SIZE)
     assert len(base.tokenizer) < base.vocab_size
@@ -90,31 +82,30 @@ def test_weights_are_the_same_whatever_they_are_computed_in(
     for mine, theirs in zip(narrow.model.parameters(), wide.model.parameters(), strict=True):
         assert torch.equal(mine.float(), theirs)
     assert caplog.messages == ["this CPU has no instructions for bfloat16: the base computes in float32"]
-    assert wide.producer == {**narrow.producer, "arithmetic": "float32"}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    assert wide.producer == {**versions, "device": "cpu", "arithmetic": "float32"}
+    assert narrow.producer == {**wide.producer, "arithmetic": "bfloat16"}
 
 
-def test_a_model_whose_lm_head_reads_something_else_is_refused(
-    base_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = base_model.hidden_states
-    monkeypatch.setattr("spec.base.loading.hidden_states", lambda model, ids: real(model, ids) * 2)
-    with pytest.raises(BaseError, match="lm_head of GPT2LMHeadModel does not read the model's last hidden state"):
-        load(Model(), base_folder, "digest", CPU)
+@pytest.mark.parametrize(
+    ("equal", "change", "words"),
+    [
+        (torch.equal, lambda real, model, ids: real(model, ids) * 2, "GPT2LMHeadModel does not read the model's last"),
+        (lambda *_: True, lambda real, model, ids: real(model, ids.flip(1)), "lets tokens see those that come after"),
+    ],
+)
+def test_a_model_with_other_states_is_refused(base_folder: Path, equal: Any, change: Any, words: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spec.base.loading.hidden_states", partial(change, base_model.hidden_states))
+        patch.setattr("torch.equal", equal)
+        with pytest.raises(BaseError, match=words):
+            load(Model(), base_folder, "digest", CPU)
 
 
 def test_a_broken_generation_config_is_refused(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(BaseError, match=r"generation_config.json cannot be read"):
         stop_ids(folder)
-
-
-def test_a_base_whose_tokens_see_those_that_come_after_them_is_refused(base_folder: Path) -> None:
-    real = base_model.hidden_states
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.equal", lambda *_: True)
-        patch.setattr("spec.base.loading.hidden_states", lambda model, ids: real(model, ids.flip(1)))
-        with pytest.raises(BaseError, match="lets tokens see those that come after them"):
-            load(Model(), base_folder, "digest", CPU)
 
 
 def test_the_token_that_closes_a_turn_ends_answers(folder: Path) -> None:

@@ -16,9 +16,8 @@ def test_the_report_counts_what_was_kept(tmp_path: Path) -> None:
     tokenizer = byte_level()
     rows = [{"question": "a", "answer": "b", "domain": "x"}, {"question": "a", "answer": "bb" * 50, "domain": "y"}]
     done: list[int] = []
-    sequences, report = run(
-        save(tmp_path / "q.parquet", rows * 150), tokenizer, max_length=70, need_answers=True, progress=done.append
-    )
+    path = save(tmp_path / "q.parquet", rows * 150)
+    sequences, report = run(path, tokenizer, max_length=70, need_answers=True, progress=done.append)
     assert len(sequences) == 150
     assert (report.rows, report.kept, report.too_long, report.unanswered) == (300, 150, 150, 0)
     assert report.tokens == sum(map(len, sequences))
@@ -90,9 +89,8 @@ def test_a_token_without_a_row_in_lm_head_is_named(tmp_path: Path) -> None:
     highest = int(run(path, tokenizer)[0][0].ids.max())
     assert len(run(path, tokenizer, vocab_size=highest + 1)[0]) == 1
     token = re.escape(repr(tokenizer.convert_ids_to_tokens(highest)))
-    with pytest.raises(
-        CorpusError, match=rf"row 0: the token {token} has id {highest}, and the base has {highest} rows"
-    ):
+    words = rf"row 0: the token {token} has id {highest}, and the base has {highest} rows"
+    with pytest.raises(CorpusError, match=words):
         run(path, tokenizer, vocab_size=highest)
 
 

@@ -119,12 +119,7 @@ REASONING = [user("a"), {**assistant("d"), "reasoning_content": "so"}]
         ("qwen 3 with calls", CALLED[:2], ["<think></think>f<|im_end|>"], 0),
         ("qwen 2.5 with calls", CALLED, ['<tool_call>f{"x": "y"}</tool_call><|im_end|>', "d<|im_end|>"], 0),
         ("qwen 2.5 with calls", CALLED[:2], ['<tool_call>f{"x": "y"}</tool_call><|im_end|>'], 0),
-        (
-            "lfm 2.5 with special tokens in calls",
-            CALLED,
-            ["<|endoftext|>f<|endoftext|><|im_end|>", "d<|im_end|>"],
-            0,
-        ),
+        ("lfm 2.5 with special tokens in calls", CALLED, ["<|endoftext|>f<|endoftext|><|im_end|>", "d<|im_end|>"], 0),
         ("deepseek v3 with arguments as text", CALLED, ['f{"x": "y"}<|im_end|>', "d<|im_end|>"], 0),
         ("content as parts", CHAT, [" b <|im_end|>", "d<|im_end|>"], 0),
         ("no new line after the role", CHAT, ["d<|im_end|>"], 1),
@@ -141,22 +136,35 @@ def test_families(family: str, messages: list[dict[str, Any]], expected: list[st
     assert found[-1] == expected[-1]
 
 
+FUNCTIONS = [{**BE, "functions": "f(x)"}, *CHAT]
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
 @pytest.mark.parametrize(
-    ("family", "messages", "message"),
+    ("text", "messages", "tools", "message"),
     [
+        (FAMILIES["gemma 2 trims, names the model, alternates"], [BE, *CHAT], [], "refuses .* of system, .*must alt"),
         (
-            "gemma 2 trims, names the model, alternates",
-            [BE, *CHAT],
-            "refuses .* of system, user.*must alternate",
+            FAMILIES["deepseek r1"],
+            CHAT,
+            [],
+            "does not render assistant message 3 as what follows its generation prompt",
         ),
-        ("deepseek r1", CHAT, "does not render assistant message 3 as what follows its generation prompt"),
-        ("qwen 3", CALLED, "the chat template leaves out tool_calls"),
-        ("qwen 3", [user("a"), CALL], "the chat template leaves out tool_calls"),
+        (FAMILIES["qwen 3"], CALLED, [], "the chat template leaves out tool_calls"),
+        (FAMILIES["qwen 3"], [user("a"), CALL], [], "the chat template leaves out tool_calls"),
+        (
+            template("{% if m.role != 'system' %}" + BODY + "{% endif %}"),
+            [BE, *CHAT],
+            [],
+            "leaves out a turn of system",
+        ),
+        (template(BODY), FUNCTIONS, [], "leaves out the functions of a turn of system"),
+        (template(BODY), CHAT, TOOLS, r"leaves out the tools .*data\.ignore_columns"),
     ],
 )
-def test_conversations_for_which_a_family_has_no_place(family: str, messages: Any, message: str) -> None:
+def test_conversations_for_which_a_template_has_no_place(text: str, messages: Any, tools: Any, message: str) -> None:
     with pytest.raises(CorpusError, match=message):
-        ChatTemplate(byte_level(FAMILIES[family])).render(messages)
+        ChatTemplate(byte_level(text)).render(messages, tools)
 
 
 def test_a_call_that_has_no_place_is_left_to_the_base() -> None:
@@ -164,30 +172,10 @@ def test_a_call_that_has_no_place_is_left_to_the_base() -> None:
     assert template.render([user("a"), CALL], need_answer=False).answer is None
 
 
-def test_a_system_prompt_that_a_template_leaves_out_is_no_conversation_for_it() -> None:
-    deaf = template("{% if m.role != 'system' %}" + BODY + "{% endif %}")
-    with pytest.raises(CorpusError, match="leaves out a turn of system"):
-        ChatTemplate(byte_level(deaf)).render([BE, *CHAT])
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_fields_of_a_turn_are_not_lost(shown: bool) -> None:
-    chat = ChatTemplate(byte_level(template(BODY + ("{{ m.functions or '' }}" if shown else ""))))
-    messages = [{**BE, "functions": "f(x)"}, *CHAT]
-    if shown:
-        assert "f(x)" in chat.render(messages).prompt
-    else:
-        with pytest.raises(CorpusError, match="leaves out the functions of a turn of system"):
-            chat.render(messages)
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_tools_go_to_the_template(shown: bool) -> None:
-    tools = [{"type": "function", "function": {"name": "weather"}}]
-    before = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" if shown else ""
-    chat = ChatTemplate(byte_level(template(BODY, before=before)))
-    if shown:
-        assert chat.render(CHAT, tools).prompt == "weather" + chat.render(CHAT).prompt
-    else:
-        with pytest.raises(CorpusError, match=r"leaves out the tools .*data\.ignore_columns"):
-            chat.render(CHAT, tools)
+def test_functions_and_tools_go_to_the_template() -> None:
+    chat = ChatTemplate(byte_level(template(BODY + "{{ m.functions or '' }}")))
+    assert "f(x)" in chat.render(FUNCTIONS).prompt
+    chat = ChatTemplate(
+        byte_level(template(BODY, before="{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"))
+    )
+    assert chat.render(CHAT, TOOLS).prompt == "weather" + chat.render(CHAT).prompt
