@@ -41,9 +41,10 @@ _ANOTHER_NETWORK = {
 
 KEYS = frozenset(
     [
-        *("head_dim", "intermediate_size", "num_key_value_heads", "attention_bias", "rms_norm_eps", "rope_theta"),
-        *("rope_parameters", "max_position_embeddings", "eagle_config", "eagle_aux_hidden_state_layer_ids"),
-        *("num_aux_hidden_states", "target_hidden_size", "tie_word_embeddings", _LAYERS, _DEPTHS),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "attention_bias"),
+        *("rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings", "eagle_config"),
+        *("eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states", "target_hidden_size", "tie_word_embeddings"),
+        *(_LAYERS, _DEPTHS),
         *_ANOTHER_NETWORK,
     ]
 )

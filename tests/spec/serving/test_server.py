@@ -95,7 +95,7 @@ def test_eagle3_goes_to_vllms_own_method(
     assert "--additional-config" not in command
     assert folder.is_relative_to(tmp_path / "cache")
     assert torch.equal(engines.tensors(folder)["fc.weight"], head.fc.weight)
-    assert caplog.messages == ["vLLM 0.33.0: speculators were tested with 0.32.* only"]
+    assert "vLLM 0.33.0: speculators were tested with 0.32.* only" in caplog.messages
 
     monkeypatch.setattr(export, "write", None)  # nothing is written twice
     again = server.command(tmp_path / "c", Decode(draft="head", draft_len=7), base=str(base_folder))
