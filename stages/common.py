@@ -183,38 +183,55 @@ def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[C
         yield advance
 
 
-def estimated(answer: answers.Answer, rows: int, advance: Callable[[int, float], object]) -> answers.Answer:
-    """An Answer that corrects the total of a progress bar of tokens by the mean length of the answers that are written.
+class Estimated:
+    """An answers.Answer that corrects the total of a progress bar of tokens as answers end.
+
+    The estimate assumes that an answer ends after each of its tokens with the same probability, which is the number of
+    ended answers divided by that of written tokens.
 
     Args:
         answer: writes the answers.
-        rows: how many answers this worker will write.
+        waiting: how many answers this worker will write.
         advance: is told the tokens just written, and the estimate of all tokens.
     """
-    ended = written = 0
 
-    def write(
+    def __init__(self, answer: answers.Answer, waiting: int, advance: Callable[[int, float], object]) -> None:
+        self.answer, self.waiting, self.advance = answer, waiting, advance
+        self.ended = self.written = 0
+
+    def __call__(
+        self,
         prompts: Sequence[Sequence[int]],
         limit: int,
         temperature: float,
         seeds: Sequence[int],
         _: Callable[[int], object],
     ) -> list[list[int]]:
-        nonlocal ended, written
-        mean, tokens = written / ended if ended else limit, 0
-        rest = max(0, rows - ended - len(prompts)) * mean
+        """Write answers, and tell `advance`."""
+        size, counts = len(prompts), [0]
+        self.waiting = max(0, self.waiting - size)
 
         def tell(count: int) -> None:
-            nonlocal tokens
-            tokens += count
-            advance(count, written + max(tokens, len(prompts) * mean) + rest)
+            counts.append(count)
+            self.written += count
+            # The first step of a batch writes a token to each answer, and every later one to those that go on. An
+            # engine that batches by itself reports tokens one by one, which says nothing about how many go on.
+            ended = size - count if counts[1] == size else 0
+            mean = self._mean(self.ended + ended, limit)
+            rest = max(0.0, size * mean - sum(counts))
+            self.advance(count, self.written + rest + self.waiting * mean)
 
-        found = answer(prompts, limit, temperature, seeds, tell)
-        ended, written = ended + len(found), written + tokens
-        advance(0, written + max(0, rows - ended) * written / ended)
+        found = self.answer(prompts, limit, temperature, seeds, tell)
+        self.ended += sum(len(each) < limit for each in found)
+        self.advance(0, self.written + self.waiting * self._mean(self.ended, limit))
         return found
 
-    return write
+    def _mean(self, ended: int, limit: int) -> float:
+        """The expected length of an answer that has at most `limit` tokens."""
+        if not ended:
+            return limit
+        rate = ended / self.written
+        return float((1 - (1 - rate) ** limit) / rate)
 
 
 def store_root(config: Config) -> Path:

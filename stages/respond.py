@@ -126,7 +126,7 @@ def _work(
         answer, producer = partial(base.answer, model), model.producer
     count = sum(map(len, groups))
     with common.shared_progress(count * config.respond.max_new_tokens, "tokens", "respond", me) as advance:
-        estimated = common.estimated(answer, count // me.world, advance)
+        estimated = common.Estimated(answer, count // me.world, advance)
         answers.produce(estimated, producer, collection, prompts, groups, config.respond, rank=me.rank, world=me.world)
 
 
