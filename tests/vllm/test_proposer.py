@@ -111,8 +111,8 @@ def test_hybrid_drafts_as_decoding_does(checkpoint: Path) -> None:
         drafter = Drafter(Decode(draft="hybrid"), 3)
         drafter.extend(ids)
         row = speculator.draft(states[i : i + 1], torch.tensor(ids[-1:]))[0].tolist()
-        found = drafter.draft(8)
-        assert draft == (drafter.follow(8, row[:found]) if isinstance(found, int) else found)
+        wanted = drafter.draft(8)
+        assert draft == (drafter.follow(8, row[:wanted]) if isinstance(wanted, int) else wanted)
     assert found[0][:4] == [4, 1, 2, 3]  # looked up
     assert found[1][:3] == speculator.draft(states[1:], torch.tensor([6]))[0].tolist()  # from the heads
 
