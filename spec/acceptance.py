@@ -22,6 +22,9 @@ from spec.store.reader import SequenceReader
 CHUNK = 2048
 """Positions drafted from at one time."""
 
+CHUNK_TOKENS = 16384
+"""Tokens of sequences, prompts included, that are drafted along at one time."""
+
 CHUNK_LOGITS = 2**24
 """Logits of the base [rows, V] that exist at one time."""
 
@@ -167,8 +170,9 @@ def draft_answers(
         rows = torch.cat([wanted for *_, wanted in pending]).nonzero()[:, 0]
         drafts = speculator.draft_along(packed.to(device), rows.to(device), length).cpu()
         sizes = [int(wanted.sum()) for *_, wanted in pending]
-        for (index, one, _), drafted in zip(pending, torch.split(drafts, sizes), strict=True):
-            answers.append(Answer(one.ids.numpy(), len(one.ids) - len(drafted), drafted.numpy(), index))
+        for (index, one, wanted), drafted in zip(pending, torch.split(drafts, sizes), strict=True):
+            end = int(one.starts[wanted][-1]) + 2  # what is not supervised after the answer is no part of it
+            answers.append(Answer(one.ids[:end].numpy(), end - len(drafted), drafted.numpy(), index))
         on_positions(len(rows))
         pending.clear()
 
@@ -176,7 +180,8 @@ def draft_answers(
         wanted = _last_answer(packed, reader.manifest.prompt_length[index])
         if wanted.any():
             pending.append((index, packed, wanted))
-        if sum(int(wanted.sum()) for *_, wanted in pending) >= CHUNK:
+        positions = sum(int(wanted.sum()) for *_, wanted in pending)
+        if positions >= CHUNK or sum(len(each.ids) for _, each, _ in pending) >= CHUNK_TOKENS:
             flush()
     if pending:
         flush()
@@ -184,7 +189,7 @@ def draft_answers(
 
 
 def _last_answer(packed: Packed, prompt_length: int) -> Tensor:
-    """Which of a sequence's starts lead to its last answer, whose tokens are all supervised and end the sequence."""
+    """Which of a sequence's starts lead to its last answer, whose tokens are all supervised."""
     return packed.starts >= prompt_length - 1
 
 

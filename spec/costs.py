@@ -12,6 +12,7 @@ import torch
 from spec import heads
 from spec.config import Config
 from spec.device import synchronize
+from spec.errors import SpecError
 from spec.heads import LAST, Layer, OnBase
 from spec.store.codecs import CODECS
 
@@ -53,13 +54,23 @@ class Job:
 
 
 def make_job(
-    config: Config, base_params: float, hidden: int, vocab: int, tokens: float, positions: float, answers: float
+    config: Config,
+    base_params: float,
+    hidden: int,
+    vocab: int,
+    tokens: float,
+    positions: float,
+    answers: float,
+    layers: int = LAYERS,
 ) -> Job:
     """What the parameters make of a base and its data; a SpecError says that this base cannot have such heads."""
     params = config.model.speculator
-    base = OnBase(hidden_size=hidden, vocab_size=vocab, layers=LAYERS, base_model_name_or_path="", base_digest="")
+    base = OnBase(hidden_size=hidden, vocab_size=vocab, layers=layers, base_model_name_or_path="", base_digest="")
     shape = heads.on_base(params, base, Layer.at(hidden))
-    others = [tap for tap in shape.taps(LAYERS) if tap != LAST]
+    try:
+        others = [tap for tap in shape.taps(layers) if tap != LAST]
+    except ValueError as error:
+        raise SpecError(f"model.speculator.{error}") from None
     teachers = params.output_matrices if config.optim.loss == "kl" else 0
     return Job(
         base_params=base_params,

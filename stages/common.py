@@ -250,6 +250,8 @@ def open_manifest(config: Config, split: str) -> Manifest:
         for frozen, of in ((manifest.frozen, manifest.base), (config.model.freeze_base_model, base))
     )
     check_identity(found, expected, str(path))
+    if manifest.frozen and manifest.dtype != config.model.dtype:
+        say(f"{path} holds states in {manifest.dtype}, and model.dtype is {config.model.dtype}: run `spec cache`")
     root = store_root(config)
     if manifest.frozen and not upkeep.touch_root(root, path):  # it came with git and DVC, not from a stage here
         upkeep.add_root(root, path, manifest.needed(root))

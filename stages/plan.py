@@ -118,8 +118,9 @@ def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
     )
     to_write = missing_answers * config.respond.max_new_tokens
     shape = (costs.passed_params(meta), text.hidden_size, text.vocab_size)
-    job = costs.make_job(config, *shape, missing, missing_positions, to_write)
-    whole = replace(job, tokens=tokens, positions=positions)
+    layers = text.num_hidden_layers
+    job = costs.make_job(config, *shape, missing, missing_positions, to_write, layers)
+    whole = costs.make_job(config, *shape, tokens, positions, to_write, layers)
     _print_bytes(whole, job, config)
     if measured and (to_write or missing):
         _print_measured(config, sources, whole, job, machine, prompts, rows)

@@ -16,24 +16,28 @@ _BIASES = {f"self_attn.{name}_proj.bias" for name in "qkvo"}
 _QUERY_NORMS = {f"self_attn.{name}_norm.weight" for name in "qk"}
 
 
-def layer_of(model: Any) -> Layer:
-    """The shape of a base's layers; what its family does not have is as in Llama, at the base's width."""
+def layer_of(model: Any) -> Layer | None:
+    """The shape of a base's layers; what its family does not have is as in Llama, at the base's width. None where its
+    config gives no one shape, as of layers that differ."""
     text = model.config.get_text_config()
     d = text.hidden_size
-    heads = getattr(text, "num_attention_heads", None) or max(d // 64, 1)
-    rope = getattr(text, "rope_parameters", None)
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    width = getattr(text, "intermediate_size", None)
-    return Layer(
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or max(d // heads, 1),
-        intermediate_size=width if isinstance(width, int) else 4 * d,
-        bias=not _BIASES.isdisjoint(_last(model)),
-        eps=float(getattr(text, "rms_norm_eps", None) or 1e-5),
-        rope_theta=float(theta or 10000.0),
-        positions=getattr(text, "max_position_embeddings", None) or 2048,
-    )
+    try:
+        heads = getattr(text, "num_attention_heads", None) or max(d // 64, 1)
+        rope = getattr(text, "rope_parameters", None)
+        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+        width = getattr(text, "intermediate_size", None)
+        return Layer(
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or max(d // heads, 1),
+            intermediate_size=width if isinstance(width, int) else 4 * d,
+            bias=not _BIASES.isdisjoint(_last(model)),
+            eps=float(getattr(text, "rms_norm_eps", None) or 1e-5),
+            rope_theta=float(theta or 10000.0),
+            positions=max(getattr(text, "max_position_embeddings", None) or 2048, 1),
+        )
+    except Exception:  # configs refuse an ambiguous name with errors of their own
+        return None
 
 
 def last_layer(model: Any) -> dict[str, Tensor]:
@@ -44,6 +48,10 @@ def last_layer(model: Any) -> dict[str, Tensor]:
     others = found.keys() - _LLAMA - _BIASES - _QUERY_NORMS
     # Gemma's norms multiply by 1 + weight.
     if others or not found.keys() >= _LLAMA or norm is None or model.config.model_type.startswith("gemma"):
+        return {}
+    width = model.config.get_text_config().hidden_size
+    value = found["self_attn.v_proj.weight"]
+    if not value.is_floating_point() or value.ndim != 2 or value.shape[1] != width:  # quantised
         return {}
     if not _QUERY_NORMS.isdisjoint(found):
         found = {name: each for name, each in found.items() if "q_" not in name and "k_" not in name}

@@ -188,9 +188,7 @@ class Eagle3(Speculator):
             bounds: R + 1, where each sequence's chains begin among starts.
             following: of a depth k, and of the vectors of depth k - 1, the tokens x_{t+1+k} [M] that are read.
         """
-        layer, offsets = self.midlayer, packed.offsets
-        place = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(offsets)] or [torch.arange(0)])
-        place = place.to(starts.device, non_blocking=True)
+        layer, offsets, place = self.midlayer, packed.offsets, packed.places
         read = self.inputs(packed.states)  # [T, d]
         keys = layer.keys(self.pairs(F.pad(packed.ids, (0, 1))[1:], read), place)
         # Nothing at all still goes through attention, so that each weight has its gradient.
@@ -332,7 +330,7 @@ class DraftLayer(nn.Module):
 def rotated(x: Tensor, places: Tensor, theta: float) -> Tensor:
     """Rotary embedding (Su et al. 2021, in Llama's layout) of [M, heads, head_dim] at places [M]."""
     half, exact = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
-    rates = torch.tensor([theta ** (-i / half) for i in range(half)], device=x.device, dtype=exact)
+    rates = theta ** (torch.arange(half, device=x.device, dtype=exact) / -half)
     angles = places[:, None, None] * rates  # [M, 1, half]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]

@@ -31,6 +31,7 @@ class Packed:
 
     ids: Tensor  # [T]
     mask: Tensor  # [T], whether a token is supervised
+    places: Tensor  # [T], of each token in its sequence
     offsets: tuple[int, ...]  # R + 1 places where sequences begin, and T
     starts: Tensor  # [P] ascending places t from which heads draft, those of "answers"
     bounds: tuple[int, ...]  # R + 1 places in starts where those of each sequence begin, and P
@@ -39,12 +40,14 @@ class Packed:
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor, lengths: Iterable[int], states: Mapping[Tap, Tensor]) -> Packed:
         """Sequences of these lengths, in whose tokens `starts` is found."""
+        lengths = list(lengths)
         offsets = tuple(accumulate(lengths, initial=0))
+        places = torch.cat([torch.arange(0), *map(torch.arange, lengths)]).to(ids.device)
         following = F.pad(mask, (0, 1))
         following[list(offsets)] = False  # nothing comes before a first token
         starts = following.nonzero()[:, 0] - 1
         bounds = torch.searchsorted(starts, torch.tensor(offsets, device=starts.device)).tolist()
-        return cls(ids, mask, offsets, starts, tuple(bounds), states)
+        return cls(ids, mask, places, offsets, starts, tuple(bounds), states)
 
     @classmethod
     def join(cls, parts: Sequence[Packed]) -> Packed:
@@ -66,7 +69,8 @@ class Packed:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Packed:
         states = {tap: change(tensor) for tap, tensor in self.states.items()}
-        return Packed(change(self.ids), change(self.mask), self.offsets, change(self.starts), self.bounds, states)
+        tensors = {name: change(getattr(self, name)) for name in ("ids", "mask", "places", "starts")}
+        return replace(self, **tensors, states=states)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,11 @@ def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> Specula
     """The network that params ask for, on a base whose layers have a shape; a SpecError says that there is none."""
     config = method(params.method).Config
     values = params.model_dump(exclude={"init"}) | base.model_dump()
-    if layer is not None and "layer" in config.model_fields:
+    if "layer" in config.model_fields:
+        if layer is None:
+            raise SpecError(
+                f"model.speculator: method {params.method} repeats the base's layers, which have no one shape"
+            )
         values["layer"] = layer.model_dump()
     try:
         return config.from_json(values)

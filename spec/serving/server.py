@@ -34,6 +34,9 @@ NGRAM_DRAFT = 8
 
 PROPOSER = "spec.serving.vllm.SpeculatorProposer"
 
+EXPORT = 1
+"""Of the export of eagle3 in the cache folder; raised when the export changes."""
+
 
 def command(
     checkpoint: Path,
@@ -77,9 +80,9 @@ def _own_method(checkpoint: Path, config: SpeculatorConfig, decode: Decode) -> l
     """vLLM's options for eagle3; the folder that it loads is written on the first call, into the cache folder."""
     if warning := untested(installed_vllm() or "of an unknown release"):
         log.warning(warning)
-    identity = files.digest_json([files.digest_file(checkpoint / heads.WEIGHTS), config.to_json()])
+    identity = files.digest_json([EXPORT, files.digest_file(checkpoint / heads.WEIGHTS), config.to_json()])
     folder = files.cache_dir() / "vllm" / identity[:16]
-    if not folder.exists():
+    if not folder.exists():  # it appears whole
         export.write(checkpoint, folder, form=export.VLLM)
     return ["--speculative-config", speculative(folder, head_length(decode, config))]
 

@@ -28,12 +28,12 @@ def save(base: Base, kept: Collection, rows: Sequence[NDArray[np.int32]]) -> Non
 
     How lm_head makes the base's logits is found out on the first of `rows`, ids [T] of real sequences.
     """
-    claim = kept.claim([ITEM])
+    claim = kept.claim([ITEM], wait=True)
     if claim is None:
         return
     try:
         tables = {"embedding": base.embedding[: base.vocab_size], "lm_head": base.lm_head}
-        kind = base_model.find_logits(base, rows)
+        kind, layer = base_model.find_logits(base, rows), base_model.layer_of(base.model)
         bias = base_model.bias_of(base.model)
         if bias is not None:
             tables["bias"] = bias
@@ -45,7 +45,7 @@ def save(base: Base, kept: Collection, rows: Sequence[NDArray[np.int32]]) -> Non
             "vocab_size": base.vocab_size,
             "hidden_size": base.hidden_size,
             "layers": base.model.config.get_text_config().num_hidden_layers,
-            "layer": base_model.layer_of(base.model).model_dump(mode="json"),
+            "layer": None if layer is None else layer.model_dump(mode="json"),
             "logits": None if kind is None else asdict(kind),
             "producer": base.producer,
         }
