@@ -80,7 +80,7 @@ def test_only_what_changed_runs_again(workspace: Workspace) -> None:
     workspace.set(evaluate__max_prompts=2)
     assert workspace.repro() == ["fetch", "evaluate"]
     workspace.set(model__speculator__n_predict=4)
-    assert workspace.repro() == ["fetch", "train", "evaluate"]
+    assert workspace.repro() == ["fetch", "cache", "train", "evaluate"]
 
 
 def test_a_longer_training_file_costs_only_its_new_rows(workspace: Workspace) -> None:
