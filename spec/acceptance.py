@@ -40,7 +40,7 @@ class Walk:
     looping: bool = False  # whether the answer ends in a loop
     greedy: bool = True  # whether the base wrote it greedily, so that the walk is what decoding would do
     # [R, 3], for each draft that the base came to judge (the accepted ones and the first that was not): the token of
-    # the answer whose state judged it, the draft's place in its step, from 1, and the draft.
+    # the answer for which the draft stood, the draft's place in its step, from 1, and the draft.
     reached: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
 
 

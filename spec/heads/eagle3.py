@@ -36,7 +36,7 @@ Keys = tuple[Tensor, Tensor]
 
 class Eagle3Params(Params):
     """Attributes:
-    aux_layers: the layers whose outputs it reads, ascending; None: the second, the middle and the third from the end.
+    aux_layers: ascending numbers k; it reads the output after k layers. None: 2, L // 2 and L - 3 of L layers.
     """
 
     aux_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(listed)] = None

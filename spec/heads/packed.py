@@ -80,8 +80,9 @@ class Supervision:
     The draft of depth k that begins at t foresees x_{t+2+k}. It is supervised where x_{t+1} .. x_{t+2+k} all lie in
     one supervised span of one sequence.
 
-    Where a teacher's distributions are the targets, each depth has a row for each place where the base wrote one, in
-    the same order, padded where it has no target there (in the first n - 1 of a supervised span).
+    Where a teacher's distributions are the targets, every depth has one row for each place where the base wrote a
+    target, in the same order; where a depth has no target there (in the first n - 1 of a supervised span), the row is
+    padding of weight 0.
     """
 
     packed: Packed

@@ -87,7 +87,7 @@ class Recurrent(Speculator):
 
     @abstractmethod
     def state_projections(self) -> PerHead[nn.Module]:
-        """Those through which a state reaches the output unchanged in kind: all, or of an LSTM the cell's."""
+        """The projections whose output becomes the next state: all of them, or in an LSTM those of the cell."""
 
     def start(self, states: Tensor) -> Carry:
         """What head 0 needs of the base's states [P, d], in the speculator's dtype; its first part is the state as the

@@ -30,7 +30,7 @@ class Session(ABC):
 
     @abstractmethod
     def crop(self, n: int) -> None:
-        """Forget what the last `n` drafts have left."""
+        """Undo the last draft(n): drop what it stored."""
 
 
 class Speculator(nn.Module, ABC):

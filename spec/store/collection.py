@@ -229,7 +229,8 @@ def share_out(groups: Sequence[Sequence[Wanted]], rank: int, world: int) -> Iter
     """Claim groups of segments for one of `world` workers: its own share first, then what nobody has begun, then what
     others left undone when they died. With a group come claims to those of its segments that are not there yet.
 
-    It ends when every segment is committed, by whomever. Leaving early gives back the claims that came last.
+    It ends when every segment is committed, by whomever. If the caller stops early, the claims that
+    came last are released.
     """
     for folder in {collection.folder for group in groups for collection, _ in group}:
         if not folder.is_dir():

@@ -45,7 +45,7 @@ class DamagedError(StoreError):
     def __init__(self, folder: Path, name: str, reason: object) -> None:
         super().__init__(
             f"segment {name} in {folder} is missing or damaged ({reason}); run `spec store verify`, which sets damaged "
-            "segments aside, then `spec respond` and `spec cache`: only these are computed again"
+            "segments aside, then `spec respond` and `spec cache`, which compute those again"
         )
         self.folder, self.name, self.reason = folder, name, str(reason)
 

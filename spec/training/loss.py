@@ -24,8 +24,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Weighted sum of losses of ``hidden @ weight.T``, with gradients computed chunk by chunk on the way.
 
     As in Liger-Kernel (Hsu et al. 2024), the loss is a scalar, so its gradients are made in the forward pass, while a
-    chunk's logits are at hand, and scaled in the backward one. Rows come in G groups, one a head, that share their
-    teachers; a chunk has C rows of each.
+    chunk's logits are at hand, and scaled in the backward one. There are G groups of rows, one
+    for each head, with the same teacher rows; a chunk takes the same C rows of every group.
     """
 
     @staticmethod
