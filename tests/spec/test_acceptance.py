@@ -186,6 +186,22 @@ def test_a_choice_of_sequences(reader: FeatureReader) -> None:
     assert draft_answers(heads, reader, []) == []
 
 
+def test_what_follows_an_answer_unsupervised_is_no_part_of_it(tmp_path: Path) -> None:
+    rows = [TokenSequence(np.arange(1, 5, dtype=np.int32), np.array([0, 1, 1, 0], np.uint8), "a", 1)]
+    (answer,) = draft_answers(
+        speculator("sum_rnn"), FeatureReader(store_features(tmp_path, rows, vocab_size=V, hidden_size=D), tmp_path)
+    )
+    assert (answer.ids.tolist(), answer.start, len(answer.drafts)) == ([1, 2, 3], 1, 2)
+
+
+def test_few_tokens_are_drafted_along_at_one_time(reader: FeatureReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts count, too: heads that read all positions hold them."""
+    monkeypatch.setattr(acceptance, "CHUNK_TOKENS", 20)
+    counts: list[int] = []
+    found = draft_answers(speculator("sum_rnn"), reader, on_positions=counts.append)
+    assert len(found) > len(counts) > 1
+
+
 def test_walks_know_domain_loops_and_who_wrote_the_answer(tmp_path: Path) -> None:
     looping = sequence([0] + [1] * 26, [3] + [4, 5] * 13, "code")
     rows = [ROWS[0], ROWS[2], looping]

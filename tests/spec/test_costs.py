@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from spec import costs
 from spec.config import from_mapping
 from spec.costs import Job, Machine
+from spec.errors import SpecError
 
 JOB = Job(
     base_params=8e9,
@@ -66,6 +67,10 @@ def test_what_the_store_takes() -> None:
     eagle = from_mapping({"model": {"speculator": {"method": "eagle3"}}})
     job = costs.make_job(eagle, 1e8, 576, 49152, 1000, 600, 0)
     assert job.layer_vectors == 3 * 1000
+    deep = from_mapping({"model": {"speculator": {"method": "eagle3", "aux_layers": [2, 39]}}})
+    assert costs.make_job(deep, 1e8, 576, 49152, 1000, 600, 0, layers=42).layer_vectors == 2 * 1000
+    with pytest.raises(SpecError, match="the base has the layers 0 to 31"):
+        costs.make_job(deep, 1e8, 576, 49152, 1000, 600, 0)
     exact = costs.stored_bytes(job, "bfloat16", "none", "none")
     assert exact == 600 * 2 * 576 + 3 * 1000 * 2 * 576 + 5 * 1000
     assert costs.stored_bytes(job, "bfloat16", "none", "fp8") < exact

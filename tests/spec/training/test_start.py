@@ -44,5 +44,7 @@ def test_an_imported_head_keeps_its_own_layer(tmp_path: Path) -> None:
     made = start.initialise(config, shape, np.zeros(23, np.int64), tables)
     assert made.config == shape.model_copy(update={"layer": head.config.layer})
     assert torch.equal(made.midlayer.self_attn.q_proj.weight, head.midlayer.self_attn.q_proj.weight)
-    with pytest.raises(SpecError, match=r"has aux_layers None, and the parameters ask for \(3,\)"):
+    with pytest.raises(SpecError, match=r"reads the layers \[.*\], and the parameters ask for \[3\]"):
         start.initialise(config, test_vllm.config(aux_layers=[3]), np.zeros(23, np.int64), tables)
+    same = test_vllm.config(aux_layers=[tap.layer for tap in head.taps[:-1]])  # by number instead of by default
+    assert start.initialise(config, same, np.zeros(23, np.int64), tables).taps == head.taps
