@@ -15,7 +15,7 @@ from spec.store.reader import FeatureReader
 from stages import common
 from tests.pipeline import killer
 from tests.spec.store.producer import serving
-from tests.stages.test_foreign_files import digests, plant
+from tests.stages.test_foreign_files import plant, texts
 from tests.stages.workspace import prepare
 from tests.workspace import STAGES
 
@@ -69,6 +69,6 @@ def test_kills_at_random_moments_of_all_stages_change_nothing(tmp_path: Path) ->
                 else:
                     assert run(folder=str(root), stage=stage)["status"] == 0, (root / ".log-of-stages").read_text()
             assert outcome(root) == expected
-            assert digests(root) == foreign
+            assert texts(root) == foreign
     print(f"{sum(killed.values())} kills in {rounds} rounds: {killed}")
     assert min(killed.values()) > 0
