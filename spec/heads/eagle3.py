@@ -53,8 +53,8 @@ class Eagle3Params(Params):
             raise ValueError("eagle3 reads layers of its base, and how many that has is not known")
         ids = self.aux_layers
         if ids is None:
-            ids = tuple(sorted({2, layers // 2, layers - 3} if layers >= 7 else {1, layers // 2, layers - 1}))
-        ids = ids if self.aux_layers or layers > 1 else (0,)
+            found = {2, layers // 2, layers - 3} if layers >= 7 else {min(1, layers - 1), layers // 2, layers - 1}
+            ids = tuple(sorted(found))
         if ids[-1] >= layers:
             raise ValueError(f"aux_layers: the base has the layers 0 to {layers - 1}, found {list(ids)}")
         return (*(Tap(layer, "all") for layer in ids), LAST)
@@ -116,7 +116,7 @@ class Eagle3(Speculator):
         self.lm_head.weight.copy_(rows if self.token_map is None else rows[self.token_map.to(rows.device)])
         d = self.config.hidden_size
         self.fc.weight.mul_(FC_SPREAD)[:, -d:].add_(torch.eye(d))
-        found = {name.removeprefix("layer."): table for name, table in tables.items() if name.startswith("layer.")}
+        found = {name.removeprefix("layer."): tables[name] for name in tables if name.startswith("layer.")}
         if not found:
             return
         self.norm.weight.copy_(tables["norm.weight"])

@@ -35,7 +35,7 @@ NGRAM_DRAFT = 8
 PROPOSER = "spec.serving.vllm.SpeculatorProposer"
 
 EXPORT = 1
-"""Of the export of eagle3 in the cache folder; raised when the export changes."""
+"""The version of the exports in the cache folder; raised when what an export writes changes."""
 
 
 def command(

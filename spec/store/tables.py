@@ -73,12 +73,15 @@ class Tables(Mapping[str, Tensor]):
     def __init__(self, kept: Collection) -> None:
         self._kept, attributes = kept, _attributes(kept)
         self._names, self._dtype = list(attributes["offsets"]), getattr(torch, attributes["dtype"])
+        self._read: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        arrays, _ = self._kept.read(self._kept.name_of([ITEM]), only=(name,))
-        return codecs.from_numpy(arrays[name], self._dtype)
+        if name not in self._read:
+            arrays, _ = self._kept.read(self._kept.name_of([ITEM]), only=(name,))
+            self._read[name] = codecs.from_numpy(arrays[name], self._dtype)
+        return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
