@@ -10,9 +10,10 @@ from torch import Tensor
 
 from spec import files, heads
 from spec.export import VLLM, ExportError, KnownBase, read, write, writing
-from spec.heads import LAST, CheckpointError, Packed, Speculator, parse_config
+from spec.heads import LAST, CheckpointError, Packed, Speculator
 from spec.heads.eagle3 import Eagle3Config
 from tests.spec.export import engines
+from tests.spec.heads import reference
 from tests.spec.heads.reference import config as recurrent
 
 D, V, T = 12, 23, 30
@@ -21,19 +22,7 @@ KNOWN = KnownBase("some/base", None, "d1", V, D, layers=30)
 
 
 def config(layer: dict[str, object] | None = None, **changes: Any) -> Eagle3Config:
-    values = {
-        "method": "eagle3",
-        "hidden_size": D,
-        "vocab_size": V,
-        "layers": 30,
-        "layer": {**LAYER, **(layer or {})},
-        "n_predict": 3,
-        "base_model_name_or_path": "some/base",
-        "base_digest": "d1",
-    }
-    found = parse_config(values | changes)
-    assert isinstance(found, Eagle3Config)
-    return found
+    return reference.eagle3({**LAYER, **(layer or {})}, **{"layers": 30, **changes})
 
 
 def checkpoint(folder: Path, c: Eagle3Config) -> Speculator:

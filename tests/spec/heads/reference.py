@@ -1,12 +1,13 @@
 """The networks straight from their formulas, over a state dict, and what their tests begin with."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from spec.heads import Speculator, SpeculatorConfig, build, parse_config
+from spec.heads.eagle3 import Eagle3Config
 from spec.heads.layers import RMSNorm
 
 State = dict[str, Tensor]
@@ -25,6 +26,23 @@ def config(method: str = "sum_rnn", **changes: object) -> SpeculatorConfig:
         "base_digest": "d1",
     }
     return parse_config(values | changes)
+
+
+def eagle3(layer: Mapping[str, object], layers: int, **changes: object) -> Eagle3Config:
+    """An attention head on a base with so many layers of this shape."""
+    values = {
+        "method": "eagle3",
+        "hidden_size": 12,
+        "vocab_size": 23,
+        "layers": layers,
+        "layer": layer,
+        "n_predict": 3,
+        "base_model_name_or_path": "some/base",
+        "base_digest": "d1",
+    }
+    found = parse_config(values | changes)
+    assert isinstance(found, Eagle3Config)
+    return found
 
 
 def randomized(c: SpeculatorConfig, token_map: Tensor | None = None) -> Speculator:

@@ -14,28 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from spec.heads import LAST, Packed, parse_config
+from spec.heads import LAST, Packed
 from spec.heads import eagle3 as module
 from spec.heads.eagle3 import Eagle3, Eagle3Config
+
+from . import reference
 
 D, V, L = 12, 23, 4
 LAYER = {"heads": 4, "kv_heads": 2, "head_dim": 6, "intermediate_size": 16}
 
 
 def config(**changes: Any) -> Eagle3Config:
-    values = {
-        "method": "eagle3",
-        "hidden_size": D,
-        "vocab_size": V,
-        "layers": L,
-        "layer": LAYER,
-        "n_predict": 3,
-        "base_model_name_or_path": "some/base",
-        "base_digest": "d1",
-    }
-    found = parse_config(values | changes)
-    assert isinstance(found, Eagle3Config)
-    return found
+    return reference.eagle3(LAYER, **{"layers": L, **changes})
 
 
 def randomized(c: Eagle3Config, seed: int = 0, drafted: int | None = None) -> Eagle3:
