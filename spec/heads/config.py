@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,6 +21,9 @@ IGNORED_KEYS = frozenset(
 
 class Params(Section):
     """The section model.speculator of params.yaml, as far as all methods have it."""
+
+    free: ClassVar[frozenset[str]] = frozenset({"init"})
+    """Parameters in which the checkpoint that training starts from may differ; its taps may not."""
 
     method: str  # a name in the registry
     # The number of heads n. A network may depend on it, so it stays as in training, even where fewer are asked for.

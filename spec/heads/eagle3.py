@@ -39,6 +39,9 @@ class Eagle3Params(Params):
     aux_layers: ascending numbers k; it reads the output after k layers. None: 2, L // 2 and L - 3 of L layers.
     """
 
+    # A head that drafts as far as it is asked is the same network whatever n_predict it was trained with.
+    free: ClassVar[frozenset[str]] = frozenset({"init", "n_predict", "aux_layers"})
+
     aux_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(listed)] = None
 
     @model_validator(mode="after")

@@ -59,17 +59,15 @@ def _warm(folder: Path, shape: SpeculatorConfig, tables: Mapping[str, Tensor]) -
     except (heads.CheckpointError, OSError) as error:
         raise SpecError(f"model.speculator.init: {error}") from None
     params = heads.method(shape.method).Params.model_fields
-    # A head that drafts as far as it is asked is the same network whatever n_predict it was trained with.
-    free = {"init"} if shape.longest_draft else {"init", "n_predict"}
     read, wanted = saved.config.taps(saved.config.layers), shape.taps(shape.layers)
     if read != wanted:
         layers = [[tap.layer for tap in taps if tap.layer is not None] for taps in (read, wanted)]
         raise SpecError(
             f"model.speculator.init: {folder} reads the layers {layers[0]}, and the parameters ask for {layers[1]}"
         )
-    for name in [name for name in params if name not in free]:
+    for name in [name for name in params if name not in shape.free]:
         found, asked = getattr(saved.config, name, None), getattr(shape, name)
-        if found != asked and name != "aux_layers":  # what it reads is compared above
+        if found != asked:
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
     own = type(shape).model_fields.keys() - params - OnBase.model_fields.keys()  # a public head's layer is its own
     saved.config = shape.model_copy(update={name: getattr(saved.config, name) for name in own})
