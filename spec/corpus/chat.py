@@ -40,8 +40,9 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-MARKER = "\uf8ffanswer\uf8ff"  # private use characters: neither text nor templates hold them
-ASKED = "\uf8ffquestion\uf8ff"
+EDGE = "\uf8ff"  # a private use character: templates do not hold it, and ChatTemplate.render keeps it out of text
+MARKER = f"{EDGE}answer{EDGE}"
+ASKED = f"{EDGE}question{EDGE}"
 CARRIED = ("functions", "function_calls", "tools", "images", "videos", "audios")  # what a turn has next to its content
 FUNCTION = "marked_function"
 OPEN, CLOSE = "<think>", "</think>"
@@ -106,6 +107,17 @@ class ChatTemplate:
         An answer that does not start where its generation prompt ends is an error where `need_answer` is set; otherwise
         it is left off. It is an error, too, if the template refuses the conversation or leaves a part of it out.
         """
+        held = json.dumps([messages, list(tools)], ensure_ascii=False, default=str)
+        if EDGE not in held:
+            return self._chat(messages, tools, need_answer)
+        # Another character stands for it meanwhile, or the text could pass for a marker.
+        spare = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in held)
+        messages, tools = json.loads(held.replace(EDGE, spare))
+        chat = self._chat(messages, tools, need_answer)
+        answer = None if chat.answer is None else chat.answer.replace(spare, EDGE)
+        return replace(chat, prompt=chat.prompt.replace(spare, EDGE), answer=answer)
+
+    def _chat(self, messages: Messages, tools: Tools, need_answer: bool) -> Chat:
         answered = messages[-1]["role"] == "assistant"
         before = messages[:-1] if answered else messages
         prompt, turns, answer = self._render(before, tools, generate=True), [], None

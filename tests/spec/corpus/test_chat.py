@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spec import corpus
 from spec.corpus import ChatTemplate, CorpusError
+from spec.corpus.chat import ASKED, MARKER
 
 from .families import (
     CHATML,
@@ -148,6 +149,8 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 @settings(max_examples=150)
 @given(messages=conversations(), trim=st.booleans())
+@example(messages=[user(MARKER), assistant("b"), user("c"), assistant(MARKER)], trim=False)
+@example(messages=[user(ASKED), assistant(ASKED)], trim=True)
 def test_any_conversation_is_masked_by_the_token(messages: list[dict[str, Any]], trim: bool) -> None:
     tokenizer = byte_level(trim=trim)
     sequence = encode(tokenizer, messages)
@@ -169,6 +172,8 @@ def test_any_conversation_is_masked_by_the_token(messages: list[dict[str, Any]],
 
 @settings(max_examples=60)
 @given(messages=conversations())
+@example(messages=[user(MARKER), assistant(""), user("")])
+@example(messages=[user(""), assistant(MARKER), user(""), assistant("")])
 def test_any_conversation_keeps_its_prompt_in_a_template_that_strips(messages: list[dict[str, Any]]) -> None:
     tokenizer = sentencepiece_like()
     sequence = encode(tokenizer, messages)
