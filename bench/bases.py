@@ -9,6 +9,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,6 @@ from spec import acceptance, heads
 from spec.base import Base, answer, auto_class, find_logits, hidden_states
 from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
-from spec.drafting import drafts_along
-from spec.evaluation import SOURCES
 from spec.heads import LAST, Packed
 
 CSV = Path("docs/bases.csv")
@@ -233,14 +232,13 @@ def _decoded(base: Base, asked: Sequence[list[int]], written: Sequence[list[int]
         with torch.inference_mode():
             states = hidden_states(base.model, ids[None])[0, len(prompt) - 1 : -1]
         packed = Packed.of(ids, torch.arange(len(ids)) >= len(prompt), [len(ids)], {LAST: states})
-        drafts = speculator.draft_along(packed, torch.arange(len(tokens)), 3).numpy()
-        on_paper = acceptance.Answer(ids.numpy(), len(prompt), drafts, 0)
-        for source in SOURCES:
+        run = partial(speculator.draft_along, packed, torch.arange(len(tokens)))
+        for source, what in model.sources.items():
             made = model.generate(prompt, NEW, draft=source)
-            matches = on_paper.matches(drafts_along(ids.tolist(), len(prompt), decode, drafts, source))
+            on_paper = acceptance.drafted(acceptance.Answer(ids.numpy(), len(prompt), 0), what, run)
             same &= _agree(base, prompt, tokens, made.tokens)
             if made.tokens == tokens:
-                steps &= made.accepted == acceptance.walk(matches, on_paper.length).tolist()
+                steps &= made.accepted == acceptance.walk(on_paper.matches, on_paper.length).tolist()
     return _yes(same), _yes(steps)
 
 

@@ -171,7 +171,7 @@ def compare_codecs(config: Config, root: Path) -> None:
         speeds = [f"{megabytes / statistics.median(times):,.0f}" for times in (writes, reads)]
         recoded = Recoded(held.manifest, held.root)
         recoded.codec = codec
-        walks = acceptance.walks(recoded, acceptance.draft_answers(speculator, recoded), acceptance.head_drafts)
+        walks = acceptance.walks(recoded, acceptance.draft_answers(speculator, recoded))
         result.append([codec.name, f"{stored:.3f}", *speeds, f"{acceptance.tokens_per_step(walks):.4f}"])
     print(f"\n3. {megabytes:.0f} MB of real states; the default's head, walked over eval")
     table(["codec", "size / (2 d a position)", "write MB/s", "read MB/s", "tokens per step"], result)

@@ -3,7 +3,7 @@
 1. `forms`: each source of drafts next to plain decoding, transformers' generate and its prompt lookup: same base, dtype
    and process, N eval prompts of each domain, the order turning round with each prompt.
 2. `lengths`: speed-up against the number of drafted tokens. Draws docs/draft_length.png.
-3. `rules`: what n-grams and the hybrid could do: tokens per step on val for each rule, by the exact walk.
+3. `costs`: what each source drafts on val by decode.token_cost, by the exact walk; and what a drafted token costs here.
 4. `profile`: where a step's time goes, and what a forward of several tokens costs.
 
 All four by default; with 8 prompts a domain about half an hour on two cores.
@@ -26,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 
 from bench.common import default_config, load_base, machine, reader, table
-from spec import acceptance, drafting, heads, plots
+from spec import acceptance, decoding, drafting, heads, plots
 from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device, synchronize
-from spec.drafting import Drafter, NgramIndex, Source, drafts_along
-from spec.evaluation import SOURCES, choose_prompts
+from spec.drafting import Source, open_lookup
+from spec.evaluation import choose_prompts
 from spec.kv_cache import make_cache
 from stages import common
 
@@ -39,16 +39,17 @@ LOOKUP_TOKENS = 10
 """prompt_lookup_num_tokens, as transformers' documentation has it."""
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 10, 12)
+COSTS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.1)
 Prompt = tuple[str, list[int]]
 Form = Callable[[list[int]], int]
 """Writes an answer to a prompt, and returns how many tokens it has."""
 
 
 def main() -> None:
-    parts = {"forms": forms, "lengths": lengths, "rules": rules, "profile": profile}
+    parts = {"forms": forms, "lengths": lengths, "costs": costs, "profile": profile}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", choices=[*parts, []], help="default: all")
-    parser.add_argument("--prompts", type=int, default=8, help="of each domain; rules takes all of val")
+    parser.add_argument("--prompts", type=int, default=8, help="of each domain; costs takes all of val")
     parser.add_argument("--tokens", type=int, default=96, help="at most, of an answer")
     asked = parser.parse_args()
     computed = arithmetic(default_config().model.dtype, choose_device())
@@ -62,8 +63,9 @@ def main() -> None:
 def model(decode: Decode | None = None) -> LanguageModelWithSpeculator:
     config = default_config()
     base = load_base(config)
-    speculator = heads.load(common.MODEL, base.device, base.model.dtype)
-    return LanguageModelWithSpeculator(base, speculator, decode or config.decode)
+    speculator = heads.load(common.MODEL, base.device, base.model.dtype, base.tables)
+    lookup = open_lookup(common.MODEL, speculator.config)
+    return LanguageModelWithSpeculator(base, speculator, decode or config.decode, lookup)
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -133,14 +135,14 @@ def lengths(count: int, tokens: int) -> None:
         return len(lm.generate(prompt, tokens, draft=source).tokens)
 
     everything: dict[str, Form] = {"none": partial(run, "none", None)}
-    for source in SOURCES:
+    for source in lm.sources:
         for length in (*[k for k in LENGTHS if source != "head" or k <= n], None):
             everything[f"{source} {length}"] = partial(run, source, length)
     rates = measure(everything, prompts(max(1, count // 4)))
     means = {name: float((found / rates["none"]).mean()) for name, found in rates.items()}
     lines: Any = {}
     rows = []
-    for source in SOURCES:
+    for source in lm.sources:
         known = [k for k in LENGTHS if f"{source} {k}" in means]
         lines[source] = (known, [means[f"{source} {k}"] for k in known])
         found = [means.get(f"{source} {k}") for k in (*LENGTHS, None)]
@@ -150,63 +152,25 @@ def lengths(count: int, tokens: int) -> None:
     table(["", *map(str, LENGTHS), "null"], rows)
 
 
-def rules(count: int, tokens: int) -> None:
+def costs(count: int, tokens: int) -> None:
     lm = model()
-    costs = forward_seconds(lm)
-    per_token = (costs[13] / costs[1] - 1) / 12
-    found = reader(default_config(), "val")
+    took = forward_seconds(lm)
+    per_token = (took[13] / took[1] - 1) / 12
+    found, lookup = reader(default_config(), "val"), lm.lookup
     assert lm.speculator is not None
-    answers = acceptance.draft_answers(lm.speculator, found)
     rows = []
-
-    def walked(name: str, decode: Decode, source: Any, **constants: Any) -> None:
-        drafted: list[int] = []
-        walks = []
-        with ExitStack() as stack:
-            for key, value in constants.items():
-                target = Drafter if key == "follow" else drafting
-                stack.enter_context(mock.patch.object(target, key, value))
-            for answer in answers:
-                drafts = list(drafts_along(answer.ids, answer.start, decode, answer.drafts, source))
-                steps = acceptance.walk(answer.matches(drafts), answer.length)
-                walks.append(acceptance.Walk(steps))
-                stops = np.cumsum([0, *(steps[:-1] + 1)])
-                drafted += [min(len(drafts[at]), answer.length - 1 - at) for at in stops[: len(steps)]]
-        rate, each = acceptance.tokens_per_step(walks), float(np.mean(drafted))
-        rows.append([name, f"{rate:.3f}", f"{each:.1f}", f"{rate / (1 + per_token * each):.3f}"])
-
-    alone: Any = {"follow": lambda self, limit, drafted: drafted}
-    default = Decode()
-
-    old = partial(Decode, ngram_max=4)
-
-    walked("head", default, "head")
-    for shortest in (1, 2, 3):
-        walked(f"n-gram of {shortest} to 4 tokens, 6 drafted", old(ngram_min=shortest, draft_len=6), "ngram")
-    for factor in (2, 3, 4):
-        walked(f"n-gram of 1 to 8 tokens, {factor} drafted for each", default, "ngram", PER_TOKEN=factor)
-    for strong in (1, 2, 3, 4):
-        name = f"n-gram of {strong} to 4 tokens, 6 drafted; else head"
-        walked(name, old(ngram_min=1, draft_len=6), "hybrid", STRONG=strong, **alone)
-    for length in (4, 8, 10):
-        walked(
-            f"n-gram of 2 to 4 tokens, {length} drafted; else head",
-            old(ngram_min=1, draft_len=length),
-            "hybrid",
-            **alone,
-        )
-    walked("n-gram of 2 to 8 tokens, 3 drafted for each; else head", default, "hybrid", **alone)
-    for longest in (4, 8, 16):
-        walked(f"2 to {longest}, 3 for each, lookup behind the head's drafts", Decode(ngram_max=longest), "hybrid")
-    for strong in (1, 3):
-        walked(f"{strong} to 8, 3 for each, lookup behind the head's drafts", default, "hybrid", STRONG=strong)
-    for factor in (2, 4):
-        walked(f"2 to 8, {factor} for each, lookup behind the head's drafts", default, "hybrid", PER_TOKEN=factor)
+    for cost in COSTS:
+        decode = default_config().decode.model_copy(update={"token_cost": cost})
+        for source, sources in drafting.every_source(decode, lm.speculator.config, lookup).items():
+            answers = acceptance.draft_answers(lm.speculator, found, sources=sources)
+            walks = acceptance.walks(found, answers)
+            rate, drafted = acceptance.tokens_per_step(walks), acceptance.drafted_per_step(walks)
+            rows.append([cost, source, f"{rate:.3f}", f"{drafted:.1f}", f"{rate / (1 + per_token * drafted):.3f}"])
     print(
-        "\n3. Rules: the exact walk on val, and what it comes to where a drafted token costs "
+        "\n3. decode.token_cost: the exact walk on val, and what it comes to where a drafted token costs "
         f"{per_token:.1%} of a forward (measured; the heads' own time left out)"
     )
-    table(["rule", "tokens per step", "drafted a step", "x plain, estimated"], rows)
+    table(["token_cost", "source", "tokens per step", "drafted a step", "x plain, estimated"], rows)
 
 
 def profile(count: int, tokens: int) -> None:
@@ -232,7 +196,7 @@ def where_time_goes(
 
     On a GPU the clocks wait for the device after each part. "unclocked" is what a step takes without them.
     """
-    spent = dict.fromkeys(("layers", "lm_head", "heads", "n-grams"), 0.0)
+    spent = dict.fromkeys(("layers", "lm_head", "drafts"), 0.0)
 
     def run(clocks: Callable[[], AbstractContextManager[None]]) -> tuple[int, float]:
         steps, whole = 0, 0.0
@@ -271,9 +235,7 @@ def _clocked(lm: LanguageModelWithSpeculator, spent: dict[str, float]) -> Iterat
         for target, attribute, name in (
             (lm.base.model.get_decoder(), "forward", "layers"),
             (lm.base.model.get_output_embeddings(), "forward", "lm_head"),
-            (lm.speculator, "draft", "heads"),
-            (NgramIndex, "draft", "n-grams"),
-            (NgramIndex, "extend", "n-grams"),
+            (decoding, "complete", "drafts"),
         ):
             stack.enter_context(mock.patch.object(target, attribute, clock(getattr(target, attribute), name)))
         yield

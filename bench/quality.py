@@ -101,7 +101,7 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     task.restore(result.weights)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=worker.mixed("bfloat16")):
         answers = acceptance.draft_answers(speculator, found["eval"])
-    walks = acceptance.walks(found["eval"], answers, acceptance.head_drafts)
+    walks = acceptance.walks(found["eval"], answers)
     return result.val["tokens_per_step"], acceptance.tokens_per_step(walks), seconds, result.step
 
 

@@ -5,8 +5,9 @@ Every acceptance figure of the project is defined here, once; docs/metrics.md ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec.base import Teacher
+from spec.drafting import Draft, Drafter, Run, Sources, complete
 from spec.heads import LAST, Packed, Speculator, supervise
 from spec.store.reader import SequenceReader
 
@@ -39,6 +41,8 @@ class Walk:
     domain: str = ""
     looping: bool = False  # whether the answer ends in a loop
     greedy: bool = True  # whether the base wrote it greedily, so that the walk is what decoding would do
+    # For each step, how many tokens were drafted, those that the answer is too short for left out.
+    drafted: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     # [R, 3], for each draft that the base came to judge (the accepted ones and the first that was not): the token of
     # the answer for which the draft stood, the draft's place in its step, from 1, and the draft.
     reached: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
@@ -67,6 +71,12 @@ def tokens_per_step(walks: Iterable[Walk]) -> float:
     """1 + accepted drafts / steps: tokens per forward of the base, its own token counted."""
     accepted = _all_accepted(walks)
     return 1.0 + float(accepted.mean()) if len(accepted) else 1.0
+
+
+def drafted_per_step(walks: Iterable[Walk]) -> float:
+    """Tokens that a step drafts, on average."""
+    drafted = np.concatenate([np.empty(0, np.int64), *(walk.drafted for walk in walks)])
+    return float(drafted.mean()) if len(drafted) else 0.0
 
 
 def acceptance(walks: Iterable[Walk], n: int) -> list[float]:
@@ -127,19 +137,20 @@ class Answer:
 
     ids: NDArray[np.int64]  # the whole sequence
     start: int  # of the answer in it
-    drafts: NDArray[np.int64]  # [L, n], row j drafted after the answer's token j
     index: int  # of the sequence in the split
+    drafts: Sequence[Sequence[int]] = ()  # after each token of the answer
 
     @property
     def length(self) -> int:
         """Tokens of the answer."""
         return len(self.ids) - self.start
 
-    def matches(self, drafts: Iterable[Sequence[int]]) -> list[int]:
+    @property
+    def matches(self) -> list[int]:
         """For each token of the answer, how many of the drafts after it equal what follows."""
         tokens = self.ids.tolist()
         places = range(self.start + 1, len(tokens) + 1)
-        return [matching(draft, tokens[at : at + len(draft)]) for at, draft in zip(places, drafts, strict=True)]
+        return [matching(draft, tokens[at : at + len(draft)]) for at, draft in zip(places, self.drafts, strict=True)]
 
 
 def matching(draft: Sequence[int], wanted: Sequence[int]) -> int:
@@ -148,33 +159,30 @@ def matching(draft: Sequence[int], wanted: Sequence[int]) -> int:
     return next((i for i, (drafted, token) in enumerate(pairs) if drafted != token), min(len(draft), len(wanted)))
 
 
-@torch.inference_mode()
-def draft_answers(
-    speculator: Speculator,
-    reader: SequenceReader,
-    indices: Sequence[int] | None = None,
-    on_positions: Callable[[int], object] = lambda count: None,
-    n: int | None = None,
-) -> list[Answer]:
-    """Draft n tokens (n_predict by default) after every token of the last answer of each sequence, without a base.
+@dataclass(frozen=True)
+class Part:
+    """Answers that are drafted at one time."""
+
+    answers: list[Answer]
+    packed: Packed  # their sequences, with their states
+    rows: Tensor  # of packed.starts, those before each token of the answers
+
+
+def parts(reader: SequenceReader, indices: Sequence[int] | None = None) -> Iterator[Part]:
+    """The last answers of sequences, all by default, in parts of bounded size.
 
     Sequences of plain text count as answers that begin at their second token; sequences without a state before
-    their answer are left out. on_positions is called with the number of positions just drafted from.
+    their answer are left out.
     """
-    device, length = next(speculator.parameters()).device, n or speculator.config.n_predict
-    answers: list[Answer] = []
     pending: list[tuple[int, Packed, Tensor]] = []
 
-    def flush() -> None:
-        packed = Packed.join([packed for _, packed, _ in pending])
-        rows = torch.cat([wanted for *_, wanted in pending]).nonzero()[:, 0]
-        drafts = speculator.draft_along(packed.to(device), rows.to(device), length).cpu()
-        sizes = [int(wanted.sum()) for *_, wanted in pending]
-        for (index, one, wanted), drafted in zip(pending, torch.split(drafts, sizes), strict=True):
+    def joined() -> Part:
+        answers = []
+        for index, one, wanted in pending:
             end = int(one.starts[wanted][-1]) + 2  # what is not supervised after the answer is no part of it
-            answers.append(Answer(one.ids[:end].numpy(), end - len(drafted), drafted.numpy(), index))
-        on_positions(len(rows))
-        pending.clear()
+            answers.append(Answer(one.ids[:end].numpy(), end - int(wanted.sum()), index))
+        rows = torch.cat([wanted for *_, wanted in pending]).nonzero()[:, 0]
+        return Part(answers, Packed.join([packed for _, packed, _ in pending]), rows)
 
     for index, packed in reader.sequences(range(len(reader)) if indices is None else indices):
         wanted = _last_answer(packed, reader.manifest.prompt_length[index])
@@ -182,10 +190,52 @@ def draft_answers(
             pending.append((index, packed, wanted))
         positions = sum(int(wanted.sum()) for *_, wanted in pending)
         if positions >= CHUNK or sum(len(each.ids) for _, each, _ in pending) >= CHUNK_TOKENS:
-            flush()
+            yield joined()
+            pending = []
     if pending:
-        flush()
-    return sorted(answers, key=lambda answer: answer.index)
+        yield joined()
+
+
+@torch.inference_mode()
+def draft_answers(
+    speculator: Speculator,
+    reader: SequenceReader,
+    indices: Sequence[int] | None = None,
+    on_positions: Callable[[int], object] = lambda count: None,
+    sources: Sources | int | None = None,
+) -> list[Answer]:
+    """Draft after every token of the last answer of each sequence, without a base: what sources draft, or so many
+    tokens of the heads (n_predict by default). on_positions is called with the number of positions just drafted from.
+    """
+    device = next(speculator.parameters()).device
+    found: list[Answer] = []
+    for part in parts(reader, indices):
+        packed, rows = part.packed.to(device), part.rows.to(device)
+        if isinstance(sources, Sources):
+            drafts = [draft for answer in part.answers for draft in drafts_after(answer, sources)]
+            complete(drafts, partial(speculator.draft_along, packed, rows))
+            made = [draft.tokens for draft in drafts]
+        else:
+            made = speculator.draft_along(packed, rows, sources or speculator.config.n_predict).tolist()
+        for answer in part.answers:
+            found.append(replace(answer, drafts=made[: answer.length]))
+            made = made[answer.length :]
+        on_positions(len(rows))
+    return sorted(found, key=lambda answer: answer.index)
+
+
+def drafts_after(answer: Answer, sources: Sources) -> list[Draft]:
+    """An empty draft after each token of an answer."""
+    drafter = Drafter(sources)
+    drafter.extend(answer.ids.tolist())
+    return [drafter.draft(end=end) for end in range(answer.start + 1, len(answer.ids) + 1)]
+
+
+def drafted(answer: Answer, sources: Sources, run: Run | None = None) -> Answer:
+    """The answer with what sources draft after each token; `run` runs the heads at these places."""
+    drafts = drafts_after(answer, sources)
+    complete(drafts, run)
+    return replace(answer, drafts=[draft.tokens for draft in drafts])
 
 
 def _last_answer(packed: Packed, prompt_length: int) -> Tensor:
@@ -193,22 +243,18 @@ def _last_answer(packed: Packed, prompt_length: int) -> Tensor:
     return packed.starts >= prompt_length - 1
 
 
-Drafts = Callable[[Answer], Iterable[Sequence[int]]]
-"""A source: for an answer, the drafts after each of its tokens."""
-
-
-def walks(reader: SequenceReader, answers: Sequence[Answer], drafts: Drafts, tokens: int | None = None) -> list[Walk]:
-    """Walk over answers of draft_answers with drafts from any source, and over so many tokens of each at most."""
+def walks(reader: SequenceReader, answers: Sequence[Answer], tokens: int | None = None) -> list[Walk]:
+    """Walk over answers with their drafts, and over so many tokens of each at most."""
     manifest = reader.manifest
     found = []
     for answer in answers:
-        made = list(drafts(answer))
         length = min(answer.length, tokens or answer.length)
-        accepted = walk(answer.matches(made), length)
-        reached, at = [], 0
+        accepted = walk(answer.matches, length)
+        reached, drafted, at = [], [], 0
         for count in accepted.tolist():
-            judged = min(count + 1, len(made[at]), length - 1 - at)
-            reached += [(at + i, i, made[at][i - 1]) for i in range(1, judged + 1)]
+            draft = answer.drafts[at][: length - 1 - at]
+            drafted.append(len(draft))
+            reached += [(at + i, i, token) for i, token in enumerate(draft[: count + 1], 1)]
             at += count + 1
         found.append(
             Walk(
@@ -216,15 +262,16 @@ def walks(reader: SequenceReader, answers: Sequence[Answer], drafts: Drafts, tok
                 manifest.domains[manifest.domain[answer.index]],
                 loops(answer.ids[answer.start :].tolist()),
                 bool(manifest.written[answer.index]),
+                np.asarray(drafted, np.int64),
                 np.asarray(reached, np.int64).reshape(-1, 3),
             )
         )
     return found
 
 
-def tokens_per_step_by_length(answers: Sequence[Answer], drafts: Drafts, lengths: Sequence[int]) -> list[float]:
-    """Tokens per step where every draft of a source is cut to each of these lengths."""
-    matches = [np.asarray(answer.matches(drafts(answer)), np.int64) for answer in answers]
+def tokens_per_step_by_length(answers: Sequence[Answer], lengths: Sequence[int]) -> list[float]:
+    """Tokens per step where every draft is cut to each of these lengths."""
+    matches = [np.asarray(answer.matches, np.int64) for answer in answers]
     return [
         tokens_per_step(Walk(walk(np.minimum(found, length).tolist(), len(found))) for found in matches)
         for length in lengths
@@ -299,8 +346,3 @@ def accuracy(speculator: Speculator, reader: SequenceReader) -> list[float]:
 def expected_tokens_per_step(conditional: Sequence[float]) -> float:
     """1 + c_1 + c_1 c_2 + ..: tokens per step where draft i is accepted with probability c_i if it is reached."""
     return 1.0 + float(np.cumprod(np.asarray(conditional, np.float64)).sum())
-
-
-def head_drafts(answer: Answer) -> Iterable[Sequence[int]]:
-    """The speculator's own drafts."""
-    yield from answer.drafts.tolist()

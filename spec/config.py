@@ -54,7 +54,7 @@ def _day(value: object) -> object:
 
 
 Dtype = Literal["bfloat16", "float32", "float16"]
-DraftSource = Literal["head", "ngram", "hybrid"]
+DraftSource = Literal["head", "ngram", "lookup", "hybrid"]
 
 Place = Annotated[str, AfterValidator(_expand)]
 Paths = Annotated[
@@ -186,6 +186,8 @@ class Decode(Section):
     ngram_min: Positive = 1
     ngram_max: Positive = 8
     draft_len: Positive | None = None
+    lookup_mb: NonNegative = 64.0
+    token_cost: Rate = 0.04
 
     @model_validator(mode="after")
     def _ordered(self) -> Decode:

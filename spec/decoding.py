@@ -22,9 +22,10 @@ from spec import base as bases
 from spec.base import Base
 from spec.base.taps import Tapped
 from spec.config import Decode, Model
-from spec.drafting import DecodingError, Drafter, Source, head_length
+from spec.drafting import DecodingError, Drafter, Source, Sources, complete, every_source, open_lookup
 from spec.heads import Speculator
 from spec.kv_cache import Memory
+from spec.lookup import Lookup
 
 Pick = Callable[[Tensor, int], Tensor]
 """Logits [S, V] after S tokens, and the place in the answer of what follows the first of them -> tokens [S]."""
@@ -67,7 +68,8 @@ class Generation:
     @property
     def walk(self) -> acceptance.Walk:
         """The steps, for the figures of spec.acceptance."""
-        return acceptance.Walk(np.asarray(self.accepted, np.int64), looping=acceptance.loops(self.tokens))
+        accepted, drafted = (np.asarray(counts, np.int64) for counts in (self.accepted, self.drafted))
+        return acceptance.Walk(accepted, looping=acceptance.loops(self.tokens), drafted=drafted)
 
 
 class LanguageModelWithSpeculator:
@@ -77,15 +79,27 @@ class LanguageModelWithSpeculator:
     for token; in bfloat16 a forward of several tokens rounds differently from one of a single token, so that near
     ties may fall the other way). One sequence at a time.
 
-    The speculator lies on the base's device, in the dtype that it is to draft in; None drafts by n-grams alone.
+    The speculator lies on the base's device, in the dtype that it is to draft in; None drafts by lookup alone.
     """
 
-    def __init__(self, base: Base, speculator: Speculator | None = None, decode: Decode | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        speculator: Speculator | None = None,
+        decode: Decode | None = None,
+        lookup: Lookup | None = None,
+    ) -> None:
         if speculator is not None:
             heads.check_base(speculator.config, base.vocab_size, base.hidden_size, "", allow_other_weights=True)
         self.base = base
         self.speculator = None if speculator is None else speculator.eval()
-        self.decode = decode or Decode()
+        self.decode, self.lookup = decode or Decode(), lookup
+
+    @property
+    def sources(self) -> dict[Source, Sources]:
+        """All that can draft here; there is a speculator."""
+        assert self.speculator is not None
+        return every_source(self.decode, self.speculator.config, self.lookup)
 
     @classmethod
     def from_pretrained(
@@ -124,7 +138,7 @@ class LanguageModelWithSpeculator:
         loaded = bases.load(params, folder, digest, None if device is None else torch.device(device))
         heads.check_base(config, loaded.vocab_size, loaded.hidden_size, digest, allow_other_weights=allow_other_weights)
         speculator = heads.load(checkpoint, loaded.device, loaded.model.dtype, loaded.tables)
-        return cls(loaded, speculator, decode)
+        return cls(loaded, speculator, decode, open_lookup(checkpoint, config))
 
     def generate(
         self,
@@ -199,9 +213,9 @@ class LanguageModelWithSpeculator:
             stops = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
         if max_new_tokens < 1:
             raise DecodingError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        length = None if self.speculator is None else head_length(self.decode, self.speculator.config)
-        drafter = Drafter(self.decode, length, draft)
-        if not self.base.limits.takes_back and (draft or self.decode.draft) != "none":
+        config = None if self.speculator is None else self.speculator.config
+        sources = Sources(self.decode, draft or self.decode.draft, config, self.lookup)
+        if not self.base.limits.takes_back and sources.source != "none":
             raise DecodingError(
                 f"{type(self.base.model).__name__} keeps a recurrent state, from which rejected drafts cannot be "
                 "removed: decode without drafts (draft='none')"
@@ -211,7 +225,7 @@ class LanguageModelWithSpeculator:
             raise DecodingError(f"the prompt has {len(prompt)} tokens, but the base has {positions} positions")
         limit = min(max_new_tokens, positions - len(prompt) + 1)  # the last token of an answer is not read
         pick = _sampler(limit + 1, temperature, top_k, top_p, seed, self.base.device) if do_sample else _greedy
-        return self._steps(prompt, limit, positions - len(prompt), pick, drafter, stops)
+        return self._steps(prompt, limit, positions - len(prompt), pick, Drafter(sources), stops)
 
     @torch.inference_mode()
     def _steps(
@@ -220,7 +234,7 @@ class LanguageModelWithSpeculator:
         """The loop. At most `limit` tokens are written, and `room` read after the prompt."""
         model, device = self.base.model, self.base.device
         memory = Memory(model)
-        speculator = self.speculator if drafter.uses_heads else None
+        speculator = self.speculator if drafter.sources.depth else None
         session = None if speculator is None else speculator.session()
         taps = () if speculator is None else speculator.taps
         with Tapped(model, taps) as tapped:
@@ -249,15 +263,10 @@ class LanguageModelWithSpeculator:
             while written < limit and run[-1] not in stops:
                 drafter.extend(run)
                 # Draft: what might follow the newest token.
-                most = min(limit - written, room - written)
-                draft: Tensor | list[int] | int = drafter.draft(most)
-                drafted = draft if isinstance(draft, int) else 0  # by the heads
-                if isinstance(draft, int):
-                    assert session is not None  # Drafter has seen to it
-                    draft = session.draft(drafted)
-                    draft = drafter.follow(most, draft.tolist()) if drafter.follows else draft
-                k = len(draft)
-                inputs = torch.cat([token, torch.as_tensor(draft, dtype=token.dtype, device=device)])  # [1 + k]
+                draft = drafter.draft(min(limit - written, room - written))
+                complete([draft], None if session is None else lambda *how: session.draft(*how)[None])
+                k = len(draft.tokens)
+                inputs = torch.cat([token, torch.tensor(draft.tokens, dtype=token.dtype, device=device)])  # [1 + k]
                 # Verify: what the base writes after the newest token and after each draft.
                 chosen = pick(forward(inputs, len(prompt) + written - 1, 1 + k), written)  # [1 + k]
                 read_ids, wanted = torch.stack([inputs, chosen]).tolist()
@@ -266,7 +275,7 @@ class LanguageModelWithSpeculator:
                 if self.base.limits.takes_back:
                     memory.crop(accepted - k)
                 if session is not None:
-                    session.crop(drafted)
+                    session.crop()
                 extend(chosen[: accepted + 1], accepted + 1)
                 token = chosen[accepted : accepted + 1]
                 run = wanted[: min(accepted + 1, limit - written)]

@@ -1,168 +1,268 @@
-"""Where drafts come from: the speculator's heads, n-gram lookup, or one of the two by rule.
+"""Where drafts come from: a speculator's heads, n-grams of the sequence, n-grams of earlier answers, or all of them.
 
-The offline walk (spec.acceptance) and decoding (spec.decoding) both draft by the Drafter below.
+Each place of a draft gets the token that is most likely accepted, by what the sources propose there (spec.mixer), until
+one more is not worth what it costs. The offline walk (spec.acceptance), decoding (spec.decoding) and the proposer for
+vLLM (spec.serving.vllm) all draft by `complete`.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
+from spec import mixer
 from spec.config import Decode
 from spec.errors import SpecError
-from spec.heads import SpeculatorConfig
+from spec.heads import Choose, SpeculatorConfig
+from spec.lookup import DEPTH, FILE, Lookup, Match
+from spec.mixer import Signal, Weights
 
-Source = Literal["none", "head", "ngram", "hybrid"]
-"""What a step drafts: nothing (plain decoding), the heads' draft, an n-gram's continuation, or the latter where its
-match is strong and else the heads'. docs/decoding.md has the measurements behind the rule and the numbers below."""
+Source = Literal["none", "head", "ngram", "lookup", "hybrid"]
+"""What a step drafts: nothing (plain decoding); the heads' draft, of a fixed length; what n-grams of prompt and answer
+say; what these and n-grams of the training split's answers say; what all of them say together."""
 
-PER_TOKEN = 3
-"""Tokens that n-gram lookup drafts for each token of its match, where decode.draft_len is not set."""
+MOST = 32
+"""Tokens of a draft, at most, where decode.draft_len is not set."""
 
-STRONG = 2
-"""Tokens of the shortest match that hybrid drafting prefers to the heads."""
+DEEPEST = 8
+"""Tokens that heads which draft as far as they are asked add to a draft together with lookup."""
+
+SURE = 0.9
+"""Of a place that lookup fills with this chance of acceptance the heads are not asked: they could add little."""
+
+DEFAULT: Mapping[str, Weights] = {
+    "ngram": (-0.5, -0.5, 1.6, *(0.0,) * 12),
+    "lookup": (-2.0, 0.9, 1.6, -0.5, -1.0, 0.7, 0.55, 0.5, 0.0, -0.3, 0.1, *(0.0,) * 4),
+    "hybrid": (-1.1, 1.1, 1.6, -0.35, -0.95, 0.45, 0.6, 0.45, -0.15, -0.25, 0.0, 0.35, 0.65, -1.4, -0.15),
+}
+"""The mixer's weights by source where a checkpoint has none: about those that a fit on the embedded default gives."""
 
 
 class DecodingError(SpecError):
     """A request that cannot be decoded: says what was found and what would fit."""
 
 
-class NgramIndex:
-    """Prompt lookup over a growing sequence (https://github.com/apoorvumang/prompt-lookup-decoding).
+class Ngrams:
+    """Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding) over a growing sequence."""
 
-    The longest suffix of minimum..maximum tokens that occurred before, overlaps allowed, is continued as it was at
-    its most recent earlier occurrence. Where that continuation meets the end of the sequence it goes on with the
-    draft itself, as LZ77 copies do: a loop of any period is drafted to full length, and a draft is never short.
-    (transformers' prompt lookup and vLLM's ngram proposer take the earliest occurrence and stop at the end.) A draft
-    costs O(maximum + length) time, however long the sequence is.
-    """
-
-    def __init__(self, minimum: int, maximum: int, ids: Iterable[int] = ()) -> None:
+    def __init__(self, minimum: int, maximum: int) -> None:
         self._sizes = range(maximum, minimum - 1, -1)
-        self._ids: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> where the token after its latest occurrence is
-        self.extend(ids)
+        self.ids: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where a token comes after it, ascending
 
     def extend(self, ids: Iterable[int]) -> None:
         """Append tokens."""
         for token in ids:
-            end = len(self._ids)  # an n-gram is entered once it has a continuation: the suffix never finds itself
+            end = len(self.ids)
             for n in self._sizes:
                 if n <= end:
-                    self._next[tuple(self._ids[end - n :])] = end
-            self._ids.append(int(token))
+                    self._places.setdefault(tuple(self.ids[end - n :]), []).append(end)
+            self.ids.append(int(token))
 
-    def draft(
-        self, length: int, per_token: int | None = None, after: Sequence[int] = (), minimum: int = 1
-    ) -> list[int]:
-        """The next `length` tokens by lookup; none where no suffix occurred before.
-
-        There are at most per_token tokens for each one of the suffix, those of `after` included: tokens that are not in
-        the index, and are taken for the sequence's last ones. `minimum` raises the index's own.
-        """
-        tail = [*self._ids[-self._sizes.start :], *after]
+    def find(self, end: int, drafted: Sequence[int]) -> tuple[int, int] | None:
+        """What came last after the longest suffix of the first `end` tokens and the drafted ones that occurred within
+        the first `end`, and how many tokens that suffix has."""
+        longest = self._sizes.start
+        tail = [*self.ids[max(end - longest, 0) : end], *drafted][-longest:]
         for n in self._sizes:
-            if n < minimum:
-                break
-            start = self._next.get(tuple(tail[-n:])) if n <= len(tail) else None
-            if start is not None:
-                count = length if per_token is None else min(length, per_token * n - len(after))
-                period = len(self._ids) + len(after) - start
-                copied = [*self._ids[start : start + count], *after]
-                return [copied[i % period] for i in range(count)]
-        return []
+            places = self._places.get(tuple(tail[-n:])) if n <= len(tail) else None
+            if places and places[0] < end:
+                last = places[-1] if places[-1] < end else places[bisect_left(places, end) - 1]
+                return self.ids[last], n
+        return None
 
 
-def head_length(decode: Decode, config: SpeculatorConfig) -> int:
-    """How many tokens the heads draft at a step: decode.draft_len, n_predict by default, as many as they can."""
-    wanted, longest = decode.draft_len or config.n_predict, config.longest_draft
-    return wanted if longest is None else min(wanted, longest)
+@dataclass(frozen=True)
+class Sources:
+    """What drafts are made from, in a run.
+
+    Raises:
+        DecodingError: an unknown source; heads asked for without a speculator, or earlier answers without an index of
+            them; decode asks for drafts of the heads alone, and for more than were trained.
+    """
+
+    decode: Decode
+    source: Source
+    head: SpeculatorConfig | None = None  # of the speculator, where there is one
+    lookup: Lookup | None = None  # earlier answers
+
+    def __post_init__(self) -> None:
+        if self.source not in get_args(Source):
+            raise DecodingError(f"draft is {self.source!r}, expected one of {', '.join(get_args(Source))}")
+        if self.source == "lookup" and self.lookup is None:
+            raise DecodingError(
+                "draft is 'lookup', but there is no index of the training answers: train with decode.lookup_mb above "
+                "0, or draft by 'ngram'"
+            )
+        if self.source not in ("head", "hybrid"):
+            return
+        if self.head is None:
+            raise DecodingError(f"draft is {self.source!r}, but there is no speculator: give one, or draft by 'ngram'")
+        wanted, longest = self.decode.draft_len or 0, self.head.longest_draft
+        if self.source == self.decode.draft == "head" and longest is not None and wanted > longest:
+            raise DecodingError(
+                f"draft_len is {wanted}, but the speculator was trained with n_predict {longest}: set "
+                f"decode.draft_len to at most {longest}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """How many tokens the heads draft at most: of the heads alone it is the length of each draft."""
+        if self.head is None or self.source not in ("head", "hybrid"):
+            return 0
+        most = self.head.n_predict if self.source == "head" else DEEPEST
+        return min(self.decode.draft_len or most, self.head.longest_draft or sys.maxsize)
+
+    def weights_of(self, source: str) -> Weights:
+        """The mixer's weights for tokens that a source proposes."""
+        fitted = None if self.head is None else self.head.mixer
+        return (fitted or DEFAULT)[source]
+
+
+def every_source(decode: Decode, head: SpeculatorConfig, lookup: Lookup | None) -> dict[Source, Sources]:
+    """All that can draft, by name."""
+    names: list[Source] = ["head", "ngram", *(["lookup"] if lookup is not None else []), "hybrid"]  # type: ignore[list-item]
+    return {name: Sources(decode, name, head, lookup) for name in names}
+
+
+def sources_of(checkpoint: str | Path, config: SpeculatorConfig, decode: Decode) -> Sources:
+    """What decode drafts from, with what a checkpoint's folder has."""
+    return Sources(decode, decode.draft, config, open_lookup(checkpoint, config))
+
+
+def open_lookup(checkpoint: str | Path, config: SpeculatorConfig) -> Lookup | None:
+    """The index of training answers that a checkpoint has."""
+    return None if config.lookup is None else Lookup.open(Path(checkpoint) / FILE, config.lookup)
 
 
 class Drafter:
-    """Says what each step drafts while one sequence grows.
+    """One growing sequence, and what is drafted after it."""
 
-    - head: decode.draft_len (default: n_predict) tokens from the heads.
-    - ngram: decode.draft_len tokens (default: PER_TOKEN for each token of the match) by lookup, where a suffix of
-      decode.ngram_min to decode.ngram_max tokens occurred before; else nothing.
-    - hybrid: the n-gram's draft where the match is of STRONG tokens or more; else the heads' (at most n_predict
-      tokens), continued by lookup after the first of them where such a match exists (see follow).
-    - none: nothing.
-
-    n_predict is None where there is no speculator; `source` is taken instead of decode.draft.
-
-    Raises:
-        DecodingError: an unknown source; heads asked for without a speculator; decode asks for drafts of the heads
-            alone, and for more than were trained.
-    """
-
-    def __init__(self, decode: Decode, n_predict: int | None, source: Source | None = None) -> None:
-        source = source or decode.draft
-        if source not in get_args(Source):
-            raise DecodingError(f"draft is {source!r}, expected one of {', '.join(get_args(Source))}")
-        self._ngrams = NgramIndex(decode.ngram_min, decode.ngram_max) if source in ("ngram", "hybrid") else None
-        self._head_length = 0
-        self._length = decode.draft_len or sys.maxsize
-        self._per_token = None if decode.draft_len else PER_TOKEN
-        self._strong = STRONG if source == "hybrid" else 1
-        if source in ("head", "hybrid"):
-            if n_predict is None:
-                raise DecodingError(f"draft is {source!r}, but there is no speculator: give one, or draft by 'ngram'")
-            if source == decode.draft == "head" and (decode.draft_len or 0) > n_predict:
-                raise DecodingError(
-                    f"draft_len is {decode.draft_len}, but the speculator was trained with n_predict {n_predict}: "
-                    f"set decode.draft_len to at most {n_predict}"
-                )
-            self._head_length = min(decode.draft_len or n_predict, n_predict)
-        self.uses_heads = self._head_length > 0
-        self.follows = self._ngrams is not None and self.uses_heads  # whether `follow` may add to the heads' drafts
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.ngrams: Ngrams | None = None
+        if sources.source not in ("none", "head"):
+            self.ngrams = Ngrams(sources.decode.ngram_min, sources.decode.ngram_max)
 
     def extend(self, ids: Iterable[int]) -> None:
         """Append tokens of the prompt or of the answer."""
+        if self.ngrams is not None:
+            self.ngrams.extend(ids)
+
+    def draft(self, limit: int = MOST, end: int | None = None) -> Draft:
+        """A draft of at most `limit` tokens after the first `end` tokens of the sequence, by default all of them;
+        `complete` fills it."""
+        return Draft(self, limit, end)
+
+
+class Draft:
+    """What is drafted after a place of a sequence, token by token."""
+
+    def __init__(self, drafter: Drafter, limit: int, end: int | None) -> None:
+        self.tokens: list[int] = []
+        self.sources = sources = drafter.sources
+        self.asks_heads = sources.depth > 0  # for the next token
+        self.limit = min(limit, sources.decode.draft_len or MOST) if sources.source != "none" else 0
+        self._ngrams = drafter.ngrams
+        self._match: Match | None = None
         if self._ngrams is not None:
-            self._ngrams.extend(ids)
+            self._end = len(self._ngrams.ids) if end is None else end
+        # The chance that the base accepts all so far, and the tokens that the step then makes.
+        self._reach, self._gain = 1.0, 1.0
+        self._look()
 
-    def draft(self, limit: int) -> list[int] | int:
-        """At most `limit` tokens of what follows the sequence so far, or how many drafts of the heads are wanted, which
-        `follow` continues."""
-        if found := self._lookup(limit, ()):
-            return found
-        return max(min(limit, self._head_length), 0) or []
+    def candidates(self, head: tuple[int, float] | None = None) -> dict[int, list[Signal | None]]:
+        """The tokens that are proposed for the next place, and what each source says there. `head` is what the heads
+        propose, with its probability."""
+        said = None if head is None else (head[0], (mixer.log_odds(head[1]),))
+        signals: list[Signal | None] = [*self._free, said]
+        return {signal[0]: signals for signal in signals if signal is not None}
 
-    def follow(self, limit: int, drafted: list[int]) -> list[int]:
-        """The heads' drafts, continued by lookup after the first one that ends a strong match; limit as in draft."""
-        for used in range(1, len(drafted) + 1 if self.follows else 0):
-            if found := self._lookup(limit, drafted[:used]):
-                return drafted[:used] + found
-        return drafted
+    def step(self, head: tuple[int, float] | None = None) -> int | None:
+        """Draft one token more and return it; None where none is worth it, which ends the draft."""
+        best = self._best if head is None else self._likeliest(self.sources.source, head)
+        if best is None or not self._worth(best[1]):
+            self._close()
+            return None
+        self._reach *= best[1]
+        self._gain += self._reach
+        self.take(best[0])
+        return best[0]
 
-    def _lookup(self, limit: int, after: Sequence[int]) -> list[int]:
-        length = min(limit, self._length) - len(after)
-        if self._ngrams is None or length < 1:
-            return []
-        return self._ngrams.draft(length, self._per_token, after, self._strong)
+    def take(self, token: int) -> None:
+        """Draft this token next."""
+        self.tokens.append(token)
+        if self._match is not None:
+            assert self.sources.lookup is not None
+            self._match = self.sources.lookup.narrow(self._match, token)
+        self._look()
+
+    def _look(self) -> None:
+        """See what lookup proposes for the next place, and whether the heads are to be asked there."""
+        self._free: list[Signal | None] = [None, None]
+        self._best: tuple[int, float] | None = None
+        if len(self.tokens) >= self.limit or not self._worth(1.0):
+            self._close()
+            return
+        if self._ngrams is not None:
+            if found := self._ngrams.find(self._end, self.tokens):
+                self._free[0] = found[0], (math.log(found[1]),)
+            if (lookup := self.sources.lookup) and self.sources.source != "ngram":
+                if self._match is None:
+                    tail = self._ngrams.ids[max(self._end - DEPTH, 0) : self._end]
+                    self._match = lookup.find([*tail, *self.tokens])
+                if (match := self._match) is not None:
+                    odds = math.log((match.count + 0.5) / (match.total - match.count + 0.5))
+                    self._free[1] = match.token, (math.log(match.length), odds)
+            self._best = self._likeliest("ngram" if self.sources.source == "ngram" else "lookup")
+        sure = self._best is not None and self._best[1] >= SURE
+        self.asks_heads = self.asks_heads and len(self.tokens) < self.sources.depth and not sure
+
+    def _likeliest(self, source: str, head: tuple[int, float] | None = None) -> tuple[int, float] | None:
+        """The token that is most likely accepted, and its chance."""
+        weights = self.sources.weights_of(source)
+        chances = [(mixer.chance(weights, token, said), token) for token, said in self.candidates(head).items()]
+        chance, token = max(chances, default=(0.0, -1), key=lambda each: each[0])
+        return (token, chance) if chances else None
+
+    def _worth(self, chance: float) -> bool:
+        """Whether a token of this chance makes the tokens of a step grow more than the time of a step."""
+        cost = self.sources.decode.token_cost
+        return self._reach * chance * (1 + cost * len(self.tokens)) > cost * self._gain
+
+    def _close(self) -> None:
+        self.limit, self.asks_heads, self._best = len(self.tokens), False, None
 
 
-def drafts_along(
-    ids: Iterable[int],
-    start: int,
-    decode: Decode,
-    heads: NDArray[np.int64] | None = None,
-    source: Source | None = None,
-) -> Iterator[list[int]]:
-    """What decoding would draft after each token of an answer, which begins at `start` of ids, one draft a token.
+Run = Callable[[int, Choose | None], Tensor]
+"""Drafts at most n tokens with the heads, for each of M places: Speculator.draft_along with all but its last two
+arguments."""
 
-    `heads` [tokens of the answer, n_predict] are the heads' drafts after each of them; None without a speculator.
-    """
-    tokens = [int(token) for token in ids]
-    drafter = Drafter(decode, None if heads is None else heads.shape[1], source)
-    drafter.extend(tokens[:start])
-    rows: list[list[int]] = [[]] * (len(tokens) - start) if heads is None else heads.tolist()
-    for token, row in zip(tokens[start:], rows, strict=True):
-        drafter.extend([token])
-        found = drafter.draft(sys.maxsize)
-        yield drafter.follow(sys.maxsize, row[:found]) if isinstance(found, int) else found
+
+def complete(drafts: Sequence[Draft], run: Run | None = None) -> None:
+    """Fill drafts, all of the same sources: with the heads as long as one asks for them, and then by lookup."""
+    if run is not None and any(draft.asks_heads for draft in drafts):
+        depth = min(drafts[0].sources.depth, max(draft.limit for draft in drafts))
+        if drafts[0].sources.source == "head":
+            for draft, row in zip(drafts, run(depth, None).tolist(), strict=True):
+                draft.tokens = row[: draft.limit]
+            return
+
+        def choose(tokens: Tensor, probabilities: Tensor) -> Tensor | None:
+            chosen = tokens.tolist()
+            for i, (draft, token, p) in enumerate(zip(drafts, chosen, probabilities.tolist(), strict=True)):
+                drafted = draft.step((token, p)) if draft.asks_heads else None
+                chosen[i] = token if drafted is None else drafted  # what a draft that has ended reads does not matter
+            return tokens.new_tensor(chosen) if any(draft.asks_heads for draft in drafts) else None
+
+        run(depth, choose)
+    for draft in drafts:
+        while draft.step() is not None:
+            pass

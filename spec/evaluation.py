@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from spec import acceptance
-from spec.acceptance import Answer, Drafts, Walk
+from spec.acceptance import Answer, Walk
 from spec.base import Teacher
-from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
-from spec.drafting import Source, drafts_along, head_length
+from spec.drafting import DEEPEST, Source, Sources
 from spec.heads import Speculator
 from spec.store.reader import FeatureReader, SequenceReader
-
-SOURCES: tuple[Source, ...] = tuple(source for source in get_args(Source) if source != "none")
 
 TEMPERATURES = (0.6, 1.0)
 """At which expected acceptance is reported."""
@@ -34,37 +31,40 @@ SHOWN = 12
 class Offline:
     """The exact walk over every answer of a split."""
 
-    answers: list[Answer]  # with the heads' drafts after each token
+    answers: dict[Source, list[Answer]]  # with what each source drafts after each token
     walks: dict[Source, list[Walk]]  # one an answer
     accuracy: list[float]  # of each head alone, fed the true tokens
-    by_length: dict[Source, list[float]]  # tokens per step at each of LENGTHS (heads draft n_predict at most)
+    by_length: dict[Source, list[float]]  # tokens per step where drafts are cut to each of LENGTHS
     expected: dict[Source, dict[float, list[float]]]  # acceptance by temperature; empty without a teacher
 
 
 def offline(
     speculator: Speculator,
     reader: SequenceReader,
-    decode: Decode,
+    sources: Mapping[Source, Sources],
     teacher: Teacher | None,
     on_positions: Callable[[int], object] = lambda count: None,
 ) -> Offline:
     """Walk over the answers with each source of drafts; needs no base model.
 
-    on_positions is called with the number of positions just drafted from, and again when the teacher (None where it is
-    not known how the base makes its logits) has judged them.
+    on_positions is called with the number of positions just drafted from by the heads, by heads and lookup together,
+    and again when the teacher (None where it is not known how the base makes its logits) has judged them.
     """
-    n = max(head_length(decode, speculator.config), speculator.config.n_predict)
-    answers = acceptance.draft_answers(speculator, reader, on_positions=on_positions, n=n)
-    walks = {source: acceptance.walks(reader, answers, _drafts_of(source, decode)) for source in SOURCES}
-    long = decode.model_copy(update={"draft_len": max(LENGTHS)})
-    lengths = {source: (decode, LENGTHS[:n]) if source == "head" else (long, LENGTHS) for source in SOURCES}
-    by_length = {
-        source: acceptance.tokens_per_step_by_length(answers, _drafts_of(source, how), cut)
-        for source, (how, cut) in lengths.items()
-    }
+    n = max(sources["head"].depth, speculator.config.longest_draft or DEEPEST)
+    deep = acceptance.draft_answers(speculator, reader, on_positions=on_positions, sources=n)
+    heads = [replace(each, drafts=[row[: sources["head"].depth] for row in each.drafts]) for each in deep]
+    answers: dict[Source, list[Answer]] = {"head": heads}
+    for source, what in sources.items():
+        if source == "hybrid":
+            answers[source] = acceptance.draft_answers(speculator, reader, on_positions=on_positions, sources=what)
+        elif source != "head":
+            answers[source] = [acceptance.drafted(answer, what) for answer in heads]
+    walks = {source: acceptance.walks(reader, found) for source, found in answers.items()}
+    by_length = {source: acceptance.tokens_per_step_by_length(found, LENGTHS) for source, found in answers.items()}
+    by_length["head"] = acceptance.tokens_per_step_by_length(deep, LENGTHS[:n])
     expected = {}
     if teacher is not None:
-        expected = acceptance.expected_acceptance(reader, teacher, answers, walks, TEMPERATURES, on_positions)
+        expected = acceptance.expected_acceptance(reader, teacher, heads, walks, TEMPERATURES, on_positions)
     return Offline(answers, walks, acceptance.accuracy(speculator, reader), by_length, expected)
 
 
@@ -73,17 +73,15 @@ def cut(answers: Sequence[Answer], reader: SequenceReader, stops: Set[int]) -> f
     return _share(int(answer.ids[-1]) not in stops for answer in answers if reader.manifest.prompt_length[answer.index])
 
 
-def _drafts_of(source: Source, decode: Decode) -> Drafts:
-    return lambda answer: drafts_along(answer.ids, answer.start, decode, answer.drafts, source)
-
-
 def on_paper(
-    measured: Offline, reader: FeatureReader, decode: Decode, indices: Sequence[int], max_new_tokens: int
+    measured: Offline, reader: FeatureReader, indices: Sequence[int], max_new_tokens: int
 ) -> dict[Source, list[Walk]]:
     """The walk over the prompts that are decoded for real, as far as they are."""
     wanted = set(indices)
-    answers = [answer for answer in measured.answers if answer.index in wanted]
-    return {source: acceptance.walks(reader, answers, _drafts_of(source, decode), max_new_tokens) for source in SOURCES}
+    return {
+        source: acceptance.walks(reader, [each for each in answers if each.index in wanted], max_new_tokens)
+        for source, answers in measured.answers.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def decoding(
     manifest = reader.manifest
     results: dict[Source, list[Timed]] = {"none": []}
     if model.base.limits.takes_back:
-        results |= {source: [] for source in SOURCES}
+        results |= {source: [] for source in model.sources}
     for turn, index in enumerate(indices):
         prompt, domain = _prompt(reader, index), manifest.domains[manifest.domain[index]]
         if turn == 0:
@@ -142,7 +140,7 @@ def lossless(
     for index in indices:
         prompt = _prompt(reader, index)
         plain = model.generate(prompt, max_new_tokens, draft="none").tokens
-        if any(model.generate(prompt, max_new_tokens, draft=source).tokens != plain for source in SOURCES):
+        if any(model.generate(prompt, max_new_tokens, draft=source).tokens != plain for source in model.sources):
             return False
     return True
 
@@ -161,7 +159,7 @@ def summary(
 ) -> dict[str, Any]:
     """Every figure of results/evaluate/details.json; docs/metrics.md defines them. Those of decoding with drafts are
     absent where nothing was decoded so."""
-    head, ngram, hybrid = (measured.walks[source] for source in ("head", "ngram", "hybrid"))
+    head = measured.walks["head"]
     figures = {
         source: _figures(walks, measured.expected.get(source, {}), len(measured.accuracy) if source == "head" else 1)
         for source, walks in measured.walks.items()
@@ -174,8 +172,12 @@ def summary(
             "answers": len(head),
             "written_by_base": _share(walk.greedy for walk in head),
         },
-        "ngram": figures["ngram"],
-        "hybrid": figures["hybrid"] | {"gain": _gain(hybrid, ngram)},
+        **{
+            source: figures[source] | {"drafted_per_step": acceptance.drafted_per_step(measured.walks[source])}
+            for source in figures
+            if source != "head"
+        },
+        "gain": _gain(measured.walks),
         "repetition": _share(walk.looping for walk in head),
         "decode": {
             "draft": draft,
@@ -207,18 +209,19 @@ def by_domain(
     """The figures of each group of domains, whose answers are counted as if they were of one."""
     rows: dict[str, dict[str, Any]] = {}
     for label, names in groups.items():
-        inside, lookup, both = ([w for w in measured.walks[source] if w.domain in names] for source in SOURCES)
+        walked = {source: [w for w in walks if w.domain in names] for source, walks in measured.walks.items()}
+        inside = walked["head"]
         rows[label] = _steps(inside) | {
-            "ngram_tokens_per_step": acceptance.tokens_per_step(lookup),
-            "hybrid_tokens_per_step": acceptance.tokens_per_step(both),
-            "gain": _gain(both, lookup),
+            **{f"{source}_tokens_per_step": acceptance.tokens_per_step(walks) for source, walks in walked.items()},
+            "drafted_per_step": acceptance.drafted_per_step(walked["hybrid"]),
+            "gain": _gain(walked),
             "repetition": _share(walk.looping for walk in inside),
             "answers": len(inside),
         }
         decoded = {source: [each for each in made if each.walk.domain in names] for source, made in timed.items()}
         if decoded["none"]:
-            walked = {source: [walk for walk in walks if walk.domain in names] for source, walks in paper.items()}
-            rows[label] |= _real(decoded, walked).get(draft, {})
+            on_them = {source: [walk for walk in walks if walk.domain in names] for source, walks in paper.items()}
+            rows[label] |= _real(decoded, on_them).get(draft, {})
     return rows
 
 
@@ -272,8 +275,8 @@ def _real(
             "decode_tokens_per_step": acceptance.tokens_per_step(each.walk for each in timed[source]),
             "speedup": _rate(timed[source]) / plain if plain else None,
         }
-        for source in SOURCES
-        if source in timed
+        for source in timed
+        if source != "none"
     }
 
 
@@ -282,9 +285,12 @@ def _rate(timed: Sequence[Timed]) -> float:
     return sum(each.tokens for each in timed) / (sum(each.seconds for each in timed) or 1.0)
 
 
-def _gain(walks: Sequence[Walk], baseline: Sequence[Walk]) -> dict[str, float]:
-    low, high = acceptance.interval(walks, baseline)
-    value = acceptance.tokens_per_step(walks) - acceptance.tokens_per_step(baseline)
+def _gain(walks: Mapping[Source, Sequence[Walk]]) -> dict[str, float]:
+    """What the heads add to lookup, which needs no training: hybrid drafts less those of lookup or, without an index,
+    of n-grams."""
+    hybrid, free = walks["hybrid"], walks.get("lookup", walks["ngram"])
+    low, high = acceptance.interval(hybrid, free)
+    value = acceptance.tokens_per_step(hybrid) - acceptance.tokens_per_step(free)
     return {"value": value, "low": low, "high": high}
 
 

@@ -13,7 +13,7 @@ from spec import acceptance, base, corpus, evaluation, files, heads, plots, reco
 from spec.config import Config
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device
-from spec.drafting import Source
+from spec.drafting import Source, every_source, open_lookup
 from spec.store import features, index, locks, tables
 from spec.store.features import FeatureRow
 from spec.store.manifest import Manifest, make_manifest
@@ -24,10 +24,15 @@ RESULTS = common.EVALUATE_RESULTS
 _DRAWN_TABLES = ("acceptance", "domains", "draft_length")
 _WRITTEN = ("metrics.json", common.DETAILS, *(f"{name}.{kind}" for name in _DRAWN_TABLES for kind in ("csv", "png")))
 """The files that this stage writes into results/evaluate; others there are left alone."""
-_TOKENS_PER_STEP = {"head": "offline", "ngram": "ngram", "hybrid": "hybrid"}
+_TOKENS_PER_STEP = {"head": "offline", "ngram": "ngram", "lookup": "lookup", "hybrid": "hybrid"}
 """Names in metrics.json, and the sections of details.json that they are taken from."""
-_BARS = {"head": "tokens_per_step", "n-gram": "ngram_tokens_per_step", "hybrid": "hybrid_tokens_per_step"}
-"""Names in domains.csv and its picture, and the figures of a domain that they are."""
+_BARS = {
+    "head": "tokens_per_step",
+    "n-gram": "ngram_tokens_per_step",
+    "lookup": "lookup_tokens_per_step",
+    "hybrid": "hybrid_tokens_per_step",
+}
+"""Names in domains.csv and its picture, and the figures of a domain that they are; no lookup without an index."""
 _DRAWN = 8
 """Positions of an n-gram's draft that acceptance.csv and its picture show."""
 _LOSSLESS_PROMPTS, _LOSSLESS_TOKENS = 4, 32
@@ -56,7 +61,7 @@ def evaluate(config: Config) -> None:
             reader.check()
             metrics, shown = _measure(config, source, reader, shape.n_predict)
         lines = _report(metrics, shown)
-        steps = ", ".join(f"{name} {metrics[key]['tokens_per_step']:.2f}" for name, key in _TOKENS_PER_STEP.items())
+        steps = ", ".join(f"{name} {found:.2f}" for name, found in _tokens_per_step(metrics).items())
         run.finish(
             RESULTS,
             metrics=_tracked(metrics),
@@ -84,14 +89,15 @@ def _measure(
     teacher = None
     if kind is not None:
         teacher = base.Teacher(found["lm_head"], kind, found.get("bias")).over(None, device, dtype)
-    passes = 1 if teacher is None else 2
+    passes = 2 if teacher is None else 3
     with common.progress(passes * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
         speculator = heads.load(common.MODEL, device, dtype, found)
-        measured = evaluation.offline(speculator, reader, config.decode, teacher, bar.update)
+        every = every_source(config.decode, speculator.config, open_lookup(common.MODEL, speculator.config))
+        measured = evaluation.offline(speculator, reader, every, teacher, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
-    timed: dict[Source, list[evaluation.Timed]] = {source: [] for source in ("none", *evaluation.SOURCES)}
+    timed: dict[Source, list[evaluation.Timed]] = {source: [] for source in ("none", *measured.walks)}
     same = None
-    paper = evaluation.on_paper(measured, reader, config.decode, indices, config.evaluate.max_new_tokens)
+    paper = evaluation.on_paper(measured, reader, indices, config.evaluate.max_new_tokens)
     if indices:
         model = _model(config, source, config.model.dtype)
         with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
@@ -109,7 +115,7 @@ def _measure(
     metrics = evaluation.summary(measured, timed, paper, same, config.decode.draft)
     trusted = config.model.trust_remote_code
     stops = base.stop_ids(base.resolve(source["name"], source["revision"], trusted), trusted)
-    metrics["cut"] = evaluation.cut(measured.answers, reader, stops)
+    metrics["cut"] = evaluation.cut(measured.answers["head"], reader, stops)
     metrics["speculator"] = files.digest_file(common.MODEL / heads.WEIGHTS)  # whose figures these are
     files.write_json(RESULTS / common.DETAILS, metrics)
     files.write_json(RESULTS / "metrics.json", _decisive(metrics))
@@ -118,9 +124,14 @@ def _measure(
     return metrics, shown
 
 
+def _tokens_per_step(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """By source, those of the walk over all of eval."""
+    return {name: metrics[key]["tokens_per_step"] for name, key in _TOKENS_PER_STEP.items() if key in metrics}
+
+
 def _decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The figures that a person decides by, as dvc shows them; None where drafts could not be taken back."""
-    steps = {name: round(metrics[key]["tokens_per_step"], 3) for name, key in _TOKENS_PER_STEP.items()}
+    steps = {name: round(found, 3) for name, found in _tokens_per_step(metrics).items()}
     speedup = metrics["decode"].get("speedup")
     speedup = None if speedup is None else round(speedup, 2)
     return {**steps, "x_plain": speedup, "lossless": metrics["decode"]["lossless"]}
@@ -168,7 +179,7 @@ def _model(config: Config, source: Mapping[str, Any], dtype: str) -> LanguageMod
     folder = base.resolve(source["name"], source["revision"], config.model.trust_remote_code)
     model = base.load(config.model, folder, source["weights"], dtype=dtype)
     speculator = heads.load(common.MODEL, model.device, model.model.dtype, model.tables)
-    return LanguageModelWithSpeculator(model, speculator, config.decode)
+    return LanguageModelWithSpeculator(model, speculator, config.decode, open_lookup(common.MODEL, speculator.config))
 
 
 def _draw(measured: evaluation.Offline, domains: Mapping[str, Any], shown: Mapping[str, Any], n: int) -> None:
@@ -178,9 +189,11 @@ def _draw(measured: evaluation.Offline, domains: Mapping[str, Any], shown: Mappi
     _curves("acceptance", ("position", "acceptance"), shares, "drafted position", "share of steps that accept it")
     columns, axes = ("draft_len", "tokens_per_step"), ("drafted tokens a step, at most", "tokens per step (exact walk)")
     _curves("draft_length", columns, measured.by_length, *axes)
-    bars = ((name, source, row[figure]) for name, row in domains.items() for source, figure in _BARS.items())
-    _write_table("domains", ("domain", "tokens_per_step"), bars)
-    groups = {name: {source: row[figure] for source, figure in _BARS.items()} for name, row in shown.items()}
+    bars = {source: figure for source, figure in _BARS.items() if figure.removesuffix("_tokens_per_step") != "lookup"}
+    bars = _BARS if "lookup" in measured.walks else bars
+    rows = ((name, source, row[figure]) for name, row in domains.items() for source, figure in bars.items())
+    _write_table("domains", ("domain", "tokens_per_step"), rows)
+    groups = {name: {source: row[figure] for source, figure in bars.items()} for name, row in shown.items()}
     plots.bars(RESULTS / "domains.png", groups, "tokens per step", baseline=1.0)
 
 
@@ -201,9 +214,9 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
     """The table that a run ends with, and what it means, line by line."""
     decode, offline = metrics["decode"], metrics["offline"]
     total = {
+        **{f"{name}_tokens_per_step": found for name, found in _tokens_per_step(metrics).items()},
         "tokens_per_step": offline["tokens_per_step"],
-        "ngram_tokens_per_step": metrics["ngram"]["tokens_per_step"],
-        "hybrid_tokens_per_step": metrics["hybrid"]["tokens_per_step"],
+        "drafted_per_step": metrics["hybrid"]["drafted_per_step"],
         "repetition": metrics["repetition"],
         **decode["sources"].get(decode["draft"], {}),
     }
@@ -219,14 +232,18 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
     if metrics["cut"]:
         cut = f"{metrics['cut']:.0%} of the answers end without a stop token"
         lines.append(f"note: {cut}: they were cut at their longest")
-    if offline["tokens_per_step"] <= metrics["ngram"]["tokens_per_step"]:
-        lines.append("note: n-gram lookup alone, which needs no training, does as well as this head or better")
-    gains = {**shown, "all": metrics["hybrid"]}
-    useless = [plots.short(name) for name, row in gains.items() if row["gain"]["low"] <= 0]
+    if metrics["repetition"]:
+        lines.append(f"note: {metrics['repetition']:.0%} of the answers end in a loop")
+    free, gain = "lookup" if "lookup" in metrics else "n-gram lookup", metrics["gain"]
+    lines.append(
+        f"what the head adds to {free}, which needs no training: {gain['value']:.2f} tokens per step (95 % interval "
+        f"{gain['low']:.2f} to {gain['high']:.2f})"
+    )
+    useless = [plots.short(name) for name, row in {**shown, "all": metrics}.items() if row["gain"]["low"] <= 0]
     if useless:
         lines.append(
-            f"warning: it is not certain that the head adds anything to n-gram lookup (95 % interval of the gain) in "
-            f"{', '.join(useless)}: more data or a longer training may help (docs/metrics.md)"
+            f"warning: it is not certain that the head adds anything in {', '.join(useless)}: more data or a longer "
+            "training may help (docs/metrics.md)"
         )
     if decode["lossless"] is not None:
         lines.append(f"identical to plain greedy decoding in float32: {'yes' if decode['lossless'] else 'NO'}")
@@ -237,11 +254,11 @@ def _table(rows: Mapping[str, Mapping[str, Any]], decoded: str) -> list[str]:
     """The aligned lines of the table, one for each domain; `decoded` is the heading of what was decoded for real."""
     width = max(12, *(len(plots.short(name)) for name in rows))
     lines = [f"{'':{width}}  tokens per step, all of eval       {decoded}"]
-    titles = f"{'head':>6}  {'n-gram':>6}  {'hybrid':>6}  {'looping':>7}  {'walk':>6}  {'loop':>6}  x plain"
+    titles = "  ".join(f"{name:>6}" for name in (*_BARS, "drafted", "walk", "loop", "x plain"))
     lines.append(f"{'domain':{width}}  {titles}")
     for name, row in rows.items():
-        line = "  ".join([f"{plots.short(name):{width}}", *(f"{row[figure]:6.2f}" for figure in _BARS.values())])
-        line += f"  {row['repetition']:7.0%}"
+        found = (f"{row[figure]:6.2f}" if figure in row else "     -" for figure in _BARS.values())
+        line = "  ".join([f"{plots.short(name):{width}}", *found, f"{row['drafted_per_step']:7.2f}"])
         if row.get("speedup"):
             line += f"  {row['walk_tokens_per_step']:6.2f}  {row['decode_tokens_per_step']:6.2f}  {row['speedup']:7.2f}"
         lines.append(line)

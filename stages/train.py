@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from spec import base as base_model
-from spec import corpus, files, heads, plots, tracking
+from spec import corpus, drafting, files, heads, lookup, plots, tracking
 from spec.base import Teacher
 from spec.config import Config, flatten
 from spec.errors import SpecError
@@ -25,7 +25,7 @@ from spec.store import locks
 from spec.store import tables as base_tables
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
-from spec.training import loop, start
+from spec.training import loop, mixing, start
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
 from spec.training.resume import Checkpoints
@@ -36,7 +36,7 @@ CHECKPOINTS = Path("checkpoints")
 RESULTS = common.TRAIN_RESULTS
 _NO_INFLUENCE = (
     "data.eval_files",
-    "decode.",
+    "decode.",  # what is added to the best heads once they are trained
     "evaluate.",
     "features.store",
     "trainer.experiment_name",
@@ -143,6 +143,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
         try:
             result = loop.run(task, checkpoints, recorder.listen, stopping, recorder.advance)
             _keep(task, result)
+            _teach_drafting(task, config)
             recorder.close()
             last = recorder.rows["train"][-1] if recorder.rows["train"] else {}
             figures = {"val": round(result.val["tokens_per_step"], 3), "seconds": round(time.monotonic() - began, 1)}
@@ -171,7 +172,11 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                 description=f"{shape.method}, {shape.n_predict} heads, best at step {result.step} of {result.steps}",
                 curves=recorder.curves(),
                 artifacts={str(RESULTS / name): "train" for name in sorted(_WRITTEN) if (RESULTS / name).is_file()},
-                model=[str(common.MODEL / name) for name in (heads.CONFIG, heads.WEIGHTS)],
+                model=[
+                    str(common.MODEL / name)
+                    for name in (heads.CONFIG, heads.WEIGHTS, lookup.FILE)
+                    if (common.MODEL / name).is_file()
+                ],
             )
             checkpoints.finish()  # last: a full disk above leaves the state to go on from
         except BaseException as error:
@@ -234,6 +239,21 @@ def _keep(task: FrozenTask | JointTask, result: loop.Result) -> None:
         base = {"base_model_name_or_path": str(common.TRAINED_BASE), "base_revision": None, "base_digest": digest}
         task.speculator.config = task.speculator.config.model_copy(update=base)
     heads.save(task.speculator, common.MODEL)
+
+
+def _teach_drafting(task: FrozenTask | JointTask, config: Config) -> None:
+    """Add to the checkpoint what drafting uses besides the heads: the index of the training answers, and the mixer's
+    weights, for which joint training has no states of val."""
+    digest = None
+    files.remove(common.MODEL / lookup.FILE)
+    if config.decode.lookup_mb:
+        digest = lookup.write(common.MODEL / lookup.FILE, task.answers(), config.decode.lookup_mb)
+    found: dict[str, Any] = {"lookup": digest}
+    if isinstance(task, FrozenTask):
+        index = drafting.open_lookup(common.MODEL, task.speculator.config.model_copy(update=found))
+        found["mixer"] = mixing.fit(task.speculator, task.val_reader, config.decode, index)
+    task.speculator.config = task.speculator.config.model_copy(update=found)
+    files.write_json(common.MODEL / heads.CONFIG, task.speculator.config.to_json())
 
 
 class _Recorder:

@@ -20,6 +20,6 @@ from spec.heads.config import Layer, OnBase, Params, SpeculatorConfig
 from spec.heads.packed import LAST, Packed, Supervision, Tap, supervise
 from spec.heads.recurrent import Recurrent
 from spec.heads.registry import build, method, on_base, parse_config
-from spec.heads.speculator import Session, Speculator
+from spec.heads.speculator import Choose, Session, Speculator
 from spec.heads.sum_lstm import SumLstm, SumLstmConfig
 from spec.heads.sum_rnn import SumRnn, SumRnnConfig

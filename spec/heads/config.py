@@ -88,6 +88,9 @@ class OnBase(Section):
 class SpeculatorConfig(OnBase, Params):
     """The shape of a speculator and the base that it belongs to; each method has its own class, with its parameters."""
 
+    lookup: str | None = None  # SHA-256 of the index of training answers next to it (spec.lookup)
+    mixer: Mapping[str, tuple[float, ...]] | None = None  # weights of spec.mixer by source, fitted on val
+
     @model_validator(mode="after")
     def _part_of_the_vocabulary(self) -> Self:
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:

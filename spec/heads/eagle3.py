@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from spec.heads.config import Layer, Params, SpeculatorConfig
 from spec.heads.init import draw
 from spec.heads.packed import LAST, Packed, Tap
-from spec.heads.speculator import Session, Speculator
+from spec.heads.speculator import Choose, Session, Speculator
 from spec.section import Positive, listed
 
 SCORES = 2**22
@@ -138,34 +138,23 @@ class Eagle3(Speculator):
 
     def unroll(self, packed: Packed, rows: Sequence[Tensor]) -> list[Tensor]:
         ids = F.pad(packed.ids, (0, len(rows)))  # past the end of a sequence nothing is asked for
-        chains = self._chains(packed, packed.starts, packed.bounds, lambda k, _: ids[packed.starts + 1 + k])
+        chains = self._chains(packed, packed.starts, packed.bounds, lambda k: ids[packed.starts + 1 + k])
         return [vectors.index_select(0, chosen) for chosen, vectors in zip(rows, chains, strict=False)]
 
     @torch.inference_mode()
-    def draft_along(self, packed: Packed, rows: Tensor, n: int) -> Tensor:
-        starts, order = packed.starts[rows].sort()
+    def draft_along(self, packed: Packed, rows: Tensor, n: int, choose: Choose | None = None) -> Tensor:
+        starts = packed.starts[rows]
         bounds = torch.searchsorted(starts, torch.tensor(packed.offsets, device=starts.device)).tolist()
-        drafts: list[Tensor] = []
-
-        def following(k: int, vectors: Tensor | None) -> Tensor:
-            if vectors is None:
-                return packed.ids[starts + 1]
-            drafts.append(self.choose(vectors))
-            return drafts[-1]
-
-        for _, vectors in zip(range(n), self._chains(packed, starts, bounds, following), strict=False):
-            newest = vectors
-        drafts.append(self.choose(newest))
-        drafted = torch.stack(drafts, 1)
-        return torch.empty_like(drafted).index_copy_(0, order, drafted)
+        read = [packed.ids[starts + 1]]
+        for k, vectors in zip(range(n), self._chains(packed, starts, bounds, read.__getitem__), strict=False):
+            drafted = self.drafted(k, vectors, choose)
+            if drafted is None:
+                break
+            read.append(drafted)
+        return torch.stack(read, 1)[:, 1:]
 
     def session(self) -> Session:
         return Eagle3Session(self)
-
-    def choose(self, vectors: Tensor) -> Tensor:
-        """The likeliest tokens, as ids of the full vocabulary [M], after vectors [M, d]."""
-        likeliest: Tensor = self.lm_head(vectors).max(-1).indices
-        return likeliest if self.token_map is None else self.token_map[likeliest]
 
     def inputs(self, states: Mapping[Tap, Tensor]) -> Tensor:
         """g [S, d] of the taps' vectors."""
@@ -181,7 +170,7 @@ class Eagle3(Speculator):
         packed: Packed,
         starts: Tensor,
         bounds: Sequence[int],
-        following: Callable[[int, Tensor | None], Tensor],
+        following: Callable[[int], Tensor],
     ) -> Iterator[Tensor]:
         """By depth, without an end, the vectors [M, d] that lm_head reads, of chains that begin at starts [M].
 
@@ -189,16 +178,16 @@ class Eagle3(Speculator):
             packed: the sequences.
             starts: ascending.
             bounds: R + 1, where each sequence's chains begin among starts.
-            following: of a depth k, and of the vectors of depth k - 1, the tokens x_{t+1+k} [M] that are read.
+            following: of a depth k the tokens x_{t+1+k} [M] that are read; asked once depth k - 1 was taken.
         """
         layer, offsets, place = self.midlayer, packed.offsets, packed.places
         read = self.inputs(packed.states)  # [T, d]
         keys = layer.keys(self.pairs(F.pad(packed.ids, (0, 1))[1:], read), place)
         # Nothing at all still goes through attention, so that each weight has its gradient.
         spans = list(zip(itertools.pairwise(bounds), itertools.pairwise(offsets), strict=True)) or [((0, 0), (0, 0))]
-        vectors, own, found = read[starts], [], None
+        vectors, own = read[starts], list[Keys]()
         for k in itertools.count():
-            pairs = self.pairs(following(k, found), vectors)
+            pairs = self.pairs(following(k), vectors)
             if k:
                 own.append(layer.keys(pairs, place[starts] + k))
             queries = layer.queries(pairs, place[starts] + k)
@@ -212,15 +201,14 @@ class Eagle3(Speculator):
                 for (a, b), (start, end) in spans
             ]
             vectors = layer.finish(vectors, torch.cat(mixed))
-            found = self.norm(vectors)
-            yield found
+            yield self.norm(vectors)
 
 
 class Eagle3Session(Session):
     """Keys and values of every pair so far, and of those that were drafted."""
 
     def __init__(self, head: Eagle3) -> None:
-        self._head, self._length = head, 0
+        self._head, self._length = head, 0  # pairs that are kept, those of drafts included
         layer = head.config.layer
         self._keys, self._values = head.fc.weight.new_empty(2, 256, layer.kv_heads, layer.head_dim)
 
@@ -229,10 +217,10 @@ class Eagle3Session(Session):
         vectors = self._head.inputs(states)
         pairs = self._head.pairs(tokens, vectors)
         self._append(pairs)
-        self._pair, self._vector = pairs[-1:], vectors[-1:]
+        self._pair, self._vector, self._read = pairs[-1:], vectors[-1:], self._length
 
     @torch.inference_mode()
-    def draft(self, n: int) -> Tensor:
+    def draft(self, n: int, choose: Choose | None = None) -> Tensor:
         head, layer = self._head, self._head.midlayer
         pair, vector, drafts = self._pair, self._vector, list[Tensor]()
         for k in range(n):
@@ -242,11 +230,14 @@ class Eagle3Session(Session):
             place = torch.full((1,), self._length - 1, device=pair.device)
             kept = (self._keys[: self._length], self._values[: self._length])
             vector = layer.finish(vector, attend(layer.queries(pair, place), kept, place, []))
-            drafts.append(head.choose(head.norm(vector)))
-        return torch.cat(drafts)
+            drafted = head.drafted(k, head.norm(vector), choose)
+            if drafted is None:
+                break
+            drafts.append(drafted)
+        return torch.cat(drafts) if drafts else torch.empty(0, dtype=torch.int64, device=pair.device)
 
-    def crop(self, n: int) -> None:
-        self._length -= max(n - 1, 0)  # the last draft was not read
+    def crop(self) -> None:
+        self._length = self._read
 
     def _append(self, pairs: Tensor) -> None:
         start, self._length = self._length, self._length + len(pairs)

@@ -17,7 +17,7 @@ from spec.heads.config import Params, SpeculatorConfig
 from spec.heads.init import centred, draw, principal_directions, rotation, unit_rows
 from spec.heads.layers import PerHead, rms_normalize
 from spec.heads.packed import LAST, Packed, Tap
-from spec.heads.speculator import Session, Speculator
+from spec.heads.speculator import Choose, Session, Speculator
 from spec.section import DimsField
 
 Carry = tuple[Tensor, ...]
@@ -120,24 +120,25 @@ class Recurrent(Speculator):
             vectors.append(hidden.index_select(0, chosen))
         return vectors
 
-    def draft_along(self, packed: Packed, rows: Tensor, n: int) -> Tensor:
-        return self.draft(packed.states[LAST][rows], packed.ids[packed.starts[rows] + 1], n)
+    def draft_along(self, packed: Packed, rows: Tensor, n: int, choose: Choose | None = None) -> Tensor:
+        return self.draft(packed.states[LAST][rows], packed.ids[packed.starts[rows] + 1], n, choose)
 
     def session(self) -> Session:
         return _Session(self)
 
     @torch.inference_mode()
-    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
-        """Greedy drafts [P, n] (n_predict by default) of x_{t+2}, x_{t+3}, .., as ids of the full vocabulary, from the
-        base's states h_t [P, d] and the tokens x_{t+1} [P] after them; each head reads the draft of the one before."""
-        carry, drafts = self.start(states), []
+    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None, choose: Choose | None = None) -> Tensor:
+        """Drafts [P, k] (n_predict at most, by default) of x_{t+2}, x_{t+3}, .., as draft_along says, from the base's
+        states h_t [P, d] and the tokens x_{t+1} [P] after them."""
+        carry, read, drafts = self.start(states), tokens, []
         for i in range(self.config.n_predict if n is None else n):
-            carry, hidden = self.step(i, carry, tokens)
-            tokens = self.head(i)(hidden).max(-1).indices  # four times as fast as argmax in bf16 on a CPU
-            if self.token_map is not None:
-                tokens = self.token_map[tokens]
-            drafts.append(tokens)
-        return torch.stack(drafts, 1)
+            carry, hidden = self.step(i, carry, read)
+            found = self.drafted(i, hidden, choose)
+            if found is None:
+                break
+            read = found
+            drafts.append(found)
+        return torch.stack(drafts, 1) if drafts else tokens.new_empty(len(tokens), 0)
 
     @classmethod
     def operations(cls, config: RecurrentConfig) -> float:  # type: ignore[override]
@@ -191,10 +192,10 @@ class _Session(Session):
     def extend(self, states: Mapping[Tap, Tensor], tokens: Tensor) -> None:
         self._state, self._token = states[LAST][-1:], tokens[-1:]
 
-    def draft(self, n: int) -> Tensor:
-        return self._speculator.draft(self._state, self._token, n)[0]
+    def draft(self, n: int, choose: Choose | None = None) -> Tensor:
+        return self._speculator.draft(self._state, self._token, n, choose)[0]
 
-    def crop(self, n: int) -> None:
+    def crop(self) -> None:
         pass
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from spec import base as bases
 from spec import export, files, heads
 from spec.config import Decode
-from spec.drafting import Drafter, head_length
+from spec.drafting import Sources, sources_of
 from spec.export.eagle3 import speculative
 from spec.heads import SpeculatorConfig
 from spec.serving import ServingError, installed_vllm, require_vllm, untested
@@ -84,14 +84,14 @@ def _own_method(checkpoint: Path, config: SpeculatorConfig, decode: Decode) -> l
     folder = files.cache_dir() / "vllm" / identity[:16]
     if not folder.exists():  # it appears whole
         export.write(checkpoint, folder, form=export.VLLM)
-    return ["--speculative-config", speculative(folder, head_length(decode, config))]
+    return ["--speculative-config", speculative(folder, Sources(decode, "head", config).depth)]
 
 
 def _by_proposer(checkpoint: Path, config: SpeculatorConfig, decode: Decode) -> list[str]:
     """vLLM's options for a recurrent head."""
     log.warning("%s is served by a proposer of our own, which needs vLLM's deprecated model runner V1", config.method)
     length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_DRAFT)
-    Drafter(decode, config.n_predict)  # says what does not fit before vLLM spends a minute on starting
+    sources_of(checkpoint, config, decode)  # says what does not fit before vLLM spends a minute on starting
     method = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": decode.draft_len or length}
     chosen = decode.model_dump(exclude_none=True)
     options = {"speculator": {"checkpoint": str(checkpoint.resolve()), **chosen}}

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from spec import heads
 from spec.config import Decode
-from spec.drafting import Drafter
+from spec.drafting import Draft, Drafter, complete, sources_of
 from spec.heads import Recurrent
 from spec.section import explain
 from spec.serving import TESTED, ServingError, untested
@@ -97,7 +97,7 @@ class SpeculatorProposer:
                 f"num_speculative_tokens is {self._limit}, but {self._checkpoint} was trained with n_predict "
                 f"{self._config.n_predict}: ask for at most {self._config.n_predict}, or for draft=hybrid"
             )
-        Drafter(self._decode, self._config.n_predict)  # its errors belong here
+        self._sources = sources_of(self._checkpoint, self._config, self._decode)
         self._drafters: dict[str, tuple[Drafter, int]] = {}  # by request, and how many tokens it has seen
         self._speculator: Recurrent | None = None
         self.verified: Verified | None = None
@@ -152,47 +152,29 @@ class SpeculatorProposer:
         # Ended and preempted ones; the latter are indexed anew when they come back.
         for gone in self._drafters.keys() - set(requests):
             del self._drafters[gone]
-        drafts: list[list[int]] = []
-        waiting: list[_Waiting] = []
+        drafts: dict[int, Draft] = {}
         for i, (request, sampled) in enumerate(zip(requests, sampled_token_ids, strict=True)):
-            drafts.append([])
             length = int(num_tokens_no_spec[i])
             room = min(self._limit, self._max_model_len - length - 1)
-            if not sampled or room < 1:
-                continue
-            drafter = self._grown(request, token_ids_cpu[i], length)
-            found = drafter.draft(room)  # or a number of the heads' drafts, which are made for all at once below
-            if isinstance(found, int):
-                waiting.append(_Waiting(i, found, room, drafter))
-            else:
-                drafts[i] = found
-        if waiting:
-            rows = verified.last_rows(sampled_token_ids)[[each.index for each in waiting]]
+            if sampled and room > 0:
+                drafts[i] = self._grown(request, token_ids_cpu[i], length).draft(room)
+        asking = [i for i, draft in drafts.items() if draft.asks_heads]
+        if asking:
+            rows = verified.last_rows(sampled_token_ids)[asking]
             states = verified.states[torch.from_numpy(rows).to(verified.states.device)]
-            tokens = torch.tensor([sampled_token_ids[each.index][-1] for each in waiting], device=states.device)
-            drafted = self._speculator.draft(states, tokens, max(each.count for each in waiting)).tolist()
-            for each, row in zip(waiting, drafted, strict=True):
-                drafts[each.index] = each.drafter.follow(each.room, row[: each.count])
-        return drafts
+            tokens = torch.tensor([sampled_token_ids[i][-1] for i in asking], device=states.device)
+            complete([drafts[i] for i in asking], functools.partial(self._speculator.draft, states, tokens))
+        complete([draft for i, draft in drafts.items() if i not in asking])
+        return [drafts[i].tokens if i in drafts else [] for i in range(len(sampled_token_ids))]
 
     def _grown(self, request: str, tokens: NDArray[np.int32], length: int) -> Drafter:
         """The request's drafter, which has seen its first `length` tokens."""
         drafter, seen = self._drafters.get(request, (None, 0))
         if drafter is None or seen > length:
-            drafter, seen = Drafter(self._decode, self._config.n_predict), 0
+            drafter, seen = Drafter(self._sources), 0
         drafter.extend(tokens[seen:length])
         self._drafters[request] = drafter, length
         return drafter
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A request, by its place in the batch, that wants `count` of the heads' drafts; its drafter goes on from there."""
-
-    index: int
-    count: int
-    room: int
-    drafter: Drafter
 
 
 def _options(additional: Any) -> tuple[str, Decode]:

@@ -195,18 +195,21 @@ class FeatureReader:
             needed -= Counter(keys)
 
     def token_counts(self, prompts: bool = False) -> NDArray[np.int64]:
-        """How often each token [V] is supervised in the split, or with `prompts` how often it occurs at all; reads no
-        states."""
+        """How often each token [V] is supervised in the split, or with `prompts` how often it occurs at all."""
         counts = np.zeros(self.manifest.vocab_size, np.int64)
+        for ids, mask in self.tokens():
+            counts += np.bincount(ids[(mask != 0) | prompts], minlength=len(counts))
+        return counts
+
+    def tokens(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
+        """ids and mask of every sequence, in the order of the store; reads no states."""
         last = self.manifest.last
         rows: list[list[int]] = [[] for _ in last.segments]
         for segment, row in zip(last.segment, last.row, strict=True):
             rows[segment].append(row)
         for name, used in zip(last.segments, rows, strict=True):
             read = _Segment(self._read((0, name), ("ids", "mask", "token_offsets"))[0], torch.empty(0))
-            for ids, mask in map(read.tokens, used):
-                counts += np.bincount(ids[(mask != 0) | prompts], minlength=len(counts))
-        return counts
+            yield from map(read.tokens, used)
 
     def _keys(self, index: int) -> list[Key]:
         """Of each tap the segment in which a sequence lies."""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spec import acceptance
+from spec import acceptance, lookup
 from spec.base import Teacher
 from spec.config import Config
 from spec.heads import Speculator, Supervision
@@ -77,6 +77,11 @@ class FrozenTask:
             batch = self.module.supervise(packed)
             yield batch.pin() if pin else batch
 
+    def answers(self) -> Iterator[tuple[int, ...]]:
+        """The supervised answers of the training split."""
+        for ids, mask in self.train_reader.tokens():
+            yield from lookup.answers(ids, mask)
+
     def validate(self) -> dict[str, float]:
         """Loss and accuracy by head on val, and the exact walk."""
         self._flush()
@@ -125,7 +130,7 @@ def validate(loss: SpeculatorLoss, reader: SequenceReader, worker: Worker, mixed
     with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=mixed):
         sums = with_true_inputs(loss, reader, mine)
         answers = acceptance.draft_answers(loss.speculator, reader, mine)
-    gathered = worker.gather((sums, acceptance.walks(reader, answers, acceptance.head_drafts)))
+    gathered = worker.gather((sums, acceptance.walks(reader, answers)))
     everything = [walk for _, walks in gathered for walk in walks]
     shares = acceptance.acceptance(everything, loss.speculator.config.n_predict)
     return (

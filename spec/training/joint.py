@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spec import base as base_model
+from spec import lookup
 from spec.base import Base
 from spec.config import Config
 from spec.corpus import TokenSequence
@@ -113,6 +114,11 @@ class JointTask:
 
     def share(self, batch: Sequence[int]) -> list[int]:
         return list(batch[self.worker.rank :: self.worker.world])
+
+    def answers(self) -> Iterator[tuple[int, ...]]:
+        """The supervised answers of the training split."""
+        for row in self._train:
+            yield from lookup.answers(row.ids, row.mask)
 
     def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[JointBatch]:
         for part in parts:

@@ -69,6 +69,7 @@ def _warm(folder: Path, shape: SpeculatorConfig, tables: Mapping[str, Tensor]) -
         found, asked = getattr(saved.config, name, None), getattr(shape, name)
         if found != asked:
             raise SpecError(f"model.speculator.init: {folder} has {name} {found}, and the parameters ask for {asked}")
-    own = type(shape).model_fields.keys() - params - OnBase.model_fields.keys()  # a public head's layer is its own
+    # A public head's layer is its own; what drafting uses besides the heads is made anew.
+    own = type(shape).model_fields.keys() - params - OnBase.model_fields.keys() - {"lookup", "mixer"}
     saved.config = shape.model_copy(update={name: getattr(saved.config, name) for name in own})
     return saved

@@ -10,7 +10,6 @@ import torch
 from spec import base, heads
 from spec.config import Decode, Model
 from spec.decoding import LanguageModelWithSpeculator
-from spec.evaluation import SOURCES
 from spec.heads import CheckpointError, Speculator, build
 from stages import embedded
 from tests.spec.heads.reference import config
@@ -48,13 +47,13 @@ def test_a_hundred_held_out_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = Path(embedded.BASE)
     model = base.load(Model(dtype="float32"), folder, base.identify(folder)["weights"])
     lm = LanguageModelWithSpeculator(model, speculator_for(model), Decode())
-    differ, accepted = [], dict.fromkeys(SOURCES, 0)
+    differ, accepted = [], dict.fromkeys(lm.sources, 0)
     for number, question in enumerate(questions):
         prompt = model.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
         plain = lm.generate(prompt, TOKENS, draft="none").tokens
-        for source in SOURCES:
+        for source in lm.sources:
             made = lm.generate(prompt, TOKENS, draft=source)
             accepted[source] += sum(made.accepted)
             if made.tokens != plain:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -31,12 +33,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from spec import acceptance
+from spec import acceptance, lookup
 from spec.base import Base, BaseError, answer, hidden_states, identify
 from spec.config import Decode
 from spec.decoding import DecodingError, LanguageModelWithSpeculator, probabilities
-from spec.drafting import Source, drafts_along
-from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnn, build, save
+from spec.drafting import Source
+from spec.heads import CheckpointError, Choose, Speculator, SpeculatorConfig, SumRnn, build, save
 from tests.spec.heads.reference import config
 
 V, D = 12, 16
@@ -65,7 +67,16 @@ CONFIGS = {
         query_pre_attn_scalar=8,
     ),
 }
-SOURCES: tuple[Source, ...] = ("head", "ngram", "hybrid")
+SOURCES: tuple[Source, ...] = ("head", "ngram", "lookup", "hybrid")
+
+
+@functools.cache
+def earlier(kind: str = "llama", seed: int = 0) -> lookup.Lookup:
+    """An index of a few answers that a tiny base has written."""
+    answers = [plain(with_stops(tiny(kind, seed)), [first, 3], 40) for first in range(5)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / lookup.FILE
+        return lookup.Lookup.open(path, lookup.write(path, answers, 1.0))
 
 
 # derandomize: models in float32 whose answers are compared token for token; now and then random ones have a near tie.
@@ -111,7 +122,7 @@ class Scripted(SumRnn):
         self.written = 0
         self.expected: list[int] = []
 
-    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
+    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None, choose: Choose | None = None) -> Tensor:
         assert states.shape == (1, D)
         assert n is not None
         assert tokens.tolist() == [self.answer[self.written - 1]]
@@ -172,14 +183,15 @@ def test_speculative_greedy_is_plain_greedy(
     max_new_tokens: int,
     stop: int | None,
 ) -> None:
-    base = tiny(kind, seed)
+    index, base = earlier(kind, seed), tiny(kind, seed)
     expected = plain(with_stops(base), prompt, max_new_tokens)
     if stop is not None:  # a token of the answer, and so in the middle of a run where drafts are accepted
         base = with_stops(base, [expected[stop % len(expected)]])
         expected = expected[: expected.index(expected[stop % len(expected)]) + 1]
         assert plain(base, prompt, max_new_tokens) == expected
     decode = Decode(draft=source, ngram_min=1, ngram_max=3)
-    made = LanguageModelWithSpeculator(base, head(kind, seed, method, n), decode).generate(prompt, max_new_tokens)
+    model = LanguageModelWithSpeculator(base, head(kind, seed, method, n), decode, index)
+    made = model.generate(prompt, max_new_tokens)
     assert made.tokens == expected
     assert transformers_greedy(base, prompt, max_new_tokens) == expected
     assert sum(a + 1 for a in made.accepted) - (len(expected) - 1) in (0, 1), "the last token may be a draft"
@@ -245,19 +257,22 @@ def test_figures_of_a_generation() -> None:
 @torch.inference_mode()
 def test_the_walk_on_paper_is_the_real_loop(method: str, source: Source) -> None:
     for seed, stop in itertools.product(range(3), (False, True)):
-        base = with_stops(tiny("llama", seed))
+        index, base = earlier(seed=seed), with_stops(tiny("llama", seed))
         speculator = head("llama", seed, method, 3)
         decode = Decode(draft=source, ngram_min=1, ngram_max=3)
         prompt = [2, 7, 1, 8, 2, 8]
         if stop:
             base = with_stops(base, [plain(base, prompt, 30)[20]])
-        made = LanguageModelWithSpeculator(base, speculator, decode).generate(prompt, 30)
+        model = LanguageModelWithSpeculator(base, speculator, decode, index)
+        made = model.generate(prompt, 30)
         ids = torch.tensor(prompt + made.tokens)
         states = hidden_states(base.model, ids[None])[0, len(prompt) - 1 : -1]
-        drafts = speculator.draft(states, ids[len(prompt) :]).numpy()
-        on_paper = acceptance.Answer(ids.numpy().astype(np.int32), len(prompt), drafts, 0)
-        matches = on_paper.matches(drafts_along(ids.tolist(), len(prompt), decode, drafts))
-        assert made.accepted == acceptance.walk(matches, on_paper.length).tolist()
+        on_paper = acceptance.drafted(
+            acceptance.Answer(ids.numpy().astype(np.int32), len(prompt), 0),
+            model.sources[source],
+            functools.partial(speculator.draft, states, ids[len(prompt) :]),
+        )
+        assert made.accepted == acceptance.walk(on_paper.matches, on_paper.length).tolist()
 
 
 class Embedded(nn.Embedding):
@@ -303,7 +318,7 @@ class Fixed(SumRnn):
         super().__init__(speculator_config(len(tokens), hidden_size=base.hidden_size, vocab_size=base.vocab_size))
         self.tokens = torch.tensor([list(tokens)])
 
-    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None) -> Tensor:
+    def draft(self, states: Tensor, tokens: Tensor, n: int | None = None, choose: Choose | None = None) -> Tensor:
         return self.tokens[:, :n]
 
 
@@ -353,8 +368,8 @@ def test_sampled_sequences_have_the_distribution_of_plain_sampling(settings_: di
 def test_a_seed_gives_one_answer_whatever_is_drafted(
     kind: str, source: Source, prompt: list[int], seed: int, temperature: float, top_k: int, top_p: float
 ) -> None:
-    base = with_stops(tiny(kind, 1), [5])
-    lm = LanguageModelWithSpeculator(base, head(kind, 1, "sum_rnn", 4), Decode(ngram_min=1))
+    index, base = earlier(kind, 1), with_stops(tiny(kind, 1), [5])
+    lm = LanguageModelWithSpeculator(base, head(kind, 1, "sum_rnn", 4), Decode(ngram_min=1), index)
     asked: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     asked |= {"seed": seed, "max_new_tokens": 20}
     expected = lm.generate(prompt, draft="none", **asked).tokens

@@ -7,7 +7,10 @@ import pytest
 
 from spec import acceptance, evaluation
 from spec.acceptance import Walk
+from spec.drafting import Source
 from spec.evaluation import SHOWN, Offline, Timed
+
+SOURCES: tuple[Source, ...] = ("head", "ngram", "lookup", "hybrid")
 
 
 def walk(domain: str, *accepted: int) -> Walk:
@@ -15,7 +18,7 @@ def walk(domain: str, *accepted: int) -> Walk:
 
 
 def measured(walks: list[Walk]) -> Offline:
-    return Offline([], dict.fromkeys(evaluation.SOURCES, walks), [], {}, {})
+    return Offline({}, dict.fromkeys(SOURCES, walks), [], {}, {})
 
 
 def test_small_domains_are_pooled_step_by_step() -> None:
@@ -25,7 +28,7 @@ def test_small_domains_are_pooled_step_by_step() -> None:
     found = measured([*small, *large])
     groups = evaluation.largest(found)
     assert list(groups) == [*(f"d{number:02}" for number in range(SHOWN)), "others"]
-    timed = {source: [Timed(each, 10, 1.0) for each in (*small, *large)] for source in ("none", *evaluation.SOURCES)}
+    timed = {source: [Timed(each, 10, 1.0) for each in (*small, *large)] for source in ("none", *SOURCES)}
     row = evaluation.by_domain(found, timed, found.walks, "head", groups)["others"]
     assert row["answers"] == 2
     assert row["tokens_per_step"] == row["decode_tokens_per_step"] == acceptance.tokens_per_step(small) == 2.0

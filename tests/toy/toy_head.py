@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spec.heads import LAST, Packed, Params, Session, Speculator, SpeculatorConfig, Tap
+from spec.heads import LAST, Choose, Packed, Params, Session, Speculator, SpeculatorConfig, Tap
 
 LAYERS = (Tap(0, "all"), Tap(1, "all"))
 
@@ -91,19 +91,17 @@ class ToyHead(Speculator):
             vectors.append(vector[chosen])
         return vectors
 
-    def draft_along(self, packed: Packed, rows: Tensor, n: int) -> Tensor:
+    def draft_along(self, packed: Packed, rows: Tensor, n: int, choose: Choose | None = None) -> Tensor:
         memory = self.memories(packed)[packed.starts[rows]]
         vector = self.first(memory, packed.states[LAST][rows])
-        drafts = [self.choose(vector)]
-        while len(drafts) < n:
-            memory = self.go_on(memory, vector, drafts[-1])
+        drafts = [packed.ids[packed.starts[rows] + 1]]
+        while (found := self.drafted(len(drafts) - 1, vector, choose)) is not None:
+            drafts.append(found)
+            if len(drafts) > n:
+                break
+            memory = self.go_on(memory, vector, found)
             vector = F.gelu(memory)
-            drafts.append(self.choose(vector))
-        return torch.stack(drafts, 1)
-
-    def choose(self, vectors: Tensor) -> Tensor:
-        likeliest = self.out(vectors).argmax(-1)
-        return likeliest if self.token_map is None else self.token_map[likeliest]
+        return torch.stack(drafts, 1)[:, 1:]
 
     def session(self) -> Session:
         return ToySession(self)
@@ -119,17 +117,18 @@ class ToySession(Session):
     def extend(self, states: Mapping[Tap, Tensor], tokens: Tensor) -> None:
         for added in self.head.read(states, tokens):
             self.kept.append(self.head.decay * self.kept[-1] + added)
-        self.last = states[LAST][-1]
+        self.last, self.sure = states[LAST][-1], len(self.kept)
 
-    def draft(self, n: int) -> Tensor:
-        vector = self.head.first(self.kept[-1], self.last)
-        drafts = [self.head.choose(vector)]
-        while len(drafts) < n:
-            self.kept.append(self.head.go_on(self.kept[-1], vector, drafts[-1]))
-            vector = F.gelu(self.kept[-1])
-            drafts.append(self.head.choose(vector))
-        return torch.stack(drafts)
+    def draft(self, n: int, choose: Choose | None = None) -> Tensor:
+        vector = self.head.first(self.kept[-1], self.last)[None]
+        drafts = [torch.zeros(1, dtype=torch.int64)]
+        while (found := self.head.drafted(len(drafts) - 1, vector, choose)) is not None:
+            drafts.append(found)
+            if len(drafts) > n:
+                break
+            self.kept.append(self.head.go_on(self.kept[-1], vector[0], found[0]))
+            vector = F.gelu(self.kept[-1])[None]
+        return torch.cat(drafts[1:]) if len(drafts) > 1 else drafts[0][:0]
 
-    def crop(self, n: int) -> None:
-        if n > 1:
-            del self.kept[1 - n :]
+    def crop(self) -> None:
+        del self.kept[self.sure :]

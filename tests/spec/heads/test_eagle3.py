@@ -142,7 +142,7 @@ def test_drafts_along_a_sequence_are_those_of_a_session(
     """Step by step, with drafts of any length in between that are cropped away; and fed back to unroll."""
     c = config(draft_vocab_size=drafted)
     head, packed = randomized(c, seed, drafted), sequences(c, masks, seed)
-    rows = torch.randperm(len(packed.starts), generator=torch.Generator().manual_seed(seed))
+    rows = torch.arange(len(packed.starts))[seed % 3 :: 2]
     if not len(rows):
         return
     along = head.draft_along(packed, rows, n)
@@ -156,7 +156,7 @@ def test_drafts_along_a_sequence_are_those_of_a_session(
             session.extend(states, packed.ids[at + 1 : stop + 1])
             if stop - 1 in by_start:
                 assert session.draft(n).tolist() == by_start[stop - 1]
-                session.crop(n)
+                session.crop()
             at = stop
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spec.acceptance import draft_answers, head_drafts, tokens_per_step, walks
+from spec.acceptance import draft_answers, tokens_per_step, walks
 from spec.corpus import TokenSequence
 from spec.store.features import kept_positions
 from spec.training import loop
@@ -160,7 +160,7 @@ def test_figures_of_val_are_those_of_the_live_states(family: str, request: pytes
     assert metrics["speculator_loss"] == pytest.approx(heads.item(), rel=1e-5)
     assert task.score(metrics) == pytest.approx(-(base + 0.5 * heads).item(), rel=1e-5)
     reader = LiveReader(task.base, rows, mixed=False)
-    found = walks(reader, draft_answers(task.speculator, reader), head_drafts)
+    found = walks(reader, draft_answers(task.speculator, reader))
     assert metrics["tokens_per_step"] == tokens_per_step(found)
     assert [walk.domain for walk in found] == [row.domain for row in rows]
     assert not any(walk.greedy for walk in found)

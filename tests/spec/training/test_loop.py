@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spec.acceptance import accuracy, draft_answers, head_drafts, tokens_per_step, walks
+from spec.acceptance import accuracy, draft_answers, tokens_per_step, walks
 from spec.errors import SpecError
 from spec.heads import LAST, Supervision, supervise
 from spec.store.manifest import Manifest
@@ -108,7 +108,7 @@ def test_figures_of_a_split_are_those_of_all_its_logits(store: Path, drafted: in
         assert sums[i].tolist() == [pytest.approx(loss.item(), rel=1e-5), hits.item(), len(rows)]
     assert accuracy(speculator, reader) == pytest.approx((sums[:, 1] / sums[:, 2]).tolist())
     metrics = frozen.validate(SpeculatorLoss(speculator), reader, ALONE, mixed=False)
-    expected = tokens_per_step(walks(reader, draft_answers(speculator, reader), head_drafts))
+    expected = tokens_per_step(walks(reader, draft_answers(speculator, reader)))
     assert metrics["tokens_per_step"] == pytest.approx(expected)
     assert metrics["accuracy.1"] == pytest.approx(float(sums[0, 1] / sums[0, 2]))
     assert 1 + sum(metrics[f"acceptance.{i}"] for i in (1, 2, 3)) == pytest.approx(expected)

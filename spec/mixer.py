@@ -1,0 +1,68 @@
+"""How likely the base is to accept a token that sources of drafts propose: one logistic model for all of them.
+
+Each source says how sure it is of its token: the heads by a probability, n-grams by the length of their match, and
+those of earlier answers by how often the token followed it, too. `fit` turns this into chances, on answers that the
+sources have not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Signal = tuple[int, tuple[float, ...]]
+"""The token that a source proposes, and how sure the source is of it."""
+
+SIGNALS = (1, 2, 1)
+"""How many numbers say how sure each source is: n-grams of the sequence, n-grams of answers, heads."""
+
+FEATURES = 1 + sum(2 * (1 + count) for count in SIGNALS)
+
+PRIOR = 1.0
+"""Weight of the penalty on squared weights, which keeps a fit on few answers modest."""
+
+Weights = tuple[float, ...]
+"""FEATURES numbers."""
+
+
+def log_odds(p: float) -> float:
+    """Of a probability, which is kept away from 0 and 1."""
+    p = min(max(p, 1e-4), 1 - 1e-4)
+    return math.log(p / (1 - p))
+
+
+def features(token: int, signals: Sequence[Signal | None]) -> list[float]:
+    """What the model reads of a token: a constant; then for each source whether it proposes this token, and how sure
+    it is, and the same for another token instead; zeros for a source that proposes nothing. FEATURES numbers."""
+    found = [1.0]
+    for signal, count in zip(signals, SIGNALS, strict=True):
+        absent = [0.0] * (1 + count)
+        if signal is None:
+            found += absent + absent
+        else:
+            said = [1.0, *signal[1]]
+            found += said + absent if signal[0] == token else absent + said
+    return found
+
+
+def chance(weights: Weights, token: int, signals: Sequence[Signal | None]) -> float:
+    """The probability that the base accepts a token."""
+    total = sum(w * x for w, x in zip(weights, features(token, signals), strict=True))
+    return 1 / (1 + math.exp(-min(max(total, -30.0), 30.0)))
+
+
+def fit(rows: NDArray[np.float64], accepted: NDArray[np.bool_]) -> Weights:
+    """The weights under which the tokens with these features [N, FEATURES] were accepted: logistic regression with a
+    ridge penalty, by Newton's method. A source that never speaks gets weights of 0."""
+    weights, ridge = np.zeros(FEATURES), PRIOR * np.eye(FEATURES)
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-np.clip(rows @ weights, -30, 30)))
+        slope = rows.T @ (p - accepted) + ridge @ weights
+        step = np.linalg.solve(rows.T @ (rows * (p * (1 - p))[:, None]) + ridge, slope)
+        weights -= step
+        if np.abs(step).max() < 1e-6:
+            break
+    return tuple(round(float(w), 4) for w in weights)
