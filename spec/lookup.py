@@ -1,0 +1,154 @@
+"""Drafts from the training split's answers: an index of where tokens occurred in them, and of what followed.
+
+It is a suffix array (SuffixDecoding, Oliaro et al. 2024, arXiv:2411.04975, keeps suffix trees): one int32 array [2, N].
+Row 0 holds the tokens of all answers, with -1 before the first one and after each. Row 1 holds the places in row 0,
+sorted by the bytes of at least DEPTH + 1 tokens that begin there, and then by themselves; so -1 sorts last.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spec import files
+from spec.errors import SpecError
+
+FILE = "lookup.npy"
+"""Its name in a checkpoint's folder."""
+
+DEPTH = 32
+"""Tokens of the longest match."""
+
+READ = 64
+"""The next token is read of at most so many occurrences, at equal distances in the sorted order."""
+
+_TOKEN = np.dtype("<i4")
+_END = np.array([-1], _TOKEN)
+_HEADER = 128  # bytes that np.save writes before the array
+
+
+class LookupFileError(SpecError):
+    """An index that cannot be used: says what was found, and that training writes it anew."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """The last `length` tokens occur with a token after them at the sorted places low .. high."""
+
+    length: int
+    low: int
+    high: int
+    token: int  # the one that follows most often; of several, the lowest
+    count: int  # how often it follows
+    total: int  # of how many occurrences that were read
+
+
+def answers(ids: NDArray[np.integer], mask: NDArray[np.integer]) -> Iterator[tuple[int, ...]]:
+    """The answers of a sequence as the index is to hold them: each run of supervised tokens is one."""
+    edges = np.flatnonzero(np.diff(mask.astype(bool), prepend=False, append=False))
+    for start, stop in edges.reshape(-1, 2):
+        yield tuple(ids[start:stop].tolist())
+
+
+def write(path: Path, answers: Iterable[Sequence[int]], megabytes: float) -> str:
+    """Write the index of as many of the first answers as fit into a file of this size; returns its SHA-256."""
+    left = (int(megabytes * 1e6) - _HEADER) // (2 * _TOKEN.itemsize) - 1
+    pieces = [_END]
+    for answer in answers:
+        left -= len(answer) + 1
+        if left < 0:
+            break
+        pieces += [np.asarray(answer, _TOKEN), _END]
+    tokens = np.concatenate(pieces)
+    with files.whole(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.stack([tokens, _sorted_places(tokens)]), allow_pickle=False)
+    return files.digest_file(path)
+
+
+def _sorted_places(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Row 1 for row 0, by prefix doubling (Manber and Myers 1993)."""
+    _, rank = np.unique(tokens.view(">u4").astype(np.uint32), return_inverse=True)
+    places, width = np.argsort(rank, kind="stable"), 1
+    while width <= DEPTH:  # rank and places tell `width` tokens apart
+        after = np.zeros_like(rank)
+        after[:-width] = rank[width:] + 1
+        key = (rank * (len(rank) + 1) + after)[places]
+        order = np.argsort(key, kind="stable")
+        places, key = places[order], key[order]
+        rank[places] = np.cumsum(np.diff(key, prepend=key[0]) != 0)
+        width *= 2
+    return places.astype(_TOKEN)
+
+
+class Lookup:
+    """An index that is open for reading; what is not looked at stays on the disk."""
+
+    def __init__(self, array: NDArray[np.int32]) -> None:
+        self._tokens, self._places = memoryview(array[0]), memoryview(array[1])  # faster than arrays, one by one
+        self._bytes = self._tokens.cast("B")
+
+    @classmethod
+    def open(cls, path: Path, digest: str) -> Lookup:
+        """Open the file that has this SHA-256; a LookupFileError where it is missing, damaged or another one."""
+        found = files.digest_file(path) if path.is_file() else None
+        if found != digest:
+            state = (
+                f"damaged or another checkpoint's: its SHA-256 is {found}, expected {digest}" if found else "missing"
+            )
+            raise LookupFileError(f"{path} is {state}. Train again, which writes it")
+        return cls(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
+
+    def find(self, tail: Sequence[int]) -> Match | None:
+        """The longest suffix of a tail, of at most DEPTH tokens, that occurs with a token after it."""
+        last, found, low = np.asarray(tail[-DEPTH:], _TOKEN).tobytes(), 0, 0
+        limit = len(last) // 4
+        while found < limit:  # where a suffix occurs, all shorter ones do
+            length = (found + limit + 1) // 2
+            pattern = last[-4 * length :]
+            first = self._first(pattern, 0, 0, len(self._places))
+            if first < len(self._places) and self._occurs(pattern, self._places[first]):
+                found, low = length, first
+            else:
+                limit = length - 1
+        high = self._first(last[-4 * found :] + _END.tobytes(), 0, low, len(self._places))
+        return self._match(found, low, high) if found else None
+
+    def narrow(self, match: Match, token: int) -> Match | None:
+        """The match of the tail with a token appended, one token longer; None where there is none: then find another."""
+        if match.length == DEPTH:
+            return None
+        pattern = np.array(token, _TOKEN).tobytes()
+        low = self._first(pattern, match.length, match.low, match.high)
+        high = self._first(pattern + _END.tobytes(), match.length, low, match.high)
+        return self._match(match.length + 1, low, high) if low < high else None
+
+    def holds(self, wanted: Container[tuple[int, ...]]) -> bool:
+        """Whether it holds one of these answers, whole."""
+        tokens = np.asarray(self._tokens)
+        ends = np.flatnonzero(tokens == -1).tolist()
+        return any(tuple(tokens[before + 1 : end].tolist()) in wanted for before, end in pairwise(ends))
+
+    def _first(self, pattern: bytes, skipped: int, low: int, high: int) -> int:
+        """The first of the sorted places low .. high after which, `skipped` tokens on, the bytes are >= the pattern."""
+        text, start, stop = self._bytes, 4 * skipped, 4 * skipped + len(pattern)
+        return bisect_left(
+            self._places, pattern, low, high, key=lambda at: text[4 * at + start : 4 * at + stop].tobytes()
+        )
+
+    def _occurs(self, pattern: bytes, place: int) -> bool:
+        """Whether the pattern begins at a place, with a token after it."""
+        found = self._bytes[4 * place : 4 * place + len(pattern) + 4].tobytes()
+        return found.startswith(pattern) and not found.endswith(_END.tobytes())
+
+    def _match(self, length: int, low: int, high: int) -> Match:
+        step = -(-(high - low) // READ)
+        counts = Counter([self._tokens[place + length] for place in self._places[low:high:step]])
+        token = min(counts, key=lambda token: (-counts[token], token))
+        return Match(length, low, high, token, counts[token], counts.total())
