@@ -7,6 +7,7 @@ sorted by the bytes of at least DEPTH + 1 tokens that begin there, and then by t
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -20,17 +21,11 @@ from numpy.typing import NDArray
 from spec import files
 from spec.errors import SpecError
 
-FILE = "lookup.npy"
-"""Its name in a checkpoint's folder."""
-
-DEPTH = 32
-"""Tokens of the longest match."""
-
-READ = 64
-"""The next token is read of at most so many occurrences, at equal distances in the sorted order."""
-
+FILE = "lookup.npy"  # in a checkpoint's folder
+DEPTH = 32  # tokens of the longest match
+READ = 64  # of more occurrences than that, so many at equal distances in the sorted order are read
 _TOKEN = np.dtype("<i4")
-_END = np.array([-1], _TOKEN)
+_END = b"\xff" * 4  # the bytes of -1
 _HEADER = 128  # bytes that np.save writes before the array
 
 
@@ -59,14 +54,13 @@ def answers(ids: NDArray[np.integer], mask: NDArray[np.integer]) -> Iterator[tup
 
 def write(path: Path, answers: Iterable[Sequence[int]], megabytes: float) -> str:
     """Write the index of as many of the first answers as fit into a file of this size; returns its SHA-256."""
-    left = (int(megabytes * 1e6) - _HEADER) // (2 * _TOKEN.itemsize) - 1
-    pieces = [_END]
+    limit, held = (int(megabytes * 1e6) - _HEADER) // 8, array("i", [-1])
     for answer in answers:
-        left -= len(answer) + 1
-        if left < 0:
+        if len(held) + len(answer) + 1 > limit:
             break
-        pieces += [np.asarray(answer, _TOKEN), _END]
-    tokens = np.concatenate(pieces)
+        held.extend(answer)
+        held.append(-1)
+    tokens = np.array(held, _TOKEN)
     with files.whole(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.stack([tokens, _sorted_places(tokens)]), allow_pickle=False)
     return files.digest_file(path)
@@ -90,8 +84,8 @@ def _sorted_places(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
 class Lookup:
     """An index that is open for reading; what is not looked at stays on the disk."""
 
-    def __init__(self, array: NDArray[np.int32]) -> None:
-        self._tokens, self._places = memoryview(array[0]), memoryview(array[1])  # faster than arrays, one by one
+    def __init__(self, rows: NDArray[np.int32]) -> None:
+        self._tokens, self._places = memoryview(rows[0]), memoryview(rows[1])  # faster than arrays, one by one
         self._bytes = self._tokens.cast("B")
 
     @classmethod
@@ -113,20 +107,21 @@ class Lookup:
             length = (found + limit + 1) // 2
             pattern = last[-4 * length :]
             first = self._first(pattern, 0, 0, len(self._places))
-            if first < len(self._places) and self._occurs(pattern, self._places[first]):
+            start, end = 4 * self._places[first], pattern + _END
+            if self._bytes[start : start + len(end)].tobytes() < end:
                 found, low = length, first
             else:
                 limit = length - 1
-        high = self._first(last[-4 * found :] + _END.tobytes(), 0, low, len(self._places))
+        high = self._first(last[-4 * found :] + _END, 0, low, len(self._places))
         return self._match(found, low, high) if found else None
 
     def narrow(self, match: Match, token: int) -> Match | None:
-        """The match of the tail with a token appended, one token longer; None where there is none: then find another."""
+        """The match of the tail with a token appended, one token longer; None where that is none, or too long."""
         if match.length == DEPTH:
             return None
         pattern = np.array(token, _TOKEN).tobytes()
         low = self._first(pattern, match.length, match.low, match.high)
-        high = self._first(pattern + _END.tobytes(), match.length, low, match.high)
+        high = self._first(pattern + _END, match.length, low, match.high)
         return self._match(match.length + 1, low, high) if low < high else None
 
     def holds(self, wanted: Container[tuple[int, ...]]) -> bool:
@@ -138,14 +133,7 @@ class Lookup:
     def _first(self, pattern: bytes, skipped: int, low: int, high: int) -> int:
         """The first of the sorted places low .. high after which, `skipped` tokens on, the bytes are >= the pattern."""
         text, start, stop = self._bytes, 4 * skipped, 4 * skipped + len(pattern)
-        return bisect_left(
-            self._places, pattern, low, high, key=lambda at: text[4 * at + start : 4 * at + stop].tobytes()
-        )
-
-    def _occurs(self, pattern: bytes, place: int) -> bool:
-        """Whether the pattern begins at a place, with a token after it."""
-        found = self._bytes[4 * place : 4 * place + len(pattern) + 4].tobytes()
-        return found.startswith(pattern) and not found.endswith(_END.tobytes())
+        return bisect_left(self._places, pattern, low, high, key=lambda p: text[4 * p + start : 4 * p + stop].tobytes())
 
     def _match(self, length: int, low: int, high: int) -> Match:
         step = -(-(high - low) // READ)
