@@ -10,23 +10,22 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spec import files
+from spec.corpus.sequences import Ids, Mask, spans
 from spec.errors import SpecError
 
 FILE = "lookup.npy"  # in a checkpoint's folder
 DEPTH = 32  # tokens of the longest match
-READ = 64  # of more occurrences than that, so many at equal distances in the sorted order are read
+READ = 64  # occurrences that are read at most: of more, some at equal distances in the sorted order
 _TOKEN = np.dtype("<i4")
 _END = b"\xff" * 4  # the bytes of -1
-_HEADER = 128  # bytes that np.save writes before the array
 
 
 class LookupFileError(SpecError):
@@ -45,16 +44,14 @@ class Match:
     total: int  # of how many occurrences that were read
 
 
-def answers(ids: NDArray[np.integer], mask: NDArray[np.integer]) -> Iterator[tuple[int, ...]]:
+def answers(ids: Ids, mask: Mask) -> list[tuple[int, ...]]:
     """The answers of a sequence as the index is to hold them: each run of supervised tokens is one."""
-    edges = np.flatnonzero(np.diff(mask.astype(bool), prepend=False, append=False))
-    for start, stop in edges.reshape(-1, 2):
-        yield tuple(ids[start:stop].tolist())
+    return [tuple(ids[start:stop].tolist()) for start, stop in spans(mask)]
 
 
 def write(path: Path, answers: Iterable[Sequence[int]], megabytes: float) -> str:
     """Write the index of as many of the first answers as fit into a file of this size; returns its SHA-256."""
-    limit, held = (int(megabytes * 1e6) - _HEADER) // 8, array("i", [-1])
+    limit, held = (int(megabytes * 1e6) - 128) // 8, array("i", [-1])  # np.save writes 128 bytes before the array
     for answer in answers:
         if len(held) + len(answer) + 1 > limit:
             break
@@ -66,25 +63,24 @@ def write(path: Path, answers: Iterable[Sequence[int]], megabytes: float) -> str
     return files.digest_file(path)
 
 
-def _sorted_places(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+def _sorted_places(tokens: Ids) -> Ids:
     """Row 1 for row 0, by prefix doubling (Manber and Myers 1993)."""
     _, rank = np.unique(tokens.view(">u4").astype(np.uint32), return_inverse=True)
-    places, width = np.argsort(rank, kind="stable"), 1
-    while width <= DEPTH:  # rank and places tell `width` tokens apart
+    places = np.argsort(rank, kind="stable")
+    for width in (1, 2, 4, 8, 16, DEPTH):  # before each step, rank and places tell so many tokens apart
         after = np.zeros_like(rank)
         after[:-width] = rank[width:] + 1
         key = (rank * (len(rank) + 1) + after)[places]
         order = np.argsort(key, kind="stable")
         places, key = places[order], key[order]
         rank[places] = np.cumsum(np.diff(key, prepend=key[0]) != 0)
-        width *= 2
     return places.astype(_TOKEN)
 
 
 class Lookup:
     """An index that is open for reading; what is not looked at stays on the disk."""
 
-    def __init__(self, rows: NDArray[np.int32]) -> None:
+    def __init__(self, rows: Ids) -> None:
         self._tokens, self._places = memoryview(rows[0]), memoryview(rows[1])  # faster than arrays, one by one
         self._bytes = self._tokens.cast("B")
 
@@ -93,9 +89,7 @@ class Lookup:
         """Open the file that has this SHA-256; a LookupFileError where it is missing, damaged or another one."""
         found = files.digest_file(path) if path.is_file() else None
         if found != digest:
-            state = (
-                f"damaged or another checkpoint's: its SHA-256 is {found}, expected {digest}" if found else "missing"
-            )
+            state = f"damaged or another's: its SHA-256 is {found}, expected {digest}" if found else "missing"
             raise LookupFileError(f"{path} is {state}. Train again, which writes it")
         return cls(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
 
@@ -105,9 +99,8 @@ class Lookup:
         limit = len(last) // 4
         while found < limit:  # where a suffix occurs, all shorter ones do
             length = (found + limit + 1) // 2
-            pattern = last[-4 * length :]
-            first = self._first(pattern, 0, 0, len(self._places))
-            start, end = 4 * self._places[first], pattern + _END
+            first, end = self._first(last[-4 * length :], 0, 0, len(self._places)), last[-4 * length :] + _END
+            start = 4 * self._places[first]
             if self._bytes[start : start + len(end)].tobytes() < end:
                 found, low = length, first
             else:

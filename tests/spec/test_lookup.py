@@ -81,7 +81,7 @@ def test_another_file_is_refused(path: Path) -> None:
     whole = path.read_bytes()
     for found, expected in ((whole, digest), (whole[:-4], other), (whole[:-1] + b"\x01", other), (b"", other)):
         path.write_bytes(found)
-        with pytest.raises(LookupFileError, match=r"lookup.npy is damaged or another.*Train again"):
+        with pytest.raises(LookupFileError, match=r"lookup.npy is damaged or another's.*Train again"):
             Lookup.open(path, expected)
     path.unlink()
     with pytest.raises(LookupFileError, match=r"lookup.npy is missing. Train again"):
@@ -89,8 +89,8 @@ def test_another_file_is_refused(path: Path) -> None:
 
 
 def test_answers_are_runs_of_supervised_tokens_and_held_whole(path: Path) -> None:
-    ids, mask = np.arange(8), np.array([1, 0, 1, 1, 0, 0, 1, 1], np.uint8)
-    found = list(lookup.answers(ids, mask))
+    ids, mask = np.arange(8, dtype=np.int32), np.array([1, 0, 1, 1, 0, 0, 1, 1], np.uint8)
+    found = lookup.answers(ids, mask)
     assert found == [(0,), (2, 3), (6, 7)]
     index = opened(path, found)
     assert index.holds({(9,), (2, 3)})
