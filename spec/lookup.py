@@ -23,7 +23,7 @@ from spec.errors import SpecError
 
 FILE = "lookup.npy"  # in a checkpoint's folder
 DEPTH = 32  # tokens of the longest match
-READ = 64  # of more occurrences than that, so many at equal distances in the sorted order are read
+READ = 64  # occurrences that are read at most: of more, some at equal distances in the sorted order
 _TOKEN = np.dtype("<i4")
 _END = b"\xff" * 4  # the bytes of -1
 
@@ -66,15 +66,14 @@ def write(path: Path, answers: Iterable[Sequence[int]], megabytes: float) -> str
 def _sorted_places(tokens: Ids) -> Ids:
     """Row 1 for row 0, by prefix doubling (Manber and Myers 1993)."""
     _, rank = np.unique(tokens.view(">u4").astype(np.uint32), return_inverse=True)
-    places, width = np.argsort(rank, kind="stable"), 1
-    while width <= DEPTH:  # rank and places tell `width` tokens apart
+    places = np.argsort(rank, kind="stable")
+    for width in (1, 2, 4, 8, 16, DEPTH):  # before each step, rank and places tell so many tokens apart
         after = np.zeros_like(rank)
         after[:-width] = rank[width:] + 1
         key = (rank * (len(rank) + 1) + after)[places]
         order = np.argsort(key, kind="stable")
         places, key = places[order], key[order]
         rank[places] = np.cumsum(np.diff(key, prepend=key[0]) != 0)
-        width *= 2
     return places.astype(_TOKEN)
 
 
@@ -90,9 +89,7 @@ class Lookup:
         """Open the file that has this SHA-256; a LookupFileError where it is missing, damaged or another one."""
         found = files.digest_file(path) if path.is_file() else None
         if found != digest:
-            state = (
-                f"damaged or another checkpoint's: its SHA-256 is {found}, expected {digest}" if found else "missing"
-            )
+            state = f"damaged or another's: its SHA-256 is {found}, expected {digest}" if found else "missing"
             raise LookupFileError(f"{path} is {state}. Train again, which writes it")
         return cls(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
 
@@ -102,9 +99,8 @@ class Lookup:
         limit = len(last) // 4
         while found < limit:  # where a suffix occurs, all shorter ones do
             length = (found + limit + 1) // 2
-            pattern = last[-4 * length :]
-            first = self._first(pattern, 0, 0, len(self._places))
-            start, end = 4 * self._places[first], pattern + _END
+            first, end = self._first(last[-4 * length :], 0, 0, len(self._places)), last[-4 * length :] + _END
+            start = 4 * self._places[first]
             if self._bytes[start : start + len(end)].tobytes() < end:
                 found, low = length, first
             else:

@@ -3,16 +3,17 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from spec import base, corpus, files
+from spec import base, corpus, files, lookup
 from spec.config import Config
 from spec.errors import SpecError
+from spec.heads import checkpoint
 from spec.store import index, locks, upkeep
 from spec.store.manifest import Manifest
 from spec.store.transfer import Place, Transfer
@@ -126,6 +127,7 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
         f"{removal.segments} segments were rewritten or removed. {removal.indexed} of the given rows are in the "
         "store's index; all were also looked for by the tokens that the template gives now"
     )
+    _name_holders(removal.answers | _answers_here(given))
     if removal.missed:
         raise SpecError(
             f"{removal.missed} of the {len(given)} given rows were not found in {root}: they are gone already, or "
@@ -139,6 +141,24 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
         "of other tokenizers were not looked at: run this with their base in model.partial_pretrain. Copies that "
         "`spec store push` made still hold the rows, and a pull brings them back: remove such a copy and push it anew."
     )
+
+
+def _answers_here(given: Container[bytes]) -> set[tuple[int, ...]]:
+    """What this project was trained on of given rows, which an earlier forget may have removed from the store."""
+    path = common.responses_path("train")
+    rows = [row for row in corpus.read(path) if row.source in given] if path.exists() else []
+    return {answer for row in rows for answer in lookup.answers(row.ids, row.mask)}
+
+
+def _name_holders(answers: Container[tuple[int, ...]]) -> None:
+    """Name the project's checkpoints whose index holds one of these answers, or cannot be read."""
+    for path in sorted(common.MODEL.rglob(lookup.FILE)):
+        try:
+            digest = files.read_json(path.parent / checkpoint.CONFIG).get("lookup")
+            if lookup.Lookup.open(path, digest).holds(answers):
+                common.say(f"{path} holds answers to these rows: remove them from your data and train again")
+        except (OSError, ValueError, AttributeError) as error:
+            common.say(f"{path} may hold answers to these rows: {error}")
 
 
 def _given_rows(

@@ -9,11 +9,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spec import files
+from spec import files, lookup
 from spec.store import index, segment
 from spec.store.codecs import CODECS
 from spec.store.collection import DAMAGED, Collection, collections
@@ -47,6 +47,7 @@ class Removal:
     kept: int = 0  # segments that stay
     indexed: int = 0  # forget: source rows that the index knew
     missed: int = 0  # forget: source rows of which nothing was stored
+    answers: set[tuple[int, ...]] = field(default_factory=set)  # forget: those that the removed rows held
 
 
 def add_root(root: Path, path: Path, segments: Mapping[str, Sequence[str]]) -> None:
@@ -235,12 +236,17 @@ def _forget(collection: Collection, name: str, given: Callable[[Row], bool], rem
     record = collection.record(name)
     arrays, attributes = collection.read(name)
     rows = segment.rows_of(arrays, attributes)
-    left = [number for number, row in enumerate(rows) if not given(row)]
-    if len(left) == len(rows):
+    gone = {number: row for number, row in enumerate(rows) if given(row)}
+    if not gone:
         removal.kept += 1
         return
+    left = [number for number in range(len(rows)) if number not in gone]
+    for row in gone.values():
+        removal.answers.update(
+            lookup.answers(row["ids"], row["mask"]) if "ids" in row else [tuple(row["answer"].tolist())]
+        )
     removal.segments += 1
-    removal.rows += len(rows) - len(left)
+    removal.rows += len(gone)
     removal.bytes += record.size
     if left:
         claim = collection.claim([record.items[number] for number in left])

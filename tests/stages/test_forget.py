@@ -1,5 +1,6 @@
-"""`spec store forget` says what it has not found."""
+"""`spec store forget` says what it has not found, and which checkpoints hold what it removed."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from spec import corpus, lookup
 from stages import cli
 from tests.stages.workspace import ok, prepare, run_through
 
@@ -44,6 +46,22 @@ def test_a_row_that_cannot_be_read_is_an_error(table: pa.Table, tmp_path: Path) 
     said = forget(pa.table({"prompt": [table["question"][8].as_py(), None]}), tmp_path, status=1)
     assert "rows.parquet, row 1: column prompt is null. Nothing was removed" in said
     assert "are gone" not in said
+
+
+def test_checkpoints_that_draft_by_forgotten_answers_are_named(table: pa.Table, tmp_path: Path) -> None:
+    rows = corpus.read("data/responses/train.parquet")
+    answers = [answer for row in rows for answer in lookup.answers(row.ids, row.mask)]
+    for folder, held, known in (("", answers, True), ("last", answers[:10] + answers[11:], True), ("old", [], False)):
+        path = Path("models/speculator") / folder / lookup.FILE
+        digest = lookup.write(path, held, 1)
+        (path.parent / "config.json").write_text(json.dumps({"lookup": digest if known else "another"}))
+    for status in (0, 1):  # the second time they are gone from the store, but data/responses holds them
+        said = forget(table.slice(10, 1), tmp_path, status)
+        assert "models/speculator/lookup.npy holds answers to these rows: " in said
+        assert "models/speculator/last" not in said
+        assert "models/speculator/old/lookup.npy may hold answers to these rows: " in said
+    Path("data/responses/train.parquet").unlink()
+    assert "models/speculator/lookup.npy holds answers to these rows: " in forget(table.slice(12, 1), tmp_path)
 
 
 def test_rows_are_found_after_a_change_of_template(table: pa.Table, tmp_path: Path) -> None:
