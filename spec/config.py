@@ -187,7 +187,7 @@ class Decode(Section):
     ngram_max: Positive = 8
     draft_len: Positive | None = None
     lookup_mb: NonNegative = 64.0
-    token_cost: Rate = 0.04
+    token_cost: Rate = 0.03
 
     @model_validator(mode="after")
     def _ordered(self) -> Decode:

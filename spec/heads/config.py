@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from spec.heads.packed import LAST, Tap
-from spec.section import Positive, Section, explain
+from spec.section import Positive, Section, explain, listed
 
 IGNORED_KEYS = frozenset(
     [
@@ -85,11 +85,14 @@ class OnBase(Section):
     base_revision: str | None = None
 
 
+Numbers = Annotated[tuple[float, ...], BeforeValidator(listed)]
+
+
 class SpeculatorConfig(OnBase, Params):
     """The shape of a speculator and the base that it belongs to; each method has its own class, with its parameters."""
 
     lookup: str | None = None  # SHA-256 of the index of training answers next to it (spec.lookup)
-    mixer: Mapping[str, tuple[float, ...]] | None = None  # weights of spec.mixer by source, fitted on val
+    mixer: Mapping[str, Numbers] | None = None  # weights of spec.mixer by source, fitted on val
 
     @model_validator(mode="after")
     def _part_of_the_vocabulary(self) -> Self:
