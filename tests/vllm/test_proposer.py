@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from spec import heads
 from spec.config import Decode
-from spec.drafting import Drafter, NgramIndex
+from spec.drafting import Drafter, Sources, complete
 from spec.heads import CheckpointError
 from spec.serving import ServingError
 from spec.serving import vllm as serving
@@ -101,18 +102,24 @@ def test_heads_of_every_method_draft_from_the_state_behind_the_last_token(tmp_pa
     assert found == [row[:2] for row in wanted[:2]]
 
 
+def drafted(sources: Sources, ids: list[int], speculator: Any = None, state: Any = None) -> list[int]:
+    """What decoding drafts after these tokens, at most 8."""
+    drafter = Drafter(sources)
+    drafter.extend(ids)
+    draft = drafter.draft(8)
+    complete([draft], None if state is None else functools.partial(speculator.draft, state, torch.tensor(ids[-1:])))
+    return draft.tokens
+
+
 def test_hybrid_drafts_as_decoding_does(checkpoint: Path) -> None:
-    made = proposer(checkpoint, 8, draft="hybrid")
+    decode = Decode(draft="hybrid", token_cost=1e-3)  # random heads are hardly worth more
+    made = proposer(checkpoint, 8, draft="hybrid", token_cost=1e-3)
     tokens = {"loop": [1, 2, 3, 4, 1, 2, 3], "new": [9, 8, 7, 6]}
     states = torch.randn(2, D, generator=torch.Generator().manual_seed(3))
     found = propose(made, list(tokens), list(tokens.values()), [[3], [6]], states)
     speculator = heads.load(checkpoint)
     for i, (ids, draft) in enumerate(zip(tokens.values(), found, strict=True)):
-        drafter = Drafter(Decode(draft="hybrid"), 3)
-        drafter.extend(ids)
-        row = speculator.draft(states[i : i + 1], torch.tensor(ids[-1:]))[0].tolist()
-        wanted = drafter.draft(8)
-        assert draft == (drafter.follow(8, row[:wanted]) if isinstance(wanted, int) else wanted)
+        assert draft == drafted(Sources(decode, "hybrid", speculator.config), ids, speculator, states[i : i + 1])
     assert found[0][:4] == [4, 1, 2, 3]  # looked up
     assert found[1][:3] == speculator.draft(states[1:], torch.tensor([6]))[0].tolist()  # from the heads
 
@@ -123,10 +130,9 @@ def test_ngrams_see_what_was_written_in_steps_without_a_draft(checkpoint: Path) 
     assert propose(made, "a", [[1, 2, 3]], [[3]], states) == [[]]
     # vLLM skips the proposer in some steps; the tokens of these are not in `sampled`.
     ids = [1, 2, 3, 4, 5, 1, 2]
-    index = NgramIndex(Decode().ngram_min, Decode().ngram_max, ids)
     (found,) = propose(made, "a", [ids], [[2]], states)
     assert found
-    assert found == index.draft(8)[: len(found)]
+    assert found == drafted(Sources(Decode(), "ngram"), ids)
 
 
 def test_requests_that_move_end_or_come_back_keep_their_own_tokens(checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ import openai
 import pytest
 
 from spec import acceptance, heads
-from spec.acceptance import Answer
 from spec.config import Decode
-from spec.drafting import Source, drafts_along
+from spec.drafting import Source, Sources, open_lookup
 from spec.serving import server as servers
 from spec.serving.server import Server
 from spec.store import tables
@@ -149,13 +148,11 @@ def test_mean_acceptance_length_is_the_walks(served: Trained, road: Road, server
     answer(server, served.prompts)
     measured = servers.mean_acceptance_length(before, server.counters())
     head = heads.load(served.checkpoint, tables=tables.Tables(served.reader.tables))
-    answers = acceptance.draft_answers(head, served.reader, range(PROMPTS))
-
-    def drafts(answer: Answer) -> list[list[int]]:
-        along = drafts_along(answer.ids, answer.start, Decode(), answer.drafts, road.source)
-        return [list(draft[: road.most]) for draft in along]
-
-    walks = acceptance.walks(served.reader, answers, drafts)
+    sources = Sources(Decode(), road.source, head.config, open_lookup(served.checkpoint, head.config))
+    answers = acceptance.draft_answers(head, served.reader, range(PROMPTS), sources=sources)
+    cut = [replace(answer, drafts=[draft[: road.most] for draft in answer.drafts]) for answer in answers]
+    # vLLM counts the steps that have a draft.
+    walks = [replace(walk, accepted=walk.accepted[walk.drafted > 0]) for walk in acceptance.walks(served.reader, cut)]
     low, high = acceptance.interval(walks)
     figure = acceptance.tokens_per_step(walks)
     print(f"{road}: vLLM {measured:.3f}, offline {figure:.3f}, interval {low:.3f} to {high:.3f}")
