@@ -128,8 +128,8 @@ class Sources:
 
 def every_source(decode: Decode, head: SpeculatorConfig, lookup: Lookup | None) -> dict[Source, Sources]:
     """All that can draft, by name."""
-    names: list[Source] = ["head", "ngram", *(["lookup"] if lookup is not None else []), "hybrid"]  # type: ignore[list-item]
-    return {name: Sources(decode, name, head, lookup) for name in names}
+    names: tuple[Source, ...] = ("head", "ngram", "lookup", "hybrid")
+    return {name: Sources(decode, name, head, lookup) for name in names if name != "lookup" or lookup is not None}
 
 
 def sources_of(checkpoint: str | Path, config: SpeculatorConfig, decode: Decode) -> Sources:
