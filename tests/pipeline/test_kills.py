@@ -31,7 +31,7 @@ def outcome(root: Path) -> dict[str, Any]:
     config = config_module.load(root / "params.yaml")
     found: dict[str, Any] = {"weights": files.digest_file(root / common.MODEL / "pytorch_model.bin")}
     metrics = files.read_json(root / "results/evaluate/details.json")
-    found |= {name: metrics[name] for name in ("offline", "ngram", "hybrid", "repetition")}
+    found |= {name: metrics[name] for name in ("offline", "ngram", "lookup", "hybrid", "repetition")}
     for split in common.SPLITS:
         rows = corpus.read(root / common.responses_path(split))
         found[f"answers of {split}"] = [(row.ids.tolist(), row.mask.tolist(), row.domain) for row in rows]
