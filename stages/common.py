@@ -25,9 +25,11 @@ from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
+from spec.record import ChangedError
 from spec.store import answers, identity, upkeep
 from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
+from spec.store.segment import DamagedError, OutdatedError
 from spec.workers import Worker
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,14 @@ EVALUATE_RESULTS = Path("results/evaluate")
 DETAILS = "details.json"
 """Every figure of a stage. metrics.json has the few that a person decides by, under short names: dvc shows them."""
 SPLITS = ("train", "val", "eval")
+_REMEDIES: dict[type[SpecError], str] = {
+    DamagedError: "`spec store verify` sets damaged segments aside, then `spec respond` and `spec cache` compute again "
+    "what is missing; or point features.store to the store that has it",
+    OutdatedError: "`dvc repro` runs the stages that make it again (`spec respond` and `spec cache` for answers and "
+    "features); `spec store gc` removes what is no longer used",
+    ChangedError: "`dvc checkout` or `dvc exp apply` brings results back that belong together",
+}
+"""The commands that repair what an error says, which the library does not know."""
 
 
 def tokens_path(split: str) -> Path:
@@ -131,13 +141,19 @@ def stage_of(group: click.Group) -> Callable[[Callable[..., None]], Callable[...
     return add
 
 
+def advice(error: SpecError) -> str:
+    """An error's message, and the command that repairs it where there is one."""
+    remedy = next((text for kind, text in _REMEDIES.items() if isinstance(error, kind)), None)
+    return str(error) if remedy is None else f"{error}. {remedy}"
+
+
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn errors that users can repair into one message without a traceback."""
     try:
         yield
     except SpecError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(advice(error)) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = error.filename or "the disk"

@@ -81,10 +81,10 @@ def verify(config: Config, dry_run: bool) -> None:
     for problem in problems:
         common.say(str(problem))
     if problems:
-        moved = "Damaged segments are set aside: `spec respond` and `spec cache` compute them again"
+        moved = "Nothing was moved" if dry_run else "Damaged segments are set aside"
         raise SpecError(
-            f"store {root}: {whole} segments are whole; {len(problems)} problems are named above. "
-            f"{'Nothing was moved' if dry_run else moved}"
+            f"store {root}: {whole} segments are whole; {len(problems)} problems are named above. {moved}. `spec "
+            "respond` and `spec cache` compute again what is missing, `spec store gc` removes what no manifest names"
         )
     common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
 
@@ -249,7 +249,11 @@ def _copy(root: Path, transfer: Transfer, name: str, follow: bool, dry_run: bool
         common.say(str(problem))
     if transfer.problems:
         left = "everything else would be copied" if dry_run else "everything else is copied"
-        raise SpecError(f"{name}: {len(transfer.problems)} problems are named above; {left}")
+        raise SpecError(
+            f"{name}: {len(transfer.problems)} problems are named above; {left}. `spec store verify` sets damaged "
+            "segments of your own store aside; elsewhere remove them by hand, and push them again from a store that "
+            "has them"
+        )
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def sync(config: Config) -> None:
             what = f"made again as run {made}" if made else "is there, complete"
             common.say(f"track: {record.name} run {record.run_id} {what}, at {tracking.without_password(uri)}")
         except SpecError as error:  # the other runs are sent all the same
-            problems.append(str(error))
+            problems.append(common.advice(error))
     if problems:
         raise SpecError("\n".join(problems))
     if not tracked:
