@@ -79,11 +79,10 @@ def _measure(
     """Walk, decode, compare, and write results/evaluate: the metrics, and those of the domains that a table shows."""
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
-    kind = tables.logits(reader.tables)
     found = tables.Tables(reader.tables)
-    teacher = None
-    if kind is not None:
-        teacher = base.Teacher(found["lm_head"], kind, found.get("bias")).over(None, device, dtype)
+    teacher = found.teacher()
+    if teacher is not None:
+        teacher = teacher.over(None, device, dtype)
     passes = 1 if teacher is None else 2
     with common.progress(passes * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
         speculator = heads.load(common.MODEL, device, dtype, found)

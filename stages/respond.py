@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spec import base, corpus, files
+from spec import base, corpus
 from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
@@ -40,13 +40,12 @@ def respond(config: Config, worker: Path | None) -> None:
         split: [row.ids[: row.prompt_length] for row in rows if row.prompt_length] for split, rows in tokens.items()
     }
     prompts = list(itertools.chain.from_iterable(asked.values()))
-    plan = None if worker is None else files.read_json(worker)
+    plan = None if worker is None else common.read_plan(worker, config)
     computed_in = common.arithmetic_here(config) if plan is None else plan["arithmetic"]
     content = identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)
     collection = Collection(common.store_root(config), "answers", content)
     folder, trusted = common.base_folder(config, sources), config.model.trust_remote_code
     if plan is not None:
-        common.check_arithmetic(computed_in, config)
         _work(config, collection, prompts, plan["groups"], folder, sources)
         return
     bucket: Callable[[int], int] = base.prompt_bucket

@@ -18,7 +18,7 @@ def track() -> None:
     """Look after the runs in MLflow."""
 
 
-@common.stage_of(track)
+@common.stage
 def sync(config: Config) -> None:
     """Make the runs whose results lie here on a server that does not have them complete.
 
@@ -47,3 +47,6 @@ def sync(config: Config) -> None:
             f"no tracked run lies here (none of {', '.join(map(str, paths))} names one); run train or evaluate with "
             "mlflow in trainer.logger"
         )
+
+
+track.add_command(sync)

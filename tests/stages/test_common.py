@@ -200,6 +200,8 @@ def test_torchrun_is_this_environments(module: str, monkeypatch: pytest.MonkeyPa
             commands.append(command)
             assert env["PYTHONPATH"].split(os.pathsep)[0] == str(common.PROJECT)
 
+        send_signal = signal.raise_signal
+
         def wait(self) -> int:
             return 0
 
