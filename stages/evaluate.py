@@ -30,6 +30,7 @@ _BARS = {"head": "tokens_per_step", "n-gram": "ngram_tokens_per_step", "hybrid":
 """Names in domains.csv and its picture, and the figures of a domain that they are."""
 _DRAWN = 8
 """Positions of an n-gram's draft that acceptance.csv and its picture show."""
+_Timed = dict[Source, list[evaluation.Timed]]
 _LOSSLESS_PROMPTS, _LOSSLESS_TOKENS = 4, 32
 HEADLINE = [*_TOKENS_PER_STEP, "x_plain", "lossless"]
 """The figures of metrics.json, which stand on the MLflow run that trained the heads, too."""
@@ -88,23 +89,9 @@ def _measure(
         speculator = heads.load(common.MODEL, device, dtype, found)
         measured = evaluation.offline(speculator, reader, config.decode, teacher, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
-    timed: dict[Source, list[evaluation.Timed]] = {source: [] for source in ("none", *evaluation.SOURCES)}
-    same = None
     paper = evaluation.on_paper(measured, reader, config.decode, indices, config.evaluate.max_new_tokens)
-    if indices:
-        model = _model(config, source, config.model.dtype)
-        with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
-            timed = evaluation.decoding(model, reader, indices, config.evaluate.max_new_tokens, bar.update)
-        if not model.base.limits.takes_back:
-            common.say("evaluate: the base cannot take drafts back; only plain decoding was measured")
-        else:
-            if model.base.model.dtype != torch.float32:
-                del model
-                gc.collect()
-                model = _model(config, source, "float32")
-            common.say("evaluate: comparing with plain decoding token for token, in float32")
-            length = min(_LOSSLESS_TOKENS, config.evaluate.max_new_tokens)
-            same = evaluation.lossless(model, reader, indices[:_LOSSLESS_PROMPTS], length)
+    nothing: _Timed = {source: [] for source in ("none", *evaluation.SOURCES)}
+    timed, same = _decode(config, source, reader, indices) if indices else (nothing, None)
     metrics = evaluation.summary(measured, timed, paper, same, config.decode.draft)
     trusted = config.model.trust_remote_code
     stops = base.stop_ids(base.resolve(source["name"], source["revision"], trusted), trusted)
@@ -115,6 +102,25 @@ def _measure(
     shown = evaluation.by_domain(measured, timed, paper, config.decode.draft, evaluation.largest(measured))
     _draw(measured, metrics["domains"], shown, n)
     return metrics, shown
+
+
+def _decode(
+    config: Config, source: Mapping[str, Any], reader: FeatureReader, indices: list[int]
+) -> tuple[_Timed, bool | None]:
+    """Prompts decoded for real, and whether no draft changes a token in float32; None where drafts cannot be taken
+    back."""
+    limit, model = config.evaluate.max_new_tokens, _model(config, source, config.model.dtype)
+    with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
+        timed = evaluation.decoding(model, reader, indices, limit, bar.update)
+    if not model.base.limits.takes_back:
+        common.say("evaluate: the base cannot take drafts back; only plain decoding was measured")
+        return timed, None
+    if model.base.model.dtype != torch.float32:
+        del model
+        gc.collect()
+        model = _model(config, source, "float32")
+    common.say("evaluate: comparing with plain decoding token for token, in float32")
+    return timed, evaluation.lossless(model, reader, indices[:_LOSSLESS_PROMPTS], min(_LOSSLESS_TOKENS, limit))
 
 
 def _decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def respond(config: Config, worker: Path | None) -> None:
     collection = Collection(common.store_root(config), "answers", content)
     folder, trusted = common.base_folder(config, sources), config.model.trust_remote_code
     if plan is not None:
-        _work(config, collection, prompts, plan["groups"], folder, sources)
+        _work(config, collection, prompts, plan["groups"], sources)
         return
     bucket: Callable[[int], int] = base.prompt_bucket
     if config.respond.engine == "transformers":
@@ -102,14 +102,10 @@ def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
 
 
 def _work(
-    config: Config,
-    collection: Collection,
-    prompts: list[Ids],
-    groups: list[list[int]],
-    folder: Path,
-    sources: dict[str, Any],
+    config: Config, collection: Collection, prompts: list[Ids], groups: list[list[int]], sources: dict[str, Any]
 ) -> None:
     """This worker's part."""
+    folder = common.base_folder(config, sources)
     answer: answers.Answer
     if config.respond.engine == "vllm":
         from spec.serving import answering  # vLLM is an extra

@@ -161,13 +161,8 @@ def _given_rows(
     return given, ""
 
 
-_manifests = click.option(
-    "--manifest",
-    "manifests",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Copy only what this manifest needs (data/features/SPLIT.json); may be given several times.",
-)
+_what = "Copy only what this manifest needs (data/features/SPLIT.json); may be given several times."
+_manifests = click.option("--manifest", "manifests", multiple=True, type=click.Path(path_type=Path), help=_what)
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be copied and how large it is; copy nothing.")
 
 
