@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 repro: install
 	@echo "Downloads a base and prompts, lets the base answer them, trains heads on its states, and measures them."
 	@echo "Ctrl-C stops it, and make repro then continues. The plan:"
-	@spec plan --no-measure 2>/dev/null || true
+	@spec plan 2>/dev/null || true
 	@dvc repro
 	@echo
 	@echo "Where to look: results/evaluate and results/train, or make ui and http://127.0.0.1:$(PORT)"

@@ -14,6 +14,10 @@ log = logging.getLogger(__name__)
 RUN_FILE = "mlflow_run.json"
 
 
+class ChangedError(SpecError):
+    """Results that are not those of the run that names them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Everything that a run in MLflow holds, or the file that holds it.
@@ -79,13 +83,10 @@ class Record:
         return {path: files.digest_file(Path(path)) for path in (*self.curves, *self.artifacts, *self.model)}
 
     def check_files(self) -> None:
-        """Check that the files are still those of the run; a SpecError names the first that is not."""
+        """Check that the files are still those of the run; a ChangedError names the first that is not."""
         for path, digest in self.digests.items():
             if not Path(path).is_file() or files.digest_file(Path(path)) != digest:
-                raise SpecError(
-                    f"{path} is missing or not the file that {self.name} run {self.run_id} wrote; `dvc checkout` or "
-                    "`dvc exp apply` brings results back that belong together"
-                )
+                raise ChangedError(f"{path} is missing or not the file that {self.name} run {self.run_id} wrote")
 
 
 def kept(folder: Path) -> Record | None:

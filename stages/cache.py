@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spec import base, files
 from spec.config import Config
 from spec.store import features, index, locks, tables, upkeep
-from spec.store.collection import Collection
 from spec.store.features import FeatureRow, Group, TapStore
 from spec.store.manifest import Manifest, Places, make_manifest
-from spec.workers import this_worker
+from spec.workers import Worker, this_worker
 from stages import common
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Where the store keeps what belongs to the base and its vectors."""
-
-    root: Path
-    taps: list[TapStore]
-    tables: Collection
 
 
 @common.worker_option
@@ -32,63 +21,69 @@ def cache(config: Config, worker: Path | None) -> None:
     """Run the base over what the store lacks, and write data/features/SPLIT.json."""
     sources = common.read_sources()
     splits = {split: common.read_responses(config, split, sources) for split in common.SPLITS}
+    folder = common.base_folder(config, sources)
+    text = base.read_config(folder, config.model.trust_remote_code).get_text_config()
     if not config.model.freeze_base_model:
-        _write_joint(config, sources)
+        _write_joint(config, sources, text)
         return
     rows = {split: list(map(FeatureRow.of, each)) for split, each in splits.items()}
     every = list(itertools.chain.from_iterable(rows.values()))
+    computed_in, root = common.arithmetic_here(config), common.store_root(config)
+    stores = features.tap_stores(root, sources["base"], config, computed_in, text.num_hidden_layers)
+    kept = tables.collection(root, sources["base"], config.model.dtype)
     if worker is not None:
-        plan = files.read_json(worker)
-        common.check_arithmetic(plan["arithmetic"], config)
-        _work(config, _kept(config, sources, plan["arithmetic"]), every, plan["groups"], sources)
+        groups = common.read_plan(worker, config)["groups"]
+        me = this_worker()
+        model = base.load(config.model, folder, sources["base"]["weights"])
+        if me.first:
+            tables.save(model, kept, [row.ids for row in every])
+        _produce(model, stores, every, groups, me)
         return
-    computed_in = common.arithmetic_here(config)
-    kept = _kept(config, sources, computed_in)
-    with locks.in_use(kept.root):
-        index.write(kept.root, itertools.chain.from_iterable(splits.values()))
-        known = [common.known_rows(store.collection, "cache") for store in kept.taps]
-        with_tables = tables.ITEM in common.known_rows(kept.tables, "cache")
+    with locks.in_use(root):
+        index.write(root, itertools.chain.from_iterable(splits.values()))
+        known = [common.known_rows(store.collection, "cache") for store in stores]
+        with_tables = tables.ITEM in common.known_rows(kept, "cache")
         groups = features.plan(every, known, config.features.segment_tokens)
-        _say_missing(kept, every, groups)
+        _say_missing(stores, every, groups)
         if groups or not with_tables:
-            needed = _needed_bytes(config, sources, kept, every, groups)
-            common.need_space(kept.root, needed, "cache")
+            common.need_space(root, _needed_bytes(config, stores, every, groups, text.hidden_size), "cache")
             common.run_workers(config, "stages.cache", {"arithmetic": computed_in, "groups": groups})
         greedy = config.base_answers and config.respond.temperature == 0
-        collections, shape = [store.collection for store in kept.taps], tables.shape(kept.tables)
+        collections, shape = [store.collection for store in stores], tables.shape(kept)
         report = {}
         for split, each in splits.items():
             keys = [row.key for row in rows[split]]
             manifest = make_manifest(collections, keys, each, greedy=greedy, base=sources["base"], **shape)
-            report[split] = _write(kept, split, manifest)
+            report[split] = _write(root, split, manifest)
     _report(report)
 
 
-def _kept(config: Config, sources: dict[str, Any], computed_in: str) -> _Kept:
-    root, layers = common.store_root(config), _text_config(config, sources).num_hidden_layers
-    taps = features.tap_stores(root, sources["base"], config, computed_in, layers)
-    return _Kept(root, taps, tables.collection(root, sources["base"], config.model.dtype))
+def _produce(model: base.Base, stores: list[TapStore], rows: list[FeatureRow], groups: list[Group], me: Worker) -> None:
+    """This worker's part."""
+    total = sum(len(rows[number].ids) for numbers, _ in groups for number in numbers)
+    with common.shared_progress(total, "tokens", "cache", me) as advance:
+        features.produce(model, stores, rows, groups, advance, me.rank, me.world)
 
 
-def _say_missing(kept: _Kept, rows: list[FeatureRow], groups: list[Group]) -> None:
+def _say_missing(stores: list[TapStore], rows: list[FeatureRow], groups: list[Group]) -> None:
     """How many sequences are to be computed, and for each tap how many the store has in another arithmetic."""
     missing = [rows[number] for numbers, _ in groups for number in numbers]
     tokens, unique = sum(len(row.ids) for row in missing), len({row.key for row in rows})
     common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
-    for number, store in enumerate(kept.taps):
+    for number, store in enumerate(stores):
         keys = {rows[index].key for numbers, taps in groups if number in taps for index in numbers}
         if keys:
             common.say_computed_elsewhere(store.collection, keys, "cache")
 
 
 def _needed_bytes(
-    config: Config, sources: dict[str, Any], kept: _Kept, rows: list[FeatureRow], groups: list[Group]
+    config: Config, stores: list[TapStore], rows: list[FeatureRow], groups: list[Group], width: int
 ) -> int:
     """What the segments of some groups take at most."""
-    width, needed = _text_config(config, sources).hidden_size, 0
+    needed = 0
     for numbers, taps in groups:
         group = [rows[number] for number in numbers]
-        vectors = sum(kept.taps[tap].position_bytes(group, width, config.model.dtype) for tap in taps)
+        vectors = sum(stores[tap].position_bytes(group, width, config.model.dtype) for tap in taps)
         needed += vectors + len(taps) * 5 * sum(len(row.ids) for row in group)
     return needed
 
@@ -100,9 +95,8 @@ def _report(report: dict[str, dict[str, float]]) -> None:
     files.write_json(common.CACHE_RESULTS / "metrics.json", shown)
 
 
-def _write_joint(config: Config, sources: dict[str, Any]) -> None:
+def _write_joint(config: Config, sources: dict[str, Any], text: Any) -> None:
     """Empty manifests: when the base is trained too, its states are never the same twice."""
-    text = _text_config(config, sources)
     shape = (text.hidden_size, text.vocab_size, text.num_hidden_layers)
     for split in common.SPLITS:
         target, content = common.features_path(split), files.digest_file(common.responses_path(split))
@@ -111,30 +105,13 @@ def _write_joint(config: Config, sources: dict[str, Any]) -> None:
     _report({})
 
 
-def _text_config(config: Config, sources: dict[str, Any]) -> Any:
-    """The configuration of the base's language model."""
-    return base.read_config(common.base_folder(config, sources), config.model.trust_remote_code).get_text_config()
-
-
-def _work(config: Config, kept: _Kept, rows: list[FeatureRow], groups: list[Group], sources: dict[str, Any]) -> None:
-    """This worker's part."""
-    me = this_worker()
-    folder = common.base_folder(config, sources)
-    model = base.load(config.model, folder, sources["base"]["weights"])
-    if me.first:
-        tables.save(model, kept.tables, [row.ids for row in rows])
-    total = sum(len(rows[number].ids) for numbers, _ in groups for number in numbers)
-    with common.shared_progress(total, "tokens", "cache", me) as advance:
-        features.produce(model, kept.taps, rows, groups, advance, me.rank, me.world)
-
-
-def _write(kept: _Kept, split: str, manifest: Manifest) -> dict[str, float]:
+def _write(root: Path, split: str, manifest: Manifest) -> dict[str, float]:
     """Keep the split's manifest; returns what it comes to."""
     target = common.features_path(split)
     manifest.save(target)
-    answered = upkeep.root_segments(kept.root, common.responses_path(split))
-    upkeep.add_root(kept.root, target, {**answered, **manifest.needed(kept.root)})
-    stored = sum(_bytes_of(places, kept.root, manifest) for places in manifest.taps)
+    answered = upkeep.root_segments(root, common.responses_path(split))
+    upkeep.add_root(root, target, {**answered, **manifest.needed(root)})
+    stored = sum(_bytes_of(places, root, manifest) for places in manifest.taps)
     a_position = stored / manifest.positions if manifest.positions else 0.0
     share = manifest.positions / manifest.tokens
     common.say(

@@ -25,9 +25,11 @@ from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
+from spec.record import ChangedError
 from spec.store import answers, identity, upkeep
 from spec.store.collection import Collection, check_identity
 from spec.store.manifest import Manifest
+from spec.store.segment import DamagedError, OutdatedError
 from spec.workers import Worker
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,14 @@ EVALUATE_RESULTS = Path("results/evaluate")
 DETAILS = "details.json"
 """Every figure of a stage. metrics.json has the few that a person decides by, under short names: dvc shows them."""
 SPLITS = ("train", "val", "eval")
+_REMEDIES: dict[type[SpecError], str] = {
+    DamagedError: "`spec store verify` sets damaged segments aside, then `spec respond` and `spec cache` compute again "
+    "what is missing; or point features.store to the store that has it",
+    OutdatedError: "`dvc repro` runs the stages that make it again (`spec respond` and `spec cache` for answers and "
+    "features); `spec store gc` removes what is no longer used",
+    ChangedError: "`dvc checkout` or `dvc exp apply` brings results back that belong together",
+}
+"""The commands that repair what an error says, which the library does not know."""
 
 
 def tokens_path(split: str) -> Path:
@@ -76,9 +86,7 @@ def stage(body: Callable[..., None]) -> click.Command:
 
     @functools.wraps(body)
     def run(params: Path, overrides: tuple[str, ...], **options: Any) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-        for noisy in ("httpx", "urllib3", "alembic", "mlflow", "aiobotocore", "botocore"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        show_log()
         if options.get("worker"):  # what the launching process has said already
             logging.getLogger("spec.config").setLevel(logging.WARNING)
         with clear_errors():
@@ -86,13 +94,19 @@ def stage(body: Callable[..., None]) -> click.Command:
             check_listed(params)
             body(config, **options)
 
-    name = body.__module__.rpartition(".")[2] if body.__module__ != "__main__" else Path(sys.argv[0]).stem
-    command = click.command(name, help=body.__doc__)(run)
+    command = click.command(body.__name__.rstrip("_"))(run)
     command.params += [
         click.Option(["--params"], type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True),
         click.Option(["-S", "--set", "overrides"], multiple=True, metavar="KEY=VALUE", help="Override a parameter."),
     ]
     return command
+
+
+def show_log() -> None:
+    """Show what modules log, on standard error: of the project all, of libraries what is worth a warning."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("httpx", "urllib3", "alembic", "mlflow", "aiobotocore", "botocore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def check_listed(params: Path) -> None:
@@ -121,14 +135,10 @@ def _has(tree: Any, path: list[str]) -> bool:
     return not path or (isinstance(tree, dict) and path[0] in tree and _has(tree[path[0]], path[1:]))
 
 
-def stage_of(group: click.Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A stage that is a command of a group, by its function's name; the function itself stays as it is."""
-
-    def add(body: Callable[..., None]) -> Callable[..., None]:
-        group.add_command(stage(body), body.__name__)
-        return body
-
-    return add
+def advice(error: SpecError) -> str:
+    """An error's message, and the command that repairs it where there is one."""
+    remedy = next((text for kind, text in _REMEDIES.items() if isinstance(error, kind)), None)
+    return str(error) if remedy is None else f"{error}. {remedy}"
 
 
 @contextlib.contextmanager
@@ -137,7 +147,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except SpecError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(advice(error)) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = error.filename or "the disk"
@@ -184,15 +194,10 @@ def shared_progress(total: int, unit: str, label: str, me: Worker) -> Iterator[C
 
 
 class Estimated:
-    """An answers.Answer that corrects the total of a progress bar of tokens as answers end.
+    """An answers.Answer that calls `advance` with the tokens just written, and an estimate of all tokens.
 
-    The estimate assumes that an answer ends after each of its tokens with the same probability, which is the number of
-    ended answers divided by that of written tokens.
-
-    Args:
-        answer: writes the answers.
-        waiting: how many answers this worker will write.
-        advance: is told the tokens just written, and the estimate of all tokens.
+    `answer` writes the answers, of which `waiting` are to come. The estimate assumes that an answer ends after each of
+    its tokens with the same probability, which is the number of ended answers divided by that of written tokens.
     """
 
     def __init__(self, answer: answers.Answer, waiting: int, advance: Callable[[int, float], object]) -> None:
@@ -200,12 +205,7 @@ class Estimated:
         self.ended = self.written = 0
 
     def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        limit: int,
-        temperature: float,
-        seeds: Sequence[int],
-        _: Callable[[int], object],
+        self, prompts: Sequence[Sequence[int]], limit: int, temperature: float, seeds: Sequence[int], _: object
     ) -> list[list[int]]:
         """Write answers, and tell `advance`."""
         size, counts = len(prompts), [0]
@@ -272,13 +272,15 @@ def arithmetic_here(config: Config) -> str:
     return str(arithmetic(config.model.dtype, choose_device())).removeprefix("torch.")
 
 
-def check_arithmetic(planned: str, config: Config) -> None:
-    """Raise a SpecError where a worker does not compute as the stage that started it, by which results are named."""
-    if arithmetic_here(config) != planned:
+def read_plan(worker: Path, config: Config) -> Any:
+    """A worker's plan; a SpecError where the worker computes otherwise than the stage, which named the results."""
+    plan, found = files.read_json(worker), arithmetic_here(config)
+    if found != plan["arithmetic"]:
         raise SpecError(
-            f"this worker computes in {arithmetic_here(config)}, and the stage that started it in {planned}: start it "
-            "on a machine like those of its workers (a GPU, or the same kind of CPU)"
+            f"this worker computes in {found}, and the stage that started it in {plan['arithmetic']}: start it on a "
+            "machine like those of its workers (a GPU, or the same kind of CPU)"
         )
+    return plan
 
 
 def responses_origin(config: Config, sources: dict[str, Any], computed_in: str) -> dict[str, Any]:
@@ -357,15 +359,21 @@ def run_workers(config: Config, module: str, plan: Any) -> None:
             process = subprocess.Popen(command, env={**torchrun, **child_environment()})
         except OSError as error:
             raise SpecError(f"trainer.launcher: {launcher[0]!r} could not be started ({error.strerror})") from None
-        signals = (signal.SIGTERM, signal.SIGINT)
-        previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
-        try:
+        with on_signals(process.send_signal, signal.SIGTERM, signal.SIGINT):
             status = process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
     if status:
         raise SpecError(f"a worker failed (exit status {status}); its message is above")
+
+
+@contextlib.contextmanager
+def on_signals(handle: Callable[[int], object], *numbers: int) -> Iterator[None]:
+    """Call `handle` with the number of each of these signals that comes within the block."""
+    previous = {number: signal.signal(number, lambda came, _: handle(came)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def child_environment() -> dict[str, str]:

@@ -35,6 +35,7 @@ _BARS = {
 """Names in domains.csv and its picture, and the figures of a domain that they are; no lookup without an index."""
 _DRAWN = 8
 """Positions of an n-gram's draft that acceptance.csv and its picture show."""
+_Timed = dict[Source, list[evaluation.Timed]]
 _LOSSLESS_PROMPTS, _LOSSLESS_TOKENS = 4, 32
 HEADLINE = [*_TOKENS_PER_STEP, "x_plain", "lossless"]
 """The figures of metrics.json, which stand on the MLflow run that trained the heads, too."""
@@ -84,34 +85,19 @@ def _measure(
     """Walk, decode, compare, and write results/evaluate: the metrics, and those of the domains that a table shows."""
     device = choose_device()
     dtype = arithmetic(config.model.dtype, device)
-    kind = tables.logits(reader.tables)
     found = tables.Tables(reader.tables)
-    teacher = None
-    if kind is not None:
-        teacher = base.Teacher(found["lm_head"], kind, found.get("bias")).over(None, device, dtype)
+    teacher = found.teacher()
+    if teacher is not None:
+        teacher = teacher.over(None, device, dtype)
     passes = 2 if teacher is None else 3
     with common.progress(passes * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
         speculator = heads.load(common.MODEL, device, dtype, found)
         every = every_source(config.decode, speculator.config, open_lookup(common.MODEL, speculator.config))
         measured = evaluation.offline(speculator, reader, every, teacher, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
-    timed: dict[Source, list[evaluation.Timed]] = {source: [] for source in ("none", *measured.walks)}
-    same = None
     paper = evaluation.on_paper(measured, reader, indices, config.evaluate.max_new_tokens)
-    if indices:
-        model = _model(config, source, config.model.dtype)
-        with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
-            timed = evaluation.decoding(model, reader, indices, config.evaluate.max_new_tokens, bar.update)
-        if not model.base.limits.takes_back:
-            common.say("evaluate: the base cannot take drafts back; only plain decoding was measured")
-        else:
-            if model.base.model.dtype != torch.float32:
-                del model
-                gc.collect()
-                model = _model(config, source, "float32")
-            common.say("evaluate: comparing with plain decoding token for token, in float32")
-            length = min(_LOSSLESS_TOKENS, config.evaluate.max_new_tokens)
-            same = evaluation.lossless(model, reader, indices[:_LOSSLESS_PROMPTS], length)
+    nothing: _Timed = {source: [] for source in ("none", *measured.walks)}
+    timed, same = _decode(config, source, reader, indices) if indices else (nothing, None)
     metrics = evaluation.summary(measured, timed, paper, same, config.decode.draft)
     trusted = config.model.trust_remote_code
     stops = base.stop_ids(base.resolve(source["name"], source["revision"], trusted), trusted)
@@ -127,6 +113,25 @@ def _measure(
 def _tokens_per_step(metrics: Mapping[str, Any]) -> dict[str, float]:
     """By source, those of the walk over all of eval."""
     return {name: metrics[key]["tokens_per_step"] for name, key in _TOKENS_PER_STEP.items() if key in metrics}
+
+
+def _decode(
+    config: Config, source: Mapping[str, Any], reader: FeatureReader, indices: list[int]
+) -> tuple[_Timed, bool | None]:
+    """Prompts decoded for real, and whether no draft changes a token in float32; None where drafts cannot be taken
+    back."""
+    limit, model = config.evaluate.max_new_tokens, _model(config, source, config.model.dtype)
+    with common.progress(len(indices), "prompts", "evaluate: decoding") as bar:
+        timed = evaluation.decoding(model, reader, indices, limit, bar.update)
+    if not model.base.limits.takes_back:
+        common.say("evaluate: the base cannot take drafts back; only plain decoding was measured")
+        return timed, None
+    if model.base.model.dtype != torch.float32:
+        del model
+        gc.collect()
+        model = _model(config, source, "float32")
+    common.say("evaluate: comparing with plain decoding token for token, in float32")
+    return timed, evaluation.lossless(model, reader, indices[:_LOSSLESS_PROMPTS], min(_LOSSLESS_TOKENS, limit))
 
 
 def _decisive(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """generate: text from the base, sped up by a speculator."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
@@ -23,18 +23,8 @@ SHOWN = 8
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
 @click.option("--base", default=None, help="The base, if it is not where the checkpoint says.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 def generate(
-    checkpoint: Path,
-    prompt: str,
-    max_new_tokens: int,
-    draft: Source,
-    temperature: float,
-    seed: int | None,
-    dtype: str,
-    base: str | None,
-    trust_remote_code: bool,
-    raw: bool,
+    checkpoint: Path, prompt: str, max_new_tokens: int, draft: Source, temperature: float, seed: int | None, **base: Any
 ) -> None:
     """Answer a prompt with a base and its speculator, streaming, and say how fast it was."""
     from transformers import TextStreamer
@@ -43,16 +33,11 @@ def generate(
     from spec.decoding import LanguageModelWithSpeculator
 
     with common.clear_errors():
-        model = LanguageModelWithSpeculator.from_pretrained(
-            checkpoint, base=base, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        model = LanguageModelWithSpeculator.from_pretrained(checkpoint, **base)
         tokenizer = model.base.tokenizer
-        if raw:
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            corpus.install_plain_template(tokenizer)
-            messages = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        corpus.install_plain_template(tokenizer)
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         result = model.generate(
             ids,
             max_new_tokens,

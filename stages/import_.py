@@ -1,7 +1,5 @@
 """import: read a public speculator into a checkpoint of this project."""
 
-import logging
-import sys
 from pathlib import Path
 
 import click
@@ -23,7 +21,7 @@ def import_(source: str, out: Path, base: str | None, trust_remote_code: bool) -
     """
     from spec import export, heads
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    common.show_log()
     with common.clear_errors():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise SpecError(f"{out} is not empty; name a folder that is empty or not there")

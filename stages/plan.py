@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,12 @@ from spec.corpus import TokenSequence
 from spec.costs import Job, Machine
 from spec.device import arithmetic, choose_device
 from spec.errors import SpecError
-from spec.store import answers, features, identity
+from spec.store import features, identity
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow
+from spec.store.plan import item_key
 from spec.store.segment import StoreError
 from stages import common, embedded
-
-MEASURED_SECONDS = 8.0
 
 
 @common.stage
@@ -34,7 +32,6 @@ MEASURED_SECONDS = 8.0
 @click.option("--tflops", type=float, help="Of one device, in matrix products. [default: measured here]")
 @click.option("--bandwidth", type=float, help="GB/s of one device's memory. [default: measured here]")
 @click.option("--devices", type=int, default=1, show_default=True, help="How many devices work together.")
-@click.option("--no-measure", is_flag=True, help="Do not run the base to measure its rates.")
 def plan(
     config: Config,
     base_params: float | None,
@@ -45,7 +42,6 @@ def plan(
     tflops: float | None,
     bandwidth: float | None,
     devices: int,
-    no_measure: bool,
 ) -> None:
     """Print sequences, positions, bytes per codec, time per stage and free space; computes and stores nothing.
 
@@ -53,8 +49,7 @@ def plan(
     base that is not here yet, by the formulas of docs/scaling.md.
     """
     machine = _machine(config, tflops, bandwidth, devices)
-    asked = (base_params, hidden, vocab, tokens)
-    if any(value is not None for value in asked):
+    if any(value is not None for value in (base_params, hidden, vocab, tokens)):
         if base_params is None or hidden is None or vocab is None or tokens is None:
             raise SpecError("for a base that is not here give all of --base-params, --hidden, --vocab and --tokens")
         # The widths of params.yaml are another base's: heads are as wide as this one, over its whole vocabulary.
@@ -63,16 +58,14 @@ def plan(
         job = costs.make_job(config, base_params, hidden, vocab, tokens, share * tokens, share * tokens)
         common.say(f"plan: heads of width {hidden:,} over {vocab:,} tokens, {share:.0%} of the tokens in answers")
         _print_bytes(job, job, config)
-        _print_formulas(config, job, job, machine)
+        _print_times(config, job, job, machine)
     elif embedded.is_embedded(config.model.partial_pretrain) and not common.SOURCES.is_file():
         job = embedded.job(config)
-        needed = common.size(
-            costs.stored_bytes(job, config.model.dtype, config.features.codec, config.features.layer_codec)
-        )
+        needed = common.size(_stored_bytes(job, config, config.features.codec))
         common.say(f"plan: {embedded.DOWNLOAD}; the states will take about {needed} in {common.store_root(config)}")
-        _print_formulas(config, job, job, machine)
+        _print_times(config, job, job, machine)
     else:
-        _plan_here(config, machine, not no_measure)
+        _plan_here(config, machine)
 
 
 def _machine(config: Config, tflops: float | None, bandwidth: float | None, devices: int) -> Machine:
@@ -90,42 +83,36 @@ def _machine(config: Config, tflops: float | None, bandwidth: float | None, devi
     return replace(found, flops=flops, bandwidth=bandwidth * 1e9 if bandwidth else found.bandwidth, devices=devices)
 
 
-def _plan_here(config: Config, machine: Machine, measured: bool) -> None:
+def _plan_here(config: Config, machine: Machine) -> None:
     sources, root = common.read_sources(), common.store_root(config)
     meta = base.skeleton(common.base_folder(config, sources), config.model.trust_remote_code)
     text, computed_in = meta.config.get_text_config(), common.arithmetic_here(config)
     prompts, rows = _rows(config, sources)
     content = identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)
-    written = Collection(root, "answers", content).find()
-    asked = answers.plan(prompts, written, config.respond.batch_size, base.prompt_bucket)
+    missing_answers = len(set(map(item_key, prompts)) - Collection(root, "answers", content).find().keys())
     unanswered = any(row.prompt_length == len(row) for row in rows)
     stores = features.tap_stores(root, sources["base"], config, computed_in, text.num_hidden_layers)
-    cached = [() if unanswered else store.collection.find() for store in stores]
+    cached = [store.collection.find() for store in stores]
     keyed = list(map(FeatureRow.of, rows))
-    groups = features.plan(keyed, cached, config.features.segment_tokens)
-    most = config.respond.max_new_tokens if unanswered else 0
+    lacking = {row.key: row for row in keyed if unanswered or any(row.key not in known for known in cached)}
+    most, about = (config.respond.max_new_tokens, "at most ") if unanswered else (0, "")
 
     def count(some: list[FeatureRow]) -> tuple[int, int]:
         """Tokens and positions, of an answer not yet written as many as it may have."""
         return sum(len(row.ids) + most for row in some), sum(int(row.mask[1:].sum()) + most for row in some)
 
     tokens, positions = count(keyed)
-    missing, missing_positions = count([keyed[number] for numbers, _ in groups for number in numbers])
-    missing_answers, about = sum(map(len, asked)), "at most " if unanswered else ""
+    missing, missing_positions = count(list(lacking.values()))
     common.say(
         f"plan: {len(rows):,} sequences, {about}{tokens:,} tokens, {about}{positions:,} positions to keep "
         f"({positions / max(tokens, 1):.0%}); not in the store yet: {missing_answers:,} answers, {missing:,} tokens"
     )
     to_write = missing_answers * config.respond.max_new_tokens
-    shape = (costs.passed_params(meta), text.hidden_size, text.vocab_size)
-    layers = text.num_hidden_layers
+    shape, layers = (costs.passed_params(meta), text.hidden_size, text.vocab_size), text.num_hidden_layers
     job = costs.make_job(config, *shape, missing, missing_positions, to_write, layers)
     whole = costs.make_job(config, *shape, tokens, positions, to_write, layers)
     _print_bytes(whole, job, config)
-    if measured and (to_write or missing):
-        _print_measured(config, sources, whole, job, machine, prompts, rows)
-    else:
-        _print_formulas(config, whole, job, machine)
+    _print_times(config, whole, job, machine)
 
 
 def _rows(config: Config, sources: dict[str, Any]) -> tuple[list[Any], list[TokenSequence]]:
@@ -159,51 +146,16 @@ def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
     common.say(f"plan: to be written: about {common.size(needed)}; free in {root}: {common.size(free)}{enough}")
 
 
-def _print_measured(
-    config: Config,
-    sources: dict[str, Any],
-    whole: Job,
-    job: Job,
-    machine: Machine,
-    prompts: list[Any],
-    rows: list[TokenSequence],
-) -> None:
-    """Times at the rates at which the base really runs here."""
-    folder = common.base_folder(config, sources)
-    model = base.load(config.model, folder, sources["base"]["weights"])
-    if job.answers:
-        group = answers.plan(prompts, (), config.respond.batch_size, base.prompt_bucket)[-1]
-        began, steps, done = time.perf_counter(), 8, [0]
-        asked = [prompts[number].tolist() for number in group]
-        base.answer(model, asked, steps, on_token=lambda count: done.__setitem__(0, done[0] + count))
-        rate = done[0] / (time.perf_counter() - began) * machine.devices
-        _print_time("respond", job.answers / rate, f"at {rate:,.0f} tokens/s, measured; answers that end early: less")
-    width = base.bucket(sorted(map(len, rows))[len(rows) // 2])
-    ids = torch.zeros(max(1, features.BATCH_TOKENS // width), width, dtype=torch.long, device=model.device)
-    began, seen = time.perf_counter(), 0
-    with torch.inference_mode():
-        while not seen or time.perf_counter() - began < MEASURED_SECONDS / 2:
-            base.hidden_states(model.model, ids).sum().item()
-            seen += ids.numel()
-    rate = seen / (time.perf_counter() - began) * machine.devices
-    _print_time("cache", job.tokens / rate, f"at {rate:,.0f} tokens/s, measured")
-    _print_training(config, whole, machine)
-
-
-def _print_formulas(config: Config, whole: Job, job: Job, machine: Machine) -> None:
-    """Times by formula, at the device's full rate."""
-    if config.base_answers:
-        _print_time("respond", costs.answer_seconds(job, machine), f"{job.rows} answers at a time, by formula")
-    _print_time("cache", costs.prefill_seconds(job, machine), "by formula, at full rate")
-    _print_training(config, whole, machine)
-
-
-def _print_training(config: Config, job: Job, machine: Machine) -> None:
+def _print_times(config: Config, whole: Job, missing: Job, machine: Machine) -> None:
+    """What the stages take, by formula at the device's full rate."""
     epochs = config.trainer.total_epochs
-    cached, looped = costs.epoch_seconds(job, machine), costs.loop_epoch_seconds(job, machine)
-    _print_time("train", epochs * cached, f"{epochs} epochs, by formula, at full rate")
+    epoch, looped = costs.epoch_seconds(whole, machine), costs.loop_epoch_seconds(whole, machine)
+    if config.base_answers:
+        _print_time("respond", costs.answer_seconds(missing, machine), f"{missing.rows} answers at a time, by formula")
+    _print_time("cache", costs.prefill_seconds(missing, machine), "by formula, at full rate")
+    _print_time("train", epochs * epoch, f"{epochs} epochs, by formula, at full rate")
     common.say(
-        f"plan: an epoch with the base in the loop takes {looped / cached:.1f} x one from the cache; the first "
+        f"plan: an epoch with the base in the loop takes {looped / epoch:.1f} x one from the cache; the first "
         "costs the same either way, and every further epoch, head and run saves the difference"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spec import base, corpus, files
+from spec import base, corpus
 from spec.config import Config
 from spec.corpus import TokenSequence
 from spec.corpus.sequences import Ids
@@ -40,14 +40,13 @@ def respond(config: Config, worker: Path | None) -> None:
         split: [row.ids[: row.prompt_length] for row in rows if row.prompt_length] for split, rows in tokens.items()
     }
     prompts = list(itertools.chain.from_iterable(asked.values()))
-    plan = None if worker is None else files.read_json(worker)
+    plan = None if worker is None else common.read_plan(worker, config)
     computed_in = common.arithmetic_here(config) if plan is None else plan["arithmetic"]
     content = identity.answers(sources["base"], config.model.dtype, config.respond, computed_in)
     collection = Collection(common.store_root(config), "answers", content)
     folder, trusted = common.base_folder(config, sources), config.model.trust_remote_code
     if plan is not None:
-        common.check_arithmetic(computed_in, config)
-        _work(config, collection, prompts, plan["groups"], folder, sources)
+        _work(config, collection, prompts, plan["groups"], sources)
         return
     bucket: Callable[[int], int] = base.prompt_bucket
     if config.respond.engine == "transformers":
@@ -103,14 +102,10 @@ def _with_answer(row: TokenSequence, answer: Ids) -> TokenSequence:
 
 
 def _work(
-    config: Config,
-    collection: Collection,
-    prompts: list[Ids],
-    groups: list[list[int]],
-    folder: Path,
-    sources: dict[str, Any],
+    config: Config, collection: Collection, prompts: list[Ids], groups: list[list[int]], sources: dict[str, Any]
 ) -> None:
     """This worker's part."""
+    folder = common.base_folder(config, sources)
     answer: answers.Answer
     if config.respond.engine == "vllm":
         from spec.serving import answering  # vLLM is an extra

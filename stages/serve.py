@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
@@ -18,22 +18,12 @@ from stages import common
 @click.option("--base", default=None, help="The base, if it is not where the checkpoint says.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTIONS]")
-def serve(
-    checkpoint: Path,
-    draft: DraftSource | None,
-    draft_len: int | None,
-    dtype: str,
-    base: str | None,
-    trust_remote_code: bool,
-    more: tuple[str, ...],
-) -> None:
+def serve(checkpoint: Path, draft: DraftSource | None, draft_len: int | None, **options: Any) -> None:
     """Become vLLM's server, with a base and its speculator, in an environment that has vLLM."""
     from spec.serving import bound_cpu_memory, server
 
     with common.clear_errors():
         decode = Decode(draft_len=draft_len) if draft is None else Decode(draft=draft, draft_len=draft_len)
-        command = server.command(
-            checkpoint, decode, base=base, dtype=dtype, trust_remote_code=trust_remote_code, more=more
-        )
+        command = server.command(checkpoint, decode, **options)
     bound_cpu_memory()
     os.execv(command[0], command)

@@ -1,14 +1,16 @@
 """store: look after the store: info, verify, gc, forget; copy it with push and pull."""
 
+from __future__ import annotations
+
 import contextlib
 import signal
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
+from tqdm import tqdm
 
 from spec import base, corpus, files, lookup
 from spec.config import Config
@@ -19,15 +21,13 @@ from spec.store.manifest import Manifest
 from spec.store.transfer import Place, Transfer
 from stages import common
 
-DAY = 86400.0
-
 
 @click.group()
 def store() -> None:
     """Look after the store of answers and hidden states (features.store)."""
 
 
-@common.stage_of(store)
+@common.stage
 @click.argument("manifest", required=False, type=click.Path(path_type=Path))
 def info(config: Config, manifest: Path | None) -> None:
     """Describe the store, or one manifest (data/features/SPLIT.json)."""
@@ -50,8 +50,7 @@ def info(config: Config, manifest: Path | None) -> None:
 
 
 def _describe(root: Path, manifest: Manifest, path: Path) -> None:
-    counts = np.bincount(np.asarray(manifest.domain, np.int64), minlength=len(manifest.domains))
-    domains = ", ".join(f"{name} {count}" for name, count in zip(manifest.domains, counts, strict=True))
+    domains = ", ".join(f"{name} {manifest.domain.count(number)}" for number, name in enumerate(manifest.domains))
     share = manifest.positions / max(manifest.tokens, 1)
     common.say(
         f"{path}: {len(manifest)} sequences ({domains}), {manifest.positions:,} positions "
@@ -71,7 +70,7 @@ def _describe(root: Path, manifest: Manifest, path: Path) -> None:
             common.say(f"    MISSING: {name}")
 
 
-@common.stage_of(store)
+@common.stage
 @click.option("--dry-run", is_flag=True, help="Name damaged segments, and leave them where they are.")
 def verify(config: Config, dry_run: bool) -> None:
     """Read everything, check it, and set damaged segments aside, so that respond and cache compute them again."""
@@ -82,15 +81,15 @@ def verify(config: Config, dry_run: bool) -> None:
     for problem in problems:
         common.say(str(problem))
     if problems:
-        moved = "Damaged segments are set aside: `spec respond` and `spec cache` compute them again"
+        moved = "Nothing was moved" if dry_run else "Damaged segments are set aside"
         raise SpecError(
-            f"store {root}: {whole} segments are whole; {len(problems)} problems are named above. "
-            f"{'Nothing was moved' if dry_run else moved}"
+            f"store {root}: {whole} segments are whole; {len(problems)} problems are named above. {moved}. `spec "
+            "respond` and `spec cache` compute again what is missing, `spec store gc` removes what no manifest names"
         )
     common.say(f"store {root}: all {whole} segments are whole ({common.size(total)} read)")
 
 
-@common.stage_of(store)
+@common.stage
 @click.option("--older-than", type=click.FloatRange(min=0), default=7, show_default=True, metavar="DAYS")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 def gc(config: Config, older_than: float, dry_run: bool) -> None:
@@ -101,17 +100,17 @@ def gc(config: Config, older_than: float, dry_run: bool) -> None:
     """
     root = common.store_root(config)
     done = "would be removed" if dry_run else "removed"
-    removal = upkeep.gc(root, older_than * DAY, not dry_run)
+    removal = upkeep.gc(root, older_than * 86400, not dry_run)
     common.say(
         f"store {root}: {removal.segments} segments ({removal.rows:,} rows, {common.size(removal.bytes)}) {done}, "
         f"{removal.kept} kept"
     )
 
 
-@common.stage_of(store)
+@common.stage
 @click.argument("rows", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
+@click.confirmation_option(prompt="Remove every stored trace of these rows?", help="Do not ask.")
+def forget(config: Config, rows: tuple[Path, ...]) -> None:
     """Remove every trace of given rows: states, ids, answers and keys.
 
     ROWS are parquet files in the layout of your data; whatever begins with one of their prompts goes.
@@ -119,8 +118,6 @@ def forget(config: Config, rows: tuple[Path, ...], yes: bool) -> None:
     sources = common.read_sources()
     given, unreadable = _given_rows(config, rows, sources)
     root = common.store_root(config)
-    if not yes:
-        click.confirm(f"Remove every stored trace of {len(given)} rows from {root}?", abort=True)
     removal = upkeep.forget(root, sources["base"]["tokenizer"], given)
     common.say(
         f"store {root}: {removal.rows} stored rows of {len(given)} given ones are gone; "
@@ -185,17 +182,12 @@ def _given_rows(
     return given, ""
 
 
-_manifests = click.option(
-    "--manifest",
-    "manifests",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Copy only what this manifest needs (data/features/SPLIT.json); may be given several times.",
-)
+_what = "Copy only what this manifest needs (data/features/SPLIT.json); may be given several times."
+_manifests = click.option("--manifest", "manifests", multiple=True, type=click.Path(path_type=Path), help=_what)
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be copied and how large it is; copy nothing.")
 
 
-@common.stage_of(store)
+@common.stage
 @click.argument("url")
 @_manifests
 @click.option("--follow", is_flag=True, help="Also copy what is added from now on, until SIGTERM or Ctrl-C.")
@@ -213,7 +205,7 @@ def push(config: Config, url: str, manifests: tuple[Path, ...], follow: bool, dr
     _copy(root, transfer, "push", follow, dry_run)
 
 
-@common.stage_of(store)
+@common.stage
 @click.argument("url")
 @_manifests
 @_dry_run
@@ -255,13 +247,8 @@ def _copy(root: Path, transfer: Transfer, name: str, follow: bool, dry_run: bool
             if target.folder:
                 common.need_space(target.folder, total, name, "name a folder on a larger disk")
             bar = stack.enter_context(common.progress(total, "B", name))
-
-            def extend(left: int) -> None:
-                bar.total = bar.n + left
-                bar.refresh()
-
             if follow:
-                transfer.follow(stack.enter_context(_stopping()), extend, bar.update)
+                _follow(transfer, bar)
             else:
                 transfer.copy(lacking, bar.update)
         common.say(f"{name}: {transfer.copied} segments are copied -> {target.url}")
@@ -269,22 +256,29 @@ def _copy(root: Path, transfer: Transfer, name: str, follow: bool, dry_run: bool
         common.say(str(problem))
     if transfer.problems:
         left = "everything else would be copied" if dry_run else "everything else is copied"
-        raise SpecError(f"{name}: {len(transfer.problems)} problems are named above; {left}")
+        raise SpecError(
+            f"{name}: {len(transfer.problems)} problems are named above; {left}. `spec store verify` sets damaged "
+            "segments of your own store aside; elsewhere remove them by hand, and push them again from a store that "
+            "has them"
+        )
 
 
-@contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second one does what it usually does."""
-    event, usual = threading.Event(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def _follow(transfer: Transfer, bar: tqdm[Any]) -> None:
+    """Copy also what is added, until SIGTERM or SIGINT; a second one ends it at once."""
+    stopping = threading.Event()
 
-    def stop(*_: object) -> None:
-        event.set()
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+    def stop(_: int) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
 
-    for number in usual:
-        signal.signal(number, stop)
-    try:
-        yield event
-    finally:
-        stop()
+    def extend(left: int) -> None:
+        bar.total = bar.n + left
+        bar.refresh()
+
+    with common.on_signals(stop, signal.SIGTERM, signal.SIGINT):
+        transfer.follow(stopping, extend, bar.update)
+
+
+for part in (info, verify, gc, forget, push, pull):
+    store.add_command(part)

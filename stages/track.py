@@ -18,7 +18,7 @@ def track() -> None:
     """Look after the runs in MLflow."""
 
 
-@common.stage_of(track)
+@common.stage
 def sync(config: Config) -> None:
     """Make the runs whose results lie here on a server that does not have them complete.
 
@@ -39,7 +39,7 @@ def sync(config: Config) -> None:
             what = f"made again as run {made}" if made else "is there, complete"
             common.say(f"track: {record.name} run {record.run_id} {what}, at {tracking.without_password(uri)}")
         except SpecError as error:  # the other runs are sent all the same
-            problems.append(str(error))
+            problems.append(common.advice(error))
     if problems:
         raise SpecError("\n".join(problems))
     if not tracked:
@@ -47,3 +47,6 @@ def sync(config: Config) -> None:
             f"no tracked run lies here (none of {', '.join(map(str, paths))} names one); run train or evaluate with "
             "mlflow in trainer.logger"
         )
+
+
+track.add_command(sync)

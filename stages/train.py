@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,14 @@ import torch
 
 from spec import base as base_model
 from spec import corpus, drafting, files, heads, lookup, plots, tracking
-from spec.base import Teacher
 from spec.config import Config, flatten
 from spec.errors import SpecError
 from spec.heads import SpeculatorConfig
 from spec.record import RUN_FILE
 from spec.store import locks
-from spec.store import tables as base_tables
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
+from spec.store.tables import Tables
 from spec.training import loop, mixing, start
 from spec.training.frozen import FrozenTask
 from spec.training.joint import JointTask
@@ -110,17 +107,6 @@ def train(config: Config, worker: Path | None) -> None:
     )
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether SIGTERM has come; the loop asks it at every step, saves, and leaves."""
-    came = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: came.set())
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> None:
     """This worker's part; the first one logs and writes."""
     frozen = config.model.freeze_base_model
@@ -130,9 +116,10 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
     placed = {split: files.digest_file(common.features_path(split)) for split in manifests}
     key = files.digest_json({"params": relevant, "features": placed, "state": 2})
     checkpoints = Checkpoints(CHECKPOINTS / key[:12], key)
-    with _stop_signal() as stopping:
+    stopping = threading.Event()  # the loop asks for it at every step, saves, and leaves
+    with common.on_signals(lambda _: stopping.set(), signal.SIGTERM):
         if not me.first:
-            loop.run(task, checkpoints, stopping=stopping)
+            loop.run(task, checkpoints, stopping=stopping.is_set)
             return
         began = time.monotonic()
         sources = common.read_sources() if common.SOURCES.is_file() else {"base": manifests["train"].base}
@@ -141,7 +128,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
         run = tracking.Run(config, "train", tags, sources, ("train", "val"), me.device)
         recorder = _Recorder(run)
         try:
-            result = loop.run(task, checkpoints, recorder.listen, stopping, recorder.advance)
+            result = loop.run(task, checkpoints, recorder.listen, stopping.is_set, recorder.advance)
             _keep(task, result)
             _teach_drafting(task, config)
             recorder.close()
@@ -187,17 +174,14 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
 
 def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest], me: Worker) -> FrozenTask:
     train, val = (FeatureReader(manifests[split], common.store_root(config)) for split in ("train", "val"))
-    tables = base_tables.Tables(train.tables)
+    tables = Tables(train.tables)
     speculator = start.initialise(config, shape, train.token_counts(), tables).to(me.device)
-    teacher = None
-    if config.optim.loss == "kl":
-        found = base_tables.logits(train.tables)
-        if found is None:
-            raise SpecError(
-                f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
-                "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce"
-            )
-        teacher = Teacher(tables["lm_head"], found, tables.get("bias"))
+    teacher = tables.teacher() if config.optim.loss == "kl" else None
+    if teacher is None and config.optim.loss == "kl":
+        raise SpecError(
+            f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
+            "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce"
+        )
     return FrozenTask(config, speculator, train, val, me, teacher)
 
 

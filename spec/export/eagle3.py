@@ -60,7 +60,7 @@ def check(config: SpeculatorConfig) -> Eagle3Config:
     if not isinstance(config, Eagle3Config):
         raise ExportError(
             f"format vllm holds eagle3, and this speculator's method is {config.method}: vLLM's own methods draft "
-            "with no such head. The format arctic holds sum_rnn and sum_lstm, and `spec serve` needs no export of them"
+            "with no such head. The format arctic holds sum_rnn and sum_lstm, which are served without an export, too"
         )
     layer = config.layer
     if layer.head_dim % 8 or layer.head_dim > 512 or layer.heads % layer.kv_heads:

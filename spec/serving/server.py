@@ -68,7 +68,7 @@ def command(
     if config.method == "eagle3" and "draft" in decode.model_fields_set and decode.draft != "head":
         raise ServingError(
             f"draft {decode.draft} with eagle3: vLLM drafts with its own method eagle3, which mixes in no n-grams. "
-            "--draft head is served; `spec generate` mixes them, and sum_rnn and sum_lstm do so in vLLM, too"
+            "--draft head is served; this project's own decoding mixes them, and sum_rnn and sum_lstm do so in vLLM"
         )
     name = base or config.base_model_name_or_path
     plain = plain_command(name, None if base else config.base_revision, dtype, trust_remote_code)

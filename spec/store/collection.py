@@ -17,7 +17,7 @@ from spec.device import on_this_device
 from spec.store import segment
 from spec.store.codecs import Codec
 from spec.store.locks import Lock
-from spec.store.segment import FORMAT, Arrays, DamagedError, Record, Row, StoreError
+from spec.store.segment import FORMAT, Arrays, DamagedError, OutdatedError, Record, Row, StoreError
 
 IDENTITY = "identity.json"
 DAMAGED = ".damaged-"
@@ -37,22 +37,19 @@ class Collection:
 
     @classmethod
     def open(cls, folder: Path, content: bytes | None = None) -> Collection:
-        """The collection of a folder, from its identity.json or from this content of one; a StoreError says that it is
-        missing, damaged, or not the one that the folder is named for."""
+        """The collection of a folder, from its identity.json or from this content of one; an OutdatedError says that
+        it is missing, damaged, of another format, or not the one that the folder is named for."""
         try:
             content = (folder / IDENTITY).read_bytes() if content is None else content
             identity = json.loads(content)
             version = identity.pop("format")
             if version != FORMAT:
-                raise ValueError(
-                    f"its format is {version}, this version reads {FORMAT}: `spec respond` and `spec cache` make anew "
-                    "what it holds, and `spec store gc` removes it"
-                )
+                raise ValueError(f"its format is {version}, this version reads {FORMAT}")
             found = cls(folder.parent, folder.name.rpartition("-")[0], identity)
             if found._identity_bytes() != content or found.folder.name != folder.name:
                 raise ValueError(f"{IDENTITY} is not as it was written")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{folder} is no collection of segments ({error})") from error
+            raise OutdatedError(f"{folder} is no collection of segments ({error})") from error
         return found
 
     @property
@@ -190,12 +187,12 @@ class Collection:
 
 
 def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Compare two identities; a StoreError names the first field that differs, and both values."""
+    """Compare two identities; an OutdatedError names the first field that differs, and both values."""
     for name in [*expected, *(key for key in found if key not in expected)]:
         if found.get(name) != expected.get(name):
-            raise StoreError(
+            raise OutdatedError(
                 f"{where}: its {name} is {found.get(name)!r}, and {expected.get(name)!r} is expected here; it was made "
-                "for other parameters, base or data. Run the stages that make it again (dvc repro runs them)"
+                "for other parameters, base or data"
             )
 
 

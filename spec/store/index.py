@@ -89,6 +89,6 @@ def _read(root: Path) -> Iterator[tuple[Path, npt.NDArray[np.void]]]:
         except (OSError, EOFError, ValueError) as error:
             raise StoreError(
                 f"{path} is damaged ({error}), so rows can no longer be found by it: remove it; what is missing is "
-                "written anew by the next run of respond and cache"
+                "written anew by the next run"
             ) from None
         yield path, entries

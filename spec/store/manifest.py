@@ -13,7 +13,7 @@ from spec.corpus import TokenSequence
 from spec.heads import LAST, Tap
 from spec.store import identity, tables
 from spec.store.collection import Collection
-from spec.store.segment import FORMAT, StoreError
+from spec.store.segment import FORMAT, OutdatedError
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Manifest:
         return files.digest_json(entry)
 
     def reading(self, taps: Sequence[Tap]) -> Manifest:
-        """The same with the vectors of LAST and of these taps alone; a StoreError where it lacks some of them."""
+        """The same with the vectors of LAST and of these taps alone; an OutdatedError where it lacks some of them."""
         kept = {places.tap: places for places in self.taps}
         lacking = [f"layer {tap.layer} ({tap.positions})" for tap in taps if tap not in kept]
         if lacking:
-            raise StoreError(f"the features lack what the heads read, {', '.join(lacking)}; run `spec cache`")
+            raise OutdatedError(f"the features lack what the heads read, {', '.join(lacking)}")
         return replace(self, taps=[kept[tap] for tap in dict.fromkeys((LAST, *taps))])
 
     def save(self, path: Path) -> None:
@@ -115,7 +115,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read a manifest; a StoreError where the file is missing, of another format, or no manifest."""
+        """Read a manifest; an OutdatedError where the file is missing, of another format, or no manifest."""
         try:
             entry = files.read_json(path)
             version = entry.pop("format", 2)
@@ -123,7 +123,7 @@ class Manifest:
                 raise ValueError(f"its format is {version}, this version reads {FORMAT}")
             return cls(**{**entry, "taps": [Places(**places) for places in entry["taps"]]})
         except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise StoreError(f"{path} is not a manifest of features ({error}); run `spec cache`") from None
+            raise OutdatedError(f"{path} is not a manifest of features ({error})") from None
 
     def tables(self, root: Path) -> Collection:
         """The collection of a store that holds the base's tables."""

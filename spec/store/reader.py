@@ -21,7 +21,7 @@ from spec.heads import Packed
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest
-from spec.store.segment import Arrays, DamagedError, StoreError
+from spec.store.segment import Arrays, OutdatedError
 
 WINDOW = 8  # segments that are shuffled together: an epoch reads each segment once, and about this many are in use
 AHEAD = 4  # segments that are decoded before they are needed
@@ -106,13 +106,7 @@ class FeatureReader:
     def check(self) -> None:
         """Check that every segment is there and the one that the manifest names, without reading its arrays."""
         for key in self._digests:
-            try:
-                self._check(key)
-            except DamagedError as error:
-                raise StoreError(
-                    f"segment {error.name} is not in {error.folder}, or damaged ({error.reason}); run the cache "
-                    "stage (it computes only what is missing), or point features.store to the manifest's own store"
-                ) from error
+            self._check(key)
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -241,9 +235,9 @@ class FeatureReader:
     def _check(self, key: Key) -> None:
         collection, name = self._collections[key[0]], key[1]
         if (found := collection.record(name).digest) != self._digests[key]:
-            raise StoreError(
+            raise OutdatedError(
                 f"segment {name} in {collection.folder} has the digest {found}, but the manifest names "
-                f"{self._digests[key]}; run the cache stage again"
+                f"{self._digests[key]}"
             )
 
 

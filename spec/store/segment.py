@@ -39,14 +39,15 @@ class StoreError(SpecError):
     """The store holds something other than what was asked for."""
 
 
+class OutdatedError(StoreError):
+    """What was made by another version, or for other parameters, base or data: it has to be made again."""
+
+
 class DamagedError(StoreError):
     """A segment that is missing or not as it was written."""
 
     def __init__(self, folder: Path, name: str, reason: object) -> None:
-        super().__init__(
-            f"segment {name} in {folder} is missing or damaged ({reason}); run `spec store verify`, which sets damaged "
-            "segments aside, then `spec respond` and `spec cache`, which compute those again"
-        )
+        super().__init__(f"segment {name} in {folder} is missing or damaged ({reason})")
         self.folder, self.name, self.reason = folder, name, str(reason)
 
 

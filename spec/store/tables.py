@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spec import base as base_model
-from spec.base import Base, Logits
+from spec.base import Base, Logits, Teacher
 from spec.store import codecs, identity
 from spec.store.collection import Collection
 
@@ -82,6 +82,11 @@ class Tables(Mapping[str, Tensor]):
             arrays, _ = self._kept.read(self._kept.name_of([ITEM]), only=(name,))
             self._read[name] = codecs.from_numpy(arrays[name], self._dtype)
         return self._read[name]
+
+    def teacher(self) -> Teacher | None:
+        """What makes the base's own distributions; None where it is not known how its logits follow from its states."""
+        found = logits(self._kept)
+        return None if found is None else Teacher(self["lm_head"], found, self.get("bias"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -214,9 +214,7 @@ class Transfer:
         self._settled[folder].add(name)
         self.problems.append(
             StoreError(
-                f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied. "
-                "`spec store verify` sets damaged segments of your own store aside; elsewhere remove it by hand, and "
-                "push it again from a store that has it"
+                f"segment {name} in {self.source.url}/{folder} is missing or damaged ({reason}) and was not copied"
             )
         )
 

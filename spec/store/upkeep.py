@@ -19,7 +19,7 @@ from spec.store.codecs import CODECS
 from spec.store.collection import DAMAGED, Collection, collections
 from spec.store.index import Start
 from spec.store.locks import alone
-from spec.store.segment import DamagedError, Row, StoreError
+from spec.store.segment import DamagedError, OutdatedError, Row, StoreError
 
 ROOTS = "roots"
 
@@ -165,7 +165,7 @@ def _live_segments(root: Path, before: float, drop: Callable[[Path], object]) ->
             present = held.is_file() and files.digest_file(held) == entry["file"]
             segments = entry["segments"].items()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged ({error}); remove it and run the cache stage in its project") from None
+            raise OutdatedError(f"{path} is damaged ({error}); remove it") from None
         if present or path.stat().st_mtime > before:
             for folder, names in segments:
                 live.setdefault(folder, set()).update(names)

@@ -17,7 +17,7 @@ from spec import config as config_module
 from spec import files, tracking
 from spec.config import Config, flatten
 from spec.errors import SpecError
-from spec.record import RUN_FILE, Record, kept
+from spec.record import RUN_FILE, ChangedError, Record, kept
 from spec.tracking import Run, sync, tracking_uri
 from tests.mlflow_server import check_run
 
@@ -254,8 +254,8 @@ def test_a_run_is_made_once_on_another_server(database: str, folder: Path) -> No
     assert len(MlflowClient(other).search_runs([found.info.experiment_id])) == 2
 
     (RESULTS / "train.csv").write_text("step,time,speculator_loss\n10,1,9\n")
-    message = r"results/train\.csv is missing or not the file that train run .* `dvc checkout`"
-    with pytest.raises(SpecError, match=message):
+    message = r"results/train\.csv is missing or not the file that train run .* wrote"
+    with pytest.raises(ChangedError, match=message):
         sync(record, f"sqlite:///{folder / 'third.db'}")
     assert not Path("third.db").exists()
 

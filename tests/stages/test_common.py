@@ -20,7 +20,8 @@ from spec import config as config_module
 from spec import files
 from spec.config import Config
 from spec.errors import SpecError
-from spec.store.segment import StoreError
+from spec.record import ChangedError
+from spec.store.segment import DamagedError, OutdatedError, StoreError
 from stages import common
 
 
@@ -28,6 +29,12 @@ from stages import common
     ("error", "message"),
     [
         *((kind("what to do"), "what to do") for kind in SpecError.__subclasses__()),
+        (
+            DamagedError(Path("store"), "s", "gone"),
+            r"is missing or damaged \(gone\)\. `spec store verify` .*`spec cache`",
+        ),
+        (OutdatedError("x"), "x. `dvc repro` .*`spec respond` and `spec cache` .*`spec store gc`"),
+        (ChangedError("x"), "x. `dvc checkout` or `dvc exp apply`"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "no space left on /data/x; free some"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/data/x"), "/data/x"),
@@ -192,6 +199,8 @@ def test_torchrun_is_this_environments(module: str, monkeypatch: pytest.MonkeyPa
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             commands.append(command)
             assert env["PYTHONPATH"].split(os.pathsep)[0] == str(common.PROJECT)
+
+        send_signal = signal.raise_signal
 
         def wait(self) -> int:
             return 0

@@ -82,7 +82,7 @@ def test_errors(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     result = store("push", str(tmp_path / "copy"), "-S", f"features.store={tmp_path / 'store'}")
     assert result.exit_code == 1
     assert f"segment {name} in {tmp_path}/store" in result.output
-    assert "push: 1 problems are named above; everything else is copied" in result.output
+    assert "push: 1 problems are named above; everything else is copied. `spec store verify` sets" in result.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from spec.corpus import TokenSequence
 from spec.heads import LAST, Tap
 from spec.store.manifest import Manifest
-from spec.store.segment import StoreError
+from spec.store.segment import OutdatedError
 from tests.tiny import chain, sequence, states_of, store_features
 
 
@@ -127,5 +127,5 @@ def test_what_is_no_manifest_or_of_an_earlier_format_is_refused(tmp_path: Path, 
     if content is not None:
         path.write_text(content)
     reason = r"\(its format is 2, this version reads 3\)" if content == '{"segments": []}' else r"\(.*\)"
-    with pytest.raises(StoreError, match=rf"train\.json is not a manifest of features {reason}; run `spec cache`"):
+    with pytest.raises(OutdatedError, match=rf"train\.json is not a manifest of features {reason}"):
         Manifest.load(path)

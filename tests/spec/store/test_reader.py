@@ -24,7 +24,7 @@ from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader, prefetch
-from spec.store.segment import DamagedError, StoreError
+from spec.store.segment import DamagedError, OutdatedError, StoreError
 from spec.training.joint import pack
 from tests.tiny import chain, sequence, states_of, store_features
 
@@ -251,9 +251,9 @@ def test_a_missing_segment_is_named(tmp_path: Path) -> None:
     lost = manifest.last.segments[1]
     folder = manifest.last.collection(tmp_path).folder
     shutil.rmtree(folder / lost)
-    with pytest.raises(StoreError, match=rf"segment {lost} is not in {folder}, or damaged .*run the cache stage"):
+    with pytest.raises(DamagedError, match=rf"segment {lost} in {folder} is missing or damaged"):
         FeatureReader(manifest, tmp_path).check()
-    with pytest.raises(StoreError, match=rf"segment {manifest.last.segments[0]} is not in"):
+    with pytest.raises(DamagedError, match=rf"segment {manifest.last.segments[0]} in .*elsewhere/.* is missing"):
         FeatureReader(manifest, tmp_path / "elsewhere").check()
 
 
@@ -263,7 +263,7 @@ def test_a_segment_of_another_digest_is_named(tmp_path: Path) -> None:
     changed = replace(last, digests=[last.digests[0], "0" * 64, *last.digests[2:]])
     reader = FeatureReader(replace(manifest, taps=[changed]), tmp_path)
     for look in (reader.check, reader.token_counts, lambda: list(reader.sequences(range(6)))):
-        with pytest.raises(StoreError, match=rf"segment {last.segments[1]} in .* has the digest {last.digests[1]}"):
+        with pytest.raises(OutdatedError, match=rf"segment {last.segments[1]} in .* has the digest {last.digests[1]}"):
             look()
 
 

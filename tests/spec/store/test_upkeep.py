@@ -403,7 +403,7 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
         made = store_features(root, left, codec=codec, segment_tokens=limit, states=lambda row: 1 / 0)  # type: ignore[arg-type,return-value]
         assert len(list(FeatureReader(made, root).sequences(range(len(left))))) == len(left)
     if gone:
-        with pytest.raises(StoreError, match="is not in"):
+        with pytest.raises(StoreError, match="is missing or damaged"):
             FeatureReader(manifest, root).check()
 
 
@@ -449,7 +449,7 @@ def test_damage_stops_it_and_what_cannot_be_read_goes_since_it_may_hold_them(roo
     collection = manifest.last.collection(root)
     first, second = (manifest.last.segments[manifest.last.segment[index]] for index in (0, 8))
     damage(collection.folder, first)
-    with pytest.raises(DamagedError, match=r"spec store verify"):
+    with pytest.raises(DamagedError, match=rf"segment {first} in {collection.folder} is missing or damaged"):
         upkeep.forget(root, "t", given_rows([rows[0].ids[:5]]))
     upkeep.verify(root, True)
     (collection.folder / second).rename(collection.folder / f".{second}{HALF}")

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -40,8 +41,7 @@ from spec.training.joint import JointTask
 from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
-from stages.common import child_environment
-from stages.train import _stop_signal
+from stages.common import child_environment, on_signals
 from tests.tiny import chain, sequence, states_of, store_features
 
 V, D, N = 24, 8, 3
@@ -244,12 +244,13 @@ Make = Callable[[Worker], Any]
 def run_to_the_end(connection: Connection, arguments: tuple[Make, Path]) -> None:
     """What a process runs that may be stopped at any time: it says each step that it begins, and keeps the outcome."""
     make, folder = arguments
-    with _stop_signal() as asked:
+    asked = threading.Event()
+    with on_signals(lambda _: asked.set(), signal.SIGTERM):
         with joined() as me:
 
             def stopping() -> bool:
                 connection.send("step")
-                return asked()
+                return asked.is_set()
 
             torch.save(outcome(make(me), folder / "checkpoints", stopping), folder / f"outcome-{me.rank}.pt")
         os._exit(0)  # a signal that comes now is too late
