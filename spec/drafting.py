@@ -38,11 +38,18 @@ SURE = 0.9
 """Of a place that lookup fills with this chance of acceptance the heads are not asked: they could add little."""
 
 DEFAULT: Mapping[str, Weights] = {
-    "ngram": (-0.5, -0.5, 1.6, *(0.0,) * 12),
-    "lookup": (-2.0, 0.9, 1.6, -0.5, -1.0, 0.7, 0.55, 0.5, 0.0, -0.3, 0.1, *(0.0,) * 4),
-    "hybrid": (-1.1, 1.1, 1.6, -0.35, -0.95, 0.45, 0.6, 0.45, -0.15, -0.25, 0.0, 0.35, 0.65, -1.4, -0.15),
+    "ngram": (-0.9, -0.9, 1.2, 1.2, *(0.0,) * 15),
+    "lookup": (-2.1, 0.15, 1.2, 1.2, -0.5, -0.75, -0.35, -0.3, 0.85, 0.75, 0.4, 0.85, -0.45, -0.25, -0.35, *(0.0,) * 4),
+    "hybrid": (
+        *(-1.1, 0.35, 1.2, 1.2, -0.3, -0.7, -0.35, -0.4, 0.8, 0.65, 0.3, 0.35, -0.3, -0.2, -0.2),
+        *(0.3, 0.65, -1.4, -0.15),
+    ),
 }
 """The mixer's weights by source where a checkpoint has none: about those that a fit on the embedded default gives."""
+
+
+RECENT = 8
+"""Occurrences of an n-gram in the sequence that its continuation is compared with."""
 
 
 class DecodingError(SpecError):
@@ -66,16 +73,18 @@ class Ngrams:
                     self._places.setdefault(tuple(self.ids[end - n :]), []).append(end)
             self.ids.append(int(token))
 
-    def find(self, end: int, drafted: Sequence[int]) -> tuple[int, int] | None:
+    def find(self, end: int, drafted: Sequence[int]) -> Signal | None:
         """What came last after the longest suffix of the first `end` tokens and the drafted ones that occurred within
-        the first `end`, and how many tokens that suffix has."""
+        the first `end`. How sure it is: the length of that suffix, and the token's share of its RECENT occurrences."""
         longest = self._sizes.start
         tail = [*self.ids[max(end - longest, 0) : end], *drafted][-longest:]
         for n in self._sizes:
             places = self._places.get(tuple(tail[-n:])) if n <= len(tail) else None
             if places and places[0] < end:
-                last = places[-1] if places[-1] < end else places[bisect_left(places, end) - 1]
-                return self.ids[last], n
+                stop = len(places) if places[-1] < end else bisect_left(places, end)
+                followed = [self.ids[at] for at in places[max(stop - RECENT, 0) : stop]]
+                token = followed[-1]
+                return token, (math.log(n), mixer.share(followed.count(token), len(followed)))
         return None
 
 
@@ -212,15 +221,14 @@ class Draft:
             self._close()
             return
         if self._ngrams is not None:
-            if found := self._ngrams.find(self._end, self.tokens):
-                self._free[0] = found[0], (math.log(found[1]),)
+            self._free[0] = self._ngrams.find(self._end, self.tokens)
             if (lookup := self.sources.lookup) and self.sources.source != "ngram":
                 if self._match is None:
                     tail = self._ngrams.ids[max(self._end - DEPTH, 0) : self._end]
                     self._match = lookup.find([*tail, *self.tokens])
                 if (match := self._match) is not None:
-                    odds = math.log((match.count + 0.5) / (match.total - match.count + 0.5))
-                    self._free[1] = match.token, (math.log(match.length), odds)
+                    share = mixer.share(match.count, match.total)
+                    self._free[1] = match.token, (math.log(match.length), share, math.log(match.total))
             self._best = self._likeliest("ngram" if self.sources.source == "ngram" else "lookup")
         sure = self._best is not None and self._best[1] >= SURE
         self.asks_heads = self.asks_heads and len(self.tokens) < self.sources.depth and not sure

@@ -1,7 +1,7 @@
 """How likely the base is to accept a token that sources of drafts propose: one logistic model for all of them.
 
-Each source says how sure it is of its token: the heads by a probability, n-grams by the length of their match, and
-those of earlier answers by how often the token followed it, too. `fit` turns this into chances, on answers that the
+Each source says how sure it is of its token: the heads by a probability, n-grams by the length of their match and by
+how often this token followed it. `fit` turns this into chances, on answers that the
 sources have not seen.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Signal = tuple[int, tuple[float, ...]]
 """The token that a source proposes, and how sure the source is of it."""
 
-SIGNALS = (1, 2, 1)
+SIGNALS = (2, 3, 1)
 """How many numbers say how sure each source is: n-grams of the sequence, n-grams of answers, heads."""
 
 FEATURES = 1 + sum(2 * (1 + count) for count in SIGNALS)
@@ -32,6 +32,11 @@ def log_odds(p: float) -> float:
     """Of a probability, which is kept away from 0 and 1."""
     p = min(max(p, 1e-4), 1 - 1e-4)
     return math.log(p / (1 - p))
+
+
+def share(count: int, total: int) -> float:
+    """The log odds of a share, which few observations keep near even."""
+    return math.log((count + 0.5) / (total - count + 0.5))
 
 
 def features(token: int, signals: Sequence[Signal | None]) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spec import lookup, mixer
 from spec.config import Decode
-from spec.drafting import DEEPEST, MOST, DecodingError, Drafter, Ngrams, Source, Sources, complete
+from spec.drafting import DEEPEST, MOST, RECENT, DecodingError, Drafter, Ngrams, Source, Sources, complete
 from spec.heads import Choose
 from tests.spec.heads.reference import config, eagle3
 
@@ -25,8 +25,8 @@ CERTAIN = (20.0, *NOTHING[1:])  # whatever is proposed is accepted
 
 def weights(**features: float) -> mixer.Weights:
     """All zero but for these."""
-    names = ("one", "ngram", "ngram_length", "no_ngram", "no_ngram_length")
-    return tuple(features.get(name, 0.0) for name in names) + NOTHING[5:]
+    names = ("one", "ngram", "ngram_length", "ngram_share", "no_ngram", "no_ngram_length", "no_ngram_share")
+    return tuple(features.get(name, 0.0) for name in names) + NOTHING[7:]
 
 
 def sources(source: Source, fitted: mixer.Weights = CERTAIN, index: Any = None, n: int = 3, **decode: Any) -> Sources:
@@ -64,17 +64,18 @@ def drafted(what: Sources, seen: Sequence[int], limit: int = 99, run: Any = None
 
 @given(ids, st.lists(st.integers(0, 3), max_size=3), st.integers(1, 4), st.integers(0, 4), st.data())
 def test_ngrams_are_found_by_their_definition(
-    tokens: list[int], after: list[int], minimum: int, more: int, data: st.DataObject
+    tokens: list[int], drafted: list[int], minimum: int, more: int, data: st.DataObject
 ) -> None:
     """The longest suffix's latest earlier occurrence, as though the sequence ended sooner, by looking everywhere."""
     end = data.draw(st.integers(0, len(tokens)))
     index = Ngrams(minimum, minimum + more)
     index.extend(tokens)
-    tail, expected = tokens[:end] + after, None
+    tail, expected = tokens[:end] + drafted, None
     for n in range(minimum, min(minimum + more, len(tail)) + 1):
-        places = [at for at in range(n, end) if tokens[at - n : at] == tail[len(tail) - n :]]
-        expected = (tokens[places[-1]], n) if places else expected
-    assert index.find(end, after) == expected
+        after = [tokens[at] for at in range(n, end) if tokens[at - n : at] == tail[len(tail) - n :]][-RECENT:]
+        if after:
+            expected = after[-1], (math.log(n), mixer.share(after.count(after[-1]), len(after)))
+    assert index.find(end, drafted) == expected
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_earlier_answers_are_gone_through_after_the_sequence_itself() -> None:
 def test_a_source_that_is_never_right_drafts_next_to_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [
-        mixer.features(0, [(0, (math.log(n),)), None, (int(torch.randint(2, (1,), generator=generator)), (0.1,))])
+        mixer.features(0, [(0, (math.log(n), 0.0)), None, (int(torch.randint(2, (1,), generator=generator)), (0.1,))])
         for n in range(1, 9)
         for _ in range(50)
     ]

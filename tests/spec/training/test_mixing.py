@@ -50,7 +50,11 @@ def test_the_weights_say_how_often_each_source_is_right(tmp_path: Path, wrong: i
         index = lookup.Lookup.open(tmp_path / lookup.FILE, digest)
     weights = mixing.fit(foreseeing(wrong), reader, Decode(ngram_min=1), index)
     assert set(weights) == {"ngram", "lookup", "hybrid"}
-    signals: list[mixer.Signal | None] = [None, (7, (0.0, 0.0)) if with_index else None, (5, (mixer.log_odds(0.9),))]
+    signals: list[mixer.Signal | None] = [
+        None,
+        (7, (0.0, 0.0, 0.0)) if with_index else None,
+        (5, (mixer.log_odds(0.9),)),
+    ]
     head = mixer.chance(weights["hybrid"], 5, signals)
     assert head > 0.9 if wrong == 0 else head < 0.1
     if with_index:
