@@ -27,7 +27,6 @@ _ANOTHER_NETWORK = {
     "norm_before_residual": False,
     "norm_before_fc": False,
     "fc_norm": False,
-    "norm_output": False,
     "use_aux_hidden_state": True,
     "mlp_bias": False,
     "hidden_act": "silu",
@@ -44,6 +43,7 @@ KEYS = frozenset(
         *("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "attention_bias"),
         *("rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings", "eagle_config"),
         *("eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states", "target_hidden_size", "tie_word_embeddings"),
+        "norm_output",
         *(_LAYERS, _DEPTHS),
         *_ANOTHER_NETWORK,
     ]
@@ -105,6 +105,7 @@ def engine_config(config: SpeculatorConfig, base_architectures: Sequence[str] = 
         "eagle_aux_hidden_state_layer_ids": tapped,
         "num_aux_hidden_states": len(tapped),
         "tie_word_embeddings": False,
+        "norm_output": config.norm_output,
         _LAYERS: config.layers,
         _DEPTHS: config.n_predict,
     }
@@ -171,6 +172,7 @@ def fields(values: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
         "layers": layers,
         "aux_layers": None if ids == known else ids,
         "draft_vocab_size": None if drafted == values.get("vocab_size") else drafted,
+        "norm_output": bool(values.get("norm_output", False)),
         "layer": {
             "heads": heads,
             "kv_heads": _whole(values, "num_key_value_heads", heads),

@@ -2,7 +2,8 @@
 https://arxiv.org/abs/2503.01840; the layout of the weights is that of vLLM's llama_eagle3.py).
 
 Position t has the pair of the token x_{t+1} and a vector: at depth 0 g_t = fc(the taps at t), at depth k the layer's
-own output of depth k - 1. A pair attends to the depth-0 pairs up to t and to the pairs of its own chain before it.
+own output of depth k - 1 (after the output norm, where config.norm_output says so). A pair attends to the depth-0 pairs
+up to t and to the pairs of its own chain before it.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Eagle3Config(Eagle3Params, SpeculatorConfig):
 
     layers: Positive
     layer: Layer
+    norm_output: bool = True  # a new head's; with it val is 0.03 tokens per step better on the embedded default
 
 
 class Eagle3(Speculator):
@@ -201,7 +203,9 @@ class Eagle3(Speculator):
                 for (a, b), (start, end) in spans
             ]
             vectors = layer.finish(vectors, torch.cat(mixed))
-            yield self.norm(vectors)
+            found = self.norm(vectors)
+            yield found
+            vectors = found if self.config.norm_output else vectors
 
 
 class Eagle3Session(Session):
@@ -230,10 +234,12 @@ class Eagle3Session(Session):
             place = torch.full((1,), self._length - 1, device=pair.device)
             kept = (self._keys[: self._length], self._values[: self._length])
             vector = layer.finish(vector, attend(layer.queries(pair, place), kept, place, []))
-            drafted = head.drafted(k, head.norm(vector), choose)
+            found = head.norm(vector)
+            drafted = head.drafted(k, found, choose)
             if drafted is None:
                 break
             drafts.append(drafted)
+            vector = found if head.config.norm_output else vector
         return torch.cat(drafts) if drafts else torch.empty(0, dtype=torch.int64, device=pair.device)
 
     def crop(self) -> None:

@@ -159,7 +159,9 @@ def vllm(folder: Path, embedding: Tensor) -> Callable[[Tensor, Tensor, int], lis
             vectors = vectors + project(mixed.transpose(0, 1).flatten(1), "self_attn.o")
             x = rms(vectors, "midlayer.post_attention_layernorm")
             vectors = (vectors + project(F.silu(project(x, "mlp.gate")) * project(x, "mlp.up"), "mlp.down"))[-1:]
-            row = int((rms(vectors, "norm") @ w["lm_head.weight"].T).argmax())
+            normed = rms(vectors, "norm")
+            row = int((normed @ w["lm_head.weight"].T).argmax())
+            vectors = normed if values["norm_output"] else vectors
             drafts.append(row + int(found["d2t"][row]) if K != V else row)
             tokens, places = torch.tensor(drafts[-1:]), places[-1:] + 1
         return drafts

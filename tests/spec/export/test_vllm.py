@@ -50,7 +50,7 @@ def drafts_of(head: Speculator, outputs: Tensor, ids: Tensor, n: int) -> list[li
         {},
         {"draft_vocab_size": 9, "layer": {"bias": True}},
         {"draft_vocab_size": V, "aux_layers": [3]},
-        {"layers": 2, "layer": {"kv_heads": 4, "eps": 1e-3}},
+        {"layers": 2, "layer": {"kv_heads": 4, "eps": 1e-3}, "norm_output": False},
     ],
 )
 def test_the_engine_drafts_the_same(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -147,17 +147,17 @@ PUBLIC = {  # as the authors publish theirs
 }
 
 
-def public(folder: Path, **changes: Any) -> tuple[Speculator, str]:
+def public(folder: Path, norm_output: bool = False, **changes: Any) -> tuple[Speculator, str]:
     """A folder of the authors', and the head in it."""
     layer = {"heads": 3, "kv_heads": 1, "head_dim": 4, "rope_theta": 10000.0}
-    head = checkpoint(folder, config(layer, n_predict=5, draft_vocab_size=9))
+    head = checkpoint(folder, config(layer, n_predict=5, draft_vocab_size=9, norm_output=norm_output))
     (state := dict(head.state_dict())).pop("embed_tokens.weight")
     assert head.token_map is not None
     state["d2t"] = state.pop("token_map") - torch.arange(9)
     state["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, head.token_map, True)
     state["midlayer.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     torch.save(state | changes.pop("tensors", {}), folder / "pytorch_model.bin")
-    files.write_json(folder / "config.json", PUBLIC | changes)
+    files.write_json(folder / "config.json", PUBLIC | changes | ({"norm_output": True} if norm_output else {}))
     return head, str(folder)
 
 
@@ -165,6 +165,7 @@ def public(folder: Path, **changes: Any) -> tuple[Speculator, str]:
     "written",
     [
         {},
+        {"norm_output": True},
         {"rope_theta": 10000.0, "rope_scaling": None, "norm_before_residual": False, "head_dim": 4},
         {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 15, 27], "use_aux_hidden_state": True}},
     ],
@@ -185,7 +186,6 @@ def test_a_public_folder_becomes_a_checkpoint(tmp_path: Path, written: dict[str,
         ({"norm_before_residual": True}, "norm_before_residual is True: another network"),
         ({"eagle_config": {"norm_before_fc": True}}, "norm_before_fc is True"),
         ({"fc_norm": True}, "fc_norm is True"),
-        ({"norm_output": True}, "norm_output is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': another network than eagle3 here, which has 'silu'"),
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ({"target_hidden_size": 24}, "target_hidden_size is 24"),

@@ -100,6 +100,7 @@ def by_mask(head: Eagle3, packed: Packed, n: int) -> list[Tensor]:
         gate, up, down = (w[f"{m}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         vectors = vectors + (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
         found.append(norm(vectors, w["norm.weight"]))
+        vectors = found[-1] if head.config.norm_output else vectors
     return found
 
 
@@ -110,12 +111,14 @@ read = st.sampled_from([None, (0,), (1, 3)])
 
 
 @settings(max_examples=40)
-@given(masks=rows_of_masks, n=st.integers(1, 4), chunk=st.sampled_from([1, 40, 10**6]), layers=read)
+@given(
+    masks=rows_of_masks, n=st.integers(1, 4), chunk=st.sampled_from([1, 40, 10**6]), layers=read, normed=st.booleans()
+)
 def test_extra_columns_are_a_dense_mask(
-    masks: list[list[bool]], n: int, chunk: int, layers: tuple[int, ...] | None
+    masks: list[list[bool]], n: int, chunk: int, layers: tuple[int, ...] | None, normed: bool
 ) -> None:
     """Also in parts of any size, and packed as one by one; values and gradients."""
-    c = config(n_predict=n, aux_layers=layers)
+    c = config(n_predict=n, aux_layers=layers, norm_output=normed)
     head, packed = randomized(c), sequences(c, masks)
     rows = [torch.arange(len(packed.starts))] * n
     with pytest.MonkeyPatch.context() as patch:
@@ -135,12 +138,18 @@ def test_extra_columns_are_a_dense_mask(
 
 
 @settings(max_examples=40)
-@given(masks=rows_of_masks, n=st.integers(1, 5), drafted=st.sampled_from([None, 9]), seed=st.integers(0, 99))
+@given(
+    masks=rows_of_masks,
+    n=st.integers(1, 5),
+    drafted=st.sampled_from([None, 9]),
+    seed=st.integers(0, 99),
+    normed=st.booleans(),
+)
 def test_drafts_along_a_sequence_are_those_of_a_session(
-    masks: list[list[bool]], n: int, drafted: int | None, seed: int
+    masks: list[list[bool]], n: int, drafted: int | None, seed: int, normed: bool
 ) -> None:
     """Step by step, with drafts of any length in between that are cropped away; and fed back to unroll."""
-    c = config(draft_vocab_size=drafted)
+    c = config(draft_vocab_size=drafted, norm_output=normed)
     head, packed = randomized(c, seed, drafted), sequences(c, masks, seed)
     rows = torch.arange(len(packed.starts))[seed % 3 :: 2]
     if not len(rows):
