@@ -197,15 +197,15 @@ class Eagle3(Speculator):
         # Nothing at all still goes through attention, so that each weight has its gradient. Parts are split off, not
         # sliced: the gradient of a split is one copy, that of a slice as large as the whole.
         counts, lengths = ([b - a for a, b in itertools.pairwise(ends)] or [0] for ends in (bounds, offsets))
-        earlier = list(zip(*(part.split(lengths) for part in keys), strict=True))
-        begun = place[starts].split(counts)
+        earlier = list(zip(*(torch.split(part, lengths) for part in keys), strict=True))
+        begun = torch.split(place[starts], counts)
         vectors, own, found = read[starts], [], None
         for k in itertools.count():
             pairs = self.pairs(following(k, found), vectors)
             if k:
                 pair = layer.keys(pairs, place[starts] + k)
-                own.append(list(zip(*(part.split(counts) for part in pair), strict=True)))
-            queries = layer.queries(pairs, place[starts] + k).split(counts)
+                own.append(list(zip(*(torch.split(part, counts) for part in pair), strict=True)))
+            queries = torch.split(layer.queries(pairs, place[starts] + k), counts)
             mixed = [
                 attend(query, earlier[row], begun[row], [depth[row] for depth in own])
                 for row, query in enumerate(queries)
