@@ -26,11 +26,14 @@ import torch
 from bench import public_eagle3, recipes
 from bench.common import METHODS, default_config, load_base, machine, parts_of, reader, spread, table, teacher_of
 from spec import base, costs
+from spec.config import Config
 from spec.device import synchronize
+from spec.heads import Speculator
 from spec.heads.eagle3 import Eagle3
 from spec.store import tables as base_tables
+from spec.store.reader import FeatureReader
 from spec.training.start import initialise, shape_on
-from spec.workers import this_worker
+from spec.workers import Worker, this_worker
 
 BATCH, STEPS, WARMUP, ROUNDS = 8, 12, 2, 3
 FORMS = ("ours", "public, bf16 autocast", "public, float32")
@@ -154,16 +157,29 @@ def one(request: Mapping[str, object]) -> dict[str, float]:
     shape = shape_on(config.model.speculator, data.manifest)
     tables = base_tables.Tables(data.tables)
     speculator = initialise(config, shape, data.token_counts(), tables).to(worker.device)
-    given = (data, parts_of(data.order(0, 0), BATCH)[:STEPS], worker)
-    teacher = teacher_of(config, tables)
-    if form == "ours":
-        recipe = recipes.ours(config, speculator, *given, teacher)
-    elif isinstance(speculator, Eagle3) and teacher is not None:
-        recipe = public_eagle3.recipe(config, speculator, *given, teacher, dense=form == "public, dense masks")
-    else:
-        recipe = recipes.public(config, speculator, *given)
+    parts = parts_of(data.order(0, 0), BATCH)[:STEPS]
+    recipe = make(form, config, speculator, data, parts, worker, tables)
     found = recipes.measure(recipe, worker.device, STEPS, WARMUP)
     return {"rate": found.rate, "memory": found.memory, "loss": found.losses[-1]}
+
+
+def make(
+    form: str,
+    config: Config,
+    speculator: Speculator,
+    data: FeatureReader,
+    parts: Sequence[Sequence[int]],
+    worker: Worker,
+    tables: Mapping[str, torch.Tensor],
+) -> recipes.Recipe:
+    """A form, ready for its first step."""
+    given, teacher = (data, parts, worker), teacher_of(config, tables)
+    if form == "ours":
+        return recipes.ours(config, speculator, *given, teacher)
+    if isinstance(speculator, Eagle3):
+        assert teacher is not None
+        return public_eagle3.recipe(config, speculator, *given, teacher, dense=form == "public, dense masks")
+    return recipes.public(config, speculator, *given)
 
 
 if __name__ == "__main__":
