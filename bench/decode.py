@@ -267,11 +267,13 @@ def _clocked(lm: LanguageModelWithSpeculator, spent: dict[str, float]) -> Iterat
 
         return run
 
+    session = None if lm.speculator is None else type(lm.speculator.session())
     with ExitStack() as stack:
         for target, attribute, name in (
             (lm.base.model.get_decoder(), "forward", "layers"),
             (lm.base.model.get_output_embeddings(), "forward", "lm_head"),
-            (lm.speculator, "draft", "heads"),
+            (session, "extend", "heads"),
+            (session, "draft", "heads"),
             (NgramIndex, "draft", "n-grams"),
             (NgramIndex, "extend", "n-grams"),
         ):
