@@ -62,7 +62,7 @@ def main() -> None:
 def model(decode: Decode | None = None) -> LanguageModelWithSpeculator:
     config = default_config()
     base = load_base(config)
-    speculator = heads.load(common.MODEL, base.device, base.model.dtype)
+    speculator = heads.load(common.MODEL, base.device, base.model.dtype, base.tables)
     return LanguageModelWithSpeculator(base, speculator, decode or config.decode)
 
 

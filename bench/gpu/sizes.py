@@ -36,7 +36,13 @@ class Sizes:
 
 N_PREDICT = 3
 FULL = Sizes()
-_FEW = ("data.max_samples=6", "respond.max_new_tokens=12", "trainer.total_epochs=1", "evaluate.max_prompts=1")
+_FEW = (
+    "trainer.launcher=''",  # the stages' own processes are enough
+    "data.max_samples=6",
+    "respond.max_new_tokens=12",
+    "trainer.total_epochs=1",
+    "evaluate.max_prompts=1",
+)
 SMALL = Sizes(
     **{"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 128, "vocabulary": 512, "drafted": 128},
     **{"cached": 8, "length": 64, "segment": 256, "rounds": 1, "prompt": 16, "written": 8},
