@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,18 @@ import torch
 from spec import base as base_model
 from spec import config as config_module
 from spec import lineage
-from spec.base import Base
+from spec.base import Base, Teacher
 from spec.config import Config
 from spec.heads import LAST
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from stages import common
+
+METHODS: dict[str, Sequence[str]] = {
+    "sum_rnn": (),
+    "eagle3": ("model.speculator.method=eagle3", "trainer.total_epochs=6", "decode.draft_len=5"),
+}
+"""Each method's best settings, as overrides of params.yaml."""
 
 
 def default_config(*overrides: str) -> Config:
@@ -33,8 +39,15 @@ def load_base(config: Config) -> Base:
 
 
 def reader(config: Config, split: str) -> FeatureReader:
-    """The cached features of a split."""
-    return FeatureReader(Manifest.load(common.features_path(split)), common.store_root(config))
+    """The cached features of a split, as far as the config's method reads them."""
+    manifest = Manifest.load(common.features_path(split))
+    taps = config.model.speculator.taps(manifest.layers)
+    return FeatureReader(manifest.reading(taps), common.store_root(config))
+
+
+def teacher_of(config: Config, tables: Mapping[str, torch.Tensor]) -> Teacher | None:
+    """The base's own distributions, where optim.loss says that training learns from them."""
+    return Teacher(tables["lm_head"]) if config.optim.loss == "kl" else None
 
 
 def real_states(config: Config, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.common import default_config, machine, parts_of, real_states, seconds, table
 from spec.corpus import TokenSequence
-from spec.heads import LAST, Packed
+from spec.heads import LAST, Packed, Tap
 from spec.store import codecs, features, identity
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
@@ -49,7 +49,7 @@ def main() -> None:
         root = Path(folder)
         forms: dict[str, Callable[[int], Iterator[Packed]]] = {}
         for codec in ("zstd", "none", "fp8"):
-            manifest = store(root / codec, states, ids, mask, 49152, codec)
+            manifest = store(root / codec, {LAST: states}, ids, mask, 49152, codec)
             forms[f"reader, {codec}, first epoch"] = from_reader(manifest, root / codec, fresh=True)
             forms[f"reader, {codec}, later epochs"] = from_reader(manifest, root / codec, fresh=False)
         for form, save, load in (
@@ -90,34 +90,38 @@ def positions_in(epoch: Callable[[int], Iterator[Packed]], number: int) -> int:
 
 def store(
     root: Path,
-    states: torch.Tensor,
+    states: Mapping[Tap, torch.Tensor],
     ids: np.ndarray[Any, Any],
     mask: np.ndarray[Any, Any],
     vocab_size: int,
     codec: str,
     segment_tokens: int = 65536,
 ) -> Manifest:
-    """Sequences in a store of their own: states [N * P, d] in bfloat16, ids [N, T], and the mask [T] of each."""
+    """Sequences in a store of their own: each tap's vectors [N * P, d] in bfloat16, LAST first; ids [N, T], and the
+    mask [T] of each."""
     base = {"weights": "w", "tokenizer": "t"}
-    collection = Collection(root, "states", identity.states(base, "bfloat16", LAST, CODECS[codec], "bfloat16"))
-    collection.create()
-    width, offsets = states.shape[1], features.offsets(CODECS[codec])
-    attributes = {"dtype": "bfloat16", "width": width, "offsets": offsets}
+    width = states[LAST].shape[1]
+    attributes = {"dtype": "bfloat16", "width": width, "offsets": features.offsets(CODECS[codec])}
     count, length = ids.shape
-    per_row, a_segment = len(states) // count, max(segment_tokens // length, 1)
-    for start in range(0, count, a_segment):
-        numbers = range(start, min(start + a_segment, count))
-        rows = []
-        for row in numbers:
-            encoded = CODECS[codec].encode(states[row * per_row : (row + 1) * per_row])
-            rows.append({**{k: codecs.to_numpy(v) for k, v in encoded.items()}, "ids": ids[row], "mask": mask})
-        claim = collection.claim([str(row) for row in numbers])
-        assert claim is not None
-        claim.commit(rows, attributes, CODECS[codec])
+    a_segment, collections = max(segment_tokens // length, 1), []
+    for tap, vectors in states.items():
+        content = identity.states(base, "bfloat16", tap, CODECS[codec], "bfloat16")
+        collections.append(Collection(root, "states", content))
+        collections[-1].create()
+        by_row = vectors.view(count, -1, width)
+        for start in range(0, count, a_segment):
+            numbers = range(start, min(start + a_segment, count))
+            rows = []
+            for row in numbers:
+                encoded = CODECS[codec].encode(by_row[row])
+                rows.append({**{k: codecs.to_numpy(v) for k, v in encoded.items()}, "ids": ids[row], "mask": mask})
+            claim = collections[-1].claim([str(row) for row in numbers])
+            assert claim is not None
+            claim.commit(rows, attributes, CODECS[codec])
     return make_manifest(
-        [collection],
+        collections,
         [str(row) for row in range(count)],
-        [TokenSequence(row, mask, "a", length - per_row) for row in ids],
+        [TokenSequence(row, mask, "a", int(np.argmax(mask))) for row in ids],
         base={"name": "bench", "revision": None, **base},
         dtype="bfloat16",
         hidden_size=width,

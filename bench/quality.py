@@ -4,8 +4,10 @@ Exact-walk tokens per step on val, and on eval for the winner, after the same nu
 recipe and each of our choices, one changed at a time (NAME: only those with such a part in their name). Takes about
 40 minutes on two cores.
 
-`python -m bench.quality curve`: the same for 1/8, 1/4, ... of the default's data, as far as there is data: after
-`spec tokenize`, `respond` and `cache` with `-S data.max_samples=1536` up to 4 times as much. Draws docs/data_size.png.
+`python -m bench.quality curve [COUNT ...]`: each method with its best settings (bench.common.METHODS) after training on
+so many answers, by default 1/8, 1/4, ... of the default's as far as there are answers: after `spec tokenize`, `respond`
+and `cache` with `-S data.max_samples=1536 -S model.speculator.method=eagle3` up to 4 times as many. Draws
+docs/data_size.png. eagle3 always needs the vectors that `spec cache -S model.speculator.method=eagle3` stores.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from typing import Any
 
 import torch
 
-from bench.common import default_config, machine, reader, table
+from bench.common import METHODS, default_config, machine, reader, table, teacher_of
 from spec import acceptance, plots
-from spec.base import Teacher
 from spec.config import Config
+from spec.drafting import Sources
 from spec.store import tables as base_tables
 from spec.store.reader import FeatureReader
 from spec.training import loop
@@ -44,6 +46,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "lr 4e-3": ("optim.lr=0.004",),
     "weight decay 0.1": ("optim.weight_decay=0.1",),
     "scale_input": ("model.speculator.scale_input=true",),
+    "eagle3": METHODS["eagle3"],
     "sum_lstm": ("model.speculator.method=sum_lstm", "model.speculator.tie_lstm_embs=true"),
     "draft vocabulary 4,096": ("model.speculator.draft_vocab_size=4096",),
     "draft vocabulary 16,384": ("model.speculator.draft_vocab_size=16384",),
@@ -57,8 +60,8 @@ CHOICES: dict[str, Sequence[str]] = {
 def main() -> None:
     wanted = sys.argv[1:]
     print(machine())
-    if wanted == ["curve"]:
-        curve()
+    if wanted[:1] == ["curve"]:
+        curve([int(count) for count in wanted[1:]])
         return
     rows = []
     for name, overrides in CHOICES.items():
@@ -70,19 +73,23 @@ def main() -> None:
     table(["choice", "tokens per step, val", "eval", "best step", "training"], rows)
 
 
-def curve() -> None:
-    config = default_config()
-    whole = config.data.max_samples or 384
-    counts = [round(whole * share) for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]
-    available = len(reader(config, "train"))
-    found: dict[int, tuple[float, float]] = {}
-    for count in [count for count in counts if count <= available]:
-        val, held, seconds, _ = train(config, count)
-        found[count] = val, held
-        print(f"{count} answers: {val:.3f} on val, {held:.3f} on eval, {seconds:.0f} s", flush=True)
-    lines = {name: (list(found), [each[i] for each in found.values()]) for i, name in enumerate(("val", "eval"))}
+def curve(counts: Sequence[int]) -> None:
+    whole, available = default_config().data.max_samples or 384, len(reader(default_config(), "train"))
+    counts = counts or [round(whole * share) for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)]
+    counts = [count for count in counts if count <= available]
+    found: dict[str, list[float]] = {f"{method}, {split}": [] for method in METHODS for split in ("val", "eval")}
+    for method, overrides in METHODS.items():
+        for count in counts:
+            val, held, seconds, _ = train(default_config(*overrides), count)
+            found[f"{method}, val"].append(val)
+            found[f"{method}, eval"].append(held)
+            print(f"{method}, {count} answers: {val:.3f} on val, {held:.3f} on eval, {seconds:.0f} s", flush=True)
+    lines = {name: (counts, rates) for name, rates in found.items()}
     plots.curves(Path("docs/data_size.png"), lines, "answers to train on", "tokens per step, head alone")
-    table(["answers", "val", "eval"], [[count, f"{val:.3f}", f"{held:.3f}"] for count, (val, held) in found.items()])
+    table(
+        ["answers", *found],
+        [[count, *(f"{rates[i]:.3f}" for rates in found.values())] for i, count in enumerate(counts)],
+    )
 
 
 def train(config: Config, count: int | None = None) -> tuple[float, float, float, int]:
@@ -94,15 +101,17 @@ def train(config: Config, count: int | None = None) -> tuple[float, float, float
     tables = base_tables.Tables(found["train"].tables)
     speculator = initialise(config, shape, found["train"].token_counts(), tables)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
-        task = FrozenTask(config, speculator, found["train"], found["val"], worker, Teacher(tables["lm_head"]))
+        task = FrozenTask(config, speculator, found["train"], found["val"], worker, teacher_of(config, tables))
         began = time.monotonic()
         result = loop.run(task, Checkpoints(Path(folder), ""))
         seconds = time.monotonic() - began
     task.restore(result.weights)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=worker.mixed("bfloat16")):
-        answers = acceptance.draft_answers(speculator, found["eval"])
-    walks = acceptance.walks(found["eval"], answers)
-    return result.val["tokens_per_step"], acceptance.tokens_per_step(walks), seconds, result.step
+    rates, sources = [], Sources(config.decode, "head", speculator.config)
+    for split in ("val", "eval"):
+        with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=worker.mixed("bfloat16")):
+            answers = acceptance.draft_answers(speculator, found[split], sources=sources)
+        rates.append(acceptance.tokens_per_step(acceptance.walks(found[split], answers)))
+    return rates[0], rates[1], seconds, result.step
 
 
 def first(found: FeatureReader, count: int) -> FeatureReader:

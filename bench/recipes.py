@@ -48,7 +48,7 @@ def ours(
         counts = batches[number].counts.to(worker.device)
         with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=worker.mixed(config.model.dtype)):
             loss, _ = module(batch, counts)
-        return batch.positions, _update(optimizer, loss)
+        return batch.positions, update(optimizer, loss)
 
     return Recipe(optimizer, step)
 
@@ -57,14 +57,8 @@ def public(
     config: Config, speculator: Speculator, reader: FeatureReader, parts: Sequence[Sequence[int]], worker: Worker
 ) -> Recipe:
     """The public trainers' recipe: all heads' logits stacked, cross-entropy over them, dense gradients."""
-    n, index, kept = speculator.config.n_predict, speculator.draft_index, speculator.undecayed()
-    decayed = [p for name, p in speculator.named_parameters() if name not in kept]
-    bare = [p for name, p in speculator.named_parameters() if name in kept]
-    groups = [
-        {"params": decayed, "weight_decay": config.optim.weight_decay},
-        {"params": bare, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
+    n, index = speculator.config.n_predict, speculator.draft_index
+    optimizer = plain_optimizer(config, speculator)
     batches = []
     for packed in reader.batches(parts):
         # Lined up beforehand, as ours: tokens [P, n + 1], and targets [P, n] that are -100 where nothing trains.
@@ -82,12 +76,24 @@ def public(
             logits = speculator(states, tokens)  # [n, P, V]
             losses = [F.cross_entropy(logits[i].float(), targets[:, i], ignore_index=-100) for i in range(n)]
             loss = torch.stack(losses).mean()
-        return len(states), _update(optimizer, loss)
+        return len(states), update(optimizer, loss)
 
     return Recipe(optimizer, step)
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+def plain_optimizer(config: Config, speculator: Speculator) -> torch.optim.AdamW:
+    """AdamW over every parameter that is the speculator's own."""
+    kept, own = speculator.undecayed(), dict(speculator.named_parameters())
+    own = {name: parameter for name, parameter in own.items() if name not in speculator.borrowed}
+    groups = [
+        {"params": [p for name, p in own.items() if name not in kept], "weight_decay": config.optim.weight_decay},
+        {"params": [p for name, p in own.items() if name in kept], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """Step along the loss's gradient; the loss."""
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -1,46 +1,61 @@
-"""Training from the cache compared with what people use. `python -m bench.train`, after `make repro`.
+"""Training from the cache compared with what people use. `python -m bench.train [PART ...]`, after `make repro`.
 
-1. Positions/s, and memory above weights and optimizer, against the public recipe written plainly (all heads' full
-   logits, dense embedding gradients) in float32 and in bf16 autocast: same data, micro-batches, loss and updates. On
-   a CPU without instructions for bf16 ours is in float32 and that autocast is left out, as nobody would train in it.
-2. An epoch from the cache against an epoch with the base in the loop, and what the formulas say for 8B and 70B.
-3. Speed of draft vocabularies of 4k, 8k, 16k and all tokens, and of the two losses.
+1. `public`: positions/s, and memory above weights and optimizer, against the public recipe written plainly (all heads'
+   full logits, dense embedding gradients) in float32 and in bf16 autocast: same data, micro-batches, loss and updates.
+   On a CPU without instructions for bf16 ours is in float32 and that autocast is left out, as nobody would train in it.
+2. `loop`: an epoch from the cache against an epoch with the base in the loop, and what the formulas say for 8B and 70B.
+3. `vocabularies`: speed of draft vocabularies of 4k, 8k, 16k and all tokens, and of the two losses.
+4. `eagle3`: as 1, against the public recipe for EAGLE-3 (padded batches, all depths' logits over the draft vocabulary),
+   with dense attention masks, and with EAGLE's own extra columns. After `spec cache -S model.speculator.method=eagle3`.
 
 Each form runs in a process of its own, so that its peak memory is its own, which is read from Linux's /proc.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from bench import recipes
-from bench.common import default_config, load_base, machine, parts_of, reader, spread, table
+from bench import public_eagle3, recipes
+from bench.common import METHODS, default_config, load_base, machine, parts_of, reader, spread, table, teacher_of
 from spec import base, costs
-from spec.base import Teacher
+from spec.config import Config
 from spec.device import synchronize
+from spec.heads import Speculator
+from spec.heads.eagle3 import Eagle3
 from spec.store import tables as base_tables
+from spec.store.reader import FeatureReader
 from spec.training.start import initialise, shape_on
-from spec.workers import this_worker
+from spec.workers import Worker, this_worker
 
 BATCH, STEPS, WARMUP, ROUNDS = 8, 12, 2, 3
 FORMS = ("ours", "public, bf16 autocast", "public, float32")
+EAGLE3_FORMS = ("ours", "public, extra columns", "public, dense masks")
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
+    if sys.argv[1:] and sys.argv[1].startswith("{"):
         print(json.dumps(one(json.loads(sys.argv[1]))))
         return
+    parts = {
+        "public": beside_the_public_recipe,
+        "loop": beside_the_base_in_the_loop,
+        "vocabularies": draft_vocabularies,
+        "eagle3": eagle3_beside_the_public_recipe,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", choices=[*parts, []], help="default: all")
+    asked = parser.parse_args()
     print(machine())
-    beside_the_public_recipe()
-    beside_the_base_in_the_loop()
-    draft_vocabularies()
+    for name in asked.part or parts:
+        parts[name]()
 
 
 def run(**request: object) -> dict[str, float]:
@@ -53,11 +68,23 @@ def run(**request: object) -> dict[str, float]:
 
 def beside_the_public_recipe() -> None:
     mixed = this_worker().mixed("bfloat16")
-    forms = [form for form in FORMS if mixed or "bf16" not in form]
+    print(f"\n1. sum_rnn, n=3, width 576, all of the vocabulary, {BATCH} sequences a step, {STEPS} steps")
+    compare([form for form in FORMS if mixed or "bf16" not in form], drafted=None, loss="ce")
+
+
+def eagle3_beside_the_public_recipe() -> None:
+    speculator = default_config(*METHODS["eagle3"]).model.speculator
+    n, drafted = speculator.n_predict, speculator.draft_vocab_size
+    print(f"\n4. eagle3, n={n}, {drafted or 'all'} tokens, kl, {BATCH} sequences a step, {STEPS} steps")
+    compare(EAGLE3_FORMS, method="eagle3", drafted=drafted, loss="kl")
+
+
+def compare(forms: Sequence[str], **request: object) -> None:
+    """Print speed, memory and loss of each form, ours first; rounds turn the order round."""
     found: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
     for turn in range(ROUNDS):
         for form in forms if turn % 2 == 0 else reversed(forms):
-            found[form].append(run(form=form, drafted=None, loss="ce"))
+            found[form].append(run(form=form, **request))
     ours = found["ours"]
     rows = []
     for form, runs in found.items():
@@ -66,7 +93,6 @@ def beside_the_public_recipe() -> None:
         rate, held = (statistics.median(run[name] for run in runs) for name in ("rate", "memory"))
         shown = [f"{rate:,.0f}", spread(speed), f"{held / 1e6:,.0f}", spread(memory), f"{runs[0]['loss']:.4f}"]
         rows.append([form, *shown])
-    print(f"\n1. sum_rnn, n=3, width 576, all of the vocabulary, {BATCH} sequences a step, {STEPS} steps")
     table(["form", "positions/s", "ours / it", "MB above static", "ours / it", "loss at the last step"], rows)
 
 
@@ -118,23 +144,42 @@ def draft_vocabularies() -> None:
 
 def one(request: Mapping[str, object]) -> dict[str, float]:
     """Train a few steps in one form; returns positions/s, bytes above static, and the last loss."""
-    drafted = request["drafted"]
+    form, drafted = str(request["form"]), request["drafted"]
     config = default_config(
+        *METHODS[str(request.get("method", "sum_rnn"))],
         f"model.speculator.draft_vocab_size={'null' if drafted is None else drafted}",
-        f"model.dtype={'float32' if request['form'] == 'public, float32' else 'bfloat16'}",
+        f"model.dtype={'float32' if form == 'public, float32' else 'bfloat16'}",
         f"optim.loss={request['loss']}",
         "optim.lr=0.002",
     )
     worker = this_worker()
-    data = reader(default_config(), "train")
+    data = reader(config, "train")
     shape = shape_on(config.model.speculator, data.manifest)
     tables = base_tables.Tables(data.tables)
     speculator = initialise(config, shape, data.token_counts(), tables).to(worker.device)
-    given = (config, speculator, data, parts_of(data.order(0, 0), BATCH)[:STEPS], worker)
-    ours = request["form"] == "ours"
-    recipe = recipes.ours(*given, Teacher(tables["lm_head"])) if ours else recipes.public(*given)
+    parts = parts_of(data.order(0, 0), BATCH)[:STEPS]
+    recipe = make(form, config, speculator, data, parts, worker, tables)
     found = recipes.measure(recipe, worker.device, STEPS, WARMUP)
     return {"rate": found.rate, "memory": found.memory, "loss": found.losses[-1]}
+
+
+def make(
+    form: str,
+    config: Config,
+    speculator: Speculator,
+    data: FeatureReader,
+    parts: Sequence[Sequence[int]],
+    worker: Worker,
+    tables: Mapping[str, torch.Tensor],
+) -> recipes.Recipe:
+    """A form, ready for its first step."""
+    given, teacher = (data, parts, worker), teacher_of(config, tables)
+    if form == "ours":
+        return recipes.ours(config, speculator, *given, teacher)
+    if isinstance(speculator, Eagle3):
+        assert teacher is not None
+        return public_eagle3.recipe(config, speculator, *given, teacher, dense=form == "public, dense masks")
+    return recipes.public(config, speculator, *given)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from bench.decode import where_time_goes
 from bench.gpu.check import Check
 from bench.gpu.sizes import N_PREDICT, Sizes
 from spec import base as base_model
+from spec import config as config_module
 from spec import costs, heads
 from spec.base import Base
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import Source
-from spec.heads import Speculator, SumRnnConfig
+from spec.heads import Layer, OnBase, Speculator
 from spec.store import features
 from spec.store.features import FeatureRow
 from spec.store.plan import item_key
@@ -60,25 +61,38 @@ def random_base(sizes: Sizes, device: torch.device) -> Base:
     return Base(model, tokenizer, "", device, torch.bfloat16)
 
 
-@torch.no_grad()
-def random_heads(sizes: Sizes, outputs: int, device: torch.device) -> Speculator:
-    """A sum_rnn as wide as the base, over the whole vocabulary or the first `outputs` tokens of it.
-
-    Its weights are drawn on the device: on a CPU that takes half a minute.
-    """
+def speculator_section(sizes: Sizes, outputs: int, method: str) -> dict[str, Any]:
+    """Parameters of heads as wide as the base, over the whole vocabulary or the first `outputs` tokens of it."""
+    widths = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), sizes.hidden)
     drafted = outputs if outputs < sizes.vocabulary else None
-    known = {"method": "sum_rnn", "n_predict": N_PREDICT, "base_model_name_or_path": "", "base_digest": ""}
-    shape = {"hidden_size": sizes.hidden, "vocab_size": sizes.vocabulary, "draft_vocab_size": drafted}
-    widths: Any = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (sizes.hidden,))
-    config = SumRnnConfig.model_validate({**known, **shape, **widths})
+    return {"method": method, "n_predict": N_PREDICT, "draft_vocab_size": drafted, **widths}
+
+
+@torch.no_grad()
+def random_heads(sizes: Sizes, outputs: int, device: torch.device, method: str = "sum_rnn") -> Speculator:
+    """Heads with these parameters. Their weights are drawn on the device: on a CPU that takes half a minute."""
+    section = speculator_section(sizes, outputs, method)
+    params = config_module.from_mapping({"model": {"speculator": section}}).model.speculator
+    shape = {"hidden_size": sizes.hidden, "vocab_size": sizes.vocabulary, "layers": sizes.layers}
+    base = OnBase.model_validate({**shape, "base_model_name_or_path": "", "base_digest": ""})
+    layer = Layer(
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.hidden // sizes.heads,
+        intermediate_size=sizes.intermediate,
+    )
+    config = heads.on_base(params, base, layer)
     torch.manual_seed(0)
     with device:
+        drafted = params.draft_vocab_size
         speculator = heads.build(config, None if drafted is None else torch.arange(drafted))
     for parameter in speculator.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, min(parameter.shape) ** -0.5)
         else:
             parameter.fill_(0.5)  # of norms
+    for name in speculator.borrowed:
+        speculator.get_parameter(name).requires_grad_(False)
     return speculator
 
 
@@ -114,13 +128,18 @@ def answer(model: Base, sizes: Sizes, rows: int) -> float:
     return rows * sizes.written / (took(2 + sizes.written) - few)
 
 
-def decoding(check: Check, lm: LanguageModelWithSpeculator, name: str, prompts: list[list[int]], tokens: int) -> None:
+def decoding(
+    check: Check,
+    lm: LanguageModelWithSpeculator,
+    name: str,
+    prompts: list[list[int]],
+    tokens: int,
+    expected: str = "share at most 0.10",
+) -> None:
     """Where a decoding step's time goes, for each source of drafts."""
     for source in get_args(Source):
         spent = where_time_goes(lm, prompts, tokens, source)
         share = 1 - (spent["layers"] + spent["lm_head"]) / spent["a step"]
-        value, expected = (
-            f"{1e3 * spent['unclocked']:.2f}; {share:.3f}",
-            "share at most 0.10" if source != "none" else "",
-        )
-        check.figure(f"{name}, {source}: ms a step; share that is not the base", value, expected)
+        value = f"{1e3 * spent['unclocked']:.2f}; {share:.3f}"
+        figure = f"{name}, {source}: ms a step; share that is not the base"
+        check.figure(figure, value, expected if source != "none" else "")

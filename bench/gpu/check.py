@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.gpu.sizes import Sizes
 from spec.device import synchronize
 
-SHARES = {"right": 0.3, "default": 0.5, "base": 0.3, "training": 0.45, "decoding": 0.25}
+SHARES = {"right": 0.3, "default": 0.5, "base": 0.3, "training": 0.45, "decoding": 0.25, "eagle3": 0.4}
 """The sections in their order, and how much of the whole time each may take, so that one that hangs does not cost the
 others theirs."""
 

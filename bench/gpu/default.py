@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,32 +28,42 @@ def workspace(check: Check) -> Path:
 
 
 def run(check: Check) -> None:
-    """Run the stages in a folder of their own; what they say is kept in stages.txt."""
+    """Run all stages, with what params.yaml says."""
     root = workspace(check)
-    root.mkdir(parents=True)
-    overrides = ("trainer.logger=console", f"features.store={root / 'store'}", *check.sizes.default)
-    config_module.save(config_module.load(common.PROJECT / "params.yaml", overrides), root / "params.yaml")
-    took: dict[str, float] = {}
-    with _highest_memory(check.device) as highest, (check.out / "stages.txt").open("w") as log:
-        for stage in STAGES:
-            began = time.perf_counter()
-            command, environment = [sys.executable, "-m", f"stages.{stage}"], common.child_environment()
-            given: Any = {"cwd": root, "env": environment, "timeout": check.left()}
-            if subprocess.run(command, stdout=log, stderr=log, **given).returncode:
-                text = (check.out / "stages.txt").read_text()
-                raise RuntimeError(f"the stage {stage} failed; the end of stages.txt: {text[-2000:]}")
-            took[stage] = time.perf_counter() - began
-            check.figure(f"{stage}, s", f"{took[stage]:.1f}")
+    took = run_stages(check, STAGES)
     rows = [row for split in common.SPLITS for row in corpus.read(root / common.responses_path(split))]
     answers = sum(len(row) - row.prompt_length for row in rows)
     check.figure("respond, tokens of answers/s, start included", f"{answers / took['respond']:,.0f}")
     check.figure("cache, tokens/s, start included", f"{sum(map(len, rows)) / took['cache']:,.0f}")
+
+
+def run_stages(check: Check, stages: Sequence[str], *overrides: str) -> dict[str, float]:
+    """Run stages in a folder of their own, and write down what they came to; the seconds of each. What they say is kept
+    in stages.txt."""
+    root = workspace(check)
+    root.mkdir(parents=True, exist_ok=True)
+    given = (*overrides, "trainer.logger=console", f"features.store={root / 'store'}", *check.sizes.default)
+    config_module.save(config_module.load(common.PROJECT / "params.yaml", given), root / "params.yaml")
+    took: dict[str, float] = {}
+    with _highest_memory(check.device) as highest, (check.out / "stages.txt").open("a") as log:
+        for stage in stages:
+            began = time.perf_counter()
+            command, environment = [sys.executable, "-m", f"stages.{stage}"], common.child_environment()
+            options: Any = {"cwd": root, "env": environment, "timeout": check.left()}
+            if subprocess.run(command, stdout=log, stderr=log, **options).returncode:
+                text = (check.out / "stages.txt").read_text()
+                raise RuntimeError(f"the stage {stage} failed; the end of stages.txt: {text[-2000:]}")
+            took[stage] = time.perf_counter() - began
+            check.figure(f"{stage}, s", f"{took[stage]:.1f}")
     metrics = files.read_json(root / "results/evaluate/details.json")
     rates = [metrics[source]["tokens_per_step"] for source in ("offline", "ngram", "hybrid")]
     check.figure("tokens per step: head, n-gram, hybrid", ", ".join(f"{rate:.2f}" for rate in rates))
+    speeds = metrics["decode"]["tokens_per_second"]
+    check.figure(f"decoding, tokens/s: {', '.join(speeds)}", ", ".join(f"{speed:.1f}" for speed in speeds.values()))
     check.figure("speed-up of decoding", f"{metrics['decode']['speedup']:.2f}")
     check.figure("identical to plain decoding in float32", "yes" if metrics["decode"]["lossless"] else "NO", "yes")
     check.figure("highest device memory, GB", f"{highest[0] / 1e9:.2f}")
+    return took
 
 
 @contextmanager

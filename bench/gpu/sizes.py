@@ -27,6 +27,7 @@ class Sizes:
 
     drafted: int = 32768  # tokens of the draft vocabulary
     trained: int = 128  # sequences of the store that heads train from
+    read: int = 32  # sequences of the store that eagle3 trains from, with three layers at every token
     batch: int = 8  # sequences a step
     steps: int = 12  # of training, in each form
     warmup: int = 3  # steps of them that are not timed
@@ -35,11 +36,17 @@ class Sizes:
 
 N_PREDICT = 3
 FULL = Sizes()
-_FEW = ("data.max_samples=6", "respond.max_new_tokens=12", "trainer.total_epochs=1", "evaluate.max_prompts=1")
+_FEW = (
+    "trainer.launcher=''",  # the stages' own processes are enough
+    "data.max_samples=6",
+    "respond.max_new_tokens=12",
+    "trainer.total_epochs=1",
+    "evaluate.max_prompts=1",
+)
 SMALL = Sizes(
     **{"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 128, "vocabulary": 512, "drafted": 128},
     **{"cached": 8, "length": 64, "segment": 256, "rounds": 1, "prompt": 16, "written": 8},
-    **{"trained": 96, "batch": 2, "steps": 3, "warmup": 1},
+    **{"trained": 96, "read": 4, "batch": 2, "steps": 3, "warmup": 1},
     answers=(8, 16),
     default=(*_FEW, "evaluate.max_new_tokens=8"),
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,14 +19,13 @@ import torch
 
 from bench import recipes
 from bench.common import parts_of, seconds
-from bench.gpu.base import random_heads
+from bench.gpu.base import random_heads, speculator_section
 from bench.gpu.check import Check
-from bench.gpu.sizes import N_PREDICT
 from bench.loader import store
 from spec import config as config_module
 from spec import costs
 from spec.config import Config
-from spec.heads import Speculator
+from spec.heads import LAST, Speculator, Tap
 from spec.store.codecs import CODECS
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader, prefetch
@@ -43,7 +44,7 @@ def run(check: Check) -> None:
     reader = FeatureReader(splits["zstd"], check.work / "zstd")
     for name, outputs in (("whole vocabulary", sizes.vocabulary), ("draft vocabulary", sizes.drafted)):
         setting = Setting(check, settings(check, outputs), random_heads(sizes, outputs, check.device), reader)
-        compare(setting, name, card)
+        compare(setting, name, card, expected=outputs == sizes.vocabulary)
         in_the_loop(setting, name)
         if outputs == sizes.vocabulary:
             chunks(setting)
@@ -52,15 +53,13 @@ def run(check: Check) -> None:
     compiled(setting)
 
 
-def settings(check: Check, outputs: int) -> Config:
+def settings(check: Check, outputs: int, method: str = "sum_rnn") -> Config:
     """Parameters of heads as wide as the base, with this many outputs."""
     sizes = check.sizes
-    widths = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), sizes.hidden)
-    drafted = outputs if outputs < sizes.vocabulary else None
     return config_module.from_mapping(
         {
             "data": {"train_batch_size": sizes.batch, "micro_batch_size_per_gpu": sizes.batch},
-            "model": {"speculator": {"n_predict": N_PREDICT, "draft_vocab_size": drafted, **widths}},
+            "model": {"speculator": speculator_section(sizes, outputs, method)},
             "optim": {"lr": 1e-3},
             "trainer": {"logger": "console", "total_epochs": 100, "test_freq": 10**9, "save_freq": 10**9},
         }
@@ -68,17 +67,23 @@ def settings(check: Check, outputs: int) -> Config:
 
 
 def stores(check: Check) -> dict[str, Manifest]:
-    """Random states and tokens of the draft vocabulary, whose second half is supervised, in a store for each codec."""
+    """Random states of answers, in a store for each codec."""
+    return {codec: random_store(check, check.work / codec, [LAST], check.sizes.trained, codec) for codec in CODECS}
+
+
+def random_store(check: Check, folder: Path, taps: Sequence[Tap], count: int, codec: str) -> Manifest:
+    """`count` sequences of random vectors, and of tokens of the draft vocabulary whose second half is supervised."""
     sizes = check.sizes
     answer = sizes.length - sizes.length // 2
     torch.manual_seed(0)
-    states = torch.randn(sizes.trained * answer, sizes.hidden, device=check.device, dtype=torch.bfloat16).cpu()
-    ids = np.random.default_rng(0).integers(0, sizes.drafted, (sizes.trained, sizes.length), np.int32)
+    states = {}
+    for tap in taps:
+        shape = (count * (sizes.length if tap.positions == "all" else answer), sizes.hidden)
+        states[tap] = torch.randn(shape, device=check.device, dtype=torch.bfloat16).cpu()
+    ids = np.random.default_rng(0).integers(0, sizes.drafted, (count, sizes.length), np.int32)
     mask = np.zeros(sizes.length, np.uint8)
     mask[-answer:] = 1
-    return {
-        codec: store(check.work / codec, states, ids, mask, sizes.vocabulary, codec, sizes.segment) for codec in CODECS
-    }
+    return store(folder, states, ids, mask, sizes.vocabulary, codec, sizes.segment)
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,9 @@ class Setting:
         return Worker(0, 1, self.check.device)
 
     def recipe(self, make: Callable[..., recipes.Recipe], **options: Any) -> recipes.Recipe:
-        """One of bench.recipes, ready for the first steps of an epoch."""
-        parts = parts_of(self.reader.order(0, 0), self.check.sizes.batch)[: self.check.sizes.steps]
+        """One of bench.recipes, ready for the first steps."""
+        epoch = parts_of(self.reader.order(0, 0), self.check.sizes.batch)
+        parts = list(itertools.islice(itertools.cycle(epoch), self.check.sizes.steps))
         return make(self.config, copy.deepcopy(self.speculator), self.reader, parts, self.worker, **options)
 
     def measure(self, make: Callable[..., recipes.Recipe], **options: Any) -> recipes.Measured:
@@ -115,10 +121,17 @@ def empty(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def compare(setting: Setting, name: str, card: costs.Machine) -> None:
-    """Ours and the public recipe on the same batches."""
-    figure, expected = setting.check.figure, name == "whole vocabulary"
-    ours, public = setting.measure(recipes.ours), setting.measure(recipes.public)
+def compare(
+    setting: Setting,
+    name: str,
+    card: costs.Machine,
+    expected: bool,
+    recipe: Callable[..., recipes.Recipe] = recipes.public,
+    **options: Any,
+) -> None:
+    """Ours and the public recipe on the same batches; options are those of both."""
+    figure = setting.check.figure
+    ours, public = setting.measure(recipes.ours, **options), setting.measure(recipe, **options)
     operations = 6 * setting.speculator.operations(setting.speculator.config)  # forward and backward
     share = operations * ours.rate / card.flops
     figure(f"{name}: ours, positions/s", f"{ours.rate:,.0f}")

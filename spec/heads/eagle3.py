@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
@@ -185,22 +185,21 @@ class Eagle3(Speculator):
         layer, offsets, place = self.midlayer, packed.offsets, packed.places
         read = self.inputs(packed.states)  # [T, d]
         keys = layer.keys(self.pairs(F.pad(packed.ids, (0, 1))[1:], read), place)
-        # Nothing at all still goes through attention, so that each weight has its gradient.
-        spans = list(zip(itertools.pairwise(bounds), itertools.pairwise(offsets), strict=True)) or [((0, 0), (0, 0))]
-        vectors, own = read[starts], list[Keys]()
+        # Nothing at all still goes through attention, so that each weight has its gradient. Parts are split off, not
+        # sliced: the gradient of a split is one copy, that of a slice as large as the whole.
+        counts, lengths = ([b - a for a, b in itertools.pairwise(ends)] or [0] for ends in (bounds, offsets))
+        earlier = list(zip(*(torch.split(part, lengths) for part in keys), strict=True))
+        begun = torch.split(place[starts], counts)
+        vectors, own = read[starts], list[list[Any]]()
         for k in itertools.count():
             pairs = self.pairs(following(k), vectors)
             if k:
-                own.append(layer.keys(pairs, place[starts] + k))
-            queries = layer.queries(pairs, place[starts] + k)
+                pair = layer.keys(pairs, place[starts] + k)
+                own.append(list(zip(*(torch.split(part, counts) for part in pair), strict=True)))
+            queries = torch.split(layer.queries(pairs, place[starts] + k), counts)
             mixed = [
-                attend(
-                    queries[a:b],
-                    (keys[0][start:end], keys[1][start:end]),
-                    place[starts[a:b]],
-                    [(key[a:b], value[a:b]) for key, value in own],
-                )
-                for (a, b), (start, end) in spans
+                attend(query, earlier[row], begun[row], [depth[row] for depth in own])
+                for row, query in enumerate(queries)
             ]
             vectors = layer.finish(vectors, torch.cat(mixed))
             found = self.norm(vectors)

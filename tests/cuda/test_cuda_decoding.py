@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from spec import base as base_model
-from spec.base import Base
 from spec.config import Model
 from spec.decoding import LanguageModelWithSpeculator
 from spec.drafting import Source
@@ -17,18 +18,24 @@ TOKENS = 40
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [100, 17, 230, 4], [250]]
 
 
-@pytest.fixture(scope="module", params=["gpt2", "qwen2"])
-def model(tmp_path_factory: pytest.TempPathFactory, device: torch.device, request: pytest.FixtureRequest) -> Base:
+METHODS: dict[Family, str] = {"gpt2": "sum_rnn", "qwen2": "eagle3"}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def lm(
+    tmp_path_factory: pytest.TempPathFactory, device: torch.device, request: pytest.FixtureRequest
+) -> LanguageModelWithSpeculator:
     family: Family = request.param
-    return base_model.load(Model(), make_base(tmp_path_factory.mktemp("base"), family), "digest", device, "float32")
-
-
-@pytest.fixture(scope="module")
-def lm(model: Base) -> LanguageModelWithSpeculator:
-    speculator = make_speculator(
-        hidden_size=model.hidden_size, vocab_size=model.vocab_size, inner_dim=(32,), emb_dim=(32,), proj_dim=(32,)
-    )
-    speculator.initialise({name: table.cpu() for name, table in model.tables.items()})
+    folder = make_base(tmp_path_factory.mktemp("base"), family)
+    model = base_model.load(Model(), folder, "digest", device, "float32")
+    layer = base_model.layer_of(model.model)
+    assert layer is not None
+    shape: dict[str, Any] = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "layers": 2}
+    shape |= {"layer": layer.model_dump()} if METHODS[family] == "eagle3" else {}
+    speculator = make_speculator(METHODS[family], inner_dim=(32,), emb_dim=(32,), proj_dim=(32,), **shape)
+    tables = {name: table.cpu() for name, table in {**model.tables, **base_model.last_layer(model.model)}.items()}
+    speculator.initialise(tables)
+    speculator.lend(tables)
     return LanguageModelWithSpeculator(model, speculator.to(model.device))
 
 
