@@ -50,7 +50,7 @@ def drafts_of(head: Speculator, outputs: Tensor, ids: Tensor, n: int) -> list[li
         {},
         {"draft_vocab_size": 9, "layer": {"bias": True}},
         {"draft_vocab_size": V, "aux_layers": [3]},
-        {"layers": 2, "layer": {"kv_heads": 4, "eps": 1e-3}, "norm_output": False},
+        {"layers": 2, "layer": {"kv_heads": 4, "eps": 1e-3}, "norm_output": True},
     ],
 )
 def test_the_engine_drafts_the_same(tmp_path: Path, changes: dict[str, Any]) -> None:
