@@ -8,6 +8,7 @@ vLLM (spec.serving.vllm) all draft by `complete`.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -187,12 +188,9 @@ class Draft:
         self._reach, self._gain = 1.0, 1.0
         self._look()
 
-    def candidates(self, head: tuple[int, float] | None = None) -> dict[int, list[Signal | None]]:
-        """The tokens that are proposed for the next place, and what each source says there. `head` is what the heads
-        propose, with its probability."""
-        said = None if head is None else (head[0], (mixer.log_odds(head[1]),))
-        signals: list[Signal | None] = [*self._free, said]
-        return {signal[0]: signals for signal in signals if signal is not None}
+    def signals(self, head: tuple[int, float] | None = None) -> list[Signal | None]:
+        """What each source says of the next place. `head` is what the heads propose, with its probability."""
+        return [*self._free, None if head is None else (head[0], (mixer.log_odds(head[1]),))]
 
     def step(self, head: tuple[int, float] | None = None) -> int | None:
         """Draft one token more and return it; None where none is worth it, which ends the draft."""
@@ -235,10 +233,8 @@ class Draft:
 
     def _likeliest(self, source: str, head: tuple[int, float] | None = None) -> tuple[int, float] | None:
         """The token that is most likely accepted, and its chance."""
-        weights = self.sources.weights_of(source)
-        chances = [(mixer.chance(weights, token, said), token) for token, said in self.candidates(head).items()]
-        chance, token = max(chances, default=(0.0, -1), key=lambda each: each[0])
-        return (token, chance) if chances else None
+        chances = mixer.chances(self.sources.weights_of(source), self.signals(head))
+        return max(chances.items(), default=None, key=operator.itemgetter(1))
 
     def _worth(self, chance: float) -> bool:
         """Whether a token of this chance makes the tokens of a step grow more than the time of a step."""

@@ -8,6 +8,7 @@ sources have not seen.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,10 +54,19 @@ def features(token: int, signals: Sequence[Signal | None]) -> list[float]:
     return found
 
 
-def chance(weights: Weights, token: int, signals: Sequence[Signal | None]) -> float:
-    """The probability that the base accepts a token."""
-    total = sum(w * x for w, x in zip(weights, features(token, signals), strict=True))
-    return 1 / (1 + math.exp(-min(max(total, -30.0), 30.0)))
+def chances(weights: Weights, signals: Sequence[Signal | None]) -> dict[int, float]:
+    """The probability that the base accepts each of the proposed tokens: the sigmoid of weights times features."""
+    rest, gains, place = weights[0], dict[int, float](), 1
+    for signal, count in zip(signals, SIGNALS, strict=True):
+        if signal is not None:
+            own, other = (
+                weights[start] + sum(map(operator.mul, weights[start + 1 : start + 1 + count], signal[1]))
+                for start in (place, place + 1 + count)
+            )
+            rest += other
+            gains[signal[0]] = gains.get(signal[0], 0.0) + own - other
+        place += 2 * (1 + count)
+    return {token: 1 / (1 + math.exp(-min(max(rest + gain, -30.0), 30.0))) for token, gain in gains.items()}
 
 
 def fit(rows: NDArray[np.float64], accepted: NDArray[np.bool_]) -> Weights:

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spec import mixer
@@ -18,7 +19,7 @@ from spec.lookup import Lookup
 from spec.mixer import Weights
 from spec.store.reader import SequenceReader
 
-ENOUGH = 20_000
+ENOUGH = 10_000
 """Places after which no more answers are read."""
 
 
@@ -35,24 +36,19 @@ def fit(speculator: Speculator, reader: SequenceReader, decode: Decode, lookup: 
         "lookup": Sources(decode, "ngram" if lookup is None else "lookup", config, lookup),
         "hybrid": Sources(decode, "hybrid", config, lookup),
     }
-    seen: dict[Source, list[tuple[list[float], bool]]] = {kind: [] for kind in kinds}
+    seen: dict[Source, list[tuple[NDArray[np.float64], NDArray[np.bool_]]]] = {kind: [] for kind in kinds}
     places = 0
     for part in parts(reader):
         run = partial(speculator.draft_along, part.packed.to(device), part.rows.to(device))
         wanted = [tokens for answer in part.answers for tokens in _following(answer)]
         for kind, sources in kinds.items():
             drafts = [draft for answer in part.answers for draft in drafts_after(answer, sources)]
-            seen[kind] += _proposals(drafts, wanted, run)
+            seen[kind].append(_proposals(drafts, wanted, run))
         places += len(wanted)
         if places >= ENOUGH:
             break
-    return {
-        kind: mixer.fit(
-            np.array([features for features, _ in found], np.float64).reshape(-1, mixer.FEATURES),
-            np.array([right for _, right in found], np.bool_),
-        )
-        for kind, found in seen.items()
-    }
+    none = (np.empty((0, mixer.FEATURES)), np.empty(0, np.bool_))
+    return {kind: mixer.fit(*map(np.concatenate, zip(none, *found, strict=True))) for kind, found in seen.items()}
 
 
 def _following(answer: Answer) -> list[list[int]]:
@@ -61,17 +57,22 @@ def _following(answer: Answer) -> list[list[int]]:
     return [tokens[end : end + DEEPEST] for end in range(answer.start + 1, len(tokens) + 1)]
 
 
-def _proposals(drafts: Sequence[Draft], wanted: Sequence[Sequence[int]], run: Run) -> list[tuple[list[float], bool]]:
+def _proposals(
+    drafts: Sequence[Draft], wanted: Sequence[Sequence[int]], run: Run
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """What is proposed for each place of drafts that are made of the wanted tokens: its features, and whether it is
     right."""
-    found: list[tuple[list[float], bool]] = []
+    rows: list[list[float]] = []
+    right: list[bool] = []
 
     def see(draft: Draft, tokens: Sequence[int], head: tuple[int, float] | None = None) -> bool:
         at = len(draft.tokens)
         if at == len(tokens):
             return False
-        for token, signals in draft.candidates(head).items():
-            found.append((mixer.features(token, signals), token == tokens[at]))
+        signals = draft.signals(head)
+        for token in {signal[0] for signal in signals if signal is not None}:
+            rows.append(mixer.features(token, signals))
+            right.append(token == tokens[at])
         draft.take(tokens[at])
         return True
 
@@ -88,4 +89,4 @@ def _proposals(drafts: Sequence[Draft], wanted: Sequence[Sequence[int]], run: Ru
         for draft, tokens in zip(drafts, wanted, strict=True):
             while see(draft, tokens):
                 pass
-    return found
+    return np.array(rows, np.float64).reshape(-1, mixer.FEATURES), np.array(right, np.bool_)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -27,6 +28,16 @@ def test_a_source_speaks_for_its_token_or_for_another(signals: tuple[Signal | No
             assert part == ([1.0, *said[1]] if speaks and said else [0.0] * (1 + count))
 
 
+@given(st.tuples(*map(signal, mixer.SIGNALS)), st.lists(st.floats(-2, 2), min_size=FEATURES, max_size=FEATURES))
+def test_chances_follow_from_the_features(signals: tuple[Signal | None, ...], weights: list[float]) -> None:
+    proposed = {said[0] for said in signals if said is not None}
+    expected = {
+        token: 1 / (1 + math.exp(-sum(map(operator.mul, weights, mixer.features(token, signals)))))
+        for token in proposed
+    }
+    assert mixer.chances(tuple(weights), signals) == pytest.approx(expected)
+
+
 def test_a_fit_finds_the_chances_that_labels_were_drawn_from() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 9, 20_000)
@@ -34,12 +45,12 @@ def test_a_fit_finds_the_chances_that_labels_were_drawn_from() -> None:
     true = 1 / (1 + np.exp(0.5 - 1.5 * np.log(lengths)))
     weights = mixer.fit(rows, generator.random(len(rows)) < true)
     for n in range(1, 9):
-        found = mixer.chance(weights, 0, [(0, (math.log(n), 0.0)), None, None])
-        assert found == pytest.approx(1 / (1 + math.exp(0.5 - 1.5 * math.log(n))), abs=0.03)
+        found = mixer.chances(weights, [(0, (math.log(n), 0.0)), None, None])
+        assert found[0] == pytest.approx(1 / (1 + math.exp(0.5 - 1.5 * math.log(n))), abs=0.03)
     assert not any(weights[7:]), "sources that never spoke have no weight"
 
 
 def test_nothing_to_fit_gives_even_chances() -> None:
     weights = mixer.fit(np.zeros((0, FEATURES)), np.zeros(0, np.bool_))
     assert weights == (0.0,) * FEATURES
-    assert mixer.chance(weights, 1, [None, None, (1, (mixer.log_odds(1.0),))]) == 0.5
+    assert mixer.chances(weights, [None, None, (1, (mixer.log_odds(1.0),))]) == {1: 0.5}

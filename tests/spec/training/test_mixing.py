@@ -55,8 +55,8 @@ def test_the_weights_say_how_often_each_source_is_right(tmp_path: Path, wrong: i
         (7, (0.0, 0.0, 0.0)) if with_index else None,
         (5, (mixer.log_odds(0.9),)),
     ]
-    head = mixer.chance(weights["hybrid"], 5, signals)
+    head = mixer.chances(weights["hybrid"], signals)[5]
     assert head > 0.9 if wrong == 0 else head < 0.1
     if with_index:
-        assert mixer.chance(weights["lookup"], 7, [None, signals[1], None]) < 0.3
-        assert mixer.chance(weights["hybrid"], 7, signals) < 0.3
+        assert mixer.chances(weights["lookup"], [None, signals[1], None])[7] < 0.3
+        assert mixer.chances(weights["hybrid"], signals)[7] < 0.3
