@@ -235,7 +235,7 @@ def _decoded(base: Base, asked: Sequence[list[int]], written: Sequence[list[int]
         run = partial(speculator.draft_along, packed, torch.arange(len(tokens)))
         for source, what in model.sources.items():
             made = model.generate(prompt, NEW, draft=source)
-            on_paper = acceptance.drafted(acceptance.Answer(ids.numpy(), len(prompt), 0), what, run)
+            on_paper = acceptance.draft_answer(acceptance.Answer(ids.numpy(), len(prompt), 0), what, run)
             same &= _agree(base, prompt, tokens, made.tokens)
             if made.tokens == tokens:
                 steps &= made.accepted == acceptance.walk(on_paper.matches, on_paper.length).tolist()

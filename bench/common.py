@@ -22,7 +22,10 @@ from stages import common
 
 METHODS: dict[str, Sequence[str]] = {
     "sum_rnn": (),
-    "eagle3": ("model.speculator.method=eagle3", "trainer.total_epochs=6", "decode.draft_len=5"),
+    "eagle3": (
+        *("model.speculator.method=eagle3", "trainer.total_epochs=6", "decode.draft_len=5"),
+        *("data.train_batch_size=4", "data.micro_batch_size_per_gpu=4"),
+    ),
 }
 """Each method's best settings, as overrides of params.yaml."""
 

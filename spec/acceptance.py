@@ -138,7 +138,10 @@ class Answer:
     ids: NDArray[np.int64]  # the whole sequence
     start: int  # of the answer in it
     index: int  # of the sequence in the split
-    drafts: Sequence[Sequence[int]] = ()  # after each token of the answer
+    # After each token of the answer, the draft as far as the base would come to judge it: its accepted tokens and the
+    # first one that is not; and how many tokens the draft had.
+    drafts: Sequence[Sequence[int]] = ()
+    lengths: Sequence[int] = ()
 
     @property
     def length(self) -> int:
@@ -151,6 +154,17 @@ class Answer:
         tokens = self.ids.tolist()
         places = range(self.start + 1, len(tokens) + 1)
         return [matching(draft, tokens[at : at + len(draft)]) for at, draft in zip(places, self.drafts, strict=True)]
+
+    def drafted(self, drafts: Sequence[Sequence[int]]) -> Answer:
+        """The same with these drafts, one after each token."""
+        lengths, whole = [len(draft) for draft in drafts], replace(self, drafts=drafts)
+        judged = [list(draft[: count + 1]) for draft, count in zip(drafts, whole.matches, strict=True)]
+        return replace(self, drafts=judged, lengths=lengths)
+
+    def cut(self, length: int) -> Answer:
+        """The same with drafts of at most so many tokens."""
+        drafts = [draft[:length] for draft in self.drafts]
+        return replace(self, drafts=drafts, lengths=[min(each, length) for each in self.lengths])
 
 
 def matching(draft: Sequence[int], wanted: Sequence[int]) -> int:
@@ -202,23 +216,24 @@ def draft_answers(
     reader: SequenceReader,
     indices: Sequence[int] | None = None,
     on_positions: Callable[[int], object] = lambda count: None,
-    sources: Sources | int | None = None,
+    sources: Sources | None = None,
+    depth: int | None = None,
 ) -> list[Answer]:
-    """Draft after every token of the last answer of each sequence, without a base: what sources draft, or so many
-    tokens of the heads (n_predict by default). on_positions is called with the number of positions just drafted from.
+    """Draft after every token of the last answer of each sequence, without a base: what sources draft, or `depth`
+    tokens of the heads, n_predict by default. on_positions is called with the number of positions just drafted from.
     """
     device = next(speculator.parameters()).device
     found: list[Answer] = []
     for part in parts(reader, indices):
         packed, rows = part.packed.to(device), part.rows.to(device)
-        if isinstance(sources, Sources):
+        if sources is not None:
             drafts = [draft for answer in part.answers for draft in drafts_after(answer, sources)]
             complete(drafts, partial(speculator.draft_along, packed, rows))
             made = [draft.tokens for draft in drafts]
         else:
-            made = speculator.draft_along(packed, rows, sources or speculator.config.n_predict).tolist()
+            made = speculator.draft_along(packed, rows, depth or speculator.config.n_predict).tolist()
         for answer in part.answers:
-            found.append(replace(answer, drafts=made[: answer.length]))
+            found.append(answer.drafted(made[: answer.length]))
             made = made[answer.length :]
         on_positions(len(rows))
     return sorted(found, key=lambda answer: answer.index)
@@ -231,11 +246,11 @@ def drafts_after(answer: Answer, sources: Sources) -> list[Draft]:
     return [drafter.draft(end=end) for end in range(answer.start + 1, len(answer.ids) + 1)]
 
 
-def drafted(answer: Answer, sources: Sources, run: Run | None = None) -> Answer:
+def draft_answer(answer: Answer, sources: Sources, run: Run | None = None) -> Answer:
     """The answer with what sources draft after each token; `run` runs the heads at these places."""
     drafts = drafts_after(answer, sources)
     complete(drafts, run)
-    return replace(answer, drafts=[draft.tokens for draft in drafts])
+    return answer.drafted([draft.tokens for draft in drafts])
 
 
 def _last_answer(packed: Packed, prompt_length: int) -> Tensor:
@@ -252,9 +267,9 @@ def walks(reader: SequenceReader, answers: Sequence[Answer], tokens: int | None 
         accepted = walk(answer.matches, length)
         reached, drafted, at = [], [], 0
         for count in accepted.tolist():
-            draft = answer.drafts[at][: length - 1 - at]
-            drafted.append(len(draft))
-            reached += [(at + i, i, token) for i, token in enumerate(draft[: count + 1], 1)]
+            left = length - 1 - at
+            drafted.append(min(answer.lengths[at], left))
+            reached += [(at + i, i, token) for i, token in enumerate(answer.drafts[at][: min(count + 1, left)], 1)]
             at += count + 1
         found.append(
             Walk(

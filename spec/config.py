@@ -193,6 +193,8 @@ class Decode(Section):
     def _ordered(self) -> Decode:
         if self.ngram_min > self.ngram_max:
             raise ValueError(f"ngram_min {self.ngram_min} is above ngram_max {self.ngram_max}")
+        if self.draft == "lookup" and not self.lookup_mb:
+            raise ValueError("draft is lookup, and lookup_mb is 0: without an index there is nothing to look up")
         return self
 
 

@@ -7,6 +7,7 @@ vLLM (spec.serving.vllm) all draft by `complete`.
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import sys
@@ -33,10 +34,11 @@ MOST = 32
 """Tokens of a draft, at most, where decode.draft_len is not set."""
 
 DEEPEST = 8
-"""Tokens that heads which draft as far as they are asked add to a draft together with lookup."""
+"""Places of a draft at which a head without an end of its own is asked, where n-grams draft, too."""
 
 SURE = 0.9
-"""Of a place that lookup fills with this chance of acceptance the heads are not asked: they could add little."""
+"""Where lookup has a token with this chance of acceptance, the heads are not asked, nor later in that draft: they could
+add little."""
 
 DEFAULT: Mapping[str, Weights] = {
     "ngram": (-0.9, -0.9, 1.2, 1.2, *(0.0,) * 15),
@@ -51,6 +53,9 @@ DEFAULT: Mapping[str, Weights] = {
 
 RECENT = 8
 """Occurrences of an n-gram in the sequence that its continuation is compared with."""
+
+
+log = logging.getLogger(__name__)
 
 
 class DecodingError(SpecError):
@@ -111,6 +116,12 @@ class Sources:
                 "draft is 'lookup', but there is no index of the training answers: train with decode.lookup_mb above "
                 "0, or draft by 'ngram'"
             )
+        for name, weights in ((self.head and self.head.mixer) or {}).items():
+            if len(weights) != mixer.FEATURES or name not in DEFAULT:
+                raise DecodingError(
+                    f"config.json: mixer.{name} has {len(weights)} numbers, expected {mixer.FEATURES} for each of "
+                    f"{', '.join(DEFAULT)}: it belongs to another release, train again"
+                )
         if self.source not in ("head", "hybrid"):
             return
         if self.head is None:
@@ -133,7 +144,7 @@ class Sources:
     def weights_of(self, source: str) -> Weights:
         """The mixer's weights for tokens that a source proposes."""
         fitted = None if self.head is None else self.head.mixer
-        return (fitted or DEFAULT)[source]
+        return {**DEFAULT, **(fitted or {})}[source]
 
 
 def every_source(decode: Decode, head: SpeculatorConfig, lookup: Lookup | None) -> dict[Source, Sources]:
@@ -148,8 +159,14 @@ def sources_of(checkpoint: str | Path, config: SpeculatorConfig, decode: Decode)
 
 
 def open_lookup(checkpoint: str | Path, config: SpeculatorConfig) -> Lookup | None:
-    """The index of training answers that a checkpoint has."""
-    return None if config.lookup is None else Lookup.open(Path(checkpoint) / FILE, config.lookup)
+    """The index of training answers that a checkpoint has; the log says where it should have one."""
+    path = Path(checkpoint) / FILE
+    if config.lookup is None:
+        return None
+    if not path.is_file():
+        log.warning("%s is missing: nothing is drafted from the training answers", path)
+        return None
+    return Lookup.open(path, config.lookup)
 
 
 class Drafter:
@@ -215,7 +232,7 @@ class Draft:
         """See what lookup proposes for the next place, and whether the heads are to be asked there."""
         self._free: list[Signal | None] = [None, None]
         self._best: tuple[int, float] | None = None
-        if len(self.tokens) >= self.limit or not self._worth(1.0):
+        if len(self.tokens) >= self.limit or (self._ngrams is not None and not self._worth(1.0)):
             self._close()
             return
         if self._ngrams is not None:
@@ -251,7 +268,7 @@ arguments."""
 
 
 def complete(drafts: Sequence[Draft], run: Run | None = None) -> None:
-    """Fill drafts, all of the same sources: with the heads as long as one asks for them, and then by lookup."""
+    """Fill drafts, all of the same sources: with the heads as long as one asks for them, and then with n-grams."""
     if run is not None and any(draft.asks_heads for draft in drafts):
         depth = min(drafts[0].sources.depth, max(draft.limit for draft in drafts))
         if drafts[0].sources.source == "head":

@@ -47,18 +47,21 @@ def offline(
 ) -> Offline:
     """Walk over the answers with each source of drafts; needs no base model.
 
-    on_positions is called with the number of positions just drafted from by the heads, by heads and lookup together,
-    and again when the teacher (None where it is not known how the base makes its logits) has judged them.
+    on_positions is called with the number of positions just drafted from, by each source, and again when the teacher
+    (None where it is not known how the base makes its logits) has judged them.
     """
     n = max(sources["head"].depth, speculator.config.longest_draft or DEEPEST)
-    deep = acceptance.draft_answers(speculator, reader, on_positions=on_positions, sources=n)
-    heads = [replace(each, drafts=[row[: sources["head"].depth] for row in each.drafts]) for each in deep]
+    deep = acceptance.draft_answers(speculator, reader, on_positions=on_positions, depth=n)
+    heads = [answer.cut(sources["head"].depth) for answer in deep]
     answers: dict[Source, list[Answer]] = {"head": heads}
     for source, what in sources.items():
         if source == "hybrid":
             answers[source] = acceptance.draft_answers(speculator, reader, on_positions=on_positions, sources=what)
         elif source != "head":
-            answers[source] = [acceptance.drafted(answer, what) for answer in heads]
+            answers[source] = []
+            for answer in heads:
+                answers[source].append(acceptance.draft_answer(answer, what))
+                on_positions(answer.length)
     walks = {source: acceptance.walks(reader, found) for source, found in answers.items()}
     by_length = {source: acceptance.tokens_per_step_by_length(found, LENGTHS) for source, found in answers.items()}
     by_length["head"] = acceptance.tokens_per_step_by_length(deep, LENGTHS[:n])

@@ -23,7 +23,7 @@ from spec.errors import SpecError
 
 FILE = "lookup.npy"  # in a checkpoint's folder
 DEPTH = 32  # tokens of the longest match
-READ = 64  # occurrences that are read at most: of more, some at equal distances in the sorted order
+READ = 64  # occurrences are read at most; of more, evenly spaced ones
 _TOKEN = np.dtype("<i4")
 _END = b"\xff" * 4  # the bytes of -1
 
@@ -89,7 +89,11 @@ class Lookup:
         """Open the file that has this SHA-256; a LookupFileError where it is missing, damaged or another one."""
         found = files.digest_file(path) if path.is_file() else None
         if found != digest:
-            state = f"damaged or another's: its SHA-256 is {found}, expected {digest}" if found else "missing"
+            state = (
+                f"damaged, or belongs to another checkpoint: its SHA-256 is {found}, expected {digest}"
+                if found
+                else "missing"
+            )
             raise LookupFileError(f"{path} is {state}. Train again, which writes it")
         return cls(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
 
@@ -109,7 +113,8 @@ class Lookup:
         return self._match(found, low, high) if found else None
 
     def narrow(self, match: Match, token: int) -> Match | None:
-        """The match of the tail with a token appended, one token longer; None where that is none, or too long."""
+        """The match of the tail with a token appended, one token longer; None if it does not occur, or
+        would be longer than DEPTH."""
         if match.length == DEPTH:
             return None
         pattern = np.array(token, _TOKEN).tobytes()

@@ -23,14 +23,14 @@ SIGNALS = (2, 3, 1)
 FEATURES = 1 + sum(2 * (1 + count) for count in SIGNALS)
 
 PRIOR = 1.0
-"""Weight of the penalty on squared weights, which keeps a fit on few answers modest."""
+"""Weight of the penalty on squared differences, which keeps a fit on few answers modest."""
 
 Weights = tuple[float, ...]
 """FEATURES numbers."""
 
 
 def log_odds(p: float) -> float:
-    """Of a probability, which is kept away from 0 and 1."""
+    """The log odds of a probability, which is clipped to 0.0001 .. 0.9999."""
     p = min(max(p, 1e-4), 1 - 1e-4)
     return math.log(p / (1 - p))
 
@@ -69,13 +69,15 @@ def chances(weights: Weights, signals: Sequence[Signal | None]) -> dict[int, flo
     return {token: 1 / (1 + math.exp(-min(max(rest + gain, -30.0), 30.0))) for token, gain in gains.items()}
 
 
-def fit(rows: NDArray[np.float64], accepted: NDArray[np.bool_]) -> Weights:
-    """The weights under which the tokens with these features [N, FEATURES] were accepted: logistic regression with a
-    ridge penalty, by Newton's method. A source that never speaks gets weights of 0."""
-    weights, ridge = np.zeros(FEATURES), PRIOR * np.eye(FEATURES)
+def fit(rows: NDArray[np.float64], accepted: NDArray[np.bool_], start: Weights) -> Weights:
+    """The weights under which the tokens with these features [N, FEATURES] were accepted: logistic regression by
+    Newton's method, with a ridge penalty on what they differ from `start`. So a source that never speaks keeps those.
+    """
+    first, ridge = np.array(start), PRIOR * np.eye(FEATURES)
+    weights = first.copy()
     for _ in range(30):
         p = 1 / (1 + np.exp(-np.clip(rows @ weights, -30, 30)))
-        slope = rows.T @ (p - accepted) + ridge @ weights
+        slope = rows.T @ (p - accepted) + ridge @ (weights - first)
         step = np.linalg.solve(rows.T @ (rows * (p * (1 - p))[:, None]) + ridge, slope)
         weights -= step
         if np.abs(step).max() < 1e-6:

@@ -89,10 +89,10 @@ def _measure(
     teacher = found.teacher()
     if teacher is not None:
         teacher = teacher.over(None, device, dtype)
-    passes = 2 if teacher is None else 3
+    speculator = heads.load(common.MODEL, device, dtype, found)
+    every = every_source(config.decode, speculator.config, open_lookup(common.MODEL, speculator.config))
+    passes = len(every) + (teacher is not None)
     with common.progress(passes * reader.manifest.positions, "positions", "evaluate: exact walk") as bar:
-        speculator = heads.load(common.MODEL, device, dtype, found)
-        every = every_source(config.decode, speculator.config, open_lookup(common.MODEL, speculator.config))
         measured = evaluation.offline(speculator, reader, every, teacher, bar.update)
     indices = evaluation.choose_prompts(reader, config.evaluate.max_prompts)
     paper = evaluation.on_paper(measured, reader, indices, config.evaluate.max_new_tokens)
@@ -194,8 +194,7 @@ def _draw(measured: evaluation.Offline, domains: Mapping[str, Any], shown: Mappi
     _curves("acceptance", ("position", "acceptance"), shares, "drafted position", "share of steps that accept it")
     columns, axes = ("draft_len", "tokens_per_step"), ("drafted tokens a step, at most", "tokens per step (exact walk)")
     _curves("draft_length", columns, measured.by_length, *axes)
-    bars = {source: figure for source, figure in _BARS.items() if figure.removesuffix("_tokens_per_step") != "lookup"}
-    bars = _BARS if "lookup" in measured.walks else bars
+    bars = {source: figure for source, figure in _BARS.items() if all(figure in row for row in domains.values())}
     rows = ((name, source, row[figure]) for name, row in domains.items() for source, figure in bars.items())
     _write_table("domains", ("domain", "tokens_per_step"), rows)
     groups = {name: {source: row[figure] for source, figure in bars.items()} for name, row in shown.items()}

@@ -159,11 +159,7 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                 description=f"{shape.method}, {shape.n_predict} heads, best at step {result.step} of {result.steps}",
                 curves=recorder.curves(),
                 artifacts={str(RESULTS / name): "train" for name in sorted(_WRITTEN) if (RESULTS / name).is_file()},
-                model=[
-                    str(common.MODEL / name)
-                    for name in (heads.CONFIG, heads.WEIGHTS, lookup.FILE)
-                    if (common.MODEL / name).is_file()
-                ],
+                model=[str(common.MODEL / name) for name in (heads.CONFIG, heads.WEIGHTS)],
             )
             checkpoints.finish()  # last: a full disk above leaves the state to go on from
         except BaseException as error:

@@ -1,4 +1,5 @@
-"""A speculator as a directory: pytorch_model.bin (its weights, nothing else) and config.json."""
+"""A speculator as a directory: pytorch_model.bin (its weights, nothing else) and config.json. The index of training
+answers next to them (spec.lookup) is no part of it: without one, less is drafted."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from spec.heads.config import Params, SpeculatorConfig
 from spec.heads.layers import RMSNorm
 from spec.heads.packed import Packed, Tap
 
+CHUNK_LOGITS = 2**24
+"""Logits [rows, V] that exist at one time while drafts are made."""
+
 Choose = Callable[[Tensor, Tensor], Tensor | None]
 """Decides, depth by depth, what is drafted: of a depth's likeliest tokens [M], as ids of the full vocabulary, and their
 probabilities [M], the tokens [M] that are drafted there and that the next depth reads; None ends the draft."""
@@ -92,13 +95,17 @@ class Speculator(nn.Module, ABC):
 
     def drafted(self, k: int, vectors: Tensor, choose: Choose | None) -> Tensor | None:
         """The drafts [M] of depth k, from the vectors [M, h] that its output matrix reads, as draft_along says."""
-        logits = vectors @ self.output(k).T
-        likeliest = logits.max(-1)  # four times as fast as argmax in bfloat16 on a CPU
-        tokens = likeliest.indices if self.token_map is None else self.token_map[likeliest.indices]
-        if choose is None:
-            return tokens
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return choose(tokens, (likeliest.values - wide.logsumexp(-1)).exp())
+        weight, found, probabilities = self.output(k), list[Tensor](), list[Tensor]()
+        for part in torch.split(vectors, max(1, CHUNK_LOGITS // len(weight))):
+            logits = part @ weight.T
+            likeliest = logits.max(-1)  # four times as fast as argmax in bfloat16 on a CPU
+            found.append(likeliest.indices)
+            if choose is not None:
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                probabilities.append((likeliest.values - wide.logsumexp(-1)).exp())
+        tokens = torch.cat(found)
+        tokens = tokens if self.token_map is None else self.token_map[tokens]
+        return tokens if choose is None else choose(tokens, torch.cat(probabilities))
 
     @abstractmethod
     def session(self) -> Session:

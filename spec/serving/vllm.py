@@ -68,11 +68,10 @@ class Verified:
 
 
 class SpeculatorProposer:
-    """Drafts for all requests of vLLM's batch, greedily: from a speculator's heads, by n-gram lookup, or from either.
+    """Drafts for all requests of vLLM's batch from any source (spec.drafting).
 
     additional_config["speculator"] has ``checkpoint``, the speculator's folder, and any key of params.yaml's decode
-    section: ``draft`` (head, ngram or hybrid), ``ngram_min``, ``ngram_max``, ``draft_len``. num_speculative_tokens is
-    the most that a step drafts.
+    section. num_speculative_tokens is the most that a step drafts.
 
     Raises:
         ServingError: another vLLM than this was written for; missing or unknown options; a speculator of other

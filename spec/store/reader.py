@@ -196,12 +196,13 @@ class FeatureReader:
         return counts
 
     def tokens(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
-        """ids and mask of every sequence, in the order of the store; reads no states."""
+        """ids and mask of every sequence, segments in a drawn order; reads no states."""
         last = self.manifest.last
         rows: list[list[int]] = [[] for _ in last.segments]
         for segment, row in zip(last.segment, last.row, strict=True):
             rows[segment].append(row)
-        for name, used in zip(last.segments, rows, strict=True):
+        for segment in np.random.default_rng(0).permutation(len(rows)):
+            name, used = last.segments[segment], rows[segment]
             read = _Segment(self._read((0, name), ("ids", "mask", "token_offsets"))[0], torch.empty(0))
             yield from map(read.tokens, used)
 

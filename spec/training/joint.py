@@ -117,8 +117,8 @@ class JointTask:
 
     def answers(self) -> Iterator[tuple[int, ...]]:
         """The supervised answers of the training split."""
-        for row in self._train:
-            yield from lookup.answers(row.ids, row.mask)
+        for index in self.order(0):
+            yield from lookup.answers(self._train[index].ids, self._train[index].mask)
 
     def batches(self, parts: Iterator[Sequence[int]]) -> Iterator[JointBatch]:
         for part in parts:

@@ -13,42 +13,38 @@ from torch import Tensor
 from spec import mixer
 from spec.acceptance import Answer, drafts_after, parts
 from spec.config import Decode
-from spec.drafting import DEEPEST, Draft, Run, Source, Sources
+from spec.drafting import DEEPEST, DEFAULT, Draft, Run, Source, every_source
 from spec.heads import Speculator
 from spec.lookup import Lookup
 from spec.mixer import Weights
-from spec.store.reader import SequenceReader
+from spec.store.reader import FeatureReader
 
 ENOUGH = 10_000
-"""Places after which no more answers are read."""
+"""Places, at most about, that are looked at: those of some answers, drawn from all."""
 
 
 @torch.inference_mode()
-def fit(speculator: Speculator, reader: SequenceReader, decode: Decode, lookup: Lookup | None) -> dict[str, Weights]:
-    """The weights by source, from what is proposed for up to DEEPEST places after every token of the answers, where the
-    draft so far is the answer's own."""
+def fit(speculator: Speculator, reader: FeatureReader, decode: Decode, lookup: Lookup | None) -> dict[str, Weights]:
+    """The weights by source, from what is proposed for up to DEEPEST places after every token of some answers, where
+    the draft so far is the answer's own. Where little is proposed, they stay near the defaults."""
     device = next(speculator.parameters()).device
     decode = decode.model_copy(update={"draft_len": DEEPEST, "token_cost": 0.0})  # nothing ends a draft
-    untaught = dict.fromkeys(("ngram", "lookup", "hybrid"), (0.0,) * mixer.FEATURES)
-    config = speculator.config.model_copy(update={"mixer": untaught})
-    kinds: dict[Source, Sources] = {
-        "ngram": Sources(decode, "ngram", config),
-        "lookup": Sources(decode, "ngram" if lookup is None else "lookup", config, lookup),
-        "hybrid": Sources(decode, "hybrid", config, lookup),
-    }
+    kinds = {kind: each for kind, each in every_source(decode, speculator.config, lookup).items() if kind != "head"}
     seen: dict[Source, list[tuple[NDArray[np.float64], NDArray[np.bool_]]]] = {kind: [] for kind in kinds}
-    places = 0
-    for part in parts(reader):
+    count = -(-len(reader) * ENOUGH // max(reader.manifest.positions, 1))
+    chosen = np.random.default_rng(0).permutation(len(reader))[:count].tolist()
+    for part in parts(reader, chosen):
         run = partial(speculator.draft_along, part.packed.to(device), part.rows.to(device))
         wanted = [tokens for answer in part.answers for tokens in _following(answer)]
         for kind, sources in kinds.items():
             drafts = [draft for answer in part.answers for draft in drafts_after(answer, sources)]
             seen[kind].append(_proposals(drafts, wanted, run))
-        places += len(wanted)
-        if places >= ENOUGH:
-            break
-    none = (np.empty((0, mixer.FEATURES)), np.empty(0, np.bool_))
-    return {kind: mixer.fit(*map(np.concatenate, zip(none, *found, strict=True))) for kind, found in seen.items()}
+    fitted: dict[str, Weights] = {}
+    for name, found in seen.items():
+        rows = np.concatenate([np.empty((0, mixer.FEATURES)), *(rows for rows, _ in found)])
+        right = np.concatenate([np.empty(0, np.bool_), *(right for _, right in found)])
+        fitted[name] = mixer.fit(rows, right, DEFAULT[name])
+    return {"lookup": fitted["ngram"], **fitted}  # the same without an index
 
 
 def _following(answer: Answer) -> list[list[int]]:

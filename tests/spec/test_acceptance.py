@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def simulate(answer: list[int], drafts: list[list[int]]) -> list[int]:
 def test_the_walk_is_what_decoding_does(case: tuple[list[int], list[list[int]]]) -> None:
     ids, drafts = case
     prompt = [9, 9]
-    answer = Answer(np.asarray(prompt + ids, np.int32), len(prompt), 0, drafts)
+    answer = Answer(np.asarray(prompt + ids, np.int32), len(prompt), 0).drafted(drafts)
     assert answer.length == len(ids)
     found = walk(answer.matches, answer.length)
     assert found.tolist() == simulate(ids, drafts)
@@ -170,12 +169,12 @@ def test_drafts_are_the_speculators_own_at_each_position(
     for answer in answers:
         row, full = ROWS[answer.index], reader.packed([answer.index])
         np.testing.assert_array_equal(answer.ids, row.ids)
-        assert [len(draft) for draft in answer.drafts] == [3] * (len(row) - answer.start)
+        assert answer.lengths == [3] * (len(row) - answer.start)
         for j in range(answer.length - 1):  # after the last token there is nothing to draft from
             t = answer.start + j - 1
             state = full.states[LAST][full.starts.tolist().index(t)]
             direct = heads.draft(state[None], torch.tensor([int(row.ids[t + 1])]))
-            assert answer.drafts[j] == direct[0].tolist()
+            assert answer.drafts[j] == direct[0].tolist()[: answer.matches[j] + 1]
 
 
 def test_a_choice_of_sequences(reader: FeatureReader) -> None:
@@ -208,7 +207,7 @@ def test_walks_know_domain_loops_and_who_wrote_the_answer(tmp_path: Path) -> Non
     rows = [ROWS[0], ROWS[2], looping]
     reader = FeatureReader(store_features(tmp_path, rows, vocab_size=V, hidden_size=D), tmp_path)
     answers = draft_answers(speculator("sum_rnn"), reader, [2, 0, 1])
-    found = walks(reader, [replace(answer, drafts=[[9]] * answer.length) for answer in answers])
+    found = walks(reader, [answer.drafted([[9]] * answer.length) for answer in answers])
     expected = [("maths", False, True), ("text", False, False), ("code", True, True)]
     assert [(w.domain, w.looping, w.greedy) for w in found] == expected
     assert found[0].accepted.tolist() == [0, 1]  # 7 8 [9] 10: the draft after 8 is right
@@ -218,7 +217,7 @@ def test_walks_know_domain_loops_and_who_wrote_the_answer(tmp_path: Path) -> Non
 @given(cases(), st.integers(1, 6))
 def test_tokens_per_step_by_draft_length(case: tuple[list[int], list[list[int]]], longest: int) -> None:
     ids, drafts = case
-    answer = Answer(np.asarray([9, *ids], np.int32), 1, 0, drafts)
+    answer = Answer(np.asarray([9, *ids], np.int32), 1, 0).drafted(drafts)
     found = acceptance.tokens_per_step_by_length([answer], range(1, longest + 1))
     cut = [simulate(ids, [draft[:length] for draft in drafts]) for length in range(1, longest + 1)]
     assert found == pytest.approx([1 + float(np.mean(steps)) if steps else 1.0 for steps in cut])
@@ -234,7 +233,7 @@ def test_expected_acceptance_by_hand(reader: FeatureReader, chunk: int, monkeypa
         tokens = answer.ids[answer.start :].tolist()
         return [[*tokens[j + 1 : j + 1 + j % 3], 0] for j in range(len(tokens))]
 
-    sources = {"head": answers, "scripted": [replace(each, drafts=partly_right(each)) for each in answers]}
+    sources = {"head": answers, "scripted": [each.drafted(partly_right(each)) for each in answers]}
     found = {name: walks(reader, drafted) for name, drafted in sources.items()}
     counts: list[int] = []
     expected = acceptance.expected_acceptance(reader, Teacher(lm_head), answers, found, [0.5, 2.0], counts.append)

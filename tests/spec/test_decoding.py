@@ -267,7 +267,7 @@ def test_the_walk_on_paper_is_the_real_loop(method: str, source: Source) -> None
         made = model.generate(prompt, 30)
         ids = torch.tensor(prompt + made.tokens)
         states = hidden_states(base.model, ids[None])[0, len(prompt) - 1 : -1]
-        on_paper = acceptance.drafted(
+        on_paper = acceptance.draft_answer(
             acceptance.Answer(ids.numpy().astype(np.int32), len(prompt), 0),
             model.sources[source],
             functools.partial(speculator.draft, states, ids[len(prompt) :]),

@@ -172,7 +172,7 @@ def test_a_source_that_is_never_right_drafts_next_to_nothing() -> None:
         for _ in range(50)
     ]
     right = torch.rand(len(rows), generator=generator).numpy() < 0.01
-    fitted = mixer.fit(np.array(rows), right)
+    fitted = mixer.fit(np.array(rows), right, NOTHING)
     for source in ("ngram", "hybrid"):
         assert drafted(sources(source, fitted, token_cost=0.04), [1, 1, 1, 1, 1, 1], 9, heads([1, 1, 1])) == []  # type: ignore[arg-type]
 
@@ -188,6 +188,9 @@ def test_sources_that_are_not_there_are_refused() -> None:
         Sources(Decode(), "lookup", shape)
     with pytest.raises(DecodingError, match=r"draft_len is 4.*n_predict 3"):
         Sources(Decode(draft="head", draft_len=4), "head", shape)
+    with pytest.raises(DecodingError, match=r"mixer.ngram has 2 numbers, expected 19"):
+        Sources(Decode(), "ngram", shape.model_copy(update={"mixer": {"ngram": (0.0, 1.0)}}))
+    assert drafted(sources("head", token_cost=2.0), [1], run=heads([7, 8, 9])) == [7, 8, 9]
     assert Sources(Decode(draft="hybrid", draft_len=4), "head", shape).depth == 3  # as evaluate measures them
     layer = {"heads": 2, "kv_heads": 1, "head_dim": 6, "intermediate_size": 16}
     endless = eagle3(layer, 8)

@@ -85,7 +85,7 @@ def test_another_file_is_refused(path: Path) -> None:
     whole = path.read_bytes()
     for found, expected in ((whole, digest), (whole[:-4], other), (whole[:-1] + b"\x01", other), (b"", other)):
         path.write_bytes(found)
-        with pytest.raises(LookupFileError, match=r"lookup.npy is damaged or another's.*Train again"):
+        with pytest.raises(LookupFileError, match=r"lookup.npy is damaged, or belongs to another.*Train again"):
             Lookup.open(path, expected)
     path.unlink()
     with pytest.raises(LookupFileError, match=r"lookup.npy is missing. Train again"):

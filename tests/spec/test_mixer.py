@@ -43,14 +43,16 @@ def test_a_fit_finds_the_chances_that_labels_were_drawn_from() -> None:
     lengths = generator.integers(1, 9, 20_000)
     rows = np.array([mixer.features(0, [(0, (math.log(n), 0.0)), None, None]) for n in lengths])
     true = 1 / (1 + np.exp(0.5 - 1.5 * np.log(lengths)))
-    weights = mixer.fit(rows, generator.random(len(rows)) < true)
+    weights = mixer.fit(rows, generator.random(len(rows)) < true, (0.0,) * FEATURES)
     for n in range(1, 9):
         found = mixer.chances(weights, [(0, (math.log(n), 0.0)), None, None])
         assert found[0] == pytest.approx(1 / (1 + math.exp(0.5 - 1.5 * math.log(n))), abs=0.03)
     assert not any(weights[7:]), "sources that never spoke have no weight"
 
 
-def test_nothing_to_fit_gives_even_chances() -> None:
-    weights = mixer.fit(np.zeros((0, FEATURES)), np.zeros(0, np.bool_))
-    assert weights == (0.0,) * FEATURES
-    assert mixer.chances(weights, [None, None, (1, (mixer.log_odds(1.0),))]) == {1: 0.5}
+def test_where_little_is_seen_the_weights_stay_where_they_were() -> None:
+    start = tuple(np.round(np.linspace(-2, 2, FEATURES), 4).tolist())
+    assert mixer.fit(np.zeros((0, FEATURES)), np.zeros(0, np.bool_), start) == start
+    once = mixer.fit(np.eye(FEATURES)[:1], np.ones(1, np.bool_), start)
+    assert start[0] < once[0] < start[0] + 1
+    assert once[1:] == start[1:]

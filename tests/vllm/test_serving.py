@@ -150,7 +150,7 @@ def test_mean_acceptance_length_is_the_walks(served: Trained, road: Road, server
     head = heads.load(served.checkpoint, tables=tables.Tables(served.reader.tables))
     sources = Sources(Decode(), road.source, head.config, open_lookup(served.checkpoint, head.config))
     answers = acceptance.draft_answers(head, served.reader, range(PROMPTS), sources=sources)
-    cut = [replace(answer, drafts=[draft[: road.most] for draft in answer.drafts]) for answer in answers]
+    cut = [answer.cut(road.most) for answer in answers]
     # vLLM counts the steps that have a draft.
     walks = [replace(walk, accepted=walk.accepted[walk.drafted > 0]) for walk in acceptance.walks(served.reader, cut)]
     low, high = acceptance.interval(walks)
