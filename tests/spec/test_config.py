@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from spec import config
+from spec import config as config_module
 from spec.config import Config, ConfigError, _leaves, defaults, flatten, from_mapping, load, save
 from spec.section import Section, format_dims, parse_dims
 
@@ -319,7 +319,7 @@ def test_dvc_yaml_names_parameters_that_exist() -> None:
 
 def test_what_the_method_does_not_use_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    config._say_once.cache_clear()  # another test may have said it
+    config_module._say_once.cache_clear()  # another test may have said it
     for value in (False, True, True):
         section = {"method": "sum_rnn", "tie_lstm_embs": value}
         assert from_mapping({"model": {"speculator": section}}) == Config()
