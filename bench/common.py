@@ -24,7 +24,7 @@ METHODS: dict[str, Sequence[str]] = {
     "sum_rnn": (),
     "eagle3": (
         *("model.speculator.method=eagle3", "trainer.total_epochs=6", "decode.draft_len=5"),
-        *("data.train_batch_size=4", "data.micro_batch_size_per_gpu=4"),
+        *("data.train_batch_size=2", "data.micro_batch_size_per_gpu=2", "optim.lr=0.0015"),
     ),
 }
 """Each method's best settings, as overrides of params.yaml."""
