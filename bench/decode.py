@@ -2,11 +2,10 @@
 
 1. `forms`: each source of drafts next to plain decoding, transformers' generate and its prompt lookup: same base, dtype
    and process, N eval prompts of each domain, the order turning round with each prompt.
-2. `lengths`: speed-up against the number of drafted tokens. Draws docs/draft_length.png.
-3. `costs`: what each source drafts on val by decode.token_cost, by the exact walk; and what a drafted token costs here.
-4. `profile`: where a step's time goes, and what a forward of several tokens costs.
+2. `costs`: what each source drafts on val by decode.token_cost, by the exact walk; and what a drafted token costs here.
+3. `profile`: where a step's time goes, and what a forward of several tokens costs.
 
-All four by default; with 8 prompts a domain about half an hour on two cores.
+All three by default; with 8 prompts a domain about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
 
@@ -26,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.common import default_config, load_base, machine, reader, table
-from spec import acceptance, decoding, drafting, heads, plots
+from spec import acceptance, decoding, drafting, heads
 from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device, synchronize
@@ -38,7 +36,6 @@ from stages import common
 LOOKUP_TOKENS = 10
 """prompt_lookup_num_tokens, as transformers' documentation has it."""
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 10, 12)
 COSTS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.1)
 Prompt = tuple[str, list[int]]
 Form = Callable[[list[int]], int]
@@ -46,7 +43,7 @@ Form = Callable[[list[int]], int]
 
 
 def main() -> None:
-    parts = {"forms": forms, "lengths": lengths, "costs": costs, "profile": profile}
+    parts = {"forms": forms, "costs": costs, "profile": profile}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--prompts", type=int, default=8, help="of each domain; costs takes all of val")
@@ -125,33 +122,6 @@ def mean(values: NDArray[np.float64]) -> str:
     return f"{values.mean():.2f} ({values.min():.2f} to {values.max():.2f})"
 
 
-def lengths(count: int, tokens: int) -> None:
-    lm = model()
-    assert lm.speculator is not None
-    n = lm.speculator.config.n_predict
-
-    def run(source: Source, length: int | None, prompt: list[int]) -> int:
-        lm.decode = default_config().decode.model_copy(update={"draft_len": length})
-        return len(lm.generate(prompt, tokens, draft=source).tokens)
-
-    everything: dict[str, Form] = {"none": partial(run, "none", None)}
-    for source in lm.sources:
-        for length in (*[k for k in LENGTHS if source != "head" or k <= n], None):
-            everything[f"{source} {length}"] = partial(run, source, length)
-    rates = measure(everything, prompts(max(1, count // 4)))
-    means = {name: float((found / rates["none"]).mean()) for name, found in rates.items()}
-    lines: Any = {}
-    rows = []
-    for source in lm.sources:
-        known = [k for k in LENGTHS if f"{source} {k}" in means]
-        lines[source] = (known, [means[f"{source} {k}"] for k in known])
-        found = [means.get(f"{source} {k}") for k in (*LENGTHS, None)]
-        rows.append([source, *("" if each is None else f"{each:.2f}" for each in found)])
-    plots.curves(Path("docs/draft_length.png"), lines, "drafted tokens a step, at most", "x plain decoding")
-    print(f"\n2. x plain decoding by draft_len, mean over {len(rates['none'])} prompts -> docs/draft_length.png")
-    table(["", *map(str, LENGTHS), "null"], rows)
-
-
 def costs(count: int, tokens: int) -> None:
     lm = model()
     took = forward_seconds(lm)
@@ -167,7 +137,7 @@ def costs(count: int, tokens: int) -> None:
             rate, drafted = acceptance.tokens_per_step(walks), acceptance.drafted_per_step(walks)
             rows.append([cost, source, f"{rate:.3f}", f"{drafted:.1f}", f"{rate / (1 + per_token * drafted):.3f}"])
     print(
-        "\n3. decode.token_cost: the exact walk on val, and what it comes to where a drafted token costs "
+        "\n2. decode.token_cost: the exact walk on val, and what it comes to where a drafted token costs "
         f"{per_token:.1%} of a forward (measured; the heads' own time left out)"
     )
     table(["token_cost", "source", "tokens per step", "drafted a step", "x plain, estimated"], rows)
@@ -178,7 +148,7 @@ def profile(count: int, tokens: int) -> None:
     given = prompts(max(1, count // 4))
     sources: tuple[Source, ...] = ("none", "head", "hybrid")
     columns = [where_time_goes(lm, [prompt for _, prompt in given], tokens, source) for source in sources]
-    print("\n4. Where a step's time goes: ms a step (share)")
+    print("\n3. Where a step's time goes: ms a step (share)")
     rows = [[name, *[f"{1e3 * c[name]:.2f} ({c[name] / c['a step']:.1%})" for c in columns]] for name in columns[0]]
     table(["", *sources], rows)
     costs = forward_seconds(lm)
