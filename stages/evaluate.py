@@ -257,7 +257,7 @@ def _report(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
 def _table(rows: Mapping[str, Mapping[str, Any]], decoded: str) -> list[str]:
     """The aligned lines of the table, one for each domain; `decoded` is the heading of what was decoded for real."""
     width = max(12, *(len(plots.short(name)) for name in rows))
-    lines = [f"{'':{width}}  tokens per step, all of eval       {decoded}"]
+    lines = [f"{'':{width}}  {'tokens per step, all of eval':39}  {decoded}"]
     titles = "  ".join(f"{name:>6}" for name in (*_BARS, "drafted", "walk", "loop", "x plain"))
     lines.append(f"{'domain':{width}}  {titles}")
     for name, row in rows.items():
