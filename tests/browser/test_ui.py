@@ -129,7 +129,7 @@ def test_the_run_is_in_the_list_with_its_evaluation(page: Any, shot: Callable[[s
     shot("1-runs")
     page.get_by_role("link", name="train", exact=True).first.click()
     see(page, "About this run")
-    see(page, "Metrics (19)")
+    see(page, "Metrics (20)")
     see(page, "sum_rnn, 3 heads, best at step", exact=False)
 
 
@@ -205,7 +205,7 @@ def test_the_evaluation_belongs_to_the_run(page: Any, ui: str, shot: Callable[[s
     made = record(Path("results/evaluate"))
     open_run(page, ui, made.run_id)
     see(page, "Tokens per step: head", exact=False)
-    see(page, "Metrics (10)")
+    see(page, "Metrics (11)")
     shot("10-evaluate")
     see(page, "Parent run")
     ((path, _),) = common.read_sources()["files"]["eval"].items()
