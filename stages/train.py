@@ -145,10 +145,10 @@ def _work(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manifest
                 "checkpoints": str(checkpoints.folder),
                 "speculator": files.digest_file(common.MODEL / heads.WEIGHTS),
                 "seconds": figures["seconds"],
+                "positions_per_second": last.get("positions_per_second"),
             }
             files.write_json(RESULTS / common.DETAILS, details)
-            rate = round(last.get("positions_per_second", 0.0))
-            files.write_json(RESULTS / "metrics.json", {**figures, "pos_per_s": rate})
+            files.write_json(RESULTS / "metrics.json", figures)
             recorder.draw()
             of_cache = common.CACHE_RESULTS / "metrics.json"
             cached = files.read_json(of_cache) if of_cache.is_file() else {}

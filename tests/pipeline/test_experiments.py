@@ -38,7 +38,8 @@ def test_a_temporary_experiment_recomputes_nothing(repository: Workspace) -> Non
     before = stored(repository)
     done = repository.run("dvc", "exp", "run", "--temp", "--name", "two", "-S", "model.speculator.n_predict=2")
     ran = re.findall(r"^Running stage '(\w+)'", done.stdout, re.M)
-    assert ran == ["fetch", "train", "evaluate"], done.stdout
+    assert ran == ["fetch", "cache", "train", "evaluate"], done.stdout
+    assert "cache: 0 of " in done.stdout
     assert stored(repository) == before
 
 
