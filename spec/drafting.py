@@ -144,7 +144,7 @@ class Sources:
     def weights_of(self, source: str) -> Weights:
         """The mixer's weights for tokens that a source proposes."""
         fitted = None if self.head is None else self.head.mixer
-        return {**DEFAULT, **(fitted or {})}[source]
+        return DEFAULT[source] if fitted is None else fitted.get(source, DEFAULT[source])
 
 
 def every_source(decode: Decode, head: SpeculatorConfig, lookup: Lookup | None) -> dict[Source, Sources]:
