@@ -19,11 +19,6 @@ from spec.device import arithmetic
 log = logging.getLogger(__name__)
 
 PIPELINE, LOCK = Path("dvc.yaml"), Path("dvc.lock")
-_FIRST_COMMIT = {
-    "not a git repository": "git init && git add --all && git commit --message=first",
-    "bad revision": "git add --all && git commit --message=first",
-}
-"""What git says where there is no commit, and what to type."""
 _PACKAGES = ("speculator-training", "torch", "transformers", "zarr", "numpy", "dvc", "mlflow")
 
 
@@ -53,21 +48,20 @@ def tags(sources: Mapping[str, Any], device: torch.device) -> dict[str, str]:
 def git_state() -> tuple[str, bool]:
     """The commit that is checked out, and whether files differ from it; ("none", False) without one.
 
-    In the project's own folder, which should have one, a warning then says what to type.
+    In the project's own folder, which should have one, a warning then says so.
     """
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     except OSError as error:
-        said, remedy = f"it could not be started ({error.strerror})", ""
+        said = f"it could not be started ({error.strerror})"
     else:
         if answer.returncode == 0:
             commit, _, dirty = answer.stdout.strip().partition("-")
             return commit, bool(dirty)
         said = answer.stderr.strip().removeprefix("fatal: ")
-        remedy = next((f"; `{typed}` begins one" for words, typed in _FIRST_COMMIT.items() if words in said), "")
     if PIPELINE.is_file():
-        log.warning("git: %s%s. Until then a run does not say which code made it", said, remedy)
+        log.warning("git: %s. Without a commit (git init, git add, git commit) a run does not say what made it", said)
     return "none", False
 
 
