@@ -141,7 +141,7 @@ class Features(Section):
     def _folder(cls, value: str | None) -> str | None:
         if value is not None and "://" in value:
             raise ValueError(
-                f"{value!r} is not a folder, and the store is always one. Name a folder or null, and copy with "
+                f"{value!r} is not a folder, but the store must be one. Name a folder or null, and copy with "
                 f"`spec store pull {value}` before a run and `spec store push {value}` after or during it"
             )
         return value

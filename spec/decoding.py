@@ -130,7 +130,7 @@ class LanguageModelWithSpeculator:
             folder = bases.resolve(str(base or config.base_model_name_or_path), revision, trust_remote_code)
         except bases.BaseError as error:
             raise bases.BaseError(
-                f"the base of {checkpoint} is not found, say with --base (base= in Python) where it is: {error}"
+                f"the base of {checkpoint} was not found; name it with --base (base= in Python): {error}"
             ) from None
         digest = bases.identify(folder, trust_remote_code)["weights"]
         name = str(dtype or torch.bfloat16).removeprefix("torch.")

@@ -94,7 +94,7 @@ class Lookup:
                 if found
                 else "missing"
             )
-            raise LookupFileError(f"{path} is {state}. Train again, which writes it")
+            raise LookupFileError(f"{path} is {state}. Train again to write it")
         return cls(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
 
     def find(self, tail: Sequence[int]) -> Match | None:

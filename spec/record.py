@@ -95,5 +95,5 @@ def kept(folder: Path) -> Record | None:
     try:
         return Record.load(path) if path.is_file() else None
     except SpecError as error:
-        log.warning("%s; this run refers to no other", error)
+        log.warning("%s; this run is not linked to the run that trained the checkpoint", error)
         return None

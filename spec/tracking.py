@@ -149,7 +149,7 @@ class Run:
         except Exception as error:
             self._remote = None
             log.warning(
-                "MLflow at %s %s (%s); the stage goes on, its files hold everything, and once it has ended "
+                "MLflow at %s %s (%s); the stage goes on, and its files hold everything: when it has ended, "
                 "`spec track sync` makes the whole run from them",
                 self.record.tracking_uri if self.record else "",
                 "stopped answering" if _answers_no_more(error) else "refuses the rest of the run",

@@ -125,8 +125,8 @@ def check_listed(params: Path) -> None:
     lines = [f"  {name}: {json.dumps(value)}" for name, value in defaults if f"{name}.".startswith(missing)]
     if lines:
         raise SpecError(
-            f"{params} lacks {', '.join(absent)}: dvc stops where a stage reads a key that is not there. Put these, "
-            "the defaults, into their sections (docs/parameters.md):\n" + "\n".join(lines)
+            f"{params} lacks {', '.join(absent)}: dvc stops at a key that a stage reads and that is not there. Add "
+            "these defaults to their sections (docs/parameters.md):\n" + "\n".join(lines)
         )
 
 

@@ -10,11 +10,11 @@ from stages import common
 
 
 @click.command()
-@click.option("--format", "form", type=click.Choice(["arctic", "vllm"]), default=None, help="[what fits the method]")
+@click.option("--format", "form", type=click.Choice(["arctic", "vllm"]), default=None, help="[default: by the method]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=common.MODEL, show_default=True)
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
-@click.option("--base", default=None, help="The base as the engine finds it, where not as the checkpoint says.")
+@click.option("--base", default=None, help="The base's name for the engine, if not the checkpoint's.")
 def export(form: str | None, out: Path, checkpoint: Path, dtype: str, base: str | None) -> None:
     """Write a speculator for a serving engine: weights, config.json and a card.
 

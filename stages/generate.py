@@ -26,7 +26,7 @@ SHOWN = 8
 def generate(
     checkpoint: Path, prompt: str, max_new_tokens: int, draft: Source, temperature: float, seed: int | None, **base: Any
 ) -> None:
-    """Answer a prompt with a base and its speculator, streaming, and say how fast it was."""
+    """Answer a prompt with a base and its speculator: stream the text, and say how fast it was."""
     from transformers import TextStreamer
 
     from spec import corpus

@@ -11,13 +11,13 @@ from stages import common
 @click.command("import")
 @click.argument("source", metavar="SRC")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base", default=None, help="Its base: a folder or hub id, to check it and to keep its digest.")
+@click.option("--base", default=None, help="Its base, a folder or hub id: to compare widths and keep its digest.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the base's folder.")
 def import_(source: str, out: Path, base: str | None, trust_remote_code: bool) -> None:
     """Read the speculator in SRC, a folder or hub id, into the new folder OUT.
 
     SRC is in IBM's layout (MLPSpeculatorPreTrainedModel), in ArcticTraining's or ArcticInference's, or an EAGLE-3 head
-    as vLLM loads it. OUT serves as model.speculator.init, as --checkpoint of `spec generate`, and to be exported.
+    as vLLM loads it. Give OUT to model.speculator.init, `spec generate --checkpoint` or `spec export --checkpoint`.
     """
     from spec import export, heads
 

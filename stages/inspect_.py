@@ -13,13 +13,13 @@ from stages import common, embedded
 
 @common.stage
 @click.argument("data", nargs=-1, required=True)
-@click.option("--split", type=click.Choice(common.SPLITS), help="The split to take where a folder holds several.")
+@click.option("--split", type=click.Choice(common.SPLITS), help="The split to read if a folder holds several.")
 @click.option("--rows", type=click.IntRange(min=1), default=2000, show_default=True, help="Read at most this many.")
 def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int) -> None:
     """Say how DATA (parquet files, folders, globs) is read, and show the first row as the base gets it.
 
     It reads the first rows of each file with the parameters and the base of params.yaml, as the tokenize stage does,
-    and writes nothing. Supervised tokens are green, or in [[ ]] where there is no terminal.
+    and writes nothing. Supervised tokens are green, or in [[ ]] if the output is no terminal.
     """
     files = corpus.list_files(data, split=split)
     sources = corpus.inspect(files, **config.reading)

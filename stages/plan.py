@@ -25,11 +25,11 @@ from stages import common, embedded
 
 @common.stage
 @click.option("--base-params", type=float, help="Plan for a base that is not here: its parameters, such as 8e9.")
-@click.option("--hidden", type=int, help="Its hidden size.")
-@click.option("--vocab", type=int, help="Rows of its lm_head.")
+@click.option("--hidden", type=int, help="Hidden size of that base.")
+@click.option("--vocab", type=int, help="Rows of that base's lm_head.")
 @click.option("--tokens", type=float, help="Tokens of all sequences.")
-@click.option("--share", type=click.FloatRange(0, 1), default=0.6, show_default=True, help="Share of them in answers.")
-@click.option("--tflops", type=float, help="Of one device, in matrix products. [default: measured here]")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.6, show_default=True, help="Share of answer tokens.")
+@click.option("--tflops", type=float, help="TFLOP/s of one device in matrix products. [default: measured here]")
 @click.option("--bandwidth", type=float, help="GB/s of one device's memory. [default: measured here]")
 @click.option("--devices", type=int, default=1, show_default=True, help="How many devices work together.")
 def plan(
@@ -43,7 +43,7 @@ def plan(
     bandwidth: float | None,
     devices: int,
 ) -> None:
-    """Print sequences, positions, bytes per codec, time per stage and free space; computes and stores nothing.
+    """Print sequences, positions, bytes per codec, time per stage and free space; compute and store nothing.
 
     It plans for the parameters and data/tokens here, or, with --base-params, --hidden, --vocab and --tokens, for a
     base that is not here yet, by the formulas of docs/scaling.md.

@@ -32,7 +32,7 @@ _MADE = (
 @click.option("--save-path", type=click.Path(path_type=Path, file_okay=False), required=True)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def run(nproc_per_node: int, save_path: Path, overrides: tuple[str, ...]) -> None:
-    """Run every stage, from the guide's defaults, and leave the checkpoint in SAVE_PATH.
+    """Run every stage with the defaults of VERL's speculator guide, and leave the checkpoint in SAVE_PATH.
 
     An earlier call leaves two things to this one: the answers and hidden states in the store, which are never computed
     twice, and the checkpoints of an interrupted call with the same parameters. The data defaults to $HOME/data/gsm8k

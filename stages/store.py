@@ -113,7 +113,7 @@ def gc(config: Config, older_than: float, dry_run: bool) -> None:
 def forget(config: Config, rows: tuple[Path, ...]) -> None:
     """Remove every trace of given rows: states, ids, answers and keys.
 
-    ROWS are parquet files in the layout of your data; whatever begins with one of their prompts goes.
+    ROWS are parquet files in the layout of your data. Everything that begins with one of their prompts is removed.
     """
     sources = common.read_sources()
     given, unreadable = _given_rows(config, rows, sources)
@@ -122,21 +122,21 @@ def forget(config: Config, rows: tuple[Path, ...]) -> None:
     common.say(
         f"store {root}: {removal.rows} stored rows of {len(given)} given ones are gone; "
         f"{removal.segments} segments were rewritten or removed. {removal.indexed} of the given rows are in the "
-        "store's index; all were also looked for by the tokens that the template gives now"
+        "store's index; all were also looked up by the tokens that the template gives now"
     )
     _name_holders(removal.answers | _answers_here(given))
     if removal.missed:
         raise SpecError(
-            f"{removal.missed} of the {len(given)} given rows were not found in {root}: they are gone already, or "
-            "were stored by a version that kept no index, with other tokens. Such rows are looked for as the chat "
-            "template of model.partial_pretrain renders them now, with data.date; run this again with the base, the "
-            f"template and the date of that time{unreadable}"
+            f"{removal.missed} of the {len(given)} given rows were not found in {root}: they are gone already, or a "
+            "version without an index stored them with other tokens. Such rows are found only by the tokens that the "
+            "chat template of model.partial_pretrain gives now, with data.date; run this again with the base, template "
+            f"and date of that time{unreadable}"
         )
     common.say(
         "You still have to remove the rows from your data files, run `dvc repro` (nothing is computed again), "
         "then run `dvc gc --workspace` and `rm -r` on data/tokens and data/responses in other workspaces. Collections "
         "of other tokenizers were not looked at: run this with their base in model.partial_pretrain. Copies that "
-        "`spec store push` made still hold the rows, and a pull brings them back: remove such a copy and push it anew."
+        "`spec store push` made still hold the rows, and a pull brings them back: remove such a copy and push again."
     )
 
 

@@ -20,10 +20,10 @@ def track() -> None:
 
 @common.stage
 def sync(config: Config) -> None:
-    """Make the runs whose results lie here on a server that does not have them complete.
+    """Send the runs whose results are here to a server, if it does not have them or not completely.
 
     The server is that of trainer.tracking_uri or MLFLOW_TRACKING_URI, else the one that the run was logged to. Each run
-    is made anew from its files; a part of it that the server had before is tagged as replaced.
+    is made again from its files; an incomplete one that the server has is tagged as replaced.
     """
     paths = [folder / RUN_FILE for folder in (common.MODEL, common.TRAIN_RESULTS, common.EVALUATE_RESULTS)]
     tracked, problems = False, []

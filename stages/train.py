@@ -175,8 +175,8 @@ def _frozen(config: Config, shape: SpeculatorConfig, manifests: dict[str, Manife
     teacher = tables.teacher() if config.optim.loss == "kl" else None
     if teacher is None and config.optim.loss == "kl":
         raise SpecError(
-            f"optim.loss=kl: the logits of {manifests['train'].base['name']} are more than its lm_head times its "
-            "state in a way that is not known here (a bias, a scale and a cap are); use optim.loss=ce"
+            f"optim.loss=kl: how {manifests['train'].base['name']} makes logits from lm_head and state is not known "
+            "here (a bias, a scale and a cap are known); use optim.loss=ce"
         )
     return FrozenTask(config, speculator, train, val, me, teacher)
 

@@ -85,8 +85,8 @@ def _check_prompts(base: Base, prompts: Sequence[Sequence[int]], max_new_tokens:
     highest = max(map(max, prompts))
     if highest >= rows:
         raise BaseError(
-            f"a prompt has the id {highest}, for which the base has no row (its table has {rows}): its ids are of "
-            "another tokenizer, or of one that has more tokens than the base"
+            f"a prompt has the id {highest}, for which the base has no row (its table has {rows}): its ids come "
+            "from another tokenizer, or from one that has more tokens than the base"
         )
     longest = max(map(len, prompts))
     if positions is None or longest + max_new_tokens <= positions:

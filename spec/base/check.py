@@ -99,7 +99,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
     names, name = inspect.signature(model.forward).parameters.keys(), type(model).__name__
     own = type(model).__module__.startswith("transformers.")  # code from elsewhere may take its cache as it likes
     if own and not {"past_key_values", "cache_params"} & names:
-        raise BaseError(f"{folder}: {name} keeps no memory of what it has read that is known here; use another base")
+        raise BaseError(f"{folder}: {name} has no cache of a kind that is known here; use another base")
     if not isinstance(getattr(model.get_output_embeddings(), "weight", None), torch.Tensor):
         raise BaseError(f"{folder}: {name} has no output matrix (lm_head); use another base")
     return model
@@ -130,13 +130,13 @@ def _check_quantisation(folder: Path, config: Any) -> None:
         library = _LIBRARIES.get(method)
         remedy = f"pip install {library}" if library else "see its message for what to install"
         raise BaseError(
-            f"{folder}: its weights are quantised ({method}), and what reads them is not here or does not run here: "
-            f"{one_line(error)}. Do as it says ({remedy}), or use the model's weights that are not quantised"
+            f"{folder}: its weights are quantised ({method}), and the library that reads them cannot be used: "
+            f"{one_line(error)}. Do as it says ({remedy}), or use the model's unquantised weights"
         ) from error
     if quantiser is None:
         raise BaseError(
             f"{folder}: its weights are quantised in a way that transformers {transformers.__version__} does not know "
-            f"({method}); use the model's weights that are not quantised"
+            f"({method}); use the model's unquantised weights"
         )
 
 
@@ -153,7 +153,7 @@ def check_weights(folder: Path, model: Any) -> list[str]:
                 f"{folder} holds whole weights and adapter_config.json: peft, which is installed, would add the "
                 "adapter to them. Move adapter_config.json away if it is merged into the weights; else merge it first"
             )
-        notes.append("an adapter lies next to the weights: it is not read, and must be merged into them to count")
+        notes.append("an adapter lies next to the weights, and is not read; to use it, merge it into them")
     headers = {name: header for path in weight_files(folder) for name, header in _read_header(path).items()}
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
         return notes
@@ -172,8 +172,8 @@ def check_weights(folder: Path, model: Any) -> list[str]:
     whole = next((name for name, (_, whole) in headers.items() if whole and name.endswith(".weight")), None)
     if whole is not None:
         raise BaseError(
-            f"{folder}: {whole} holds whole numbers, and config.json has no quantization_config that says what they "
-            "stand for; use the model's weights that are not quantised, or copy its config.json"
+            f"{folder}: {whole} holds integers, and config.json has no quantization_config that says what they "
+            "stand for; use the model's unquantised weights, or copy its config.json"
         )
     lost = _lost(model, report.unexpected_keys)
     if lost:
@@ -204,8 +204,8 @@ def check_report(folder: Path, missing: Any, mismatched: Any, unexpected: Collec
     if mismatched:
         name, found, expected = min(mismatched, key=lambda each: ("embed" not in each[0], each[0]))
         raise BaseError(
-            f"{folder}: {name} is {list(found)} in the weights where config.json gives {list(expected)} "
-            f"({len(mismatched)} such in all): config.json and the weights are not of the same model, or one of them "
+            f"{folder}: {name} is {list(found)} in the weights, but config.json gives {list(expected)} "
+            f"({len(mismatched)} such tensors): config.json and the weights are not of the same model, or one of them "
             "is from before the vocabulary was resized; copy the config.json that was saved with the weights"
         )
     if missing:
@@ -238,6 +238,6 @@ def _read_header(path: Path) -> dict[str, tuple[list[int], bool]]:
         return {name: (list(tensor.shape), not tensor.is_floating_point()) for name, tensor in tensors.items()}
     except Exception as error:
         raise BaseError(
-            f"{path} holds more than tensors by their names, or is damaged: pickled code is not run, since it could do "
-            f"anything ({one_line(error)[:120]}); save the model as safetensors (save_pretrained) where you trust it"
+            f"{path} is damaged, or holds more than named tensors: pickled code is not run, since it could do anything "
+            f"({one_line(error)[:120]}). If you trust it, load it and save the model as safetensors (save_pretrained)"
         ) from None

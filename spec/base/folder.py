@@ -114,7 +114,7 @@ def _local(name: str) -> Path | None:
         path = Path(name).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, or one that no file can have
-        raise BaseError(f"{name[:100]!r} is no name of a folder or of a model on the hub ({one_line(error)})") from None
+        raise BaseError(f"{name[:100]!r} is not the name of a folder or hub model ({one_line(error)})") from None
     if is_file:
         raise BaseError(f"{name} is a file; give the folder in which it lies, {path.parent}")
     return path if is_folder else None
@@ -154,9 +154,9 @@ def _download(name: str, revision: str | None, wanted: Sequence[str], *ignored: 
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, **patterns))
     except Exception as error:
         raise BaseError(
-            f"{name!r} is no local folder and could not be downloaded: there is no {Path(name).absolute()}, and from "
-            f"the hub came {one_line(error)}; give the path of a folder, or the id of a model that can be reached "
-            "(after `hf auth login`, where it is private or has terms to accept on its page)"
+            f"{name!r} is no local folder and could not be downloaded: there is no {Path(name).absolute()}, and the "
+            f"hub answered: {one_line(error)}; give the path of a folder, or the id of a model that can be reached "
+            "(if it is private or asks you to accept terms on its page, after `hf auth login`)"
         ) from None
 
 

@@ -19,7 +19,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     if models and not (folder / "tokenizer.json").is_file():
         name = models[0].name
         if importlib.util.find_spec("sentencepiece") is None:
-            raise BaseError(f"{folder}: {name} is read by a package that is not here: pip install sentencepiece")
+            raise BaseError(f"{folder}: {name} needs a package that is not installed: pip install sentencepiece")
         what += f" from {name}, which may be damaged, a pointer of Git LFS or of another kind"
     with refusals(folder, what):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

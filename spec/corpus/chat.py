@@ -272,7 +272,7 @@ class ChatTemplate:
         between = answered.partition(MARKER)[2].partition(ASKED)[0]
         through = self._render([*messages[: i + 1], *following], tools, generate=generate).partition(ASKED)[0]
         if not through.endswith(between):
-            raise RowError("the chat template closes a tool call otherwise than an answer")
+            raise RowError("the chat template closes a tool call and an answer differently")
         return through.removesuffix(between) + between[: self._end_in(between, _MARKED)]
 
     def _end_in(self, rest: str, message: Message) -> int:

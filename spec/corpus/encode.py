@@ -66,7 +66,7 @@ class Report:
             by_layout.setdefault(layout, []).append(path)
         lines = [f"{_named(paths)}: {layout}" for layout, paths in by_layout.items()]
         if self.empty_files:
-            lines.append(f"{_named(self.empty_files)}: passed over, without a row")
+            lines.append(f"{_named(self.empty_files)}: skipped, since there is no row")
         if self.plain_template:
             lines.append("the base has no chat template: a plain one is used (User: ... Assistant: ...)")
         if self.end_of_turn is None and any(layout.kind != "text" for layout in by_layout):
@@ -77,10 +77,10 @@ class Report:
             (self.beyond, "rows dropped: longer than the base has positions"),
             (self.stretched, "rows are longer than the positions that the base was trained for"),
             (self.empty, "rows dropped: empty text"),
-            (self.shortened, "answers left off: too long or not where the template's generation prompt ends"),
+            (self.shortened, "answers left out: too long, or not directly after the template's generation prompt"),
             (self.unanswered, "rows without an answer"),
             (self.rendered, "rows in which a user's turn looks rendered by a chat template already (<|im_start|>)"),
-            (self.unplaced, "earlier assistant turns not supervised: not rendered as what follows a generation prompt"),
+            (self.unplaced, "earlier assistant turns not supervised: rendered differently after a generation prompt"),
         ):
             if count:
                 lines.append(f"{count:,} {what}")

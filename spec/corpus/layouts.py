@@ -136,7 +136,7 @@ def _inspect(
         raise CorpusError(f"{path}: cannot be read ({error})") from error
     except pa.ArrowException as error:
         pointer = path.stat().st_size < 1024 and b"version https://git-lfs" in path.read_bytes()
-        why = "a pointer of Git LFS, for which git lfs pull fetches the file" if pointer else error
+        why = "a pointer of Git LFS: git lfs pull downloads the file" if pointer else error
         raise CorpusError(f"{path}: not a readable parquet file ({why})") from error
     if not rows:
         return None

@@ -112,7 +112,7 @@ def _conversation(values: dict[str, Any], layout: Layout, need_answers: bool) ->
     if need_answers and (blank or not answers):
         state = "of weight 0" if last.get("weight") == 0 else "null or empty"
         what = f"the answer in {layout.response or layout.prompt} is {state}"
-        none = "no answer follows the prompt, and data.response_key may name a column of answers"
+        none = "no answer follows the prompt; data.response_key can name a column of answers"
         raise RowError(f"{what if blank else none}; respond.source=base would write one")
     messages = messages[:-1] if blank else messages
     if not messages or messages[0]["role"] == "assistant":

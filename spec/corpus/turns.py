@@ -19,7 +19,7 @@ ROLES = {
 }
 """The names that data sets have for each role; the text of a function_call is a call of the assistant's."""
 
-_EXPECTED = "user, assistant, system, tool, or another name of theirs such as human, gpt, model or function_call"
+_EXPECTED = "user, assistant, system, tool, or a synonym such as human, gpt, model or function_call"
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_KEYS = ("reasoning", "thinking")
@@ -91,7 +91,7 @@ def _from_texts(texts: list[str], column: str) -> list[Any]:
     if all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns):
         return turns
     if texts[1:] and column.lower() in ("turns", *PROMPTS):  # benchmarks have the user's turns alone in them
-        raise RowError(f"column {column} holds {len(texts)} texts and not whose they are; expected {{role, content}}")
+        raise RowError(f"column {column} holds {len(texts)} texts without their speakers; expected {{role, content}}")
     return [{"role": role, "content": text} for role, text in zip(cycle(_SPEAKERS), texts, strict=False)]
 
 

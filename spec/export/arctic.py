@@ -34,8 +34,8 @@ def check(config: SpeculatorConfig) -> HeldConfig:
     found = ", ".join(f"{key} {'.'.join(map(str, value))}" for key, value in dims.items())
     if any(len(value) > 1 for value in dims.values()):
         raise ExportError(
-            f"format arctic holds no stack of widths (found {found}): the engine builds another network from "
-            "such a list than the one that was trained. One integer for all three fits"
+            f"format arctic holds no stack of widths (found {found}): from such a list the engine builds another "
+            "network than the trained one. One integer for all three widths fits"
         )
     if len(set(dims.values())) > 1:
         raise ExportError(
@@ -44,13 +44,13 @@ def check(config: SpeculatorConfig) -> HeldConfig:
         )
     if config.draft_vocab_size is not None:
         raise ExportError(
-            f"format arctic has no draft vocabulary: the engine takes the row number of a head's output for "
-            f"the token, and this speculator's {config.draft_vocab_size} rows stand for others. Train with "
+            f"format arctic has no draft vocabulary: the engine takes the row number of a head's output as "
+            f"the token, but this speculator's {config.draft_vocab_size} rows stand for other tokens. Train with "
             "model.speculator.draft_vocab_size=null"
         )
     if isinstance(config, SumLstmConfig) and not config.tie_lstm_embs:
         raise ExportError(
-            "format arctic: ArcticInference serves a sum_lstm only where its gates share one embedding. "
+            "format arctic: ArcticInference serves a sum_lstm only if its gates share one embedding. "
             "Train with model.speculator.tie_lstm_embs=true"
         )
     return config

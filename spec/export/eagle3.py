@@ -59,15 +59,16 @@ def check(config: SpeculatorConfig) -> Eagle3Config:
     """
     if not isinstance(config, Eagle3Config):
         raise ExportError(
-            f"format vllm holds eagle3, and this speculator's method is {config.method}: vLLM's own methods draft "
-            "with no such head. The format arctic holds sum_rnn and sum_lstm, which are served without an export, too"
+            f"format vllm holds eagle3, and this speculator's method is {config.method}: none of vLLM's own "
+            "methods drafts with such a head. The format arctic holds sum_rnn and sum_lstm; vLLM serves these "
+            "without an export, too"
         )
     layer = config.layer
     if layer.head_dim % 8 or layer.head_dim > 512 or layer.heads % layer.kv_heads:
         raise ExportError(
             f"format vllm: found {layer.heads} heads of width {layer.head_dim} with {layer.kv_heads} for keys and "
-            "values; no attention of vLLM has keys and values of such a shape. It takes widths that are multiples of "
-            "8 up to 512, and as many heads or a multiple of those for keys and values"
+            "values; vLLM has no attention of this shape. The width must be a multiple of 8 and at most 512, and the "
+            "number of heads a multiple of that for keys and values"
         )
     try:
         config.taps(config.layers)

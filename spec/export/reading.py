@@ -26,9 +26,7 @@ log = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
 _DOWNLOADED = ["config.json", _ADAPTER, "*.safetensors", "*.bin", "*.index.json"]
-_READ = (
-    "Read are the MLP speculators of IBM (fms), Arctic's MLP and LSTM speculators, and EAGLE-3 heads as vLLM loads them"
-)
+_READ = "Readable: IBM's MLP speculators (fms), Arctic's MLP and LSTM speculators, and EAGLE-3 heads as vLLM loads them"
 _NEUTRAL = IGNORED_KEYS - {"num_attention_heads", "num_hidden_layers"}
 """Keys that say nothing about the network."""
 
@@ -185,15 +183,14 @@ def _refusal(values: Mapping[str, Any], folder: Path) -> str:
             return f"{error} (a checkpoint of this project, by its keys)"
     if "num_hidden_layers" in values or "forcausallm" in kind:
         return (
-            f"{path}: a whole model ({values.get('model_type')!r}), no speculator; --base is where a base goes. {_READ}"
+            f"{path}: a whole model ({values.get('model_type')!r}), not a speculator; name a base with --base. {_READ}"
         )
-    return f"{path}: model_type {values.get('model_type')!r} is none that can be imported. {_READ}"
+    return f"{path}: model_type {values.get('model_type')!r} cannot be imported. {_READ}"
 
 
 def _adapter(folder: Path) -> str:
     return (
-        f"{folder}: an adapter ({_ADAPTER}), no speculator; merge it into its base, and train a speculator for that. "
-        f"{_READ}"
+        f"{folder}: an adapter ({_ADAPTER}), not a speculator; merge it into its base, and train one for that. {_READ}"
     )
 
 
@@ -243,8 +240,8 @@ def _width(values: Mapping[str, Any], name: str) -> int:
         raise CheckpointError(f"{name}: {error}") from None
     if len(dims) > 1:
         raise CheckpointError(
-            f"{name} is {value!r}: public code makes another network from a stack of widths than this "
-            "project; a head of one width can be imported"
+            f"{name} is {value!r}: from a stack of widths public code builds another network than this "
+            "project; only a head of one width can be imported"
         )
     return dims[0]
 

@@ -60,7 +60,7 @@ def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> Specula
     if "layer" in config.model_fields:
         if layer is None:
             raise SpecError(
-                f"model.speculator: method {params.method} repeats the base's layers, which have no one shape"
+                f"model.speculator: method {params.method} repeats the base's layers, but they differ in shape"
             )
         values["layer"] = layer.model_dump()
     try:

@@ -67,8 +67,8 @@ def command(
     config = heads.read_config(checkpoint)
     if config.method == "eagle3" and "draft" in decode.model_fields_set and decode.draft != "head":
         raise ServingError(
-            f"draft {decode.draft} with eagle3: vLLM drafts with its own method eagle3, which mixes in no n-grams. "
-            "--draft head is served; this project's own decoding mixes them, and sum_rnn and sum_lstm do so in vLLM"
+            f"draft {decode.draft} with eagle3: vLLM drafts with its own method eagle3, which cannot mix in n-grams. "
+            "Use --draft head, or sum_rnn or sum_lstm; this project's own decoding mixes n-grams with every method"
         )
     name = base or config.base_model_name_or_path
     plain = plain_command(name, None if base else config.base_revision, dtype, trust_remote_code)
@@ -111,7 +111,7 @@ def plain_command(
     try:
         folder = bases.resolve(base, revision, trust_remote_code)
     except bases.BaseError as error:
-        raise bases.BaseError(f"the base is not found, say with --base where it is: {error}") from None
+        raise bases.BaseError(f"the base was not found; name it with --base: {error}") from None
     # What `vllm serve` runs; that command fails in the CPU build, whose package has another name than it asks for.
     run = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     run += ["--trust-remote-code"] if trust_remote_code else []

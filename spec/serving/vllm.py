@@ -109,7 +109,7 @@ class SpeculatorProposer:
         if not isinstance(speculator, Recurrent):
             raise ServingError(
                 f"{self._checkpoint} is a {self._config.method}, which reads whole sequences: the proposer is for "
-                "heads that draft at each position by itself (sum_rnn, sum_lstm)"
+                "heads that read one position at a time (sum_rnn, sum_lstm)"
             )
         self._speculator = speculator
         log.info(

@@ -77,8 +77,8 @@ def _held(path: Path, kind: int, wait: bool = False) -> int | None:
             return None
         if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise SpecError(
-                f"{path.parent} is on a file system without file locks ({error.strerror}), by which workers share out "
-                "their work; set features.store to a folder on another one, or mount this one with flock"
+                f"{path.parent} is on a file system without file locks ({error.strerror}), which workers need to "
+                "share their work; set features.store to a folder on another one, or mount this one with flock"
             ) from None
         raise
     return handle

@@ -81,7 +81,7 @@ class Parts:
                         f"{self.too_much}, or use a device with more memory"
                     ) from None
                 self.size = count // 2 * cost
-                log.warning("out of memory: going on with %d at a time; lower %s to begin so", count // 2, self.begin)
+                log.warning("out of memory: now %d at a time; lower %s to start with fewer", count // 2, self.begin)
                 continue
             start += count
             yield part, done

@@ -80,7 +80,7 @@ def test_a_base_whose_logits_are_more_than_lm_head_times_state_has_no_distributi
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "logits", lambda kept: None)
-    assert "in a way that is not known here" in refused("train", "optim.loss=kl")
+    assert "from lm_head and state is not known here" in refused("train", "optim.loss=kl")
     ok("train")
 
 

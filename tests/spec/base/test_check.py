@@ -114,7 +114,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "half a file": (truncated, "damaged or incomplete"),
     "a missing matrix": (weights(lambda all_: all_.pop(LAYER)), rf"lack {LAYER} \(1 in all\)"),
     "a missing layer": (configured(n_layer=3), r"lack transformer.h.2.*\(12 in all\)"),
-    "another width": (configured(n_embd=16), r"c_attn.bias is \[96\] in the weights where config.json gives \[48\]"),
+    "another width": (configured(n_embd=16), r"c_attn.bias is \[96\] in the weights, but config.json gives \[48\]"),
     "resized": (configured(vocab_size=288), r"wte.weight is \[304, 32\] in the weights .* gives \[288, 32\]"),
     "a classifier": (
         configured(architectures=["GPT2ForSequenceClassification"]),
@@ -189,7 +189,7 @@ def test_special_tokens_beyond_the_table_are_refused_where_the_template_writes_t
 def test_a_model_without_a_memory_is_refused(folder: Path) -> None:
     sizes = {"vocab_size": 304, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
     AutoModelForCausalLM.from_config(OpenAIGPTConfig(**sizes)).save_pretrained(folder)
-    with pytest.raises(BaseError, match="OpenAIGPTLMHeadModel keeps no memory"):
+    with pytest.raises(BaseError, match="OpenAIGPTLMHeadModel has no cache"):
         examine(folder, 1)
 
 

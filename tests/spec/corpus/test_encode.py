@@ -108,4 +108,4 @@ def test_empty_files_are_passed_over_with_a_word(tmp_path: Path) -> None:
     empty = save(tmp_path / "part-0002.parquet", [], pa.schema([("question", pa.string())]))
     sequences, report = run([full, empty])
     assert [s.domain for s in sequences] == ["part"]
-    assert f"{empty}: passed over, without a row" in report.lines()
+    assert f"{empty}: skipped, since there is no row" in report.lines()

@@ -32,7 +32,7 @@ BE, QUESTION, NEEDED = {"role": "system", "content": "a"}, {"question": "a"}, {"
         ([{"text": "a b"}, {"text": None}], {}, r"x.parquet, row 1: column text is null"),
         ([{"messages": None}, {"messages": [user("a")]}], {}, r"row 0: column messages is null"),
         ([{"messages": [user(" ")]}, {"messages": [user("a")]}], {}, r"row 0: the prompt in column messages is empty"),
-        ([{"turns": ["a", "b"]}], {}, r"row 0: column turns holds 2 texts and not whose they are; expected {role"),
+        ([{"turns": ["a", "b"]}], {}, r"row 0: column turns holds 2 texts without their speakers; expected {role"),
         ([{"messages": [user("a")]}, {"messages": []}], {}, r"row 1: column messages has no messages"),
         ([{"messages": "a"}], {}, r"row 0: column messages holds text that is not the JSON of a list of turns"),
         ([{"prompt": "[{'role': 'user', 'content': 'a'}]"}], {}, r"looks like a list of turns and is not JSON"),

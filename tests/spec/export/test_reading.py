@@ -155,11 +155,11 @@ ADAPTER, LLAMA = {"peft_type": "LORA"}, {"architectures": ["LlamaForCausalLM"], 
         (
             "config.json",
             {"speculators_model_type": "eagle3", "speculators_config": {}, "draft_vocab_size": 5},
-            "the format of the library speculators .method 'eagle3'.*Read are the MLP speculators of IBM",
+            "the format of the library speculators .method 'eagle3'.*Readable: IBM's MLP speculators",
         ),
         ("adapter_config.json", ADAPTER, "an adapter .*merge it into its base"),
         ("config.json", {**LLAMA, "num_hidden_layers": 2}, "a whole model .'llama'.*--base"),
-        ("config.json", {"model_type": "whisper"}, "model_type 'whisper' is none that can be imported"),
+        ("config.json", {"model_type": "whisper"}, "model_type 'whisper' cannot be imported"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, file: str, values: dict[str, object], words: str) -> None:

@@ -101,7 +101,7 @@ def test_eagle3_goes_to_vllms_own_method(
     again = server.command(tmp_path / "c", Decode(draft="head", draft_len=7), base=str(base_folder))
     assert speculative(again) == {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 7}
     for draft in ("hybrid", "ngram"):
-        with pytest.raises(ServingError, match=f"draft {draft} with eagle3: .*mixes in no n-grams"):
+        with pytest.raises(ServingError, match=f"draft {draft} with eagle3: .*cannot mix in n-grams"):
             server.command(tmp_path / "c", Decode(draft=draft), base=str(base_folder))
 
 

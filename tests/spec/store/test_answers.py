@@ -146,4 +146,4 @@ def test_a_group_that_does_not_fit_into_memory_is_answered_in_parts(
     monkeypatch.setattr(base_model, "answer", small)
     assert read(produce(base, tmp_path / "parts", prompts, params), prompts) == expected
     assert asked == [9, 4, 2, 2, 2, 2, 1]
-    assert caplog.messages[-1] == "out of memory: going on with 2 at a time; lower respond.batch_size to begin so"
+    assert caplog.messages[-1] == "out of memory: now 2 at a time; lower respond.batch_size to start with fewer"
