@@ -35,7 +35,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Walk:
-    """One answer, decoded on paper."""
+    """The walk over one answer."""
 
     accepted: NDArray[np.int64]  # for each step, how many drafts the base would have accepted
     domain: str = ""
@@ -92,7 +92,7 @@ def conditional(walks: Iterable[Walk], n: int) -> list[float]:
 
 
 def histogram(walks: Iterable[Walk], n: int) -> list[float]:
-    """For k = 0..n the share of steps in which exactly k drafts were accepted; of the last, k or more."""
+    """For k = 0..n the share of steps in which exactly k drafts were accepted; the last also counts more than n."""
     joint = [1.0, *acceptance(walks, n), 0.0]
     return [more - less for more, less in pairwise(joint)]
 
@@ -103,8 +103,8 @@ def longest(walks: Iterable[Walk]) -> int:
 
 
 def interval(walks: Sequence[Walk], baseline: Sequence[Walk] | None = None) -> tuple[float, float]:
-    """95 % interval of tokens_per_step by bootstrap over answers; with a baseline on the same answers, of what walks
-    gain over it, both drawn alike."""
+    """95 % interval of tokens_per_step, by bootstrap over answers. With a baseline on the same answers it is that of
+    the walks' gain over the baseline; each sample draws the same answers for both."""
     values = _resampled(walks) - (0 if baseline is None else _resampled(baseline))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
@@ -259,7 +259,7 @@ def _last_answer(packed: Packed, prompt_length: int) -> Tensor:
 
 
 def walks(reader: SequenceReader, answers: Sequence[Answer], tokens: int | None = None) -> list[Walk]:
-    """Walk over answers with their drafts, and over so many tokens of each at most."""
+    """Walk over answers with their drafts, over at most this many tokens of each."""
     manifest = reader.manifest
     found = []
     for answer in answers:
@@ -285,7 +285,7 @@ def walks(reader: SequenceReader, answers: Sequence[Answer], tokens: int | None 
 
 
 def tokens_per_step_by_length(answers: Sequence[Answer], lengths: Sequence[int]) -> list[float]:
-    """Tokens per step where every draft is cut to each of these lengths."""
+    """Tokens per step if every draft is cut to each of these lengths."""
     matches = [np.asarray(answer.matches, np.int64) for answer in answers]
     return [
         tokens_per_step(Walk(walk(np.minimum(found, length).tolist(), len(found))) for found in matches)
@@ -342,7 +342,7 @@ def expected_acceptance(
 
 @torch.inference_mode()
 def accuracy(speculator: Speculator, reader: SequenceReader) -> list[float]:
-    """For each depth the share of its supervised drafts that are right, where it alone drafts, fed the true tokens."""
+    """For each depth the share of its supervised drafts that are right, given the true tokens before them."""
     device, n = next(speculator.parameters()).device, speculator.config.n_predict
     index = None if speculator.draft_index is None else speculator.draft_index.cpu()
     right, count, indices = np.zeros(n), np.zeros(n), range(len(reader))
@@ -359,5 +359,5 @@ def accuracy(speculator: Speculator, reader: SequenceReader) -> list[float]:
 
 
 def expected_tokens_per_step(conditional: Sequence[float]) -> float:
-    """1 + c_1 + c_1 c_2 + ..: tokens per step where draft i is accepted with probability c_i if it is reached."""
+    """1 + c_1 + c_1 c_2 + ..: tokens per step if each draft i that is reached is accepted with probability c_i."""
     return 1.0 + float(np.cumprod(np.asarray(conditional, np.float64)).sum())

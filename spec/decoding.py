@@ -33,7 +33,7 @@ Pick = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One forward of the base: what it added to the answer, and how many drafts it had and accepted."""
+    """One forward of the base: what it added to the answer, how many drafts it had, and how many it accepted."""
 
     tokens: list[int]
     drafted: int
@@ -73,13 +73,13 @@ class Generation:
 
 
 class LanguageModelWithSpeculator:
-    """A base model that writes several tokens a forward where a draft foresees them.
+    """A base model that writes several tokens per forward if a draft predicts them.
 
-    The answer does not depend on the draft: greedy or sampled, it is what the base alone writes (in float32 token
-    for token; in bfloat16 a forward of several tokens rounds differently from one of a single token, so that near
-    ties may fall the other way). One sequence at a time.
+    The answer does not depend on the draft: greedy or sampled, it is what the base alone writes (in float32 token for
+    token; in bfloat16 a forward of several tokens rounds differently from one of a single token, which may decide
+    between nearly equal tokens). One sequence at a time.
 
-    The speculator lies on the base's device, in the dtype that it is to draft in; None drafts by lookup alone.
+    The speculator is on the base's device, in the dtype in which it drafts; with None, only lookup drafts.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Where drafts come from: a speculator's heads, n-grams of the sequence, n-grams of earlier answers, or all of them.
 
-Each place of a draft gets the token that is most likely accepted, by what the sources propose there (spec.mixer), until
-one more is not worth what it costs. The offline walk (spec.acceptance), decoding (spec.decoding) and the proposer for
-vLLM (spec.serving.vllm) all draft by `complete`.
+At each place of a draft the sources propose tokens, and the one most likely to be accepted is drafted (spec.mixer). A
+draft ends where one more token is not worth its cost. The offline walk (spec.acceptance), decoding (spec.decoding) and
+the proposer for vLLM (spec.serving.vllm) all draft by `complete`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from spec.lookup import DEPTH, FILE, Lookup, Match
 from spec.mixer import Signal, Weights
 
 Source = Literal["none", "head", "ngram", "lookup", "hybrid"]
-"""What a step drafts: nothing (plain decoding); the heads' draft, of a fixed length; what n-grams of prompt and answer
-say; what these and n-grams of the training split's answers say; what all of them say together."""
+"""What a step drafts: nothing (plain decoding), the heads' draft of a fixed length, what n-grams of prompt and answer
+propose, these and n-grams of the training split's answers, or all of them together."""
 
 MOST = 32
 """Tokens of a draft, at most, where decode.draft_len is not set."""
 
 DEEPEST = 8
-"""Places of a draft at which a head without an end of its own is asked, where n-grams draft, too."""
+"""At how many places of a draft heads without a limit of their own are asked, if n-grams draft, too."""
 
 SURE = 0.9
 """Where lookup has a token with this chance of acceptance, the heads are not asked, nor later in that draft: they could
@@ -48,11 +48,11 @@ DEFAULT: Mapping[str, Weights] = {
         *(0.3, 0.65, -1.4, -0.15),
     ),
 }
-"""The mixer's weights by source where a checkpoint has none: about those that a fit on the embedded default gives."""
+"""The mixer's weights by source if a checkpoint has none: about those that a fit on the embedded default gives."""
 
 
 RECENT = 8
-"""Occurrences of an n-gram in the sequence that its continuation is compared with."""
+"""How many of an n-gram's latest occurrences its continuation is compared with."""
 
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,9 @@ class Ngrams:
             self.ids.append(int(token))
 
     def find(self, end: int, drafted: Sequence[int]) -> Signal | None:
-        """What came last after the longest suffix of the first `end` tokens and the drafted ones that occurred within
-        the first `end`. How sure it is: the length of that suffix, and the token's share of its RECENT occurrences."""
+        """What came after the latest earlier occurrence, within the first `end` tokens, of the longest suffix of these
+        and the drafted tokens. How sure it is: the length of that suffix, and the token's share of its RECENT
+        occurrences."""
         longest = self._sizes.start
         tail = [*self.ids[max(end - longest, 0) : end], *drafted][-longest:]
         for n in self._sizes:
@@ -135,7 +136,7 @@ class Sources:
 
     @property
     def depth(self) -> int:
-        """How many tokens the heads draft at most: of the heads alone it is the length of each draft."""
+        """How many tokens the heads draft at most; if only heads draft, each draft is this long."""
         if self.head is None or self.source not in ("head", "hybrid"):
             return 0
         most = self.head.n_predict if self.source == "head" else DEEPEST
@@ -254,7 +255,7 @@ class Draft:
         return max(chances.items(), default=None, key=operator.itemgetter(1))
 
     def _worth(self, chance: float) -> bool:
-        """Whether a token of this chance makes the tokens of a step grow more than the time of a step."""
+        """Whether a token with this chance adds more to the tokens of a step than to its time, both as a share."""
         cost = self.sources.decode.token_cost
         return self._reach * chance * (1 + cost * len(self.tokens)) > cost * self._gain
 

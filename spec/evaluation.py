@@ -18,7 +18,7 @@ from spec.heads import Speculator
 from spec.store.reader import FeatureReader, SequenceReader
 
 TEMPERATURES = (0.6, 1.0)
-"""At which expected acceptance is reported."""
+"""Temperatures at which expected acceptance is reported."""
 
 LENGTHS = tuple(range(1, 13))
 """Draft lengths whose tokens per step are reported."""
@@ -72,14 +72,14 @@ def offline(
 
 
 def cut(answers: Sequence[Answer], reader: SequenceReader, stops: Set[int]) -> float:
-    """The share of answers that end with no stop token: they were cut at their longest."""
+    """The share of answers that end without a stop token: they were cut at the greatest length."""
     return _share(int(answer.ids[-1]) not in stops for answer in answers if reader.manifest.prompt_length[answer.index])
 
 
 def on_paper(
     measured: Offline, reader: FeatureReader, indices: Sequence[int], max_new_tokens: int
 ) -> dict[Source, list[Walk]]:
-    """The walk over the prompts that are decoded for real, as far as they are."""
+    """The walk over the prompts that are decoded for real, up to the same length."""
     wanted = set(indices)
     return {
         source: acceptance.walks(reader, [each for each in answers if each.index in wanted], max_new_tokens)
@@ -114,8 +114,8 @@ def decoding(
     max_new_tokens: int,
     on_prompt: Callable[[int], object] = lambda count: None,
 ) -> dict[Source, list[Timed]]:
-    """Decode prompts for real with every source and with none, in the same process and dtype; only with none where
-    the base cannot take drafts back.
+    """Decode prompts for real with every source and without drafts, in the same process and dtype; only without drafts
+    if the base cannot take drafts back.
 
     The order of the sources turns by one with each prompt, so that none always runs on a warmer or quieter machine.
     """
@@ -160,8 +160,8 @@ def summary(
     same: bool | None,
     draft: Source,
 ) -> dict[str, Any]:
-    """Every figure of results/evaluate/details.json; docs/metrics.md defines them. Those of decoding with drafts are
-    absent where nothing was decoded so."""
+    """Every figure of results/evaluate/details.json; docs/metrics.md defines them. Figures of decoding with drafts are
+    absent if nothing was decoded with drafts."""
     head = measured.walks["head"]
     figures = {
         source: _figures(walks, measured.expected.get(source, {}), len(measured.accuracy) if source == "head" else 1)
@@ -209,7 +209,7 @@ def by_domain(
     draft: Source,
     groups: Mapping[str, set[str]],
 ) -> dict[str, dict[str, Any]]:
-    """The figures of each group of domains, whose answers are counted as if they were of one."""
+    """The figures of each group of domains, counted as one domain."""
     rows: dict[str, dict[str, Any]] = {}
     for label, names in groups.items():
         walked = {source: [w for w in walks if w.domain in names] for source, walks in measured.walks.items()}
@@ -289,8 +289,8 @@ def _rate(timed: Sequence[Timed]) -> float:
 
 
 def _gain(walks: Mapping[Source, Sequence[Walk]]) -> dict[str, float]:
-    """What the heads add to lookup, which needs no training: hybrid drafts less those of lookup or, without an index,
-    of n-grams."""
+    """What the heads add to lookup, which needs no training: the figures of hybrid minus those of lookup or, without an
+    index, of n-grams."""
     hybrid, free = walks["hybrid"], walks.get("lookup", walks["ngram"])
     low, high = acceptance.interval(hybrid, free)
     value = acceptance.tokens_per_step(hybrid) - acceptance.tokens_per_step(free)

@@ -79,7 +79,7 @@ def restore(
 
 
 def no_tables(config: SpeculatorConfig) -> dict[str, Tensor]:
-    """Stand-ins without values for what a head borrows, where it is read and written but drafts nothing."""
+    """Tensors without values in place of those that a head borrows, to read and write it without drafting."""
     names = registry.method(config.method).borrowed.values()
     return {name: torch.empty(config.vocab_size, config.hidden_size, device="meta") for name in names}
 
@@ -103,10 +103,10 @@ def read_config(folder: str | os.PathLike[str]) -> SpeculatorConfig:
 def check_base(
     config: SpeculatorConfig, vocab_size: int, hidden_size: int, digest: str, *, allow_other_weights: bool = False
 ) -> None:
-    """Refuse a speculator of another base than that of these widths and this digest of its weights.
+    """Refuse a speculator that was trained on a base with other widths, or with another digest of its weights.
 
-    Where the speculator does not say which weights it was trained on, the widths alone are compared, and the log says
-    so. allow_other_weights accepts other weights of the same shape, such as a fine-tune's.
+    If the speculator does not say which weights it was trained on, only the widths are compared, and the log says so.
+    allow_other_weights accepts other weights of the same shape, such as a fine-tune's.
     """
     name = config.base_model_name_or_path
     for field, found in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):

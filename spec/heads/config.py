@@ -20,7 +20,7 @@ IGNORED_KEYS = frozenset(
 
 
 class Params(Section):
-    """The section model.speculator of params.yaml, as far as all methods have it."""
+    """The keys of model.speculator in params.yaml that all methods have."""
 
     free: ClassVar[frozenset[str]] = frozenset({"init"})
     """Parameters in which the checkpoint that training starts from may differ; its taps may not."""
@@ -32,7 +32,8 @@ class Params(Section):
     draft_vocab_size: Positive | None = None  # K, rows of the heads' output; None for the whole vocabulary
 
     def taps(self, layers: int | None) -> tuple[Tap, ...]:
-        """The vectors that such a head reads of a base with so many layers; a ValueError says that it lacks one."""
+        """The vectors that such a head reads of a base with this many layers; a ValueError says that the base lacks
+        one."""
         return (LAST,)
 
     @property

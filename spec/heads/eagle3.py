@@ -1,9 +1,9 @@
 """EAGLE-3: one attention layer over the sequence, served by vLLM, SGLang and llama.cpp (Li et al. 2025,
 https://arxiv.org/abs/2503.01840; the layout of the weights is that of vLLM's llama_eagle3.py).
 
-Position t has the pair of the token x_{t+1} and a vector: at depth 0 g_t = fc(the taps at t), at depth k the layer's
-own output of depth k - 1 (after the output norm, where config.norm_output says so). A pair attends to the depth-0 pairs
-up to t and to the pairs of its own chain before it.
+At position t the layer reads a pair of the token x_{t+1} and a vector: at depth 0 g_t = fc(the taps at t), at depth k
+the layer's own output of depth k - 1 (after the output norm, if config.norm_output is set). A pair attends to the
+depth-0 pairs up to t and to the earlier pairs of its own chain.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Eagle3(Speculator):
 
     @classmethod
     def operations(cls, config: SpeculatorConfig) -> float:
-        """Of each depth the layer and the output matrix; fc and the keys of the sequence once."""
+        """The layer and the output matrix for each depth; fc and the keys of the sequence once."""
         assert isinstance(config, Eagle3Config)
         d, layer = config.hidden_size, config.layer
         keys = 2 * 2 * d * layer.kv_heads * layer.head_dim
@@ -110,7 +110,7 @@ class Eagle3(Speculator):
     def initialise(self, tables: Mapping[str, Tensor] | None = None, seed: int = 0) -> None:
         """Random weights (init.draw), and with the base's tables in addition:
 
-        - lm_head has the base's rows, and fc hands on the highest tap with a little of everything.
+        - lm_head gets the base's rows, and fc passes on the highest tap with a little of everything.
         - Where the base's last layer is like this one ("layer." and a name of DraftLayer, and "norm.weight" among the
           tables), layer and norm begin as it is; both halves of a pair are read alike.
         """
@@ -174,7 +174,8 @@ class Eagle3(Speculator):
         bounds: Sequence[int],
         following: Callable[[int], Tensor],
     ) -> Iterator[Tensor]:
-        """By depth, without an end, the vectors [M, d] that lm_head reads, of chains that begin at starts [M].
+        """For depth 0, 1, .. without an end, the vectors [M, d] that lm_head reads, of the chains that begin at starts
+        [M].
 
         Args:
             packed: the sequences.

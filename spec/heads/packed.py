@@ -1,4 +1,4 @@
-"""What heads read: vectors of the base over whole sequences; and what their drafts are held against."""
+"""What heads read, vectors of the base over whole sequences, and the targets of their drafts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tap:
 
 
 LAST = Tap()
-"""What lm_head reads where an answer is written; the base's own distributions follow from it."""
+"""What lm_head reads at the positions of answers; the base's own distributions follow from it."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class Supervision:
-    """A micro-batch with the targets of its drafts; made on the CPU, so that a device never has to say how much it is.
+    """A micro-batch with the targets of its drafts; made on the CPU, so that its sizes are known without waiting for a
+    device.
 
-    The draft of depth k that begins at t foresees x_{t+2+k}. It is supervised where x_{t+1} .. x_{t+2+k} all lie in
-    one supervised span of one sequence.
+    The draft of depth k that begins at t predicts x_{t+2+k}. It is supervised where x_{t+1} .. x_{t+2+k} all lie in one
+    supervised span of one sequence.
 
     Where a teacher's distributions are the targets, every depth has one row for each place where the base wrote a
     target, in the same order; where a depth has no target there (in the first n - 1 of a supervised span), the row is
@@ -114,7 +115,7 @@ class Supervision:
 
 
 def supervise(packed: Packed, n: int, draft_index: Tensor | None = None, *, taught: bool = False) -> Supervision:
-    """Line up the drafts of n depths with their targets; the sequences lie on the CPU, and their states do not matter.
+    """Line up the drafts of n depths with their targets; the sequences are on the CPU, and their states are not used.
 
     draft_index [V] has the draft id of each full id, -1 where it is not drafted; None without a draft vocabulary. Where
     the base's distributions are the targets (taught), drafts whose written token is outside the draft vocabulary train

@@ -1,5 +1,5 @@
-"""What sum_rnn and sum_lstm share: small recurrent networks that draft at each position by itself, from the base's last
-state there. A depth is a head, which adds a token's embedding to the projected state and hands the result on."""
+"""What sum_rnn and sum_lstm share: small recurrent networks that draft from one position at a time, by the base's last
+state there. Each depth is a head, which adds a token's embedding to the projected state and passes on the result."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def unused_keys(name: object) -> dict[str, Any]:
 
 
 def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> SpeculatorConfig:
-    """The network that params ask for, on a base whose layers have a shape; a SpecError says that there is none."""
+    """The network that params ask for, on a base with layers of this shape; a SpecError says why there is none."""
     config = method(params.method).Config
     values = params.model_dump(exclude={"init"}) | base.model_dump()
     if "layer" in config.model_fields:
@@ -70,8 +70,8 @@ def on_base(params: Params, base: OnBase, layer: Layer | None = None) -> Specula
 
 
 def parse_config(values: Mapping[str, Any]) -> SpeculatorConfig:
-    """What a config.json holds; what other methods have and this one has not is passed over. A ValueError says what
-    makes no network."""
+    """What a config.json holds; keys that only other methods have are ignored. A ValueError says what makes no
+    network."""
     others = unused_keys(values.get("method"))
     own = {key: value for key, value in values.items() if key not in others}
     return method(values["method"]).Config.from_json(own)

@@ -17,8 +17,9 @@ CHUNK_LOGITS = 2**24
 """Logits [rows, V] that exist at one time while drafts are made."""
 
 Choose = Callable[[Tensor, Tensor], Tensor | None]
-"""Decides, depth by depth, what is drafted: of a depth's likeliest tokens [M], as ids of the full vocabulary, and their
-probabilities [M], the tokens [M] that are drafted there and that the next depth reads; None ends the draft."""
+"""Decides, depth by depth, what is drafted: it takes a depth's likeliest tokens [M], as ids of the full vocabulary, and
+their probabilities [M], and returns the tokens [M] that are drafted there and that the next depth reads. None ends the
+draft."""
 
 
 class Session(ABC):
@@ -45,7 +46,7 @@ class Speculator(nn.Module, ABC):
     """Draft heads over a frozen base model.
 
     At position t the base has already produced x_{t+1}. The draft of depth k that begins at t reads x_{t+1+k} and
-    foresees x_{t+2+k}; so depth 0 never learns x_{t+1}.
+    predicts x_{t+2+k}; so depth 0 never learns x_{t+1}.
 
     T counts tokens, P the positions from which drafts begin. d is the base's hidden size, V its vocabulary, n the
     number of depths, K the draft vocabulary; token_map [K] has its ascending ids in the full one.
@@ -109,7 +110,7 @@ class Speculator(nn.Module, ABC):
 
     @abstractmethod
     def session(self) -> Session:
-        """For a new sequence that is decoded."""
+        """A session for a new sequence."""
 
     @torch.no_grad()
     def lend(self, tables: Mapping[str, Tensor]) -> None:

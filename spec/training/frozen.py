@@ -23,7 +23,7 @@ from spec.workers import Worker
 class FrozenTask:
     """What the loop trains when the base is frozen: a speculator, over a FeatureReader; val chooses the checkpoint.
 
-    The speculator lies on the worker's device, and is up to date after `tensors`. The teacher has the base's own
+    The speculator is on the worker's device; a call of `tensors` brings it up to date. The teacher has the base's own
     distributions, for optim.loss=kl; without one, the written tokens are the targets.
     """
 

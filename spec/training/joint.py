@@ -144,7 +144,7 @@ class JointTask:
         return metrics
 
     def score(self, metrics: dict[str, float]) -> float:
-        """The loss that is trained, negated: heads alone would choose a base that has learned little."""
+        """The training loss, negated. The heads' figures alone would choose a base that has learned little."""
         return -metrics["base_loss"] - self.config.model.speculator_loss_coeff * metrics["speculator_loss"]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class JointTask:
 
 
 class LiveReader:
-    """Sequences with the states that a base in evaluation mode computes when they are asked for, mixed: in bf16."""
+    """Sequences whose states a base in evaluation mode computes on request; mixed: in bf16."""
 
     def __init__(self, base: Base, rows: Sequence[TokenSequence], mixed: bool) -> None:
         self._base, self._rows, self._mixed = base, rows, mixed

@@ -47,7 +47,7 @@ class Progress:
 
 @dataclass
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     step: int = -1  # whose weights are best on val
     val: dict[str, float] = field(default_factory=dict)  # their metrics
@@ -299,7 +299,7 @@ class _Run:
 
 
 def _memory(device: torch.device) -> float:
-    """The most bytes that this process has held so far, on the device, or of the machine's memory."""
+    """The most bytes that this process has held so far, on the device or, without one, in the machine's memory."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

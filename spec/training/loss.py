@@ -13,8 +13,8 @@ from spec.base import Teacher
 from spec.heads import LAST, Packed, Speculator, Supervision, supervise
 
 CHUNK_LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**28}
-"""Logits [rows, V] that exist at one time, at most, by device. A chunk reads the weight and adds to its gradient once;
-a GPU's products are so fast that it takes more rows to make up for that (by arithmetic; not measured)."""
+"""The most logits [rows, V] that exist at one time, by device. A chunk reads the weight and adds to its gradient once;
+a GPU computes products so fast that only more rows make up for that (by arithmetic; not measured)."""
 
 Soft = tuple[Tensor, Tensor]
 """A teacher's distribution for C rows, [C, V], and its entropy [C]."""
@@ -98,7 +98,7 @@ class _Room:
             self.soft = torch.empty(self.rows, V, dtype=wide, device=hidden.device)
 
     def shifted_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows' logits less their largest, [G * C, V], and where that is: the token that drafting would take."""
+        """The rows' logits minus their largest, [G * C, V], and its index: the token that would be drafted."""
         low, logits = self.low[: len(inputs)], self.logits[: len(inputs)]
         logits.copy_(torch.mm(inputs, self.weight.T, out=low))
         largest, likeliest = logits.max(1)  # the first of equal ones
@@ -175,9 +175,9 @@ def linear_cross_entropy(
 class SpeculatorLoss(nn.Module):
     """Teacher-forced loss of every depth: the mean over depths of each depth's mean over its drafts.
 
-    A module, so that DistributedDataParallel can wrap it. head_weights are those of each depth's loss, scaled to a
-    mean of 1. The teacher has the base's own distributions, over the draft vocabulary where there is one; without one
-    it is cross-entropy on the written tokens.
+    A module, so that DistributedDataParallel can wrap it. head_weights are those of each depth's loss, scaled to a mean
+    of 1. The teacher has the base's own distributions, over the draft vocabulary if there is one; without a teacher the
+    loss is cross-entropy on the written tokens.
     """
 
     head_weights: Tensor

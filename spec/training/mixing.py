@@ -20,13 +20,13 @@ from spec.mixer import Weights
 from spec.store.reader import FeatureReader
 
 ENOUGH = 10_000
-"""Places, at most about, that are looked at: those of some answers, drawn from all."""
+"""About how many places are looked at, at most: those of some answers, drawn at random."""
 
 
 @torch.inference_mode()
 def fit(speculator: Speculator, reader: FeatureReader, decode: Decode, lookup: Lookup | None) -> dict[str, Weights]:
-    """The weights by source, from what is proposed for up to DEEPEST places after every token of some answers, where
-    the draft so far is the answer's own. Where little is proposed, they stay near the defaults."""
+    """The weights by source, fitted to what is proposed for up to DEEPEST places after every token of some answers,
+    given that the draft before is right. With few proposals they stay near the defaults."""
     device = next(speculator.parameters()).device
     decode = decode.model_copy(update={"draft_len": DEEPEST, "token_cost": 0.0})  # nothing ends a draft
     kinds = {kind: each for kind, each in every_source(decode, speculator.config, lookup).items() if kind != "head"}

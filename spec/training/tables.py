@@ -13,7 +13,7 @@ from spec.heads import Speculator
 
 
 class OccurringRows(nn.Module):
-    """An embedding's rows of the tokens that training data hold, as a parameter of its own.
+    """The rows of an embedding whose tokens occur in the training data, as a separate parameter.
 
     A row whose token never occurs has no gradient, and without weight decay AdamW never moves it. So training the
     others alone gives the same table, bit for bit, while gradients, optimizer state and what workers exchange are
@@ -49,8 +49,8 @@ class OccurringRows(nn.Module):
 
 
 def twin(speculator: Speculator, tokens: Tensor) -> tuple[Speculator, list[OccurringRows]]:
-    """A speculator that shares every parameter with another one but its token tables, which are OccurringRows of the
-    ids [U], ascending, on its device; the other one is up to date after each table's flush."""
+    """A speculator that shares every parameter with another one, except that its token tables are OccurringRows of the
+    ids [U], ascending, on its device. The other one is up to date after each table's flush."""
     replaced: dict[int, Any] = {
         id(module): OccurringRows(module, tokens)
         for module in speculator.modules()
