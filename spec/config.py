@@ -104,7 +104,7 @@ def _of_method(value: object) -> object:
 
 
 class Model(Section):
-    """The base model, and how it is trained beside the speculator."""
+    """The base model, and how it is trained with the speculator."""
 
     partial_pretrain: Place = "models/base"
     revision: str | None = None

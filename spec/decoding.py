@@ -194,7 +194,7 @@ class LanguageModelWithSpeculator:
                 the likeliest token.
             seed: of sampling. The answer follows from it and the prompt, whatever is drafted; None draws a new one.
             draft: instead of decode.draft; "none" is plain decoding.
-            attention_mask: as tokenizers give it beside input_ids; all ones.
+            attention_mask: as tokenizers give it with input_ids; all ones.
             eos_token_id: what ends an answer, instead of the base's stop tokens.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a run follows from beside its parameters: code, pipeline, base, data files, machine, versions."""
+"""What decides a run's result besides its parameters: code, pipeline, base, data files, machine, versions."""
 
 import contextlib
 import logging

@@ -85,7 +85,7 @@ def text(
 def _figures(figures: Mapping[str, Any] | None) -> list[str]:
     """The evaluation's table; its figures are of the checkpoint before export, in this project's own decoding."""
     if figures is None:
-        return ["Not measured: no evaluation of these weights was found beside the checkpoint."]
+        return ["Not measured: no evaluation of these weights was found next to the checkpoint."]
     offline, decode = figures["offline"], figures["decode"]
     acceptance = " ".join(f"{share:.2f}" for share in offline["acceptance"].values())
     lines = [

@@ -151,7 +151,7 @@ def read_architectures(base: str, revision: str | None) -> list[str]:
 
 
 def measured_on(source: Path) -> card.Measured:
-    """What the results beside a checkpoint say of it.
+    """What the results next to a checkpoint say of it.
 
     Figures are taken only where they name these very weights; results lie in the project (models/speculator) or
     in the checkpoint's folder (the guide's script).

@@ -1,6 +1,6 @@
 """vLLM's OpenAI-compatible server with a base and its speculator: the command, and a process that runs it.
 
-vLLM itself is not imported here; it has to be installed beside this project.
+vLLM itself is not imported here; it has to be installed next to this project.
 """
 
 from __future__ import annotations

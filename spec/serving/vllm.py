@@ -103,7 +103,7 @@ class SpeculatorProposer:
         """Of the step that propose is called for; see _hand_over_states."""
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """Load the heads beside the base, in its dtype."""
+        """Load the heads next to the base, in its dtype."""
         device = next(target_model.parameters()).device
         speculator = heads.load(self._checkpoint, device, self._dtype).eval()
         if not isinstance(speculator, Recurrent):

@@ -1,6 +1,6 @@
 """One segment: a small, immutable Zarr v3 group of whole rows that is visible only when whole.
 
-A row is a mapping of arrays. In a segment the arrays of all rows lie one after the other, each beside its offsets;
+A row is a mapping of arrays. In a segment the arrays of all rows lie one after the other, each next to its offsets;
 `record.json` holds each row's digest, every file's size, and a digest of itself. docs/format.md has the layout.
 """
 
