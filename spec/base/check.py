@@ -205,7 +205,7 @@ def check_report(folder: Path, missing: Any, mismatched: Any, unexpected: Collec
         name, found, expected = min(mismatched, key=lambda each: ("embed" not in each[0], each[0]))
         raise BaseError(
             f"{folder}: {name} is {list(found)} in the weights, but config.json gives {list(expected)} "
-            f"({len(mismatched)} such tensors): config.json and the weights are not of the same model, or one of them "
+            f"({len(mismatched)} in all): config.json and the weights are not of the same model, or one of them "
             "is from before the vocabulary was resized; copy the config.json that was saved with the weights"
         )
     if missing:

@@ -106,7 +106,7 @@ def test_an_export_that_drafts_otherwise_is_not_written(tmp_path: Path, monkeypa
     ("layer", "words"),
     [
         ({"head_dim": 6}, "4 heads of width 6 with 2 for keys and values; vLLM has no attention"),
-        ({"head_dim": 520}, "multiples of 8 up to 512"),
+        ({"head_dim": 520}, "a multiple of 8 and at most 512"),
         ({"kv_heads": 3}, "with 3 for keys"),
     ],
 )
