@@ -107,7 +107,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "compressed-tensors": (quantised("compressed-tensors", config_groups={}), "pip install compressed-tensors"),
     "an unknown quantisation": (quantised("new"), r"does not know \(new\)"),
     "an unknown attention": (configured(_attn_implementation="new"), 'implementation="new"` is not supported'),
-    "more than tensors": (pickled({"module": torch.nn.Linear(2, 2)}), "pytorch_model.bin is damaged, or holds more than named tensors"),
+    "more than tensors": (pickled({"module": torch.nn.Linear(2, 2)}), "holds more than named tensors"),
     "a lost part": (in_parts, "1 of 2 files that model.safetensors.index.json names are missing.* model-2"),
     "an index of nothing": (lambda f: (in_parts(f), written("model.safetensors.index.json", "{}")(f)), "no index"),
     "a pointer": (written("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
