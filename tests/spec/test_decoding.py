@@ -493,6 +493,6 @@ def test_from_pretrained_loads_the_base_that_the_checkpoint_names(tmp_path: Path
         LanguageModelWithSpeculator.from_pretrained(tmp_path / "other", device="cpu")
     LanguageModelWithSpeculator.from_pretrained(tmp_path / "other", device="cpu", allow_other_weights=True)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(BaseError, match="say with --base"):
+    with pytest.raises(BaseError, match="name it with --base"):
         LanguageModelWithSpeculator.from_pretrained(tmp_path / "speculator", device="cpu")
     LanguageModelWithSpeculator.from_pretrained(tmp_path / "speculator", device="cpu", base=tmp_path / "moved")
