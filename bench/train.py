@@ -6,7 +6,8 @@
 2. `loop`: an epoch from the cache against an epoch with the base in the loop, and what the formulas say for 8B and 70B.
 3. `vocabularies`: speed of draft vocabularies of 4k, 8k, 16k and all tokens, and of the two losses.
 4. `eagle3`: as 1, against the public recipe for EAGLE-3 (padded batches, all depths' logits over the draft vocabulary),
-   with dense attention masks, and with EAGLE's own extra columns. After `spec cache -S model.speculator.method=eagle3`.
+   with dense attention masks, and with EAGLE's own extra columns; and against vLLM's `speculators`, where that is
+   installed (bench/public_speculators.py). After `spec cache -S model.speculator.method=eagle3`.
 
 Each form runs in a process of its own, so that its peak memory is its own, which is read from Linux's /proc.
 """
@@ -14,6 +15,7 @@ Each form runs in a process of its own, so that its peak memory is its own, whic
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -34,10 +36,12 @@ from spec.store import tables as base_tables
 from spec.store.reader import FeatureReader
 from spec.training.start import initialise, shape_on
 from spec.workers import Worker, this_worker
+from stages import common
 
 BATCH, STEPS, WARMUP, ROUNDS = 8, 12, 2, 3
 FORMS = ("ours", "public, bf16 autocast", "public, float32")
 EAGLE3_FORMS = ("ours", "public, extra columns", "public, dense masks")
+SPECULATORS_FORMS = ("speculators", "speculators, lm_head trained")
 
 
 def main() -> None:
@@ -75,8 +79,11 @@ def beside_the_public_recipe() -> None:
 def eagle3_beside_the_public_recipe() -> None:
     speculator = default_config(*METHODS["eagle3"]).model.speculator
     n, drafted = speculator.n_predict, speculator.draft_vocab_size
+    installed = importlib.util.find_spec("speculators")
     print(f"\n4. eagle3, n={n}, {drafted or 'all'} tokens, kl, {BATCH} sequences a step, {STEPS} steps")
-    compare(EAGLE3_FORMS, method="eagle3", drafted=drafted, loss="kl")
+    if not installed:
+        print("Without `speculators`, which is not installed: bench/public_speculators.py says how.")
+    compare(EAGLE3_FORMS + (SPECULATORS_FORMS if installed else ()), method="eagle3", drafted=drafted, loss="kl")
 
 
 def compare(forms: Sequence[str], **request: object) -> None:
@@ -178,6 +185,11 @@ def make(
         return recipes.ours(config, speculator, *given, teacher)
     if isinstance(speculator, Eagle3):
         assert teacher is not None
+        if form in SPECULATORS_FORMS:
+            from bench import public_speculators  # needs a package that need not be installed
+
+            folder = common.base_folder(config, common.read_sources())
+            return public_speculators.recipe(config, speculator, *given, folder, frozen="trained" not in form)
         return public_eagle3.recipe(config, speculator, *given, teacher, dense=form == "public, dense masks")
     return recipes.public(config, speculator, *given)
 
