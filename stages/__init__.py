@@ -1,1 +1,3 @@
 """The pipeline's stages, one click command each."""
+
+import spec  # noqa: F401  before torch: it says how torch's threads wait

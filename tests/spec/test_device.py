@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -54,3 +57,15 @@ def test_a_thread_works_on_the_device_of_the_thread_that_started_it(monkeypatch:
 
 def test_without_cuda_nothing_is_asked_of_it() -> None:
     assert on_this_device(len)("abc") == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+@pytest.mark.parametrize("package", ["spec", "stages"])
+def test_how_threads_wait_is_said_before_torch_is_imported(package: str, given: dict[str, str], found: str) -> None:
+    bare = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"import os, sys, {package}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], env=bare | given, check=True, stdout=-1, text=True).stdout
+    assert said.split() == [found, "False"]
