@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
+import json
 import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from spec import files
+import torch
+
+from spec import files, lineage
+from spec.config import Config, flatten
 from spec.errors import SpecError
 
 log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow_run.json"
+VALUE_LIMIT = 6000
+"""Characters of a parameter that MLflow takes."""
+_TAGS = (
+    *("method", "features", "base.name", "base.revision", "base.weights", "hardware.device", "hardware.workers"),
+    *("git.commit", "git.dirty", "dvc.lock"),
+)
+"""What a run follows from, as far as its page has room for it; lineage/lineage.json has everything."""
 
 
 class ChangedError(SpecError):
@@ -87,6 +105,45 @@ class Record:
         for path, digest in self.digests.items():
             if not Path(path).is_file() or files.digest_file(Path(path)) != digest:
                 raise ChangedError(f"{path} is missing or not the file that {self.name} run {self.run_id} wrote")
+
+
+def begin(
+    config: Config,
+    uri: str,
+    name: str,
+    tags: Mapping[str, str],
+    sources: Mapping[str, Any],
+    splits: tuple[str, ...],
+    device: torch.device,
+    parent: Record | None,
+) -> Record:
+    """The record of a run that begins now, without MLflow's id; the arguments are those of spec.tracking.Run."""
+    tags = {**lineage.tags(sources, device), **tags}
+    source = {"mlflow.source.name": f"spec {name}", "mlflow.source.type": "LOCAL"}
+    source |= {f"mlflow.source.git.{key}": tags[f"git.{key}"] for key in ("commit", "dirty")}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        source["mlflow.user"] = getpass.getuser()
+    lock = {"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {}
+    return Record(
+        id=uuid.uuid4().hex,
+        run_id="",
+        tracking_uri=uri,
+        experiment=config.trainer.experiment_name,
+        name=name,
+        parent=parent.id if parent else None,
+        started=time.time_ns() // 1_000_000,
+        params={key: without_password(str(value))[:VALUE_LIMIT] for key, value in flatten(config).items()},
+        tags=source
+        | {name: tags[name] for name in _TAGS if name in tags}
+        | ({"trained_by": parent.run_id} if parent else {}),
+        data=lineage.data_files(sources, splits),
+        texts={"lineage/lineage.json": json.dumps(tags, indent=1)} | lock,
+    )
+
+
+def without_password(text: str) -> str:
+    """A text, such as an error's, whose addresses name neither user nor password."""
+    return re.sub(r"(?<=://)[^\s/]*@", "", text)
 
 
 def kept(folder: Path) -> Record | None:

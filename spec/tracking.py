@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import getpass
 import json
 import logging
 import os
-import re
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,26 +15,21 @@ from typing import Any
 
 import torch
 
-from spec import files, lineage
-from spec.config import Config, flatten
+from spec import files
+from spec.config import Config
 from spec.errors import SpecError
-from spec.record import RUN_FILE, Record
+from spec.record import RUN_FILE, VALUE_LIMIT, Record, begin, without_password
 
 log = logging.getLogger(__name__)
 
 PARENT, REPLACES, REPLACED_BY = "mlflow.parentRunId", "replaces", "replaced_by"
 """Tags that link a run to others on its server."""
-_TAGS = (
-    *("method", "features", "base.name", "base.revision", "base.weights", "hardware.device", "hardware.workers"),
-    *("git.commit", "git.dirty", "dvc.lock"),
-)
-"""What a run follows from, as far as its page has room for it; lineage/lineage.json has everything."""
 _VIEW = "mlflow.sharedViewState.speculators"
 """The tag of an experiment which MLflow lists under "Views": its table of runs with the figures that count."""
 _FIGURES = {f"metrics.`{name}`": 80 for name in ("answers", "head", "hybrid", "x_plain")}
 _WIDTHS = {"attributes.`Run Name`": 150, "attributes.`Created`": 130, "tags.`method`": 90, **_FIGURES}
 """The view's columns and their widths in pixels: all of them fit next to MLflow's assistant."""
-_KEY_LIMIT, _VALUE_LIMIT, _DIGEST_LIMIT, _DATASETS_LIMIT = 250, 6000, 36, 1000
+_KEY_LIMIT, _DIGEST_LIMIT, _DATASETS_LIMIT = 250, 36, 1000
 """Characters that MLflow takes, and data files in a call."""
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -58,11 +50,6 @@ def tracking_uri(config: Config, default: str | None = None) -> str:
     queued = (each.parents[2] for each in folders if each.parts[-3:] == (".dvc", "tmp", "exps"))
     root = next(queued, next((each for each in folders if (each / ".dvc").is_dir()), folders[0]))
     return f"sqlite:///{root / 'mlflow.db'}"
-
-
-def without_password(text: str) -> str:
-    """A text, such as an error's, whose addresses name neither user nor password."""
-    return re.sub(r"(?<=://)[^\s/]*@", "", text)
 
 
 class Run:
@@ -95,23 +82,8 @@ class Run:
         self._remote: _Remote | None = None
         if "mlflow" not in config.trainer.logger:
             return
-        uri, tags = tracking_uri(config), {**lineage.tags(sources, device), **tags}
-        record = Record(
-            id=uuid.uuid4().hex,
-            run_id="",
-            tracking_uri=without_password(uri),
-            experiment=config.trainer.experiment_name,
-            name=name,
-            parent=parent.id if parent else None,
-            started=time.time_ns() // 1_000_000,
-            params={key: without_password(str(value))[:_VALUE_LIMIT] for key, value in flatten(config).items()},
-            tags=_source(name, tags)
-            | {name: tags[name] for name in _TAGS if name in tags}
-            | ({"trained_by": parent.run_id} if parent else {}),
-            data=lineage.data_files(sources, splits),
-            texts={"lineage/lineage.json": json.dumps(tags, indent=1)}
-            | ({"lineage/dvc.lock": lineage.LOCK.read_text()} if lineage.LOCK.is_file() else {}),
-        )
+        uri = tracking_uri(config)
+        record = begin(config, without_password(uri), name, tags, sources, splits, device, parent)
         try:
             self._remote = _Remote(_connect(uri), uri, record)
         except Exception as error:
@@ -201,11 +173,18 @@ class _Remote:
         self.id = str(client.create_run(self.experiment, record.started, tags, record.name).info.run_id)
         params = [Param(name, value) for name, value in record.params.items()]
         client.log_batch(self.id, params=params, tags=[RunTag(name, value) for name, value in record.tags.items()])
-        datasets = []
-        for each in record.data:
-            source = json.dumps({"uri": each["path"], "sha256": each["digest"]})
-            dataset = Dataset(each["path"][-_KEY_LIMIT:], each["digest"][:_DIGEST_LIMIT], "local", source)
-            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", each["use"])]))
+        datasets = [
+            DatasetInput(
+                Dataset(
+                    each["path"][-_KEY_LIMIT:],
+                    each["digest"][:_DIGEST_LIMIT],
+                    "local",
+                    json.dumps({"uri": each["path"], "sha256": each["digest"]}),
+                ),
+                [InputTag("mlflow.data.context", each["use"])],
+            )
+            for each in record.data
+        ]
         for start in range(0, len(datasets), _DATASETS_LIMIT):
             client.log_inputs(self.id, datasets[start : start + _DATASETS_LIMIT])
         for path, text in record.texts.items():
@@ -251,7 +230,7 @@ class _Remote:
         from mlflow.entities import LoggedModelOutput
 
         (shape,) = (files.read_json(Path(path)) for path in record.model if path.endswith("config.json"))
-        params = {key: str(value)[:_VALUE_LIMIT] for key, value in shape.items()}
+        params = {key: str(value)[:VALUE_LIMIT] for key, value in shape.items()}
         digests = {f"sha256.{Path(path).name}": record.digests[path] for path in record.model}
         model = self.client.create_logged_model(self.experiment, "speculator", self.id, digests, params, "speculator")
         for path in record.model:
@@ -318,11 +297,3 @@ def _complete(client: Any, record: str | None) -> Any:
     """The run of a record that has ended and is not replaced, if there is one."""
     found = (run for run in _runs(client, record) if REPLACED_BY not in run.data.tags)
     return next((run for run in found if run.info.status != "RUNNING"), None)
-
-
-def _source(name: str, tags: Mapping[str, str]) -> dict[str, str]:
-    """Where a run comes from, in the tags that MLflow's pages show by themselves."""
-    found = {f"mlflow.source.git.{key}": tags[f"git.{key}"] for key in ("commit", "dirty")}
-    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-        found["mlflow.user"] = getpass.getuser()
-    return found | {"mlflow.source.name": f"spec {name}", "mlflow.source.type": "LOCAL"}

@@ -9,7 +9,7 @@ import click
 from spec import tracking
 from spec.config import Config
 from spec.errors import SpecError
-from spec.record import RUN_FILE, Record
+from spec.record import RUN_FILE, Record, without_password
 from stages import common
 
 
@@ -37,7 +37,7 @@ def sync(config: Config) -> None:
             uri = tracking.tracking_uri(config, record.tracking_uri)
             made = tracking.sync(record, uri)
             what = f"made again as run {made}" if made else "is there, complete"
-            common.say(f"track: {record.name} run {record.run_id} {what}, at {tracking.without_password(uri)}")
+            common.say(f"track: {record.name} run {record.run_id} {what}, at {without_password(uri)}")
         except SpecError as error:  # the other runs are sent all the same
             problems.append(common.advice(error))
     if problems:
