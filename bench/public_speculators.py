@@ -1,11 +1,12 @@
 """EAGLE-3 trained by the vLLM project's own trainer: its model, loss, packing, gradient clipping and optimizer.
 
-    .venv/bin/python -m pip install speculators==0.9.0   # in a copy of the environment: it wants transformers 5.19
-    python -m bench.train eagle3
+    python3 -m venv build/speculators   # an environment of its own: it wants transformers 5.19
+    build/speculators/bin/pip install --editable . torch==2.13.0 speculators==0.9.0
+    build/speculators/bin/pip uninstall --yes torchvision torchaudio   # which fail next to torch's CPU build
+    build/speculators/bin/python -m bench.train eagle3
 
-(PyPI's torchvision and torchaudio do not load next to torch's CPU build, and are not needed: uninstall them.) A CPU
-needs attention by sdpa, as flex_attention has no backward pass there; the eager losses, as the fused ones are written
-in Triton; and the steps of its Trainer in `step`, as that one moves the model to an accelerator.
+A CPU needs attention by sdpa, as flex_attention has no backward pass there; the eager losses, as the fused ones are
+written in Triton; and the steps of its Trainer in `step`, as that one moves the model to an accelerator.
 """
 
 from __future__ import annotations
