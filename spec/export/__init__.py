@@ -8,5 +8,5 @@ export.
 from spec.export.arctic import ARCTIC
 from spec.export.eagle3 import VLLM
 from spec.export.format import ExportError
-from spec.export.reading import KnownBase, identify_base, read
+from spec.export.reading import identify_base, read
 from spec.export.writing import FORMATS, measured_on, read_architectures, write

@@ -18,7 +18,7 @@ from spec import base, files, heads
 from spec.base.folder import weight_files
 from spec.config import Model
 from spec.export import eagle3
-from spec.heads import CheckpointError, Speculator, SpeculatorConfig, SumRnnConfig, registry
+from spec.heads import CheckpointError, OnBase, Speculator, SpeculatorConfig, SumRnnConfig, registry
 from spec.heads.config import IGNORED_KEYS
 from spec.section import parse_dims
 
@@ -31,20 +31,8 @@ _NEUTRAL = IGNORED_KEYS - {"num_attention_heads", "num_hidden_layers"}
 """Keys that say nothing about the network."""
 
 
-@dataclass(frozen=True)
-class KnownBase:
-    """A base on this machine, as a speculator's config refers to it."""
-
-    name: str  # folder or hub id
-    revision: str | None  # commit of a hub model
-    digest: str  # of its weights
-    vocab_size: int
-    hidden_size: int
-    layers: int | None = None
-
-
-def identify_base(name: str, trust_remote_code: bool = False) -> KnownBase:
-    """Find a base and what identifies it; a hub model is downloaded when it is not here yet.
+def identify_base(name: str, trust_remote_code: bool = False) -> OnBase:
+    """A base on this machine as a speculator's config refers to it; a hub model is downloaded when it is not here yet.
 
     Raises:
         BaseError: there is no such base.
@@ -52,20 +40,19 @@ def identify_base(name: str, trust_remote_code: bool = False) -> KnownBase:
     folder = base.resolve(name, None, trust_remote_code)
     config = base.read_config(folder, trust_remote_code).get_text_config()
     try:
-        vocab_size, hidden_size = config.vocab_size, config.hidden_size
+        return OnBase(
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            layers=getattr(config, "num_hidden_layers", None),
+            base_model_name_or_path=name,
+            base_revision=base.downloaded_revision(folder, Model(partial_pretrain=name)),
+            base_digest=base.identify(folder, trust_remote_code)["weights"],
+        )
     except AttributeError as error:
         raise base.BaseError(f"{folder}: its config.json could not be read ({error})") from None
-    return KnownBase(
-        name=name,
-        revision=base.downloaded_revision(folder, Model(partial_pretrain=name)),
-        digest=base.identify(folder, trust_remote_code)["weights"],
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        layers=getattr(config, "num_hidden_layers", None),
-    )
 
 
-def read(source: str, known: KnownBase | None = None) -> Speculator:
+def read(source: str, known: OnBase | None = None) -> Speculator:
     """A speculator from a public checkpoint, its weights as they are stored; what it borrows from its base is not there
     until it is lent.
 
@@ -90,7 +77,7 @@ def read(source: str, known: KnownBase | None = None) -> Speculator:
     except ValueError as error:  # CheckpointError is one, too
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     if known is not None:
-        heads.check_base(config, known.vocab_size, known.hidden_size, known.digest)
+        heads.check_base(config, known.vocab_size, known.hidden_size, known.base_digest)
     left = sorted(set(values) - type(config).model_fields.keys() - layout.keys - _NEUTRAL)
     log.info(
         "%s is in %s: its weights and shape are read; %s",
@@ -246,10 +233,11 @@ def _width(values: Mapping[str, Any], name: str) -> int:
     return dims[0]
 
 
-def _base_fields(values: Mapping[str, Any], known: KnownBase | None) -> dict[str, Any]:
+def _base_fields(values: Mapping[str, Any], known: OnBase | None) -> dict[str, Any]:
+    """What names the base; a digest is that of the weights that the head was trained on."""
     name, revision, digest = (values.get(f"base_{key}") for key in ("model_name_or_path", "revision", "digest"))
     if known is not None:
-        name, revision, digest = known.name, known.revision, digest or known.digest
+        name, revision, digest = known.base_model_name_or_path, known.base_revision, digest or known.base_digest
     if not name:
         raise CheckpointError("it does not name the base; say which it is with --base")
     return {"base_model_name_or_path": name, "base_revision": revision, "base_digest": digest or ""}

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from spec import files, heads
 from spec.base import BaseError
-from spec.export import VLLM, KnownBase, identify_base, read, write
-from spec.heads import CheckpointError
+from spec.export import VLLM, identify_base, read, write
+from spec.heads import CheckpointError, OnBase
 from tests.spec.export import engines, test_vllm
 from tests.spec.heads.reference import config
 from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE
 
-KNOWN = KnownBase(name="here/it-is", revision="r1", digest="d1", vocab_size=23, hidden_size=12)
+KNOWN = OnBase(
+    base_model_name_or_path="here/it-is", base_revision="r1", base_digest="d1", vocab_size=23, hidden_size=12
+)
 
 
 @pytest.fixture
@@ -45,11 +47,11 @@ def test_a_base_at_hand(exported: Path) -> None:
     [
         ({"vocab_size": 24}, "vocab_size: .* with 23, this base has 24"),
         ({"hidden_size": 13}, "hidden_size: .* with 12, this base has 13"),
-        ({"digest": "d2"}, "base_digest: .* weights d1, this base's are d2"),
+        ({"base_digest": "d2"}, "base_digest: .* weights d1, this base's are d2"),
     ],
 )
 def test_another_base(exported: Path, other: dict[str, object], words: str) -> None:
-    known = KnownBase(**{**vars(KNOWN), **other})
+    known = KNOWN.model_copy(update=other)
     with pytest.raises(CheckpointError, match=words):
         read(str(exported), known)
 
@@ -65,8 +67,8 @@ def test_an_unknown_digest_is_no_error_later(exported: Path, caplog: pytest.LogC
 
 def test_a_base_is_identified_without_being_loaded(base_folder: Path) -> None:
     known = identify_base(str(base_folder))
-    assert (known.vocab_size, known.hidden_size, known.revision) == (VOCAB_SIZE, HIDDEN_SIZE, None)
-    assert len(known.digest) == 64
+    assert (known.vocab_size, known.hidden_size, known.base_revision) == (VOCAB_SIZE, HIDDEN_SIZE, None)
+    assert len(known.base_digest) == 64
     with pytest.raises(BaseError, match=r"no folder '\./nowhere'"):
         identify_base("./nowhere")
 

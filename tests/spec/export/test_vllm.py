@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spec import files, heads
-from spec.export import VLLM, ExportError, KnownBase, read, write, writing
-from spec.heads import LAST, CheckpointError, Packed, Speculator
+from spec.export import VLLM, ExportError, read, write, writing
+from spec.heads import LAST, CheckpointError, OnBase, Packed, Speculator
 from spec.heads.eagle3 import Eagle3Config
 from tests.spec.export import engines
 from tests.spec.heads import reference
@@ -18,7 +18,7 @@ from tests.spec.heads.reference import config as recurrent
 
 D, V, T = 12, 23, 30
 LAYER = {"heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate_size": 16, "rope_theta": 500.0, "positions": 64}
-KNOWN = KnownBase("some/base", None, "d1", V, D, layers=30)
+KNOWN = OnBase(base_model_name_or_path="some/base", base_digest="d1", vocab_size=V, hidden_size=D, layers=30)
 
 
 def config(layer: dict[str, object] | None = None, **changes: Any) -> Eagle3Config:
