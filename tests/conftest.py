@@ -1,7 +1,5 @@
 """What all tests share: a tiny base model on the disk, and no way to the network or the user's caches."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from tests.tiny import make_base
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What the tests marked `cuda` compute on."""
     parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="for the tests marked cuda")
 
 

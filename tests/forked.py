@@ -3,8 +3,11 @@
 import contextlib
 import os
 import signal
+import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -33,3 +36,27 @@ def forked(body: Callable[[], object]) -> Iterator[Callable[[], None]]:
     finally:
         kill()
         os.close(ready)
+
+
+def run_killing(body: Callable[[], None], delay: float | None = None) -> dict[str, Any]:
+    """Run a body in a child, and kill it after `delay` seconds: its status, -9 where it was killed, and its seconds."""
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        try:
+            body()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"status": status, "seconds": time.monotonic() - began}
+
+
+def free_port() -> int:
+    """A port of this host at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]

@@ -1,12 +1,9 @@
 """A tracking server of the tests' own, in a process that can be killed, and what a server must have of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +14,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from spec.record import Record
+from tests.forked import free_port
 
 COMMAND = (
     *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"),
@@ -25,28 +23,19 @@ COMMAND = (
 
 
 class Server:
-    """A server on the loopback whose command may be killed and started again; its log is FOLDER/server.log.
-
-    Args:
-        folder: in which it runs.
-        command: default `mlflow server` with a database and artifacts in the folder; {port} is filled in.
-    """
+    """A server on the loopback that may be killed and started again; it runs in a folder, and its log is server.log."""
 
     def __init__(self, folder: Path, command: Sequence[str] = COMMAND) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.folder = folder
         self.command = [part.format(port=port) for part in command]
         self.uri = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, seconds: float = 300) -> None:
-        """Start it and wait until it answers."""
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
+            pipes = {"stdout": log, "stderr": log}
+            self.process = subprocess.Popen(self.command, cwd=self.folder, start_new_session=True, **pipes)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=10):

@@ -11,21 +11,17 @@ from typing import Any
 
 import pytest
 
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "2",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_CONFIG_FILE": os.devnull,
-    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-}
+from tests.forked import free_port
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+CREDENTIALS |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
+CREDENTIALS |= {"AWS_MAX_ATTEMPTS": "2", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
 @contextlib.contextmanager
 def server(environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """A server; its URL."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, **quiet)
@@ -42,7 +38,6 @@ def server(environment: Mapping[str, str] | None = None) -> Iterator[str]:
 
 
 def use(patch: pytest.MonkeyPatch, url: str) -> None:
-    """Let this process talk to that server."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
         patch.delenv(name, raising=False)
     for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": url}.items():
@@ -50,17 +45,10 @@ def use(patch: pytest.MonkeyPatch, url: str) -> None:
 
 
 def client(url: str) -> Any:
-    """A client of the tests' own."""
     import boto3
 
     keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
     return boto3.session.Session().client("s3", endpoint_url=url, **keys)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
 
 
 def _listens(port: int) -> bool:

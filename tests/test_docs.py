@@ -1,7 +1,5 @@
 """README.md and docs/: links lead somewhere, commands and parameters exist, pages and tables stay short."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Small things that tests build: a base model with its tokenizer, prompts, a store of made-up features."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from spec.base import Base
 from spec.corpus import TokenSequence
 from spec.heads import LAST, Tap
 from spec.store import codecs, features, identity
@@ -30,19 +31,24 @@ VOCAB_SIZE = 304
 
 HIDDEN_SIZE = 32
 END = "<|im_end|>"
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 DOMAINS = ("maths", "code", "chat")
+TAPS = (LAST, Tap(0, "all"), Tap(1))
+
+
+def template(turn: str, generation: str = "<|im_start|>assistant\n", before: str = "") -> str:
+    """A chat template from what it writes before all turns, for a turn m, and as its generation prompt."""
+    return (
+        f"{before}{{% for m in messages %}}{turn}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {generation!r} }}}}{{% endif %}}"
+    )
+
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 
 
 def make_base(
     folder: Path,
     family: Family = "gpt2",
-    seed: int = 0,
     hidden_size: int = HIDDEN_SIZE,
     layers: int = 2,
     spread: float = 0.3,
@@ -50,46 +56,19 @@ def make_base(
 ) -> Path:
     """Write a random causal language model with a tokenizer of its own, as save_pretrained lays it out.
 
-    Its weights are large enough for its answers to be varied, and its end-of-turn token is likely enough for some of
-    them to end within a few dozen tokens.
-
-    Args:
-        folder: made where it is missing.
-        family: architecture.
-        seed: of the weights.
-        hidden_size: of two attention heads.
-        layers: their number.
-        spread: of the weights; the smaller, the more an answer repeats itself.
-        ending: how much larger the end-of-turn token's row is, which makes it likely.
+    The spread of its weights is large enough for its answers to be varied (the smaller, the more they repeat
+    themselves), and the end-of-turn token, whose row is `ending` times as large, ends some within a few dozen tokens.
     """
     tokenizer = _tokenizer()
     assert len(tokenizer) < VOCAB_SIZE
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if family == "gpt2":
-        config: Any = GPT2Config(
-            vocab_size=VOCAB_SIZE,
-            n_embd=hidden_size,
-            n_layer=layers,
-            n_head=2,
-            n_positions=512,
-            initializer_range=spread,
-            **special,
-        )
-    else:
-        config = Qwen2Config(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            initializer_range=spread,
-            **special,
-        )
+    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": hidden_size, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 512, "initializer_range": spread}
+    if family == "qwen2":
+        sizes |= {"intermediate_size": 2 * hidden_size, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    config = AutoConfig.for_model(family, **sizes, **special)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.eos_token_id] *= ending
@@ -110,9 +89,31 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     model.train_from_iterator((text for row in _rows(0, 24) for text in row.values()), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token=END, pad_token="<|endoftext|>", chat_template=CHATML
-    )
+    special = {"eos_token": END, "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template(TURN), **special)
+
+
+def generate(base: Base, prompt: Sequence[int], count: int) -> list[int]:
+    """The greedy answer by transformers' own loop."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    out = base.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@contextlib.contextmanager
+def shapes_of(base: Base) -> Iterator[list[tuple[int, int]]]:
+    """The shape of the ids of every forward pass of the block."""
+    shapes: list[tuple[int, int]] = []
+
+    def see(model: Any, args: Any, kwargs: Any) -> None:
+        shapes.append(tuple(kwargs.get("input_ids", *args[:1]).shape))
+
+    hook = base.model.get_decoder().register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield shapes
+    finally:
+        hook.remove()
 
 
 def write_prompts(folder: Path, train: int = 24, val: int = 8, eval: int = 8) -> dict[str, Path]:
@@ -195,7 +196,6 @@ def store_features(
         collections.append(collection)
         for group in plan_groups(keys, lengths, collection.find(), lambda length: 0, segment_tokens):
             claim = collection.claim([keys[i] for i in group])
-            assert claim is not None
             stored = []
             for row in (rows[i] for i in group):
                 vectors = states(row) + (0 if tap.layer is None else tap.layer + 1)
@@ -205,6 +205,31 @@ def store_features(
             claim.commit(stored, attributes, made)
     shape = {"dtype": dtype, "hidden_size": hidden_size, "vocab_size": vocab_size, "layers": 2}
     return make_manifest(collections, keys, rows, base=base, **shape, greedy=True)
+
+
+def digests(collection: Collection) -> dict[str, str]:
+    """Those of its segments, by name."""
+    return {name: record.digest for name, record in collection.records().items()}
+
+
+def anew(collection: Collection) -> Collection:
+    """The same collection as another process sees it, which remembers nothing of it."""
+    return Collection(collection.root, collection.kind, collection.identity)
+
+
+def row_digests(collection: Collection) -> dict[str, str]:
+    """Those of its rows, by key, as another process finds them."""
+    records = anew(collection).records().values()
+    return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
+
+
+def at_once(work: Callable[[int], object], world: int) -> None:
+    """Run work(rank) for every rank, each in a thread but for the first."""
+    with ThreadPoolExecutor(world) as pool:
+        others = [pool.submit(work, rank) for rank in range(1, world)]
+        work(0)
+    for other in others:
+        other.result()
 
 
 def with_instructions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -1,7 +1,5 @@
 """A copy of the project with a tiny base and tiny data, run by dvc."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -26,14 +24,16 @@ PARAMS = {
     "trainer": {"launcher": "torchrun --standalone --nproc-per-node=2", "total_epochs": 2, "test_freq": 3},
     "evaluate": {"max_prompts": 3, "max_new_tokens": 12},
 }
-SPECULATOR = {  # widths of no importance
-    "n_predict": 3,
-    "inner_dim": 24,
-    "emb_dim": 24,
-    "proj_dim": 24,
-    "init": "random",
-    "draft_vocab_size": None,
-}
+SPECULATOR = {"n_predict": 3, **dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), 24), "init": "random"}
+SPECULATOR |= {"draft_vocab_size": None}
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This interpreter's commands first, a cache in the folder, and no way out."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
+    found.pop("MLFLOW_TRACKING_URI", None)
+    return found | {"DVC_NO_ANALYTICS": "1"}
 
 
 class Workspace:
@@ -41,14 +41,7 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.environment = {
-            **os.environ,
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "XDG_CACHE_HOME": str(root / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "DVC_NO_ANALYTICS": "1",
-        }
-        self.environment.pop("MLFLOW_TRACKING_URI", None)
+        self.environment = environment(root)
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
@@ -57,7 +50,6 @@ class Workspace:
         return done
 
     def repro(self) -> list[str]:
-        """The stages that `dvc repro` ran."""
         return re.findall(r"^Running stage '(\w+)'", self.run("dvc", "repro").stdout, re.M)
 
     def set(self, **values: object) -> None:

@@ -1,9 +1,8 @@
 """The base's answers beside those of transformers' own generate."""
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from bench.bases import prompts as short_prompts
 from spec import base as base_model
 from spec.base import Base, BaseError, answer, bucket, hidden_states, load, prompt_bucket
 from spec.config import Model
+from tests.tiny import generate, shapes_of
 
 NEW = 24
+RECURRENT = ["qwen3_next", "lfm2", "granitemoehybrid", "mamba2", "recurrent_gemma", "minimax"]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,6 @@ def halves(bases: dict[str, Base]) -> dict[str, Base]:
 def prompts(count: int, longest: int = 90, seed: int = 0) -> list[list[int]]:
     generator = np.random.default_rng(seed)
     return [generator.integers(3, 290, generator.integers(1, longest)).tolist() for _ in range(count)]
-
-
-def generate(base: Base, prompt: list[int], count: int) -> list[int]:
-    """The answer by transformers' own loop."""
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    out = base.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
@@ -69,27 +61,15 @@ def test_no_answer_depends_on_its_company(halves: dict[str, Base], family: str, 
     assert len(set(map(len, together))) > 2
 
 
-@contextlib.contextmanager
-def batches_of(base: Base) -> Iterator[list[int]]:
-    """The number of rows of every forward pass of the block."""
-    batches: list[int] = []
-    hook = base.model.register_forward_pre_hook(
-        lambda model, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    try:
-        yield batches
-    finally:
-        hook.remove()
-
-
 def test_finished_rows_leave_the_batch(base: Base) -> None:
     asked = prompts(24)
     writing: list[int] = []
-    with batches_of(base) as batches:
+    with shapes_of(base) as shapes:
         answers = answer(base, asked, NEW, on_token=writing.append)
     assert writing == [sum(len(tokens) > step for tokens in answers) for step in range(len(writing))]
     assert writing[-1] < writing[0] == len(asked)
     assert sum(writing) == sum(map(len, answers))
+    batches = [batch for batch, _ in shapes]
     for rows, batch in zip(writing, batches, strict=True):
         assert rows <= batch
         assert base_model.COMPACT * batch < rows or rows < base_model.LEAST_ROWS
@@ -98,10 +78,10 @@ def test_finished_rows_leave_the_batch(base: Base) -> None:
 
 def test_a_batch_has_so_many_rows_that_its_size_rounds_nothing_otherwise(base: Base) -> None:
     writing: list[int] = []
-    with batches_of(base) as batches:
+    with shapes_of(base) as shapes:
         answers = answer(base, prompts(3), NEW, on_token=writing.append)
     assert len(answers) == 3
-    assert set(batches) == {base_model.LEAST_ROWS}
+    assert {batch for batch, _ in shapes} == {base_model.LEAST_ROWS}
     assert sum(writing) == sum(map(len, answers))  # idle rows count for nothing
 
 
@@ -169,9 +149,7 @@ def test_padding_beyond_the_last_position_is_not_read(base: Base) -> None:
     assert states[:, 512:].isnan().all()
 
 
-def test_beyond_what_it_was_trained_for_a_base_with_rotations_goes_on_with_a_word(
-    bases: dict[str, Base], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rotations_go_on_beyond_training_with_a_word(bases: dict[str, Base], caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         answer(bases["qwen2"], [[5] * 510], 6)
     assert ["512 positions" in message for message in caplog.messages] == [True]
@@ -184,24 +162,19 @@ def test_an_id_without_a_row_is_refused(base: Base) -> None:
 
 def test_prompts_as_long_as_their_bucket_and_near_the_last_position_share_batches(base: Base) -> None:
     lengths = [base_model.BUCKET] * 5 + [5] * 5
-    with batches_of(base) as batches:
+    with shapes_of(base) as shapes:
         answer(base, [[5] * length for length in lengths], 1)
         answer(base, [[5] * length for length in (300, 310, *lengths)], 200)
-    assert set(batches[:2]) == {10, 12}
+    assert {batch for batch, _ in shapes[:2]} == {10, 12}
 
 
 @pytest.mark.parametrize("family", ["llama4", "mistral3", "qwen2_vl"])
-def test_the_language_model_within_a_model_of_images_is_a_base(
-    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_language_model_of_images_is_a_base(folder: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spec.base.loading.check_tokenizer", lambda *_: None)  # the folder's has more tokens
     made = make(family)
     made.model.save_pretrained(folder)
     loaded = load(Model(), folder, "digest", torch.device("cpu"), dtype="float32")
     assert answer(loaded, short_prompts(), NEW) == [generate(made, prompt, NEW) for prompt in short_prompts()]
-
-
-RECURRENT = ["qwen3_next", "lfm2", "granitemoehybrid", "mamba2", "recurrent_gemma", "minimax"]
 
 
 @pytest.mark.parametrize("family", RECURRENT)

@@ -116,10 +116,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a missing layer": (configured(n_layer=3), r"lack transformer.h.2.*\(12 in all\)"),
     "another width": (configured(n_embd=16), r"c_attn.bias is \[96\] in the weights, but config.json gives \[48\]"),
     "resized": (configured(vocab_size=288), r"wte.weight is \[304, 32\] in the weights, .* gives \[288, 32\]"),
-    "a classifier": (
-        configured(architectures=["GPT2ForSequenceClassification"]),
-        "GPT2ForSequenceClassification is no",
-    ),
+    "a classifier": (configured(architectures=["GPT2ForSequenceClassification"]), "ForSequenceClassification is no"),
     "embeddings": (written("modules.json", "[]"), "modules.json .* embeddings"),
     "fewer layers": (configured(n_layer=1), r"have transformer.h.1.*, for which .* no place"),
     "a bias that is lost": (weights(lambda all_: all_.update({"lm_head.bias": torch.zeros(304)})), "have lm_head.bias"),

@@ -1,7 +1,6 @@
 """A base's layers as a draft layer repeats them."""
 
 import pytest
-from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from bench.bases import make
 from spec.base import last_layer, layer_of
@@ -28,19 +27,7 @@ def test_layers_of_llamas_kind_are_given_with_their_shape(family: str) -> None:
 
 def test_layers_that_differ_have_no_shape() -> None:
     """Their config refuses the name with an error of its own."""
-    config = Gemma4TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        global_head_dim=16,
-        vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=8,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = make("gemma4_text").model
     assert layer_of(model) is None
     assert not last_layer(model)
 
