@@ -1,7 +1,4 @@
-"""A process that lets children of its own copy segments, and kills them; it reads its tasks from stdin.
-
-It has loaded everything when it forks, and has started no thread, so that a child begins at once.
-"""
+"""A process that lets children of its own copy segments, and kills them; it serves as producer does."""
 
 import os
 import shutil
@@ -14,7 +11,8 @@ import s3fs  # noqa: F401  # loaded before the fork
 
 from spec.store import transfer
 from spec.store.transfer import Place, Transfer
-from tests.spec.store.producer import run_killing, serve
+from tests.forked import run_killing
+from tests.spec.store.producer import serve
 
 
 def killing(step: int) -> None:

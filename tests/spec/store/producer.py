@@ -3,16 +3,11 @@
 It has loaded everything when it forks, and has started no thread, so that a child begins at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +25,7 @@ from spec.store.codecs import ZSTD
 from spec.store.collection import Collection
 from spec.store.features import FeatureRow, TapStore
 from spec.store.plan import item_key
+from tests.forked import run_killing
 
 DIGESTS = {"weights": "w", "tokenizer": "t", "generation": "g"}
 RESPOND = Respond(max_new_tokens=3, batch_size=1, temperature=1.0)
@@ -74,29 +70,6 @@ def logging_claims(path: Path) -> None:
     Collection.claim = claim  # type: ignore[method-assign]
 
 
-def run_killing(body: Callable[[], None], delay: float | None = None) -> dict[str, Any]:
-    """Run a body in a child, and kill it after `delay` seconds.
-
-    Returns:
-        status: -9 where it was killed, 0 where it was done.
-        seconds: that it took.
-    """
-    began = time.monotonic()
-    child = os.fork()
-    if not child:
-        try:
-            body()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return {"status": status, "seconds": time.monotonic() - began}
-
-
 def run(base: Base, root: str, kind: str, log: str, delay: float | None = None) -> dict[str, Any]:
     """Fill a store in a child, as run_killing does."""
 
@@ -108,7 +81,6 @@ def run(base: Base, root: str, kind: str, log: str, delay: float | None = None) 
 
 
 def serve(body: Callable[..., dict[str, Any]]) -> None:
-    """Run tasks until stdin ends."""
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # as in all tests
     for line in sys.stdin:
@@ -127,15 +99,12 @@ def serving(module: str, *arguments: str) -> Iterator[Callable[..., dict[str, An
         text=True,
         env={**os.environ, **single},
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
     sent, received = process.stdin, process.stdout
 
     def task(**options: Any) -> dict[str, Any]:
         sent.write(json.dumps(options) + "\n")
         sent.flush()
-        done: dict[str, Any] = json.loads(received.readline())
-        return done
+        return json.loads(received.readline())
 
     yield task
     sent.close()

@@ -1,8 +1,5 @@
 """The base's own answers, kept by prompt."""
 
-from __future__ import annotations
-
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +18,7 @@ from spec.store import answers, identity
 from spec.store.collection import Collection
 from spec.store.plan import item_key
 from spec.store.segment import rows_of
+from tests.tiny import at_once, digests
 
 BASE = {"weights": "w", "tokenizer": "t", "generation": "g"}
 GREEDY = Respond(max_new_tokens=12, batch_size=3)
@@ -56,21 +54,12 @@ def produce(
         answer, made_by = partial(base_model.answer, base), base.producer
         answers.produce(answer, made_by, made(root, params), prompts, groups, params, on_tokens, rank, world)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
-    for thread in threads:
-        thread.start()
-    work(0)
-    for thread in threads:
-        thread.join()
+    at_once(work, world)
     return collection
 
 
 def read(collection: Collection, prompts: Sequence[Prompt]) -> list[list[int]]:
     return [found.tolist() for found in answers.read(collection, prompts)]
-
-
-def digests(collection: Collection) -> dict[str, str]:
-    return {name: record.digest for name, record in collection.records().items()}
 
 
 def test_answers_are_the_bases_own_and_lie_beside_their_prompts(base: Base, tmp_path: Path) -> None:
@@ -105,9 +94,7 @@ def test_appended_prompts_are_all_that_is_computed(base: Base, tmp_path: Path) -
     assert read(collection, prompts) == read(produce(base, tmp_path / "fresh", prompts, SAMPLED), prompts)
 
 
-def test_every_prompt_is_sampled_with_a_seed_of_its_own(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_prompt_has_a_seed_of_its_own(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same draws for two prompts would give them correlated answers."""
     prompts, seeds = [np.asarray([5, 6, 7 + i], np.int32) for i in range(6)], list[int]()
     monkeypatch.setattr(base_model, "answer", lambda *given: seeds.extend(given[4]) or [[1]] * len(given[1]))

@@ -1,7 +1,5 @@
 """What is stored of a state: all of it, or an 8-bit float whose error has a bound."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

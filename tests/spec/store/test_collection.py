@@ -1,19 +1,16 @@
 """What is there, what is damaged, and who computes what is missing."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zarr
 
 from spec import files
 from spec.store import segment
@@ -21,20 +18,17 @@ from spec.store.codecs import CODECS, NONE
 from spec.store.collection import Claim, Collection, Writer, collections, share_out
 from spec.store.segment import Record, Row, StoreError
 from tests.forked import forked
+from tests.tiny import anew
 
 IDENTITY = {"base": "w", "dtype": "bfloat16", "norm": "after the final norm", "seed": None}
 ATTRIBUTES = {"offsets": {"ids": "token_offsets"}}
+GROUPS = [[f"{number}", f"{number}+"] for number in range(13)]
 
 
 def collection(root: Path, **changed: Any) -> Collection:
     made = Collection(root, "features", IDENTITY | changed)
     made.create()
     return made
-
-
-def anew(made: Collection) -> Collection:
-    """The same collection as another process sees it."""
-    return Collection(made.root, made.kind, made.identity)
 
 
 def row(item: str) -> Row:
@@ -49,10 +43,6 @@ def claim(made: Collection, items: Sequence[str]) -> Claim:
 
 def commit(made: Collection, items: Sequence[str], codec: str = "none", **attributes: Any) -> Record:
     return claim(made, items).commit([row(item) for item in items], {**ATTRIBUTES, **attributes}, CODECS[codec])
-
-
-def full(*_: object) -> Any:
-    raise OSError("the disk is full")
 
 
 def test_a_worker_that_does_not_see_the_stages_folder_says_so(tmp_path: Path) -> None:
@@ -75,24 +65,7 @@ def test_another_identity_is_another_folder(tmp_path: Path, changed: dict[str, A
     assert path.stat().st_mtime_ns == before  # it is written once
 
 
-def test_rows_are_found_where_they_lie(tmp_path: Path) -> None:
-    made = collection(tmp_path)
-    first = commit(made, ["a", "b"], rule="x")
-    second = commit(made, ["c"], "zstd")
-    expected = {"a": (first.name, 0), "b": (first.name, 1), "c": (second.name, 0)}
-    assert made.find() == collection(tmp_path).find() == expected
-    assert made.records() == {first.name: first, second.name: second}
-    arrays, attributes = made.read(second.name)
-    np.testing.assert_array_equal(arrays["ids"], [ord("c")])
-    assert attributes["codec"] == "zstd"
-    attributes = zarr.open_group(made.folder / first.name, mode="r").attrs.asdict()
-    assert attributes["identity"] == made.digest
-    assert (attributes["kind"], attributes["rule"], attributes["codec"]) == ("features", "x", "none")
-
-
-def test_later_segments_are_seen_and_earlier_records_not_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_segments_are_seen_old_records_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, other = collection(tmp_path), collection(tmp_path)
     commit(made, ["a"])
     assert set(other.find()) == {"a"}
@@ -173,20 +146,6 @@ def test_a_segment_set_aside_is_computed_again(tmp_path: Path) -> None:
     assert not made.holds(["a", "b"])
 
 
-def test_a_claim_is_held_by_one_until_the_segment_is_there(tmp_path: Path) -> None:
-    made, other = collection(tmp_path), collection(tmp_path)
-    claimed = claim(made, ["a", "b"])
-    assert made.claim(["a", "b"]) is other.claim(["a", "b"]) is None
-    claim(other, ["a"]).release()  # other rows are another segment
-    claimed.release()
-    assert not made.holds(["a", "b"])
-    commit(other, ["a", "b"])
-    assert made.holds(["a", "b"])
-    for wait in (False, True):
-        assert made.claim(["a", "b"], wait) is other.claim(["a", "b"], wait) is None
-    assert list(made.folder.glob(".lock-*")) == []
-
-
 def test_cleaning_takes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path) -> None:
     made = collection(tmp_path)
     record = commit(made, ["kept"])
@@ -212,27 +171,18 @@ def test_cleaning_takes_what_the_dead_left_and_nothing_of_the_living(tmp_path: P
     assert made.verify(record.name) == record
 
 
-GROUPS = [[f"{number}", f"{number}+"] for number in range(13)]
-
-
-def wanted(made: Collection) -> list[list[tuple[Collection, list[str]]]]:
-    """The groups, each of one segment."""
-    return [[(made, group)] for group in GROUPS]
-
-
 def work(made: Collection, rank: int, world: int, done: list[int], pause: float = 0.0) -> None:
-    """What a worker does."""
-    for index, (claimed,) in share_out(wanted(made), rank, world):
+    for index, (claimed,) in share_out([[(made, group)] for group in GROUPS], rank, world):
         time.sleep(pause)
         claimed.commit(map(row, GROUPS[index]), ATTRIBUTES, NONE)
         done.append(index)
 
 
-def together(root: Path, ranks: Sequence[int], world: int, pause: float = 0.002) -> list[list[int]]:
+def together(root: Path, ranks: Sequence[int], world: int) -> list[list[int]]:
     """What each of several workers did; every one has a collection of its own, as a process has."""
     done: list[list[int]] = [[] for _ in ranks]
     threads = [
-        threading.Thread(target=work, args=(collection(root), rank, world, mine, pause))
+        threading.Thread(target=work, args=(collection(root), rank, world, mine, 0.002))
         for rank, mine in zip(ranks, done, strict=True)
     ]
     for thread in threads:
@@ -308,53 +258,29 @@ def write(writer: Writer, claimed: Claim, rows: Iterable[Row]) -> None:
     writer.write([claimed], partial(claimed.commit, rows, ATTRIBUTES, NONE))
 
 
-def test_the_writer_commits_everything_before_the_block_ends(tmp_path: Path) -> None:
-    made, threads = collection(tmp_path), set()
+@pytest.mark.parametrize("count", [1, 13])  # it is noticed when the block ends, or when more is written
+def test_a_writer_that_has_failed_says_why_takes_no_more_and_keeps_no_claim(tmp_path: Path, count: int) -> None:
+    stores, begun = [collection(tmp_path, layer=layer) for layer in range(2)], []
 
-    def rows(item: str) -> Iterator[Row]:
-        threads.add(threading.current_thread())
-        yield row(item)
-
-    with Writer() as writer:
-        for item in "abcde":
-            write(writer, claim(made, [item]), rows(item))
-    assert set(made.find()) == set("abcde")
-    assert len(threads) == 1
-    assert threading.current_thread() not in threads
-    assert list(made.folder.glob(".lock-*")) == []
-
-
-def test_the_writer_raises_what_went_wrong_and_gives_back_all_claims_of_the_group(tmp_path: Path) -> None:
-    stores = [collection(tmp_path, layer=layer) for layer in range(2)]
-    with pytest.raises(OSError, match="the disk is full"), Writer() as writer:
-        writer.write([claim(made, ["a"]) for made in stores], full)
-    for made in stores:
-        claim(made, ["a"]).release()
-        assert made.find() == {}
-
-
-def test_a_writer_that_has_failed_takes_no_more_and_keeps_no_claim(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(segment, "write", full)
-    made, written = collection(tmp_path), []
+    def full() -> None:
+        raise OSError("the disk is full")
 
     def produce() -> None:
         with Writer() as writer:
-            for index, claims in share_out(wanted(made), 0, 1):
-                written.append(index)
-                write(writer, claims[0], [row("a")])
+            for index, claims in share_out([[(made, group) for made in stores] for group in GROUPS[:count]], 0, 1):
+                begun.append(index)
+                writer.write(claims, full)
 
     with pytest.raises(OSError, match="the disk is full"):
         produce()
-    assert len(written) <= 3
-    monkeypatch.undo()
-    assert together(tmp_path, [0], 1, pause=0) == [list(range(len(GROUPS)))]
+    assert len(begun) <= 3
+    for made in stores:
+        for group in GROUPS:
+            claim(made, group).release()
+        assert made.find() == {}
 
 
-def test_an_error_outside_keeps_what_is_being_written_and_drops_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_outside_keeps_only_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, go, started = collection(tmp_path), threading.Event(), threading.Event()
     real = segment.write
 

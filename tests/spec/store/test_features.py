@@ -1,12 +1,9 @@
 """Hidden states in the store: the base's own, whoever computed them and whatever lay beside them."""
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from spec.store.collection import Claim, Collection
 from spec.store.features import FeatureRow, TapStore
 from spec.store.plan import item_key
 from spec.store.segment import DamagedError, StoreError, rows_of
-from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, sequence
+from tests.tiny import HIDDEN_SIZE, TAPS, VOCAB_SIZE, at_once, digests, row_digests, sequence, shapes_of
 
 LIMIT = 200
 BASE = {"weights": "w", "tokenizer": "t", "generation": "g"}
@@ -76,22 +73,11 @@ def produce(
     stores = made(root, base, codec, taps)
     items = [FeatureRow(key_of(row), row.ids, row.mask) for row in rows]
     groups = features.plan(items, [store.collection.find() for store in stores], LIMIT)
-    failed: list[BaseException] = []
 
     def work(rank: int) -> None:
-        try:
-            features.produce(base, made(root, base, codec, taps), items, groups, on_tokens, rank, world)
-        except BaseException as error:
-            failed.append(error)
+        features.produce(base, made(root, base, codec, taps), items, groups, on_tokens, rank, world)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
-    for thread in threads:
-        thread.start()
-    work(0)
-    for thread in threads:
-        thread.join()
-    for error in failed:
-        raise error
+    at_once(work, world)
     return stores[0].collection
 
 
@@ -103,42 +89,28 @@ def stored(collection: Collection, row: TokenSequence) -> torch.Tensor:
     return states[slice(*arrays["state_offsets"][number : number + 2])]
 
 
-def digests(collection: Collection) -> dict[str, str]:
-    return {name: record.digest for name, record in collection.records().items()}
-
-
-def row_digests(collection: Collection) -> dict[str, str]:
-    records = collection.records().values()
-    return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
-
-
-@contextlib.contextmanager
-def shapes_of(base: Base) -> Iterator[list[tuple[int, int]]]:
-    """The shape of the ids of every forward pass of the block."""
-    shapes: list[tuple[int, int]] = []
-    hook = base.model.get_decoder().register_forward_pre_hook(
-        lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    try:
-        yield shapes
-    finally:
-        hook.remove()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_states_are_those_of_the_direct_forward(base: Base, half: Base, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "codec"), [("float32", "zstd"), ("bfloat16", "none"), ("bfloat16", "zstd")])
+def test_states_are_those_of_the_direct_forward_and_lie_with_their_tokens(
+    base: Base, half: Base, tmp_path: Path, dtype: str, codec: str
+) -> None:
     model = base if dtype == "float32" else half
     rows = make_rows(10)
-    collection = produce(model, tmp_path, rows, codec="zstd")
+    collection = produce(model, tmp_path, rows, codec=codec)
     for row in rows:
         with torch.no_grad():
             direct = base_model.hidden_states(model.model, torch.from_numpy(row.ids).long()[None])[0].to(model.dtype)
         kept = [t for t in range(len(row) - 1) if row.mask[t + 1]]
-        found = stored(collection, row)
-        assert found.shape == (len(kept), HIDDEN_SIZE)
-        assert found.dtype == direct.dtype
+        states = stored(collection, row)
+        assert (states.shape, states.dtype) == ((len(kept), HIDDEN_SIZE), direct.dtype)
         tolerance = 1e-5 if dtype == "float32" else 0.05  # the padded length changes bf16's rounding
-        torch.testing.assert_close(found, direct[kept], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(states, direct[kept], rtol=tolerance, atol=tolerance)
+        name, number = collection.find()[key_of(row)]
+        arrays, attributes = collection.read(name)
+        found = rows_of(arrays, attributes)[number]
+        np.testing.assert_array_equal(found["ids"], row.ids, strict=True)
+        np.testing.assert_array_equal(found["mask"], row.mask, strict=True)
+        assert collection.verify(name).items[number] == key_of(row)
+        assert (attributes["producer"], attributes["width"]) == (model.producer, HIDDEN_SIZE)
 
 
 def test_states_in_fp8_are_the_exact_ones_rounded(half: Base, tmp_path: Path) -> None:
@@ -160,52 +132,20 @@ def test_each_row_is_padded_to_its_own_bucket(base: Base, tmp_path: Path) -> Non
     assert len(set(padded)) == 3
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd", "fp8"])
-def test_tokens_and_masks_lie_beside_the_states(base: Base, tmp_path: Path, codec: str) -> None:
-    rows = make_rows(6)
-    collection = produce(base, tmp_path, rows, codec=codec)
-    for row in rows:
-        name, number = collection.find()[key_of(row)]
-        found = rows_of(*collection.read(name))[number]
-        np.testing.assert_array_equal(found["ids"], row.ids, strict=True)
-        np.testing.assert_array_equal(found["mask"], row.mask, strict=True)
-        assert len(found["states"]) == row.mask[1:].sum()
-        assert collection.verify(name).items[number] == key_of(row)
-        attributes = collection.read(name)[1]
-        assert attributes["producer"] == base.producer
-        assert attributes["width"] == HIDDEN_SIZE
-
-
-def test_any_number_of_workers_writes_the_same_segments(half: Base, tmp_path: Path) -> None:
-    rows = make_rows(16)
-    alone = produce(half, tmp_path / "one", rows)
-    assert len(alone.records()) >= 3
-    with shapes_of(half) as shapes:
-        assert digests(produce(half, tmp_path / "many", rows, 3)) == digests(alone)
-    assert sum(count for count, _ in shapes) == len(rows)  # each row once, by whomever
-
-
-def test_appended_and_reordered_rows_compute_nothing_again(half: Base, tmp_path: Path) -> None:
+def test_rows_appended_and_reordered_compute_nothing_again(half: Base, tmp_path: Path) -> None:
     rows, more = make_rows(8), make_rows(4, seed=1)
-    before = digests(produce(half, tmp_path, rows))
+    before = digests(produce(half, tmp_path / "grown", rows))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with shapes_of(half) as shapes:
-        after = digests(produce(half, tmp_path, [*more, *rows]))
+        grown = produce(half, tmp_path / "grown", [*more, *rows])
     assert sum(count for count, _ in shapes) == len(more)
-    assert before.items() < after.items()
+    assert before.items() < digests(grown).items()
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     everything = random.Random(0).sample([*rows, *more, *rows], 20)
     with shapes_of(half) as shapes:
-        assert digests(produce(half, tmp_path, everything)) == after
+        assert digests(produce(half, tmp_path / "grown", everything)) == digests(grown)
     assert shapes == []
-
-
-def test_a_split_does_not_tell_how_its_segments_came_to_be(half: Base, tmp_path: Path) -> None:
-    rows, more = make_rows(8), make_rows(5, seed=1)
-    split = [*rows[:3], *more, *rows[3:], rows[0]]
-    fresh = produce(half, tmp_path / "fresh", split)
-    produce(half, tmp_path / "grown", rows)
-    grown = produce(half, tmp_path / "grown", split)
+    fresh = produce(half, tmp_path / "fresh", everything)
     assert set(grown.records()) != set(fresh.records())
     assert row_digests(grown) == row_digests(fresh)
 
@@ -239,9 +179,6 @@ def test_states_that_are_no_numbers_are_never_stored(base_folder: Path, tmp_path
         produce(broken, tmp_path, [good, bad], codec=codec)
     assert made(tmp_path, broken, codec)[0].collection.find() == {}
     assert set(produce(broken, tmp_path, [good], codec=codec).find()) == {key_of(good)}
-
-
-TAPS = (LAST, Tap(0, "all"), Tap(1))
 
 
 def test_every_tap_of_a_sequence_comes_from_one_forward(half: Base, tmp_path: Path) -> None:
@@ -301,9 +238,7 @@ def test_workers_and_stages_share_several_taps(half: Base, tmp_path: Path) -> No
         assert list(store.collection.folder.glob(".lock-*")) == []
 
 
-def test_what_a_stopped_run_committed_of_some_taps_is_not_computed_again(
-    half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_stopped_run_committed_is_kept(half: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, real, written = make_rows(12), Claim.commit, []
 
     def commit(self: Claim, *arguments: Any) -> Any:

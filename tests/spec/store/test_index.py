@@ -11,24 +11,19 @@ from spec.corpus import TokenSequence
 from spec.store import index
 from spec.store.segment import StoreError
 
-ROWS = st.lists(
-    st.builds(
-        lambda ids, prompt, source: TokenSequence(
-            np.asarray(ids, np.int32), np.zeros(len(ids), np.uint8), "a", min(prompt, len(ids)), source
-        ),
-        st.lists(st.integers(0, 3), min_size=1, max_size=4),
-        st.integers(0, 4),
-        st.sampled_from([bytes(16), b"\0" * 15 + b"a", b"a" + b"\0" * 15]),  # zeros at either end are part of it
-    ),
-    max_size=6,
-)
+
+def row(ids: list[int], prompt: int, source: bytes) -> TokenSequence:
+    return TokenSequence(np.asarray(ids, np.int32), np.zeros(len(ids), np.uint8), "a", min(prompt, len(ids)), source)
+
+
+SOURCES = st.sampled_from([bytes(16), b"\0" * 15 + b"a", b"a" + b"\0" * 15])  # zeros at either end are part of it
+IDS = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+ROWS = st.lists(st.builds(row, IDS, st.integers(0, 4), SOURCES), max_size=6)
 
 
 @settings(max_examples=50)
 @given(parts=st.lists(ROWS, max_size=3))
-def test_what_was_written_is_found_until_it_is_dropped(
-    tmp_path_factory: pytest.TempPathFactory, parts: list[list[TokenSequence]]
-) -> None:
+def test_rows_are_found_until_gone(tmp_path_factory: pytest.TempPathFactory, parts: list[list[TokenSequence]]) -> None:
     root = tmp_path_factory.mktemp("store")
     expected: dict[bytes, set[index.Start]] = {}
     for rows in parts:

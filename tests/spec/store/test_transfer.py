@@ -66,7 +66,6 @@ def run(server: str) -> Iterator[Run]:
 
 
 def copy(source: Path | str, target: Path | str, only: dict[str, list[str]] | None = None) -> Transfer:
-    """Copy everything that is to be copied."""
     work = Transfer(Place(source), Place(target), only)
     work.copy(work.look())
     return work
@@ -95,12 +94,9 @@ def test_there_and_back(root: Path, made: Manifest, url: str, tmp_path: Path) ->
     lacking = work.look()
     work.copy(lacking, seen.append)
     assert (work.copied, work.problems) == (len(made.last.segments), [])
-    assert (
-        sum(seen)
-        == sum(item.size for item in lacking)
-        == sum(map(len, content(root).values()))
-        - len((made.last.collection(root).folder / "identity.json").read_bytes())
-    )
+    identity = (made.last.collection(root).folder / "identity.json").read_bytes()
+    everything = sum(map(len, content(root).values()))
+    assert sum(seen) == sum(item.size for item in lacking) == everything - len(identity)
     assert content(url) == content(root)
     assert copy(root, url).copied == 0
     second = tmp_path / "second"
@@ -123,9 +119,7 @@ def test_only_what_is_named_is_copied(root: Path, made: Manifest, url: str, tmp_
 
 
 @pytest.mark.parametrize("what", ["states", "truncated", "missing", "record", "outside"])
-def test_a_damaged_segment_is_named_and_the_rest_is_copied(
-    root: Path, made: Manifest, url: str, tmp_path: Path, what: str
-) -> None:
+def test_damage_is_named_and_the_rest_copied(root: Path, made: Manifest, url: str, tmp_path: Path, what: str) -> None:
     copy(root, url)
     name, folder = made.last.segments[1], made.last.collection(root).folder.name
     where = f"{folder}/{name}/" + {"record": segment.RECORD, "outside": segment.RECORD}.get(what, "states/c/0/0")
@@ -190,7 +184,7 @@ def test_places_that_cannot_be_used(root: Path, made: Manifest, server: str, mon
 
 
 @pytest.mark.parametrize("place", ["source", "target"])
-def test_a_place_that_cannot_be_reached_is_no_damage(
+def test_an_unreachable_place_is_no_damage(
     root: Path, made: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Or `follow` would never try these segments again."""
@@ -205,9 +199,7 @@ def test_a_place_that_cannot_be_reached_is_no_damage(
         work.look()
 
 
-def test_follow_copies_what_is_added_and_outlives_a_failure(
-    root: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_follow_copies_what_comes_and_outlives_a_failure(root: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "PAUSE", 0.05)
     real, failures = Transfer.look, [TransferError("the network is down")]
     monkeypatch.setattr(Transfer, "look", lambda self: real(self) if not failures else _raise(failures.pop()))
@@ -235,7 +227,6 @@ def test_another_process_that_writes_the_segment_is_waited_for(root: Path, made:
     second = tmp_path / "second"
     copy(root, second, {made.last.collection(root).folder.name: made.last.segments[1:]})
     lock = Lock.acquire(made.last.collection(second).folder / f".lock-{made.last.segments[0]}")
-    assert lock is not None
     thread = threading.Thread(target=copy, args=(root, second))
     thread.start()
     thread.join(0.3)

@@ -25,7 +25,7 @@ from spec.store.plan import item_key
 from spec.store.reader import FeatureReader
 from spec.store.segment import DamagedError, Record, Row, StoreError
 from spec.store.upkeep import Removal
-from tests.tiny import chain, sequence, store_features
+from tests.tiny import chain, row_digests, sequence, store_features
 
 AGE = 1000.0
 HALF = "-machine-01234567.partial"
@@ -39,7 +39,6 @@ def aged(path: Path, seconds: float = 2 * AGE) -> Path:
 
 
 def age_all(root: Path) -> None:
-    """Every segment that is there now."""
     for path in root.glob("*/*/"):
         aged(path)
 
@@ -112,6 +111,14 @@ def test_a_file_is_remembered_by_path_and_content(tmp_path: Path) -> None:
     assert sum(time.time() - root.stat().st_mtime < AGE for root in roots) == 1
 
 
+def gc(root: Path, age: float = AGE) -> Removal:
+    """Remove what a dry run, which removes nothing, has counted."""
+    before, dry = snapshot(root), upkeep.gc(root, age, remove=False)
+    assert snapshot(root) == before
+    assert upkeep.gc(root, age) == dry
+    return dry
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "store"
@@ -121,19 +128,21 @@ def test_what_a_manifest_names_stays_and_what_none_names_goes(root: Path, tmp_pa
     kept = store_features(root, chain(6, 24))
     unnamed = set(store_features(root, chain(6, 24, seed=1)).last.segments)
     folder, tables = folder_of(root, kept), save_tables(root, kept)
+    asked = save_answers(root, [[1, 2, 3]])
+    gone = [*(folder / name for name in unnamed), *(asked.folder / name for name in asked.records())]
     held = keep(root, tmp_path / "train.json", kept)
     age_all(root)
     young = store_features(root, chain(3, 24, seed=2))
-    size = sum(file.stat().st_size for name in unnamed for file in (folder / name).rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for path in gone for file in path.rglob("*") if file.is_file())
     stays = {*kept.last.segments, *young.last.segments}
-    assert upkeep.gc(root, AGE) == Removal(len(unnamed), rows=6, bytes=size, kept=len(stays) + 1)
+    assert gc(root) == Removal(len(gone), rows=7, bytes=size, kept=len(stays) + 1)
     assert set(segment.names(folder)) == stays
     assert len(list(FeatureReader(kept, root).sequences(range(6)))) == 6
     assert set(kept.tables(root).records()) == {tables.name}
-    upkeep.gc(root, 0)
+    gc(root, 0)
     assert set(segment.names(folder)) == set(kept.last.segments)
     held.unlink()
-    upkeep.gc(root, 0)
+    gc(root, 0)
     assert {path.name for path in root.iterdir()} == {upkeep.ROOTS, ".in-use"}
 
 
@@ -149,7 +158,7 @@ def test_litter_and_damage_go_and_damage_that_is_named_stays(root: Path, tmp_pat
     shutil.copytree(collection.folder / kept.last.segments[0], collection.folder / f".{spoilt}{HALF}")
     (collection.folder / kept.last.segments[1] / segment.RECORD).unlink()
     aged(collection.folder / kept.last.segments[1])
-    removal = upkeep.gc(root, AGE)
+    removal = gc(root)
     left = {path.name for path in collection.folder.iterdir() if path.is_dir()}
     others = {name for seed in (1, 2) for name in store_features(root, chain(3, 24, seed=seed)).last.segments}
     assert left - others == set(kept.last.segments)
@@ -170,28 +179,10 @@ def test_a_root_counts_as_long_as_its_file_is_there_or_it_was_used_lately(root: 
     os.utime(roots["d"])
     (tmp_path / "e.json").unlink()
     aged(roots["e"], AGE / 2)
-    removal = upkeep.gc(root, AGE)
+    removal = gc(root)
     assert set(segment.names(folder)) == {name for split in "ade" for name in splits[split].last.segments}
     assert {name for name, path in roots.items() if path.exists()} == set("ade")
     assert removal.segments == len(splits["b"].last.segments) + len(splits["c"].last.segments)
-
-
-def test_a_dry_run_counts_the_same_and_removes_nothing(root: Path, tmp_path: Path) -> None:
-    kept, gone = store_features(root, chain(6, 24)), store_features(root, chain(6, 24, seed=1))
-    collection = kept.last.collection(root)
-    keep(root, tmp_path / "kept.json", kept)
-    aged(keep(root, tmp_path / "gone.json", gone))
-    (tmp_path / "gone.json").unlink()
-    save_answers(root, [[1, 2, 3]])
-    age_all(root)
-    (collection.folder / f".x{HALF}").mkdir()
-    before = snapshot(root)
-    dry = upkeep.gc(root, AGE, remove=False)
-    assert snapshot(root) == before
-    assert dry == upkeep.gc(root, AGE)
-    assert dry.segments == len(gone.last.segments) + 2
-    assert set(segment.names(collection.folder)) == set(kept.last.segments)
-    assert upkeep.gc(root, AGE) == Removal(kept=len(kept.last.segments))
 
 
 def test_nothing_is_removed_while_a_stage_uses_the_store(root: Path, tmp_path: Path) -> None:
@@ -228,7 +219,7 @@ def test_collections_of_another_format_go_like_any_other(root: Path) -> None:
         aged(root / name / "0123")
     young = root / "answers-0123456789abcdef" / "4567"
     young.mkdir()
-    upkeep.gc(root, AGE)
+    gc(root)
     assert [path for path in root.iterdir() if path.is_dir()] == [young.parent]
     assert [path for path in young.parent.iterdir() if path.is_dir()] == [young]
 
@@ -242,11 +233,10 @@ def test_what_is_not_the_stores_is_left_alone(root: Path) -> None:
         (folder / "file").write_text("precious")
         aged(folder)
     (root / "README").write_text("precious")
-    before = {
-        path: found for path, found in snapshot(root).items() if not path.is_relative_to(folder_of(root, manifest))
-    }
+    ours = folder_of(root, manifest)
+    before = {path: found for path, found in snapshot(root).items() if not path.is_relative_to(ours)}
     assert upkeep.verify(root, True) == (len(manifest.last.segments), [])
-    assert [summary.folder for summary in upkeep.summaries(root)] == [folder_of(root, manifest)]
+    assert [summary.folder for summary in upkeep.summaries(root)] == [ours]
     upkeep.forget(root, "t", given_rows([chain(3, 24)[0].ids]))
     upkeep.gc(root, 0)
     assert snapshot(root) == before
@@ -350,21 +340,12 @@ def traces(row: TokenSequence) -> list[bytes]:
     return [row.ids.tobytes(), *map(str.encode, keys), (row.ids[::-1] + 1).astype(np.int32).tobytes()]
 
 
-def digests(collection: Collection) -> dict[str, str]:
-    records = Collection(collection.root, collection.kind, collection.identity).records().values()
-    return {key: found for record in records for key, found in zip(record.items, record.digests, strict=True)}
-
-
 def stored_bytes(root: Path) -> int:
     return sum(summary.bytes for summary in upkeep.summaries(root))
 
 
 @settings(max_examples=10)
-@given(
-    gone=st.sets(st.integers(0, 7)),
-    limit=st.sampled_from([1, 40, 10**6]),
-    codec=st.sampled_from(["none", "none", "zstd", "fp8"]),
-)
+@given(st.sets(st.integers(0, 7)), st.sampled_from([1, 40, 10**6]), st.sampled_from(["none", "none", "zstd", "fp8"]))
 def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
     tmp_path_factory: pytest.TempPathFactory, gone: set[int], limit: int, codec: str
 ) -> None:
@@ -376,7 +357,7 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
     asked = save_answers(root, [row.ids for row in rows], group=limit // 10 + 1)
     foreign = save_answers(root, [row.ids for row in rows], tokenizer="u").folder
     keep(root, root.parent / "train.json", manifest)
-    before, untouched = (digests(collection), digests(asked)), snapshot(foreign)
+    before, untouched = (row_digests(collection), row_digests(asked)), snapshot(foreign)
     folders, size = set(root.glob("*/*/")), stored_bytes(root)
     segments = len(manifest.last.segments) + len(asked.records())
     removal = upkeep.forget(root, "t", given_rows([rows[i].ids[:4] for i in gone]))
@@ -392,7 +373,7 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
         elif codec == "none":
             assert row.ids.tobytes() in everything  # else nothing would be shown
     lost = [{item_key(rows[i].ids, rows[i].mask) for i in gone}, {item_key(rows[i].ids) for i in gone}]
-    after = digests(collection), digests(asked)
+    after = row_digests(collection), row_digests(asked)
     for found, had, without in zip(after, before, lost, strict=True):
         assert found == {key: digest for key, digest in had.items() if key not in without}
     whole, problems = upkeep.verify(root, False)
@@ -407,26 +388,19 @@ def test_nothing_is_left_of_forgotten_rows_and_all_of_the_others(
             FeatureReader(manifest, root).check()
 
 
-def test_every_continuation_of_a_prompt_goes(root: Path) -> None:
+def test_every_continuation_of_a_prompt_goes_and_a_text_only_as_a_whole(root: Path) -> None:
     ours, others = rows_of(4, start=[7, 8, 9]), rows_of(4, seed=1, start=[7, 8])
     collection = store_features(root, [*ours, *others]).last.collection(root)
     prompt = np.asarray([7, 8, 9], np.int32)
     removal = upkeep.forget(root, "t", given_rows([prompt]))
     assert removal.rows == 4
-    assert set(digests(collection)) == {item_key(row.ids, row.mask) for row in others}
+    assert set(row_digests(collection)) == {item_key(row.ids, row.mask) for row in others}
     assert upkeep.forget(root, "t", given_rows([prompt])).rows == 0
-
-
-def test_a_text_goes_only_as_a_whole(root: Path) -> None:
-    rows = rows_of(4)
-    longer = sequence([1] * (len(rows[0]) + 1), [*rows[0].ids, 5])
-    collection = store_features(root, [*rows, longer]).last.collection(root)
-    other_mask = sequence([1] * len(rows[0]), rows[0].ids)  # the same text, supervised otherwise
-    store_features(root, [other_mask])
-    removal = upkeep.forget(root, "t", given_rows([], [rows[0].ids, rows[1].ids[:-1]]))
-    assert removal.rows == 2
-    left = {item_key(row.ids, row.mask) for row in [*rows[1:], longer]}
-    assert set(digests(collection)) == left
+    longer = sequence([1] * (len(others[0]) + 1), [*others[0].ids, 5])
+    other_mask = sequence([1] * len(others[0]), others[0].ids)  # the same text, supervised otherwise
+    store_features(root, [longer, other_mask])
+    assert upkeep.forget(root, "t", given_rows([], [others[0].ids, others[1].ids[:-1]])).rows == 2
+    assert set(row_digests(collection)) == {item_key(row.ids, row.mask) for row in [*others[1:], longer]}
 
 
 def test_rows_that_the_index_knows_go_whatever_made_them(root: Path) -> None:
@@ -437,7 +411,7 @@ def test_rows_that_the_index_knows_go_whatever_made_them(root: Path) -> None:
     collection = store_features(root, rows).last.collection(root)
     removal = upkeep.forget(root, "of another tokenizer", {rows[0].source: None, rows[3].source: None, b"other": None})
     assert (removal.rows, removal.indexed, removal.missed) == (2, 2, 1)
-    assert set(digests(collection)) == {item_key(row.ids, row.mask) for row in rows[1:3]}
+    assert set(row_digests(collection)) == {item_key(row.ids, row.mask) for row in rows[1:3]}
     assert not any(row.source in contents(root) for row in (rows[0], rows[3]))
     assert set(index.find(root, {row.source for row in rows})) == {rows[1].source, rows[2].source}
 
@@ -462,7 +436,7 @@ def test_damage_stops_it_and_what_cannot_be_read_goes_since_it_may_hold_them(roo
 def test_forgetting_that_was_interrupted_is_completed_by_the_next(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(9)
     collection = store_features(root, rows, segment_tokens=40).last.collection(root)
-    before = digests(collection)
+    before = row_digests(collection)
     real, removed = shutil.rmtree, []
 
     def stop(path: Path, *more: Any, **options: Any) -> None:
@@ -480,5 +454,5 @@ def test_forgetting_that_was_interrupted_is_completed_by_the_next(root: Path, mo
     upkeep.forget(root, "t", given_rows(gone))
     assert not any(trace in contents(root) for row in rows[::3] for trace in traces(row))
     without = {item_key(row.ids, row.mask) for row in rows[::3]}
-    assert digests(collection) == {key: digest for key, digest in before.items() if key not in without}
+    assert row_digests(collection) == {key: digest for key, digest in before.items() if key not in without}
     assert upkeep.verify(root, False)[1] == []
