@@ -2,56 +2,36 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spec.heads import Speculator, SpeculatorConfig, build, parse_config
-from spec.heads.eagle3 import Eagle3Config
-from spec.heads.layers import RMSNorm
 
 State = dict[str, Tensor]
+SHAPE: dict[str, object] = {"hidden_size": 12, "vocab_size": 23, "n_predict": 3}
+SHAPE |= {"base_model_name_or_path": "some/base", "base_digest": "d1"}
+WIDTHS = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (8,))
 
 
 def config(method: str = "sum_rnn", **changes: object) -> SpeculatorConfig:
-    values = {
-        "method": method,
-        "hidden_size": 12,
-        "vocab_size": 23,
-        "n_predict": 3,
-        "inner_dim": (8,),
-        "emb_dim": (8,),
-        "proj_dim": (8,),
-        "base_model_name_or_path": "some/base",
-        "base_digest": "d1",
-    }
-    return parse_config(values | changes)
+    return parse_config({"method": method, **SHAPE, **WIDTHS, **changes})
 
 
-def eagle3(layer: Mapping[str, object], layers: int, **changes: object) -> Eagle3Config:
+def eagle3(layer: Mapping[str, object], layers: int, **changes: object) -> Any:
     """An attention head on a base with so many layers of this shape."""
-    values = {
-        "method": "eagle3",
-        "hidden_size": 12,
-        "vocab_size": 23,
-        "layers": layers,
-        "layer": layer,
-        "n_predict": 3,
-        "base_model_name_or_path": "some/base",
-        "base_digest": "d1",
-    }
-    found = parse_config(values | changes)
-    assert isinstance(found, Eagle3Config)
-    return found
+    return parse_config({"method": "eagle3", **SHAPE, "layers": layers, "layer": layer, **changes})
 
 
 def randomized(c: SpeculatorConfig, token_map: Tensor | None = None) -> Speculator:
-    """Every parameter away from its special value: norms too."""
+    """Every parameter away from its special value: norms too. A draft vocabulary is of random tokens unless given."""
+    if token_map is None and c.draft_vocab_size is not None:
+        token_map = torch.randperm(c.vocab_size)[: c.draft_vocab_size].sort().values
     speculator = build(c, token_map)
     with torch.no_grad():
-        for module in speculator.modules():
-            for parameter in module.parameters(recurse=False):
-                parameter.normal_(1.0 if isinstance(module, RMSNorm) and parameter is module.weight else 0.0, 0.5)
+        for name, parameter in speculator.named_parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0, 0.5)  # norms' weights
     return speculator
 
 

@@ -15,15 +15,13 @@ from .test_speculator import configs
 
 
 def saved(folder: Path, **changes: object) -> Speculator:
-    c = config(**changes)
-    speculator = randomized(c, None if c.draft_vocab_size is None else torch.arange(c.draft_vocab_size) + 1)
+    speculator = randomized(config(**changes))
     save(speculator, folder)
     return speculator
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    return state
+    return torch.load(folder / "pytorch_model.bin", weights_only=True)
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -99,10 +97,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     [
         (lambda state: state | {"emb.0.weight": state.pop("emb.0.0.weight")}, r"(?s)emb\.0\.0\.weight.*emb\.0\.weight"),
         (lambda state: state | {"proj.0.0.weight": torch.zeros(8, 13)}, r"proj\.0\.0\.weight.*\[8, 13\].*\[8, 12\]"),
-        (
-            lambda state: state | {"head.1.weight": state["head.1.weight"] + 1},
-            r"head\.0\.weight and head\.1\S* differ",
-        ),
+        (lambda state: state | {"head.1.weight": state["head.1.weight"] + 1}, r"head\.0\.weight and head\.1\S* diff"),
         (lambda state: state | {"token_map": torch.arange(4)}, "token_map of 4 ids was given.* is None"),
         (lambda state: [1, 2], "holds a list"),
         (lambda state: {"x": 1}, "names and tensors"),

@@ -1,18 +1,10 @@
-import json
 from typing import Any
 
 import pytest
-from hypothesis import given
 
-from spec.heads import SpeculatorConfig, parse_config
+from spec.heads import parse_config
 
 from .reference import config
-from .test_speculator import configs
-
-
-@given(configs())
-def test_json_round_trip(c: SpeculatorConfig) -> None:
-    assert parse_config(json.loads(json.dumps(c.to_json()))) == c
 
 
 def test_what_other_readers_expect() -> None:
@@ -39,16 +31,10 @@ def test_missing_keys_are_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"emb_dim": "4.16", "proj_dim": "4.8"}, r"emb_dim ends in 16 and proj_dim in 8"),
-        ({"method": "sum_lstm", "tie_weights": False}, r"sum_lstm .* tie_weights"),
         ({"method": "sum_gru"}, r"method 'sum_gru' is not known; there are sum_rnn, sum_lstm"),
-        ({"method": "medusa"}, r"method medusa is gone"),
         ({"draft_vocab_size": 24}, r"draft_vocab_size is 24 and vocab_size 23"),
         ({"draft_vocab_size": 0}, r"draft_vocab_size: .* found 0"),
-        ({"n_predict": 0}, r"n_predict: .* found 0"),
         ({"vocab_size": True}, r"vocab_size: .* found True"),
-        ({"inner_dim": 1024.256}, r"inner_dim: 1024\.256 .*quoted"),
-        ({"scale_input": 1}, r"scale_input: .* found 1"),
         ({"base_digest": None}, r"base_digest: .* found None"),
         ({"emb_dims": 8}, r"emb_dims: unknown key; did you mean emb_dim\?"),
     ],

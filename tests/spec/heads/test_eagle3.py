@@ -1,7 +1,5 @@
 """The attention head beside its formulas with a dense mask, and its three ways through a sequence beside each other."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -22,6 +20,9 @@ from . import reference
 
 D, V, L = 12, 23, 4
 LAYER = {"heads": 4, "kv_heads": 2, "head_dim": 6, "intermediate_size": 16}
+rows_of_masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=4)
+read = st.sampled_from([None, (0,), (1, 3)])
+chunks = st.sampled_from([1, 40, 10**6])
 
 
 def config(**changes: Any) -> Eagle3Config:
@@ -38,7 +39,6 @@ def randomized(c: Eagle3Config, seed: int = 0, drafted: int | None = None) -> Ea
 
 
 def sequences(c: Eagle3Config, masks: list[list[bool]], seed: int = 0) -> Packed:
-    """Sequences with random tokens and states in float64."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.tensor([flag for row in masks for flag in row], dtype=torch.bool)
     packed = Packed.of(torch.randint(V, mask.shape, generator=generator), mask, map(len, masks), {})
@@ -50,7 +50,6 @@ def sequences(c: Eagle3Config, masks: list[list[bool]], seed: int = 0) -> Packed
 
 
 def alone(packed: Packed, row: int) -> Packed:
-    """One sequence of several."""
     start, end = packed.offsets[row : row + 2]
     first, last = packed.bounds[row : row + 2]
     states = {tap: part[first:last] if tap == LAST else part[start:end] for tap, part in packed.states.items()}
@@ -104,16 +103,8 @@ def by_mask(head: Eagle3, packed: Packed, n: int) -> list[Tensor]:
     return found
 
 
-rows_of_masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=4)
-
-
-read = st.sampled_from([None, (0,), (1, 3)])
-
-
 @settings(max_examples=40)
-@given(
-    masks=rows_of_masks, n=st.integers(1, 4), chunk=st.sampled_from([1, 40, 10**6]), layers=read, normed=st.booleans()
-)
+@given(masks=rows_of_masks, n=st.integers(1, 4), chunk=chunks, layers=read, normed=st.booleans())
 def test_extra_columns_are_a_dense_mask(
     masks: list[list[bool]], n: int, chunk: int, layers: tuple[int, ...] | None, normed: bool
 ) -> None:
@@ -138,13 +129,7 @@ def test_extra_columns_are_a_dense_mask(
 
 
 @settings(max_examples=40)
-@given(
-    masks=rows_of_masks,
-    n=st.integers(1, 5),
-    drafted=st.sampled_from([None, 9]),
-    seed=st.integers(0, 99),
-    normed=st.booleans(),
-)
+@given(rows_of_masks, st.integers(1, 5), st.sampled_from([None, 9]), st.integers(0, 99), st.booleans())
 def test_drafts_along_a_sequence_are_those_of_a_session(
     masks: list[list[bool]], n: int, drafted: int | None, seed: int, normed: bool
 ) -> None:

@@ -14,10 +14,8 @@ def tables(rows: int = 23, d: int = 12) -> dict[str, Tensor]:
     """Embedding and lm_head with a common offset and a few strong directions, as real ones have."""
     g = torch.Generator().manual_seed(7)
     spread = torch.linspace(3, 0.3, d)
-    return {
-        name: torch.randn(rows, d, generator=g) * spread + 2 * torch.randn(d, generator=g)
-        for name in ("embedding", "lm_head")
-    }
+    made = [torch.randn(rows, d, generator=g) * spread + 2 * torch.randn(d, generator=g) for _ in range(2)]
+    return dict(zip(("embedding", "lm_head"), made, strict=True))
 
 
 def same(a: Speculator, b: Speculator) -> bool:

@@ -1,7 +1,5 @@
 """Sequences end to end and their supervision, next to a reference that looks at one position at a time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -34,9 +32,7 @@ def test_drafts_start_where_the_next_token_is_supervised(rows: list[list[bool]],
 
 @settings(max_examples=200)
 @given(rows=masks, n=st.integers(1, 4), drafted=st.booleans(), taught=st.booleans())
-def test_supervision_is_that_of_one_position_after_the_other(
-    rows: list[list[bool]], n: int, drafted: bool, taught: bool
-) -> None:
+def test_supervision_is_that_of_each_position(rows: list[list[bool]], n: int, drafted: bool, taught: bool) -> None:
     packed = pack(rows)
     index = torch.arange(100).where(torch.arange(100) % 3 > 0, -1) if drafted else None
     found = supervise(packed, n, index, taught=taught)

@@ -30,6 +30,7 @@ def configs(draw: st.DrawFn) -> SpeculatorConfig:
         scale_input=draw(st.booleans()),
         tie_weights=method == "sum_lstm" or draw(st.booleans()),
         tie_lstm_embs=draw(st.booleans()),
+        draft_vocab_size=draw(st.sampled_from([None, 5])),
     )
 
 
@@ -48,10 +49,10 @@ def test_a_draft_is_the_chain_of_argmaxes(c: SpeculatorConfig, n: int) -> None:
     n = min(n, c.n_predict)
     speculator = randomized(c)
     states, tokens = inputs(c)
-    fed = tokens[:, :1]
+    fed, drafted = tokens[:, :1], torch.arange(23) if speculator.token_map is None else speculator.token_map
     for i in range(n):  # the drafts so far are the inputs of a teacher-forced pass
         padded = torch.cat([fed, tokens[:, len(fed[0]) :]], 1)
-        fed = torch.cat([fed, speculator(states, padded)[i].argmax(-1, keepdim=True)], 1)
+        fed = torch.cat([fed, drafted[speculator(states, padded)[i].argmax(-1, keepdim=True)]], 1)
     assert torch.equal(speculator.draft(states, tokens[:, 0], n), fed[:, 1:])
     assert speculator.draft(states, tokens[:, 0]).shape == (5, c.n_predict)
 
@@ -86,21 +87,6 @@ def test_states_are_cast_to_the_weights(method: str) -> None:
     half = states.to(torch.bfloat16)
     assert torch.equal(speculator(half, tokens), speculator(half.float(), tokens))
     assert speculator.to(torch.bfloat16)(states, tokens).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_draft_vocabulary(method: str) -> None:
-    kept = torch.tensor([0, 3, 4, 11, 22])
-    c = config(method, draft_vocab_size=5)
-    speculator = randomized(c, kept)
-    states, tokens = inputs(c)
-    logits = speculator(states, tokens)
-    assert logits.shape == (3, 5, 5)
-    drafts = speculator.draft(states, tokens[:, 0])
-    assert torch.equal(drafts[:, 0], kept[logits[0].argmax(-1)])
-    assert set(drafts.flatten().tolist()) <= set(kept.tolist())
-    assert speculator.draft_index[[0, 1, 3, 22, 21]].tolist() == [0, -1, 1, 4, -1]
-    assert torch.equal(speculator.draft_index[kept], torch.arange(5))
 
 
 @pytest.mark.parametrize(
