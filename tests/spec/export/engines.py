@@ -25,8 +25,7 @@ Draft = Callable[[Tensor, Tensor], Tensor]
 
 def checkpoint(folder: Path, c: SpeculatorConfig) -> Speculator:
     """A checkpoint of random weights in a folder; no parameter has a special value."""
-    drafted = None if c.draft_vocab_size is None else torch.randperm(c.vocab_size)[: c.draft_vocab_size].sort().values
-    speculator = randomized(c, drafted)
+    speculator = randomized(c)
     heads.save(speculator, folder)
     return speculator
 
@@ -36,8 +35,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return values
+    return json.loads((folder / "config.json").read_text())
 
 
 def arctic(folder: Path) -> Draft:
@@ -111,12 +109,7 @@ def vllm(folder: Path, embedding: Tensor) -> Callable[[Tensor, Tensor, int], lis
     d, V, K, wide = (values[f"{name}_size"] for name in ("hidden", "vocab", "draft_vocab", "intermediate"))
     heads, kv, width = (values[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     assert (values["target_hidden_size"], tuple(embedding.shape)) == (d, (V, d))
-    attention = {
-        "q": (heads * width, 2 * d),
-        "k": (kv * width, 2 * d),
-        "v": (kv * width, 2 * d),
-        "o": (d, heads * width),
-    }
+    attention = {"q": (heads * width, 2 * d), **dict.fromkeys("kv", (kv * width, 2 * d)), "o": (d, heads * width)}
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (d, values["num_aux_hidden_states"] * d),
         "norm.weight": (d,),

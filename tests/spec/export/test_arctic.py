@@ -53,7 +53,6 @@ def test_what_it_cannot_hold(tmp_path: Path, changes: dict[str, object], words: 
 
 
 def changed(folder: Path, **values: object) -> str:
-    """An export with other values in its config.json."""
     engines.checkpoint(folder / "c", config())
     write(folder / "c", folder / "e", torch.float32)
     files.write_json(folder / "e/config.json", engines.config_of(folder / "e") | values)
@@ -71,7 +70,6 @@ def test_widths_as_public_trainers_write_them(tmp_path: Path, width: object) -> 
         ({"emb_dim": "8.8"}, r"emb_dim is '8\.8': .* stack of widths"),
         ({"emb_dim": "wide"}, "emb_dim: 'wide' is not an integer"),
         ({"inner_dim": "10"}, "one width for the three"),
-        ({"method": "sum_gru"}, "method 'sum_gru' is not known; there are sum_rnn, sum_lstm"),
         ({"method": "medusa"}, "method medusa is gone"),
         ({"tie_weights": "yes"}, "tie_weights: .*boolean, found 'yes'"),
         ({"tie_weights": False}, r"(?s)Missing key.*emb\.1\.0\.weight"),
@@ -86,22 +84,11 @@ def test_a_folder_of_arctic_training(tmp_path: Path) -> None:
     """pytorch_model.bin with a key for every head and gate, and a config.json as its trainer saves it."""
     c = config("sum_lstm", tie_lstm_embs=True, base_digest="")
     speculator = engines.checkpoint(tmp_path, c)
-    files.write_json(
-        tmp_path / "config.json",
-        {
-            "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
-            "base_model_name_or_path": "some/base",
-            "input_hidden_dim": 12,
-            **dict.fromkeys(("inner_dim", "proj_dim", "emb_dim"), "8"),
-            **dict.fromkeys(("n_candidates", "n_predict"), 3),
-            **dict.fromkeys(("tie_weights", "tie_lstm_embs"), True),
-            "model_type": "mlp_speculator",
-            "scale_input": False,
-            "transformers_version": "4.50.0",
-            "vocab_size": 23,
-            "method": "sum_lstm",
-        },
-    )
+    values = {"architectures": ["ArcticLSTMSpeculatorPreTrainedModel"], "base_model_name_or_path": "some/base"}
+    values |= dict.fromkeys(("inner_dim", "proj_dim", "emb_dim"), "8") | {"n_candidates": 3, "n_predict": 3}
+    values |= {"tie_weights": True, "tie_lstm_embs": True, "model_type": "mlp_speculator", "scale_input": False}
+    values |= {"transformers_version": "4.50.0", "vocab_size": 23, "input_hidden_dim": 12, "method": "sum_lstm"}
+    files.write_json(tmp_path / "config.json", values)
     back = read(str(tmp_path))
     assert back.config == c
     states, tokens = inputs(c)

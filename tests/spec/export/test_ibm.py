@@ -15,33 +15,18 @@ from tests.spec.heads.reference import config
 
 def accelerator(folder: Path, tied: bool, **changes: object) -> engines.Speculator:
     """A folder as IBM publishes them: float16, no word of the base; tied keys are there for every head."""
-    speculator = engines.checkpoint(
-        folder / "c", config(tie_weights=tied, inner_dim=(12,), emb_dim=(12,), proj_dim=(12,))
-    )
+    c = config(tie_weights=tied, **dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), (12,)))
+    speculator = engines.checkpoint(folder / "c", c)
     state = {name: weight.half() for name, weight in speculator.state_dict().items()}
     public = {}
     for i in range(3):
         k, j = (0, min(i, 1)) if tied else (i, i)
-        public |= {
-            f"speculator.emb.{i}.weight": state[f"emb.{k}.0.weight"],
-            f"speculator.proj.{i}.weight": state[f"proj.{j}.0.weight"],
-            f"speculator.head.{i}.weight": state[f"head.{k}.weight"],
-            f"speculator.ln.{i}.weight": state[f"ln.{k}.0.weight"],
-            f"speculator.ln.{i}.bias": state[f"ln.{k}.0.bias"],
-        }
-    values = {
-        "architectures": ["MLPSpeculatorPreTrainedModel"],
-        "emb_dim": 12,
-        "inner_dim": 0,
-        "model_type": "mlp_speculator",
-        "n_candidates": 5,
-        "n_predict": 3,
-        "top_k_tokens_per_head": [5, 4, 3],
-        "torch_dtype": "float16",
-        "transformers_version": "4.38.2",
-        "vocab_size": 23,
-        **({"tie_weights": True} if tied else {}),
-    }
+        names = {"emb": f"emb.{k}.0.weight", "proj": f"proj.{j}.0.weight", "head": f"head.{k}.weight"}
+        public |= {f"speculator.{name}.{i}.weight": state[ours] for name, ours in names.items()}
+        public |= {f"speculator.ln.{i}.{part}": state[f"ln.{k}.0.{part}"] for part in ("weight", "bias")}
+    values = {"architectures": ["MLPSpeculatorPreTrainedModel"], "emb_dim": 12, "inner_dim": 0, "n_candidates": 5}
+    values |= {"model_type": "mlp_speculator", "n_predict": 3, "top_k_tokens_per_head": [5, 4, 3], "vocab_size": 23}
+    values |= {"torch_dtype": "float16", "transformers_version": "4.38.2"} | ({"tie_weights": True} if tied else {})
     files.write_json(folder / "config.json", {**values, **changes})
     torch.save(public, folder / "pytorch_model.bin")
     return speculator.half()

@@ -27,21 +27,14 @@ def config(layer: dict[str, object] | None = None, **changes: Any) -> Eagle3Conf
 
 def checkpoint(folder: Path, c: Eagle3Config) -> Speculator:
     """A random head, with the base's embedding."""
-    drafted = None if c.draft_vocab_size is None else torch.randperm(V)[: c.draft_vocab_size].sort().values
-    head = heads.build(c, drafted)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.4)
-    heads.save(head, folder)
-    return head
+    return engines.checkpoint(folder, c)
 
 
 def drafts_of(head: Speculator, outputs: Tensor, ids: Tensor, n: int) -> list[list[int]]:
     """Behind every position of a sequence; outputs [T, A d]."""
     packed = Packed.of(ids, torch.ones(T, dtype=torch.bool), [T], {})
     states = dict(zip(head.taps[:-1], outputs.split(D, 1), strict=True)) | {LAST: torch.zeros(T - 1, D)}
-    found: list[list[int]] = head.draft_along(replace(packed, states=states), torch.arange(T - 1), n).tolist()
-    return found
+    return head.draft_along(replace(packed, states=states), torch.arange(T - 1), n).tolist()
 
 
 @pytest.mark.parametrize(
@@ -129,22 +122,11 @@ def test_each_format_refuses_the_others_methods(tmp_path: Path) -> None:
         write(tmp_path / "l", tmp_path / "e", form=VLLM)
 
 
-PUBLIC = {  # as the authors publish theirs
-    "architectures": ["LlamaForCausalLMEagle3"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": D,
-    "intermediate_size": 16,
-    "max_position_embeddings": 64,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 1,
-    "pad_token_id": 0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "vocab_size": V,
-    "draft_vocab_size": 9,
-}
+# As the authors publish theirs.
+PUBLIC = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu", "pad_token_id": 0}
+PUBLIC |= {"hidden_size": D, "vocab_size": V, "draft_vocab_size": 9, "intermediate_size": 16, "rms_norm_eps": 1e-5}
+PUBLIC |= {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 1, "max_position_embeddings": 64}
+PUBLIC |= {"tie_word_embeddings": False}
 
 
 def public(folder: Path, norm_output: bool = False, **changes: Any) -> tuple[Speculator, str]:
@@ -152,7 +134,6 @@ def public(folder: Path, norm_output: bool = False, **changes: Any) -> tuple[Spe
     layer = {"heads": 3, "kv_heads": 1, "head_dim": 4, "rope_theta": 10000.0}
     head = checkpoint(folder, config(layer, n_predict=5, draft_vocab_size=9, norm_output=norm_output))
     (state := dict(head.state_dict())).pop("embed_tokens.weight")
-    assert head.token_map is not None
     state["d2t"] = state.pop("token_map") - torch.arange(9)
     state["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, head.token_map, True)
     state["midlayer.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
