@@ -1,13 +1,10 @@
 """What the tests of training share: a tiny run, and other processes that take part in one or are killed in it."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -42,6 +40,7 @@ from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
 from spec.workers import Worker, joined
 from stages.common import child_environment, on_signals
+from tests.forked import free_port
 from tests.tiny import chain, sequence, states_of, store_features
 
 V, D, N = 24, 8, 3
@@ -54,6 +53,9 @@ VALUES: dict[str, Any] = {
     "trainer": {"total_epochs": 2, "test_freq": 5, "save_freq": 3},
 }
 TIMING = {"positions_per_second", "data_wait", "memory_gb"}
+Body = Callable[[Connection, Any], object]
+Make = Callable[[Worker], Any]
+"""Makes a worker's task."""
 
 
 def make_config(**changed: dict[str, Any]) -> Config:
@@ -124,20 +126,11 @@ def losses_of(told: list[Progress], name: str = "speculator_loss") -> list[float
 
 def history_of(told: list[Progress]) -> list[Any]:
     """Everything that was told, but for what a clock or the machine says."""
-    return [
-        [p.split, p.step, p.total, {name: value for name, value in p.metrics.items() if name not in TIMING}]
-        for p in told
-    ]
+    return [[p.split, p.step, p.total, {name: p.metrics[name] for name in p.metrics.keys() - TIMING}] for p in told]
 
 
-Body = Callable[[Connection, Any], object]
-
-
-_LOADED = [
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "qwen2")),
-    "torch._dynamo",
-    "stages.train",
-]
+_LOADED = ["torch._dynamo", "stages.train"]
+_LOADED += [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "qwen2")]
 
 
 def _context() -> Any:
@@ -165,10 +158,8 @@ def _enter(body: Body, connection: Connection, environment: dict[str, str], argu
 
 @contextmanager
 def process(body: Body, arguments: Any, **environment: str) -> Iterator[tuple[BaseProcess, Connection]]:
-    """A process that runs ``body(connection, arguments)``, and the other end of its connection.
-
-    It exits with 1 after sending the message of a SpecError, and is killed when the block ends.
-    """
+    """A process that runs ``body(connection, arguments)`` until the block ends, and the other end of its connection;
+    it sends the message of a SpecError and exits with 1."""
     context = _context()
     ours, its = context.Pipe()
     made = context.Process(target=_enter, args=(body, its, environment, arguments))
@@ -184,10 +175,7 @@ def process(body: Body, arguments: Any, **environment: str) -> Iterator[tuple[Ba
 
 def together(world: int, body: Body, arguments: Any) -> list[tuple[int | None, list[Any]]]:
     """Run `world` workers of one run; the exit code of each, and what it sent."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     with contextlib.ExitStack() as stack:
         entered = [
             stack.enter_context(process(body, arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared))
@@ -200,7 +188,6 @@ def together(world: int, body: Body, arguments: Any) -> list[tuple[int | None, l
 
 
 def received(connection: Connection) -> Iterator[Any]:
-    """What the process sends until it ends."""
     while True:
         if not connection.poll(600):
             raise TimeoutError("the process says nothing")
@@ -211,7 +198,6 @@ def received(connection: Connection) -> Iterator[Any]:
 
 
 def weights_of(task: Any) -> dict[str, torch.Tensor]:
-    """A copy of all that is trained."""
     return {name: tensor.clone() for name, tensor in task.tensors().items()}
 
 
@@ -237,10 +223,6 @@ def assert_same_outcome(found: dict[str, Any], expected: dict[str, Any]) -> None
             assert torch.equal(found[part][name], weight), (part, name)
 
 
-Make = Callable[[Worker], Any]
-"""Makes a worker's task."""
-
-
 def run_to_the_end(connection: Connection, arguments: tuple[Make, Path]) -> None:
     """What a process runs that may be stopped at any time: it says each step that it begins, and keeps the outcome."""
     make, folder = arguments
@@ -257,8 +239,25 @@ def run_to_the_end(connection: Connection, arguments: tuple[Make, Path]) -> None
 
 
 def load_outcome(folder: Path, rank: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(folder / f"outcome-{rank}.pt", weights_only=True)
-    return found
+    return torch.load(folder / f"outcome-{rank}.pt", weights_only=True)
+
+
+def assert_workers_agree(make: Make, folder: Path, world: int, atol: float, close: float) -> None:
+    """Several workers come out where one does: each with the same weights, and the first with the same figures."""
+    expected = outcome(make(ALONE), folder / "alone")
+    ends = together(world, run_to_the_end, (make, folder))
+    assert [code for code, _ in ends] == [0] * world
+    for rank in range(world):
+        found = load_outcome(folder, rank)
+        for part in ("last", "best") if rank == 0 else ("last",):
+            for name, weight in expected[part].items():
+                torch.testing.assert_close(found[part][name], weight, rtol=0, atol=atol, msg=name)
+        assert found["figures"][:2] == expected["figures"][:2]
+        assert found["figures"][2] == pytest.approx(expected["figures"][2], abs=close)
+        assert bool(found["history"]) == (rank == 0)
+        for (*place, mine), (*other, wanted) in zip(found["history"], expected["history"], strict=rank == 0):
+            assert place == other
+            assert mine == pytest.approx(wanted, rel=10 * close, abs=close)
 
 
 def interrupted(make: Make, folder: Path, sent: signal.Signals) -> list[tuple[Any, Any]]:

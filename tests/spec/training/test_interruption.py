@@ -1,7 +1,5 @@
 """A run that is interrupted, however often and wherever, comes out as one that is not, bit for bit."""
 
-from __future__ import annotations
-
 import re
 import signal
 import time
@@ -18,36 +16,18 @@ from spec.training import loop
 from spec.training.loop import Progress, StoppedError
 from spec.training.resume import Checkpoints
 from spec.workers import joined
-from tests.spec.training.runs import (
-    ALONE,
-    TOTAL,
-    InterruptedRunError,
-    assert_same_outcome,
-    frozen_task,
-    history_of,
-    interrupt,
-    interrupted,
-    load_outcome,
-    losses_of,
-    make_config,
-    make_frozen,
-    make_speculator,
-    make_store,
-    outcome,
-    run,
-    together,
-    weights_of,
-)
+from tests.spec.training import runs
+from tests.spec.training.runs import ALONE, TOTAL, frozen_task, make_config, outcome, run, together
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
+    return runs.make_store(tmp_path_factory.mktemp("store"))
 
 
 def whole(store: Path, folder: Path, method: str = "sum_rnn") -> dict[str, Any]:
     """The outcome of a run in this process, from its newest checkpoint on."""
-    return outcome(frozen_task(make_config(), store, ALONE, make_speculator(method)), folder)
+    return outcome(frozen_task(make_config(), store, ALONE, runs.make_speculator(method)), folder)
 
 
 @pytest.mark.parametrize(
@@ -59,22 +39,20 @@ def whole(store: Path, folder: Path, method: str = "sum_rnn") -> dict[str, Any]:
         ("sum_lstm", [("train", 14)]),
     ],
 )
-def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(
+def test_interrupted_runs_come_out_the_same(
     store: Path, tmp_path: Path, method: str, stops: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     expected = whole(store, tmp_path / "whole", method)
     assert [step for split, step, *_ in expected["history"] if split == "train"] == list(range(1, TOTAL + 1))
     for split, step in stops:
-        with pytest.raises(InterruptedRunError):
-            run(store, tmp_path / "parts", speculator=make_speculator(method), listen=interrupt(split, step))
-    assert_same_outcome(whole(store, tmp_path / "parts", method), expected)
+        with pytest.raises(runs.InterruptedRunError):
+            run(store, tmp_path / "parts", speculator=runs.make_speculator(method), listen=runs.interrupt(split, step))
+    runs.assert_same_outcome(whole(store, tmp_path / "parts", method), expected)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 6, 7, 12, 13, 14, 15])
-def test_sums_between_two_logs_are_kept(
-    store: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_between_logs_are_kept(store: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever step a run is asked to stop at: it goes one further, saves and leaves."""
     monkeypatch.setattr(loop, "LOG_EVERY", 7)
     expected = whole(store, tmp_path / "whole")
@@ -91,29 +69,24 @@ def test_sums_between_two_logs_are_kept(
         with pytest.raises(StoppedError, match=f"stopped at step {step + 1} of 16, and saved in .*; run the same"):
             go()
         found = checkpoints.newest()
-        assert found is not None
         assert found["step"] == step + 1
-    assert_same_outcome(whole(store, tmp_path / "parts"), expected)
+    runs.assert_same_outcome(whole(store, tmp_path / "parts"), expected)
 
 
-def test_a_run_that_was_killed_while_saving_goes_on(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = whole(store, tmp_path / "whole")
-    save = torch.save
-    calls: list[object] = []
+def test_a_run_killed_while_saving_goes_on(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = torch.save, list[object]()
 
     def fail(value: Any, path: Any) -> None:
         calls.append(path)
         if len(calls) == 4:  # the second checkpoint's optimizer
-            raise InterruptedRunError
+            raise runs.InterruptedRunError
         save(value, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        with pytest.raises(InterruptedRunError):
+        with pytest.raises(runs.InterruptedRunError):
             run(store, tmp_path / "parts")
-    assert_same_outcome(whole(store, tmp_path / "parts"), expected)
+    runs.assert_same_outcome(whole(store, tmp_path / "parts"), whole(store, tmp_path / "whole"))
 
 
 def test_points_of_before_an_interruption_keep_their_times(store: Path, tmp_path: Path) -> None:
@@ -122,9 +95,9 @@ def test_points_of_before_an_interruption_keep_their_times(store: Path, tmp_path
 
     def listen(progress: Progress) -> None:
         before.append(progress)
-        interrupt("val", 10)(progress)
+        runs.interrupt("val", 10)(progress)
 
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(runs.InterruptedRunError):
         run(store, tmp_path, listen=listen)
     resumed = time.time()
     run(store, tmp_path, listen=after.append)
@@ -143,16 +116,14 @@ def test_one_worker_alone_holds_a_copy_of_the_best_weights(store: Path, tmp_path
 
 
 def test_a_complete_run_is_not_trained_further(store: Path, tmp_path: Path) -> None:
-    assert_same_outcome(whole(store, tmp_path), whole(store, tmp_path))
+    runs.assert_same_outcome(whole(store, tmp_path), whole(store, tmp_path))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_processes_that_are_killed_come_out_where_one_that_is_not_does(
-    store: Path, tmp_path: Path, sent: signal.Signals
-) -> None:
+def test_killed_processes_come_out_where_a_whole_one_does(store: Path, tmp_path: Path, sent: signal.Signals) -> None:
     """With a signal at random moments of each; a fast machine is done before the last ones."""
-    make = partial(make_frozen, store)
-    ends = interrupted(make, tmp_path / "parts", sent)
+    make = partial(runs.make_frozen, store)
+    ends = runs.interrupted(make, tmp_path / "parts", sent)
     stopped = [message for code, message in ends if code != 0]
     assert ends[len(stopped) :] == [(0, ends[-1][1])] * (len(ends) - len(stopped))
     assert len(stopped) >= 5
@@ -165,7 +136,7 @@ def test_processes_that_are_killed_come_out_where_one_that_is_not_does(
         for step in steps:  # each of them is a checkpoint of its own
             assert (tmp_path / f"parts/checkpoints/global_step_{step}/pytorch_model.bin").is_file()
         assert any(step % 3 for step in steps)
-    assert_same_outcome(load_outcome(tmp_path / "parts"), outcome(make(ALONE), tmp_path / "uninterrupted"))
+    runs.assert_same_outcome(runs.load_outcome(tmp_path / "parts"), outcome(make(ALONE), tmp_path / "uninterrupted"))
 
 
 def stop_one(connection: Connection, arguments: tuple[Path, Path, int | None]) -> None:
@@ -185,8 +156,8 @@ def stop_one(connection: Connection, arguments: tuple[Path, Path, int | None]) -
         except StoppedError as error:
             connection.send(str(error))
         else:
-            connection.send({"losses": losses_of(told), "history": len(history_of(told)), "step": result.step})
-            torch.save(weights_of(task), folder / f"weights-{me.rank}.pt")
+            connection.send({"losses": runs.losses_of(told), "step": result.step})
+            torch.save(runs.weights_of(task), folder / f"weights-{me.rank}.pt")
 
 
 def test_one_workers_signal_stops_all_of_them_at_one_step(store: Path, tmp_path: Path) -> None:
@@ -194,7 +165,6 @@ def test_one_workers_signal_stops_all_of_them_at_one_step(store: Path, tmp_path:
     assert (code, [message]) == (0, other[1])
     assert message.startswith("stopped at step 7 of 16, and saved in ")
     found = Checkpoints(tmp_path / "parts", "key").newest()
-    assert found is not None
     assert found["step"] == 7
     resumed = together(2, stop_one, (store, tmp_path / "parts", None))
     expected = together(2, stop_one, (store, tmp_path / "whole", None))
@@ -202,7 +172,6 @@ def test_one_workers_signal_stops_all_of_them_at_one_step(store: Path, tmp_path:
     assert losses[0]["losses"] == pytest.approx(wanted[0]["losses"], rel=1e-12)
     assert losses[0]["step"] == wanted[0]["step"]
     for rank in range(2):
-        weights, others = (
-            torch.load(tmp_path / part / f"weights-{rank}.pt", weights_only=True) for part in ("parts", "whole")
-        )
+        paths = [tmp_path / part / f"weights-{rank}.pt" for part in ("parts", "whole")]
+        weights, others = (torch.load(path, weights_only=True) for path in paths)
         assert all(torch.equal(weights[name], other) for name, other in others.items())

@@ -1,7 +1,5 @@
 """Base and heads together: both learn, the base by both losses, however the work is shared or interrupted."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from functools import partial
@@ -20,24 +18,8 @@ from spec.training import loop
 from spec.training.joint import JointTask, LiveReader
 from spec.training.loop import Progress
 from spec.training.resume import Checkpoints
-from tests.spec.training.runs import (
-    ALONE,
-    InterruptedRunError,
-    N,
-    assert_same_outcome,
-    interrupt,
-    joint_config,
-    joint_rows,
-    joint_task,
-    load_outcome,
-    losses_of,
-    make_exact_joint,
-    make_joint,
-    outcome,
-    run_to_the_end,
-    together,
-    weights_of,
-)
+from tests.spec.training import runs
+from tests.spec.training.runs import ALONE, N, joint_config, joint_rows, joint_task, outcome, weights_of
 from tests.tiny import make_base, with_instructions
 
 TOTAL = 30
@@ -72,7 +54,7 @@ def test_both_learn(family: str, request: pytest.FixtureRequest, tmp_path: Path)
     told: list[Progress] = []
     result = run(task, tmp_path, told)
     for name in ("speculator_loss", "base_loss"):
-        losses = losses_of(told, name)
+        losses = runs.losses_of(told, name)
         assert losses[-1] < 0.6 * losses[0], name
     assert result.val["base_loss"] < 0.5 * np.log(task.base.vocab_size)
     after = weights_of(task)
@@ -166,43 +148,8 @@ def test_figures_of_val_are_those_of_the_live_states(family: str, request: pytes
     assert not any(walk.greedy for walk in found)
 
 
-def test_the_best_is_chosen_by_the_loss_that_is_trained(
-    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not by the heads alone: at coeff 0.5 these figures are 3, 2.5, 2.6, 2.5, 2.7 and then 3."""
-    figures = iter([(2.0, 2.0), (2.0, 1.0), (1.0, 3.2), (0.5, 4.0), (2.6, 0.2), *[(3.0, 0.0)] * 3])
-    seen = []
-
-    def validate(self: JointTask) -> dict[str, float]:
-        base, heads = next(figures)
-        seen.append(weights_of(self))
-        return {"base_loss": base, "speculator_loss": heads, "tokens_per_step": 1.0}
-
-    monkeypatch.setattr(JointTask, "validate", validate)
-    task = joint_task(joint_config(), exact, ALONE)
-    result = run(task, tmp_path)
-    assert result.step == 8
-    task.restore(result.weights)
-    assert all(torch.equal(weight, seen[1][name]) for name, weight in weights_of(task).items())
-    assert not torch.equal(seen[1]["base.transformer.wte.weight"], seen[4]["base.transformer.wte.weight"])
-
-
-def test_a_worker_without_a_sequence_takes_part(exact: Path) -> None:
-    task = joint_task(joint_config(), exact, ALONE)
-    (batch,) = task.batches(iter([[]]))
-    assert batch.positions == 0
-    assert batch.counts.tolist() == [0, 0, 0, 0]
-    total, sums = task.module(batch, batch.counts)
-    total.backward()
-    assert total.item() == 0
-    assert not sums.any()
-    for parameter in (*task.base.model.parameters(), *task.speculator.parameters()):
-        assert parameter.grad is not None
-        assert not parameter.grad.any()
-
-
 @pytest.mark.parametrize("instructions", [["avx512_bf16"], []])
-def test_mixed_precision_keeps_float32_weights(
+def test_mixed_precision_keeps_weights(
     exact: Path, tmp_path: Path, instructions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_instructions(monkeypatch, *instructions)
@@ -218,31 +165,18 @@ def test_mixed_precision_keeps_float32_weights(
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_workers_come_out_where_one_does(qwen: Path, tmp_path: Path, world: int) -> None:
     """The last batch of an epoch has two sequences: of four workers two have none."""
-    expected = outcome(make_exact_joint(qwen, ALONE), tmp_path / "alone")
-    ends = together(world, run_to_the_end, (partial(make_exact_joint, qwen), tmp_path))
-    assert [code for code, _ in ends] == [0] * world
-    for rank in range(world):
-        found = load_outcome(tmp_path, rank)
-        for part in ("last", "best") if rank == 0 else ("last",):
-            for name, weight in expected[part].items():
-                torch.testing.assert_close(found[part][name], weight, rtol=0, atol=1e-4, msg=name)
-        assert found["figures"][:2] == expected["figures"][:2]
-        assert found["figures"][2] == pytest.approx(expected["figures"][2], abs=1e-5)
-        for (*place, mine), (*other, wanted) in zip(found["history"], expected["history"], strict=rank == 0):
-            assert place == other
-            assert mine == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    runs.assert_workers_agree(partial(runs.make_exact_joint, qwen), tmp_path, world, atol=1e-4, close=1e-5)
 
 
 @pytest.mark.parametrize("stops", [[("train", 10)], [("val", 4), ("val", 12), ("train", 20), ("val", 30)]])
-def test_an_interrupted_run_comes_out_as_an_uninterrupted_one(
-    base_folder: Path, tmp_path: Path, stops: list[tuple[str, int]]
-) -> None:
+def test_interrupted_runs_come_out_the_same(base_folder: Path, tmp_path: Path, stops: list[tuple[str, int]]) -> None:
     """Dropout included."""
     torch.manual_seed(0)
-    expected = outcome(make_joint(base_folder, ALONE), tmp_path / "whole")
+    expected = outcome(runs.make_joint(base_folder, ALONE), tmp_path / "whole")
     torch.manual_seed(0)
     for split, step in stops:
-        with pytest.raises(InterruptedRunError):
-            loop.run(make_joint(base_folder, ALONE), Checkpoints(tmp_path / "parts", "key"), interrupt(split, step))
-    assert_same_outcome(outcome(make_joint(base_folder, ALONE), tmp_path / "parts"), expected)
+        task, checkpoints = runs.make_joint(base_folder, ALONE), Checkpoints(tmp_path / "parts", "key")
+        with pytest.raises(runs.InterruptedRunError):
+            loop.run(task, checkpoints, runs.interrupt(split, step))
+    runs.assert_same_outcome(outcome(runs.make_joint(base_folder, ALONE), tmp_path / "parts"), expected)
     assert [step for split, step, *_ in expected["history"] if split == "val"] == [4, 8, 12, 16, 20, 24, 28, 30]

@@ -1,9 +1,7 @@
 """Training: it learns, and neither workers nor micro-batches change what comes out."""
 
-from __future__ import annotations
-
 import time
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +16,24 @@ from spec.heads import LAST, Supervision, supervise
 from spec.store.manifest import Manifest
 from spec.store.reader import FeatureReader
 from spec.training import frozen, loop
-from spec.training.frozen import head_metrics, with_true_inputs
+from spec.training.frozen import FrozenTask, head_metrics, with_true_inputs
 from spec.training.loop import Progress
 from spec.training.loss import SpeculatorLoss
 from spec.training.resume import Checkpoints
 from spec.training.schedule import factor
-from spec.workers import joined
-from tests.spec.training.runs import (
-    ALONE,
-    TOTAL,
-    D,
-    N,
-    V,
-    frozen_task,
-    history_of,
-    losses_of,
-    make_config,
-    make_speculator,
-    make_store,
-    readers_of,
-    run,
-    steps_of,
-    teacher,
-    together,
-)
+from spec.workers import Worker
+from tests.spec.training import runs
+from tests.spec.training.runs import ALONE, TOTAL, D, N, V, frozen_task, make_config, make_speculator, run
 from tests.tiny import with_instructions
+
+BATCHES = {"train_batch_size": 7, "micro_batch_size_per_gpu": 2}
+TAUGHT = {"loss": "kl", "head_weights": [1.0, 0.5, 0.25]}
+CASES = {"ce": make_config(data=BATCHES), "kl": make_config(data=BATCHES, optim=TAUGHT)}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
+    return runs.make_store(tmp_path_factory.mktemp("store"))
 
 
 def test_it_learns_all_there_is(store: Path, tmp_path: Path) -> None:
@@ -55,7 +41,7 @@ def test_it_learns_all_there_is(store: Path, tmp_path: Path) -> None:
     config = make_config(optim={"lr": 0.05}, trainer={"total_epochs": 12, "test_freq": 1000, "save_freq": 1000})
     wide = make_speculator(inner_dim=(32,), emb_dim=(32,), proj_dim=(32,))
     result, _ = run(store, tmp_path, config, wide, told.append)
-    losses = losses_of(told)
+    losses = runs.losses_of(told)
     assert losses[0] > 0.5 * np.log(V)
     assert losses[-1] < 0.1
     assert result.val["accuracy.1"] > 0.95
@@ -71,8 +57,8 @@ def test_what_listeners_are_told(store: Path, tmp_path: Path, monkeypatch: pytes
     assert seen == [(step, TOTAL) for step in range(TOTAL + 1)]  # a bar moves long before a step is logged
     assert result.steps == TOTAL
     assert {progress.total for progress in told} == {TOTAL}
-    assert steps_of(told, "train") == [3, 6, 9, 12, 15, 16]
-    assert steps_of(told, "val") == [5, 10, 15, 16]
+    assert runs.steps_of(told, "train") == [3, 6, 9, 12, 15, 16]
+    assert runs.steps_of(told, "val") == [5, 10, 15, 16]
     for progress in told:
         if progress.split == "train":
             assert progress.metrics["lr"] == 0.01 * factor(config.optim, progress.step - 1, TOTAL)
@@ -114,39 +100,33 @@ def test_figures_of_a_split_are_those_of_all_its_logits(store: Path, drafted: in
     assert 1 + sum(metrics[f"acceptance.{i}"] for i in (1, 2, 3)) == pytest.approx(expected)
 
 
-def test_steps_are_adamw_on_the_mean_over_the_whole_batch(store: Path, tmp_path: Path) -> None:
-    """Against torch, with all logits: batch, loss, clipping, rate and weight decay."""
-    steps, clip = 3, 0.42
-    config = make_config(
-        trainer={"total_epochs": steps},
-        data={"train_batch_size": 30},
-        optim={"clip_grad": clip, "weight_decay": 0.3},
-    )
-    expected = make_speculator()
+@pytest.mark.parametrize(("method", "clip"), [("sum_rnn", 0.42), ("sum_lstm", 0.32)])
+def test_steps_are_adamw_on_the_mean_over_the_batch(store: Path, tmp_path: Path, method: str, clip: float) -> None:
+    """Against torch, with all logits: batch (here larger than the split), loss, clipping, rate and weight decay."""
+    steps, data, optim = 3, {"train_batch_size": 64}, {"clip_grad": clip, "weight_decay": 0.3}
+    config = make_config(trainer={"total_epochs": steps}, data=data, optim=optim)
+    expected = make_speculator(method)
     reader = FeatureReader(Manifest.load(store / "train.json"), store)
     batch, states, tokens = everything(reader)
-    spared = ("ln.", "emb.")
-    kept = [p for name, p in expected.named_parameters() if name.startswith(spared)]
-    others = [p for name, p in expected.named_parameters() if not name.startswith(spared)]
-    groups = [{"params": others, "weight_decay": 0.3}, {"params": kept, "weight_decay": 0.0}]
+    spared = ("ln.", "emb.", "forget_proj.0.weight")  # norms, tables and what has no gradient
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if any(part in name for part in spared) else 0.3}
+        for name, p in expected.named_parameters()
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
     norms = []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * factor(config.optim, step, steps)
-        means = [
-            F.cross_entropy(logits[rows], tokens[rows, i + 1])
-            for i, (rows, logits) in enumerate(
-                zip(torch.split(batch.rows, batch.sizes), expected(states, tokens[:, :N]), strict=True)
-            )
-        ]
+        found = zip(torch.split(batch.rows, batch.sizes), expected(states, tokens[:, :N]), strict=True)
+        means = [F.cross_entropy(logits[rows], tokens[rows, i]) for i, (rows, logits) in enumerate(found, 1)]
         optimizer.zero_grad()
         torch.stack(means).mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(expected.parameters(), clip)))
         optimizer.step()
     assert min(norms) < clip < max(norms)  # Adam would not notice a factor that all steps share
-    _, found = run(store, tmp_path, config)
-    for (name, mine), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+    _, trained = run(store, tmp_path, config, make_speculator(method))
+    for (name, mine), other in zip(trained.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -196,74 +176,41 @@ def test_a_run_stops_early_and_is_not_trained_further(
     assert all(torch.equal(one, other) for one, other in zip(after.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
-def test_weight_decay_spares_norms_tables_and_what_has_no_gradient(store: Path, method: str) -> None:
-    speculator = make_speculator(method)
-    task = frozen_task(make_config(optim={"weight_decay": 0.5}), store, ALONE, speculator)
-    names = {id(parameter): name.partition("speculator.")[2] for name, parameter in task.module.named_parameters()}
-    assert set(names.values()) == {name for name, _ in speculator.named_parameters()}
-    groups = task.parameters()
-    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
-    assert len(decay) == len(names) == sum(len(group["params"]) for group in groups)
-    assert {group["lr"] for group in groups} == {0.01}
-    for name, value in decay.items():
-        spared = "ln." in name or "emb." in name or name == "forget_proj.0.weight"
-        assert value == (0.0 if spared else 0.5), name
-
-
-def test_a_split_smaller_than_a_batch(store: Path, tmp_path: Path) -> None:
-    config = make_config(data={"train_batch_size": 64}, trainer={"total_epochs": 1})
-    assert run(store, tmp_path, config)[0].steps == 1
-
-
 @pytest.mark.parametrize("instructions", [["avx512_bf16"], []])
-def test_mixed_precision_keeps_float32_weights(
+def test_mixed_precision_keeps_weights(
     store: Path, tmp_path: Path, instructions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the teacher in what is computed in."""
     with_instructions(monkeypatch, *instructions)
-    config = make_config(model={"dtype": "bfloat16"})
-    result, speculator = run(store, tmp_path / "mixed", config)
-    assert {parameter.dtype for parameter in speculator.parameters()} == {torch.float32}
-    exact, _ = run(store, tmp_path / "exact")
+    task = frozen_task(make_config(model={"dtype": "bfloat16"}, optim={"loss": "kl"}), store, ALONE)
+    assert task.module.teacher.lm_head.dtype == (torch.bfloat16 if instructions else torch.float32)
+    result = loop.run(task, Checkpoints(tmp_path / "mixed", "key"))
+    assert {parameter.dtype for parameter in task.speculator.parameters()} == {torch.float32}
+    exact, _ = run(store, tmp_path / "exact", make_config(optim={"loss": "kl"}))
     assert result.val["speculator_loss"] == pytest.approx(exact.val["speculator_loss"], rel=0.05)
     assert (result.val == exact.val) == (not instructions)  # a CPU without bf16 computes in float32
-
-
-@pytest.mark.parametrize(("instructions", "expected"), [(["avx512_bf16"], torch.bfloat16), ([], torch.float32)])
-def test_the_teacher_is_in_what_is_computed_in(
-    store: Path, instructions: list[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_instructions(monkeypatch, *instructions)
-    config = make_config(model={"dtype": "bfloat16"}, optim={"loss": "kl"})
-    task = frozen_task(config, store, ALONE)
-    assert isinstance(task.module, SpeculatorLoss)
-    assert task.module.teacher is not None
-    assert task.module.teacher.lm_head.dtype == expected
 
 
 @pytest.mark.parametrize("drafted", [None, 15])
 def test_heads_learn_the_bases_own_distribution(tmp_path: Path, drafted: int | None) -> None:
     made = np.random.default_rng(0).standard_normal((V, D)).astype(np.float32)
-    store = make_store(tmp_path / "store", lambda row: made[row.ids])  # what comes follows from the token at hand
+    store = runs.make_store(tmp_path / "store", lambda row: made[row.ids])  # what comes follows from the token at hand
     told: list[Progress] = []
     config = make_config(optim={"lr": 0.05, "loss": "kl"}, trainer={"total_epochs": 8, "test_freq": 20})
     speculator = make_speculator(draft_vocab_size=drafted)
     result, _ = run(store, tmp_path / "run", config, speculator, told.append)
-    losses = losses_of(told)
+    losses = runs.losses_of(told)
     assert losses[-1] < 0.1 * losses[0]
-    reader = readers_of(store)[1]
+    reader = runs.readers_of(store)[1]
     frozen_task(config, store, ALONE, speculator).restore(result.weights)
-    made_of = teacher(config)
-    assert made_of is not None
-    loss = SpeculatorLoss(speculator, None, made_of.over(speculator.token_map, torch.device("cpu"), torch.float32))
+    teacher = runs.teacher(config).over(speculator.token_map, torch.device("cpu"), torch.float32)
+    loss = SpeculatorLoss(speculator, None, teacher)
     sums = with_true_inputs(loss, reader, range(len(reader)))
     assert result.val == pytest.approx(result.val | head_metrics(sums), rel=1e-5)
 
 
 @pytest.mark.parametrize("trainer", [{}, {"early_stop": 1, "test_freq": 1}, {"save_freq": 1}])
-def test_a_run_that_has_diverged_stops_and_says_what_to_change(
-    store: Path, tmp_path: Path, trainer: dict[str, Any]
-) -> None:
+def test_a_diverged_run_stops_and_says_what_to_change(store: Path, tmp_path: Path, trainer: dict[str, Any]) -> None:
     """Before its heads are measured, kept or saved."""
     with pytest.raises(SpecError, match=r"the gradient at step \d+ is nan: training has diverged\. Lower optim\.lr"):
         run(store, tmp_path, make_config(optim={"lr": 1e30}, trainer=trainer))
@@ -272,53 +219,19 @@ def test_a_run_that_has_diverged_stops_and_says_what_to_change(
         assert all(weight.isfinite().all() for weight in saved.values())
 
 
-BATCHES = {"train_batch_size": 7, "micro_batch_size_per_gpu": 2}
-CASES = {
-    "ce": make_config(data=BATCHES),
-    "kl": make_config(data=BATCHES, optim={"loss": "kl", "head_weights": [1.0, 0.5, 0.25]}),
-}
-
-
-def work(connection: Connection, arguments: tuple[Path, Path, str]) -> None:
-    """What each of several processes runs; the first one tells what came out."""
-    store, folder, case = arguments
-    told: list[Progress] = []
-    with joined() as me:
-        speculator = make_speculator(draft_vocab_size=15)
-        checkpoints = Checkpoints(folder / "checkpoints", "key")
-        task = frozen_task(CASES[case], store, me, speculator)
-        result = loop.run(task, checkpoints, told.append)
-        # Every worker has the same weights and the same opinion of them.
-        torch.save(dict(speculator.named_parameters()), folder / f"weights-{me.rank}.pt")
-        connection.send([result.step, result.steps, result.val, history_of(told)])
+def make_case(store: Path, case: str, worker: Worker) -> FrozenTask:
+    return frozen_task(CASES[case], store, worker, make_speculator(draft_vocab_size=15))
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_workers_come_out_where_one_does(store: Path, tmp_path: Path, world: int, case: str) -> None:
     """The last batch of an epoch has fewer sequences than workers."""
-    assert len(readers_of(store)[0]) % 5 == 0
-    told: list[Progress] = []
-    expected, speculator = run(
-        store, tmp_path / "alone", CASES[case], make_speculator(draft_vocab_size=15), told.append
-    )
-    for rank, (code, sent) in enumerate(together(world, work, (store, tmp_path, case))):
-        assert code == 0
-        weights = torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True)
-        for name, parameter in speculator.named_parameters():
-            torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=2e-6)
-        ((step, steps, val, heard),) = sent
-        assert (step, steps) == (expected.step, expected.steps)
-        assert val == pytest.approx(expected.val, abs=1e-6)
-        assert len(heard) == (len(told) if rank == 0 else 0)
-        for (*place, mine), (*other, wanted) in zip(heard, history_of(told), strict=False):
-            assert place == other
-            assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    assert len(runs.readers_of(store)[0]) % 5 == 0
+    runs.assert_workers_agree(partial(make_case, store, case), tmp_path, world, atol=2e-6, close=1e-6)
 
 
-def test_what_the_device_has_yet_to_do_is_part_of_the_rate(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_device_has_yet_to_do_counts(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = loop._Run._check
 
     def wait(self: Any, norm: torch.Tensor) -> None:  # as for a GPU that is still at work when it is asked

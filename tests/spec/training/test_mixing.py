@@ -1,7 +1,5 @@
 """The mixer's weights, fitted on a reader's answers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,11 +48,7 @@ def test_the_weights_say_how_often_each_source_is_right(tmp_path: Path, wrong: i
         index = lookup.Lookup.open(tmp_path / lookup.FILE, digest)
     weights = mixing.fit(foreseeing(wrong), reader, Decode(ngram_min=1), index)
     assert set(weights) == {"ngram", "lookup", "hybrid"}
-    signals: list[mixer.Signal | None] = [
-        None,
-        (7, (0.0, 0.0, 0.0)) if with_index else None,
-        (5, (mixer.log_odds(0.9),)),
-    ]
+    signals: list[mixer.Signal | None] = [None, (7, (0.0,) * 3) if with_index else None, (5, (mixer.log_odds(0.9),))]
     head = mixer.chances(weights["hybrid"], signals)[5]
     assert head > 0.9 if wrong == 0 else head < 0.1
     if with_index:

@@ -1,7 +1,5 @@
 """Checkpoints: whole or absent, and never another run's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -34,27 +32,21 @@ def test_the_newest_is_taken_up(checkpoints: Checkpoints, speculator: Speculator
     checkpoints.finish()
     saved(checkpoints, speculator, 5, 20, 100)  # 100 sorts before 20 as text
     found = checkpoints.newest()
-    assert found is not None
     assert (found["step"], found["seen"]) == (100, 200)
     assert torch.equal(found["optimizer"]["a"], torch.ones(2))
 
 
-def test_the_newest_is_taken_up_where_the_one_before_still_has_its_state(
-    checkpoints: Checkpoints, speculator: Speculator
-) -> None:
+def test_the_newest_goes_before_one_that_kept_its_state(checkpoints: Checkpoints, speculator: Speculator) -> None:
     """As a kill between the two leaves them."""
     (older,) = saved(checkpoints, speculator, 20)
     content = (older / "training.pt").read_bytes()
     saved(checkpoints, speculator, 100)
     (older / "training.pt").write_bytes(content)
     found = checkpoints.newest()
-    assert found is not None
     assert found["step"] == 100
 
 
-def test_older_checkpoints_and_those_of_a_finished_run_keep_their_speculator_only(
-    checkpoints: Checkpoints, speculator: Speculator
-) -> None:
+def test_older_and_finished_checkpoints_keep_the_speculator(checkpoints: Checkpoints, speculator: Speculator) -> None:
     older, newer = saved(checkpoints, speculator, 1, 2)
     assert sorted(path.name for path in older.iterdir()) == ["config.json", "pytorch_model.bin"]
     assert sorted(path.name for path in newer.iterdir()) == ["config.json", "pytorch_model.bin", "training.pt"]

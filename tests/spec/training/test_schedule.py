@@ -1,7 +1,5 @@
 """The learning rate at every step."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -12,12 +10,11 @@ from hypothesis import strategies as st
 from spec.config import Optim
 from spec.training.schedule import factor
 
+schedules = st.sampled_from(["cosine", "constant", "wsd"])
+
 
 def rates(total: int, **params: Any) -> list[float]:
     return [factor(Optim(**params), step, total) for step in range(total)]
-
-
-schedules = st.sampled_from(["cosine", "constant", "wsd"])
 
 
 @given(schedule=schedules, total=st.integers(1, 300), ratio=st.floats(0, 1))

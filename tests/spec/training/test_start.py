@@ -1,7 +1,5 @@
 """Where training starts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from tests.spec.heads.reference import config as shape
 def test_ties_of_the_draft_vocabulary_go_to_the_lower_id() -> None:
     counts = np.array([0, 5, 2, 5, 0, 2, 2, 0, 9, 0, 0, 1])
     made = start.initialise(config_module.Config(), shape(vocab_size=12, draft_vocab_size=5), counts, {})
-    assert made.token_map is not None
     assert made.token_map.tolist() == [1, 2, 3, 5, 8]
 
 
