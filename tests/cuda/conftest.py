@@ -3,8 +3,6 @@
 The tests of the other folders use the CPU alone, on whatever machine they run.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder."""
     for item in items:
         if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.cuda)
@@ -25,7 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """What the tests compute on."""
     found = torch.device(request.config.getoption("--device"))
     if found.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device is here")
@@ -34,7 +30,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def worker(device: torch.device) -> Worker:
-    """A worker that is alone, on that device."""
     return Worker(0, 1, device)
 
 

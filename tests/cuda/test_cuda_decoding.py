@@ -1,7 +1,5 @@
 """Decoding on the device, in float32: what is written with drafts is what the base writes alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -29,7 +27,6 @@ def lm(
     folder = make_base(tmp_path_factory.mktemp("base"), family)
     model = base_model.load(Model(), folder, "digest", device, "float32")
     layer = base_model.layer_of(model.model)
-    assert layer is not None
     shape: dict[str, Any] = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "layers": 2}
     shape |= {"layer": layer.model_dump()} if METHODS[family] == "eagle3" else {}
     speculator = make_speculator(METHODS[family], inner_dim=(32,), emb_dim=(32,), proj_dim=(32,), **shape)

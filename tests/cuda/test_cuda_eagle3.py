@@ -1,7 +1,5 @@
 """The attention head on the device, compared with float64 on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
@@ -14,6 +12,7 @@ from tests.spec.training.runs import D, N, V, make_speculator
 
 LAYER = {"heads": 4, "kv_heads": 2, "head_dim": 6, "intermediate_size": 16}
 LENGTHS = (60, 9, 33)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 @pytest.fixture(params=[None, 12], ids=["whole vocabulary", "draft vocabulary"])
@@ -39,14 +38,9 @@ def by_training(head: Speculator, packed: Packed) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [eagle3.SCORES, 500], ids=["whole", "in parts"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_training(
-    exact: Speculator,
-    dtype: torch.dtype,
-    tolerance: float,
-    chunk: int,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    exact: Speculator, dtype: torch.dtype, chunk: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = sequences(exact)
     expected = by_training(exact, packed)
@@ -54,7 +48,7 @@ def test_training(
     found = by_training(copy.deepcopy(exact).to(device, dtype), packed.to(device))
     for ours, theirs in zip(found, expected, strict=True):
         difference = (ours.cpu().double() - theirs).norm() / theirs.norm()
-        assert difference < tolerance, difference
+        assert difference < TOLERANCE[dtype], difference
 
 
 def test_drafts(exact: Speculator, device: torch.device) -> None:

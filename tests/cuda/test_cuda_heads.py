@@ -1,7 +1,5 @@
 """Heads on the device, compared with float64 on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

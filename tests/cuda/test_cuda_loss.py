@@ -1,7 +1,5 @@
 """The chunked loss and its gradients on the device, compared with plain formulas in float64 on the CPU."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ def problem(device: torch.device, dtype: torch.dtype, soft: bool) -> tuple[Tenso
     hidden = torch.randn(M, D, generator=generator, dtype=torch.float64)
     weight = torch.randn(V, D, generator=generator, dtype=torch.float64) / 4
     targets = torch.randint(V, (M,), generator=generator)
+    targets = torch.where(torch.arange(M) % 2 == 0, (hidden @ weight.T).argmax(1), targets)  # every second is a hit
     scale = torch.rand(M, generator=generator, dtype=torch.float64)
     states = torch.randn(ROWS, D, generator=generator, dtype=torch.float64)
     table = torch.randn(V, D, generator=generator, dtype=torch.float64) / 4
@@ -31,7 +30,7 @@ def problem(device: torch.device, dtype: torch.dtype, soft: bool) -> tuple[Tenso
 
 
 def by_formula(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, *teacher: Tensor) -> list[Tensor]:
-    """Sum, each row's loss, and the gradients."""
+    """Sum, each row's loss, the gradients, and which rows are hits."""
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     logits = hidden @ weight.T
     if teacher:
@@ -41,7 +40,8 @@ def by_formula(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, *
     else:
         losses = F.cross_entropy(logits, targets, reduction="none")
     total = (losses * scale).sum()
-    return [total.detach(), losses.detach(), *torch.autograd.grad(total * FACTOR, (hidden, weight))]
+    correct = (logits.argmax(1) == targets).double()
+    return [total.detach(), losses.detach(), *torch.autograd.grad(total * FACTOR, (hidden, weight)), correct]
 
 
 def by_chunks(
@@ -50,16 +50,14 @@ def by_chunks(
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=mixed):
         taught = (teacher[0], Teacher(teacher[1])) if teacher else None
-        total, losses, _ = linear_cross_entropy(hidden, weight, targets, scale, taught)
-    return [total.detach(), losses, *torch.autograd.grad(total * FACTOR, (hidden, weight))]
+        total, losses, correct = linear_cross_entropy(hidden, weight, targets, scale, taught)
+    return [total.detach(), losses, *torch.autograd.grad(total * FACTOR, (hidden, weight)), correct.float()]
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ce", "kl"])
-@pytest.mark.parametrize("chunk_rows", [11, 10_000], ids=["several chunks", "one chunk"])
-def test_float32_is_as_exact_as_float32_can_be(
-    soft: bool, chunk_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(loss_module.CHUNK_LOGITS, device.type, chunk_rows * V)
+@pytest.mark.parametrize("rows", [11, 10_000], ids=["several chunks", "one chunk"])
+def test_float32_only_rounds(soft: bool, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module.CHUNK_LOGITS, device.type, rows * V)
     expected = by_formula(*problem(CPU, torch.float64, soft))
     found = by_chunks(*problem(device, torch.float32, soft))
     for ours, theirs in zip(found, expected, strict=True):
@@ -67,18 +65,10 @@ def test_float32_is_as_exact_as_float32_can_be(
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ce", "kl"])
-def test_bfloat16_rounds_and_no_more(soft: bool, device: torch.device) -> None:
+def test_bfloat16_only_rounds(soft: bool, device: torch.device) -> None:
     expected = by_formula(*problem(CPU, torch.float64, soft))
     found = by_chunks(*problem(device, torch.float32, soft), mixed=True)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found[:-1], expected[:-1], strict=True):  # rounding decides who is first
         difference = (ours.cpu().double() - theirs).norm() / theirs.norm()
         assert difference < 0.02, difference
         assert ours.dtype == torch.float32
-
-
-def test_hits_are_the_rows_whose_target_has_the_highest_logit(device: torch.device) -> None:
-    hidden, weight, targets, scale = problem(device, torch.float32, soft=False)
-    best = (hidden @ weight.T).argmax(1)
-    targets = torch.where(torch.arange(len(targets), device=device) % 2 == 0, best, targets)
-    _, _, correct = linear_cross_entropy(hidden, weight, targets, scale)
-    assert torch.equal(correct, targets == best)

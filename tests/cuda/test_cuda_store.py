@@ -1,7 +1,5 @@
 """A store that the device writes: it holds the base's states, passes its own checks, and heads train from it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The training loop on the device: it learns as on the CPU, goes on after an interruption, and reads pinned memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,8 @@ from spec.training import loop
 from spec.training.loop import Progress, Result
 from spec.training.resume import Checkpoints
 from spec.workers import Worker
-from tests.spec.training.runs import (
-    ALONE,
-    InterruptedRunError,
-    N,
-    frozen_task,
-    interrupt,
-    losses_of,
-    make_config,
-    make_speculator,
-)
+from tests.spec.training import runs
+from tests.spec.training.runs import ALONE, N, frozen_task, losses_of, make_config, make_speculator
 
 LOSSES = [{"optim": {"lr": 0.01, "loss": loss}} for loss in ("ce", "kl")]
 ONE_VALIDATION = {"total_epochs": 2, "test_freq": 1000, "save_freq": 3}
@@ -32,8 +22,11 @@ ONE_VALIDATION = {"total_epochs": 2, "test_freq": 1000, "save_freq": 3}
 
 
 def run(
-    store: Path, folder: Path, worker: Worker, told: list[Progress], stop: Any = None, **changed: dict[str, Any]
-) -> Result:
+    store: Path, folder: Path, worker: Worker, stop: Any = None, **changed: dict[str, Any]
+) -> tuple[Result, list[float]]:
+    """What comes of a run, and its losses."""
+    told: list[Progress] = []
+
     def listen(progress: Progress) -> None:
         told.append(progress)
         if stop is not None:
@@ -41,40 +34,31 @@ def run(
 
     config = make_config(**{"trainer": ONE_VALIDATION, **changed})
     task = frozen_task(config, store, worker, make_speculator(method="sum_lstm").to(worker.device))
-    return loop.run(task, Checkpoints(folder, "key"), listen)
+    return loop.run(task, Checkpoints(folder, "key"), listen), losses_of(told)
 
 
 @pytest.mark.parametrize("changed", LOSSES, ids=["ce", "kl"])
-def test_it_learns_what_it_learns_on_the_cpu(
-    changed: dict[str, Any], store: Path, tmp_path: Path, worker: Worker
-) -> None:
-    here: list[Progress] = []
-    there: list[Progress] = []
-    ours = run(store, tmp_path / "device", worker, here, **changed)
-    theirs = run(store, tmp_path / "cpu", ALONE, there, **changed)
-    assert losses_of(here) == pytest.approx(losses_of(there), rel=1e-3)
+def test_it_learns_as_on_the_cpu(changed: dict[str, Any], store: Path, tmp_path: Path, worker: Worker) -> None:
+    ours, here = run(store, tmp_path / "device", worker, **changed)
+    theirs, there = run(store, tmp_path / "cpu", ALONE, **changed)
+    assert here == pytest.approx(there, rel=1e-3)
     for name, weight in theirs.weights.items():
         torch.testing.assert_close(ours.weights[name], weight, rtol=0.02, atol=2e-3)
 
 
 def test_in_bfloat16_it_learns_nearly_the_same(store: Path, tmp_path: Path, worker: Worker) -> None:
-    mixed: list[Progress] = []
-    exact: list[Progress] = []
-    run(store, tmp_path / "mixed", worker, mixed, model={"dtype": "bfloat16", "speculator": {"n_predict": N}})
-    run(store, tmp_path / "exact", worker, exact)
-    assert losses_of(mixed) == pytest.approx(losses_of(exact), rel=0.05)
+    _, mixed = run(store, tmp_path / "mixed", worker, model={"dtype": "bfloat16", "speculator": {"n_predict": N}})
+    _, exact = run(store, tmp_path / "exact", worker)
+    assert mixed == pytest.approx(exact, rel=0.05)
 
 
 def test_a_run_goes_on_where_it_was_interrupted(store: Path, tmp_path: Path, worker: Worker) -> None:
-    whole: list[Progress] = []
-    expected = run(store, tmp_path / "whole", worker, whole)
-    broken: list[Progress] = []
-    with pytest.raises(InterruptedRunError):
-        run(store, tmp_path / "broken", worker, broken, interrupt("train", 10))
-    resumed: list[Progress] = []
-    found = run(store, tmp_path / "broken", worker, resumed)
+    expected, whole = run(store, tmp_path / "whole", worker)
+    with pytest.raises(runs.InterruptedRunError):
+        run(store, tmp_path / "broken", worker, runs.interrupt("train", 10))
+    found, resumed = run(store, tmp_path / "broken", worker)
     assert found.steps == expected.steps
-    assert losses_of(resumed) == pytest.approx(losses_of(whole), rel=1e-4)
+    assert resumed == pytest.approx(whole, rel=1e-4)
     for name, weight in expected.weights.items():  # a GPU adds gradients up in an order of its own
         torch.testing.assert_close(found.weights[name], weight, rtol=1e-3, atol=1e-4)
 
