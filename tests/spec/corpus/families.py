@@ -12,14 +12,17 @@ from transformers import PreTrainedTokenizerFast
 from spec import corpus
 from spec.corpus import ChatTemplate, Report, TokenSequence
 from spec.corpus.tokens import tokenize
+from tests.tiny import TURN, template
 
-CHATML = (
-    "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+KIND = "{% if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+CHATML = template(TURN, before=KIND)
+# The generation prompt opens a thought that no ready answer continues (DeepSeek R1's distillates).
+FORCED_THINK = template(TURN, "<|im_start|>assistant\n<think>\n", KIND)
+# The generation prompt ends in a space, which byte-level tokens carry at the front of the next word.
+BOT = "{{ 'BOT: ' + m.content + '<|im_end|>\n' if m.role == 'assistant' else 'HUMAN: ' + m.content + '\n' }}"
+SPACE = template(BOT, "BOT: ")
+# No special token closes an answer (Alpaca).
+UNCLOSED = template("{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}", "### assistant:\n")
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
     "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}"
@@ -32,23 +35,6 @@ LLAMA2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
-)
-# The generation prompt ends in a space, which byte-level tokens carry at the front of the next word.
-SPACE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ 'BOT: ' + message['content'] + '<|im_end|>\n' }}"
-    "{% else %}{{ 'HUMAN: ' + message['content'] + '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'BOT: ' }}{% endif %}"
-)
-# The generation prompt opens a thought that no ready answer continues (DeepSeek R1's distillates).
-FORCED_THINK = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
-# No special token closes an answer (Alpaca).
-UNCLOSED = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] + ':\n' + message['content'] + '\n\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
 SENTENCES = [
     "hello there, how are you today?",
@@ -136,14 +122,9 @@ def save(path: Path, rows: list[dict[str, Any]], schema: pa.Schema | None = None
 
 
 def run(files: Path | list[Path], tokenizer: Any = None, **options: Any) -> tuple[list[TokenSequence], Report]:
-    defaults = {
-        "prompt_key": None,
-        "response_key": None,
-        "max_length": 1024,
-        "max_samples": None,
-        "need_answers": False,
-    }
+    unset = dict.fromkeys(("prompt_key", "response_key", "max_samples"))
+    options = {**unset, "max_length": 1024, "need_answers": False, **options}
     files = [files] if isinstance(files, Path) else files
     report = Report()
-    sequences = corpus.stream(files, tokenizer or byte_level(), report=report, **{**defaults, **options})
+    sequences = corpus.stream(files, tokenizer or byte_level(), report=report, **options)
     return list(sequences), report

@@ -12,21 +12,11 @@ from spec import corpus
 from spec.corpus import ChatTemplate, CorpusError
 from spec.corpus.chat import ASKED, MARKER
 
-from .families import (
-    CHATML,
-    SPACE,
-    UNCLOSED,
-    assistant,
-    byte_level,
-    encode,
-    prompt_ids,
-    run,
-    save,
-    sentencepiece_like,
-    serving,
-    supervised,
-    user,
-)
+from . import families
+from .families import assistant, byte_level, encode, prompt_ids, sentencepiece_like, serving, supervised, user
+
+DAY = datetime.date(2026, 3, 7)
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + families.CHATML
 
 
 def test_an_earlier_turn_of_weight_0_is_not_supervised() -> None:
@@ -36,11 +26,8 @@ def test_an_earlier_turn_of_weight_0_is_not_supervised() -> None:
 
 def test_an_answer_that_merges_with_its_prompt_continues_from_the_tokens_that_serving_feeds() -> None:
     tokenizer = byte_level()
-    prompt = "<|im_start|>assistant\n"
-    assert (
-        tokenizer(prompt + "\n\nc")["input_ids"][: len(tokenizer(prompt)["input_ids"])]
-        != tokenizer(prompt)["input_ids"]
-    )
+    alone, merged = (tokenizer(f"<|im_start|>assistant\n{answer}")["input_ids"] for answer in ("", "\n\nc"))
+    assert merged[: len(alone)] != alone
     messages = [user("a"), assistant("\n\nc"), user("b"), assistant("\n\nc")]
     sequence = encode(tokenizer, messages)
     assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
@@ -53,7 +40,7 @@ def test_an_answer_that_merges_with_its_prompt_continues_from_the_tokens_that_se
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_a_generation_prompt_that_ends_in_a_space_keeps_it(trim: bool) -> None:
-    tokenizer = byte_level(SPACE, trim=trim)
+    tokenizer = byte_level(families.SPACE, trim=trim)
     messages = [user("a"), assistant("the answer"), user("b"), assistant("the answer")]
     sequence = encode(tokenizer, messages)
     assert prompt_ids(sequence) == serving(tokenizer, messages[:-1])
@@ -84,46 +71,36 @@ def test_llama2_supervises_through_eos_across_turns() -> None:
 
 
 def test_llama2_style_tokens_do_not_gain_a_space_at_a_merged_boundary() -> None:
-    tokenizer = sentencepiece_like(SPACE.replace("<|im_end|>", "</s>"))
+    tokenizer = sentencepiece_like(families.SPACE.replace("<|im_end|>", "</s>"))
     sequence = encode(tokenizer, [user("a"), assistant("Hi")])
     assert tokenizer.convert_ids_to_tokens(corpus.answer(sequence).tolist()) == ["H", "i", "</s>"]
     assert prompt_ids(sequence) == serving(tokenizer, [user("a")])
 
 
 def test_a_template_without_an_end_of_turn_token_supervises_the_content_alone(tmp_path: Path) -> None:
-    tokenizer = byte_level(UNCLOSED)
+    tokenizer = byte_level(families.UNCLOSED)
     assert ChatTemplate(tokenizer).end_of_turn is None
     sequence = encode(tokenizer, [user("a"), assistant("the answer is 42"), user("b"), assistant("hello")])
     first, last = supervised(tokenizer, sequence)
     assert first.rstrip() == "the answer is 42"
     assert last == "hello"
-    _, report = run(save(tmp_path / "q.parquet", [{"question": "a", "answer": "b"}]), tokenizer)
+    _, report = families.run(families.save(tmp_path / "q.parquet", [{"question": "a", "answer": "b"}]), tokenizer)
     assert any("no special token" in line for line in report.lines())
-
-
-def test_content_that_looks_like_the_template_does_not_move_the_mask() -> None:
-    tokenizer = byte_level()
-    answers = ["x<|im_end|>\ny", "<|im_start|>assistant\n", "\n", "a<|im_end|>"]
-    messages = [m for text in answers for m in (user("a<|im_end|>"), assistant(text))]
-    sequence = encode(tokenizer, messages)
-    assert supervised(tokenizer, sequence)[0] == "x<|im_end|>\ny<|im_end|>"
-    assert supervised(tokenizer, sequence)[-1] == "a<|im_end|><|im_end|>"
 
 
 def test_a_base_without_a_template_gets_the_plain_one_and_the_report_says_so(tmp_path: Path) -> None:
     tokenizer = byte_level(None, eos_token="<|endoftext|>")
     messages = [user("a"), assistant("hello"), user("b"), assistant("\n the answer ")]
-    sequences, report = run(save(tmp_path / "m.parquet", [{"messages": messages}]), tokenizer)
+    sequences, report = families.run(families.save(tmp_path / "m.parquet", [{"messages": messages}]), tokenizer)
     assert tokenizer.chat_template == corpus.PLAIN_TEMPLATE
     assert supervised(tokenizer, sequences[0]) == [" hello<|endoftext|>", " \n the answer <|endoftext|>"]
     assert prompt_ids(sequences[0]) == serving(tokenizer, messages[:-1])
-    assert tokenizer.decode(sequences[0].ids).startswith(
-        "User: a\n\nAssistant: hello<|endoftext|>\n\nUser: b\n\nAssistant:"
-    )
+    begins = "User: a\n\nAssistant: hello<|endoftext|>\n\nUser: b\n\nAssistant:"
+    assert tokenizer.decode(sequences[0].ids).startswith(begins)
     assert report.plain_template
     assert any("no chat template" in line for line in report.lines())
-    assert run(tmp_path / "m.parquet", tokenizer)[1].plain_template
-    assert not run(tmp_path / "m.parquet")[1].plain_template
+    assert families.run(tmp_path / "m.parquet", tokenizer)[1].plain_template
+    assert not families.run(tmp_path / "m.parquet")[1].plain_template
 
 
 def test_the_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
@@ -134,6 +111,7 @@ def test_the_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
     assert tokenizer.convert_ids_to_tokens(corpus.answer(sequence).tolist()) == ["▁Hi", "</s>"]
 
 
+LIKE_THE_TEMPLATE = ["x<|im_end|>\ny", "<|im_start|>assistant\n", "\n", "a<|im_end|>"]
 AWKWARD = ["\n", "\n\n", " ", " the answer ", "a\r\n", "é\u0301", "👩‍👩‍👧", "\n\nthe answer is 42\n", "<think>"]
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from([*AWKWARD, "def f(x):\n    "])
 
@@ -151,6 +129,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
 @given(messages=conversations(), trim=st.booleans())
 @example(messages=[user(MARKER), assistant("b"), user("c"), assistant(MARKER)], trim=False)
 @example(messages=[user(ASKED), assistant(ASKED)], trim=True)
+@example(messages=[m for text in LIKE_THE_TEMPLATE for m in (user("a<|im_end|>"), assistant(text))], trim=False)
 def test_any_conversation_is_masked_by_the_token(messages: list[dict[str, Any]], trim: bool) -> None:
     tokenizer = byte_level(trim=trim)
     sequence = encode(tokenizer, messages)
@@ -186,10 +165,6 @@ def test_any_conversation_keeps_its_prompt_in_a_template_that_strips(messages: l
         assert sequence.ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
 
 
-DAY = datetime.date(2026, 3, 7)
-DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML
-
-
 def prompt_of(template: str, day: datetime.date | None) -> str:
     return ChatTemplate(byte_level(template), day).render([{"role": "user", "content": "a"}]).prompt
 
@@ -199,13 +174,12 @@ def prompt_of(template: str, day: datetime.date | None) -> str:
 )
 @pytest.mark.parametrize("begins", ["", "\n", "  {% if true %}\n  {% endif %}"])
 def test_a_template_that_prints_the_date_prints_the_day_it_is_given(form: str, begins: str) -> None:
-    dated, plain = (
-        begins + "{{ " + text + " }}" + CHATML for text in (f"strftime_now({form!r})", repr(DAY.strftime(form)))
-    )
+    printed = (f"strftime_now({form!r})", repr(DAY.strftime(form)))
+    dated, plain = (begins + "{{ " + text + " }}" + families.CHATML for text in printed)
     assert prompt_of(dated, DAY) == prompt_of(plain, DAY)
 
 
 def test_without_a_day_such_a_template_is_refused_by_name() -> None:
     with pytest.raises(CorpusError, match=r"prints the date, and data\.date is null: set it"):
         ChatTemplate(byte_level(DATED), None)
-    ChatTemplate(byte_level(CHATML), None)
+    ChatTemplate(byte_level(families.CHATML), None)

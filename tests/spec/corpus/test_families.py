@@ -5,17 +5,9 @@ from typing import Any
 import pytest
 
 from spec.corpus import ChatTemplate, CorpusError
+from tests.tiny import template
 
 from .families import assistant, byte_level, encode, supervised, user
-
-
-def template(turn: str, generation: str = "<|im_start|>assistant\n", before: str = "") -> str:
-    """A template from what it writes before all turns, for a turn m, and as its generation prompt."""
-    return (
-        f"{before}{{% for m in messages %}}{turn}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {generation!r} }}}}{{% endif %}}"
-    )
-
 
 HEAD, END = "{{ '<|im_start|>' ~ m.role ~ '\n' }}", "{{ '<|im_end|>\n' }}"
 BODY = HEAD + "{{ m.content }}" + END
@@ -49,9 +41,7 @@ FAMILIES = {
         "{{ '<think>\n' ~ r ~ '\n</think>\n\n' }}{% endif %}{{ c }}" + END + "{% endif %}",
         "<|im_start|>assistant\n<think>\n",
     ),
-    "deepseek r1": template(
-        HEAD + "{{ m.content.split('</think>')[-1] }}" + END, "<|im_start|>assistant\n<think>\n"
-    ),
+    "deepseek r1": template(HEAD + "{{ m.content.split('</think>')[-1] }}" + END, "<|im_start|>assistant\n<think>\n"),
     "nemotron 3": template(
         "{% if m.role != 'assistant' %}" + BODY + "{% else %}" + THOUGHT + HEAD
         + "{{ '<think>' ~ ('\n' ~ r ~ '\n' if r and loop.last else '') ~ '</think>' ~ c }}" + END + "{% endif %}",
@@ -94,6 +84,8 @@ CHAT = [user("a"), assistant(" b "), user("c"), assistant("d")]
 CALLED = [user("a"), CALL, {"role": "tool", "content": "c"}, assistant("d")]
 THINKING = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>so</think>\n\nd")]
 REASONING = [user("a"), {**assistant("d"), "reasoning_content": "so"}]
+FUNCTIONS = [{**BE, "functions": "f(x)"}, *CHAT]
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 
 
 @pytest.mark.parametrize(
@@ -136,28 +128,14 @@ def test_families(family: str, messages: list[dict[str, Any]], expected: list[st
     assert found[-1] == expected[-1]
 
 
-FUNCTIONS = [{**BE, "functions": "f(x)"}, *CHAT]
-TOOLS = [{"type": "function", "function": {"name": "weather"}}]
-
-
 @pytest.mark.parametrize(
     ("text", "messages", "tools", "message"),
     [
         (FAMILIES["gemma 2 trims, names the model, alternates"], [BE, *CHAT], [], "refuses .* of system, .*must alt"),
-        (
-            FAMILIES["deepseek r1"],
-            CHAT,
-            [],
-            "does not render assistant message 3 as what follows its generation prompt",
-        ),
+        (FAMILIES["deepseek r1"], CHAT, [], "not render assistant message 3 as what follows its generation prompt"),
         (FAMILIES["qwen 3"], CALLED, [], "the chat template leaves out tool_calls"),
         (FAMILIES["qwen 3"], [user("a"), CALL], [], "the chat template leaves out tool_calls"),
-        (
-            template("{% if m.role != 'system' %}" + BODY + "{% endif %}"),
-            [BE, *CHAT],
-            [],
-            "leaves out a turn of system",
-        ),
+        (template("{% if m.role != 'system' %}{{ m.content }}{% endif %}"), [BE, *CHAT], [], "out a turn of system"),
         (template(BODY), FUNCTIONS, [], "leaves out the functions of a turn of system"),
         (template(BODY), CHAT, TOOLS, r"leaves out the tools .*data\.ignore_columns"),
     ],
@@ -175,7 +153,6 @@ def test_a_call_that_has_no_place_is_left_to_the_base() -> None:
 def test_functions_and_tools_go_to_the_template() -> None:
     chat = ChatTemplate(byte_level(template(BODY + "{{ m.functions or '' }}")))
     assert "f(x)" in chat.render(FUNCTIONS).prompt
-    chat = ChatTemplate(
-        byte_level(template(BODY, before="{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"))
-    )
+    named = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    chat = ChatTemplate(byte_level(template(BODY, before=named)))
     assert chat.render(CHAT, TOOLS).prompt == "weather" + chat.render(CHAT).prompt

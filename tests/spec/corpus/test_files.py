@@ -17,6 +17,9 @@ from spec.files import digest_file
 
 from .families import save
 
+HUB = ["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001"]
+ANSWERS = {"train": HUB[:2], "val": HUB[2:3], "eval": HUB[3:], None: sorted(HUB)}
+
 
 def test_list_files_takes_files_and_folders(tmp_path: Path) -> None:
     a, b = (save(tmp_path / "f" / name, [{"text": "a"}]) for name in ("b/x.parquet", "a.parquet"))
@@ -33,10 +36,6 @@ def test_list_files_names_what_is_missing(tmp_path: Path) -> None:
         corpus.list_files([str(tmp_path / "nowhere.parquet")])
     with pytest.raises(CorpusError, match=r"the folder has no \*.parquet file"):
         corpus.list_files([str(tmp_path)])
-
-
-HUB = ["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001"]
-ANSWERS = {"train": HUB[:2], "val": HUB[2:3], "eval": HUB[3:], None: sorted(HUB)}
 
 
 def folder_of(folder: Path, *names: str) -> Path:
@@ -123,9 +122,7 @@ def as_arrow(questions: list[str]) -> bytes:
     ids=lambda part: part if isinstance(part, str) else "",
 )
 @pytest.mark.parametrize("named", [True, False])
-def test_other_formats_are_refused_with_the_command_that_converts_them(
-    tmp_path: Path, name: str, content: bytes, named: bool
-) -> None:
+def test_other_formats_are_refused_with_a_conversion(tmp_path: Path, name: str, content: bytes, named: bool) -> None:
     (tmp_path / name).write_bytes(content)
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"data files are parquet; convert it with: python -c") as error:

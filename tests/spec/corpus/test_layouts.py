@@ -9,18 +9,8 @@ import pytest
 from spec import corpus
 from spec.corpus import CorpusError
 
-from .families import (
-    CHATML,
-    assistant,
-    byte_level,
-    prompt_ids,
-    run,
-    save,
-    sentencepiece_like,
-    serving,
-    supervised,
-    user,
-)
+from . import families
+from .families import assistant, byte_level, prompt_ids, run, save, serving, supervised, user
 
 VERL = {
     "data_source": "openai/gsm8k",
@@ -39,6 +29,8 @@ OPENHERMES = {
     **{"skip_prompt_formatting": False, "topic": None, "idx": "0", "views": 1.0, "language": None},
 }
 MAGPIE = {"instruction": "a", "response": "b", "conversations": SHAREGPT, "intent": "x", "input_quality": "good"}
+CALL = {"name": "f", "arguments": json.dumps({"x": "y"})}
+CALLED = [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]}]
 
 
 def parts(*texts: str) -> list[dict[str, str | None]]:
@@ -120,7 +112,7 @@ def test_layouts(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], p
 
 
 def test_plain_text_is_supervised_throughout_with_the_tokenizers_own_bos(tmp_path: Path) -> None:
-    tokenizer = sentencepiece_like(None)
+    tokenizer = families.sentencepiece_like(None)
     path = save(tmp_path / "t.parquet", [{"text": "Hi a"}, {"text": ""}])
     sequences, report = run(path, tokenizer, need_answers=True)
     assert [s.ids.tolist() for s in sequences] == [tokenizer("Hi a")["input_ids"]]
@@ -179,10 +171,6 @@ def test_nothing_that_belongs_to_the_prompt_is_lost(tmp_path: Path, row: dict[st
     assert len(run(save(path, [{**row, column: None}]))[0]) == 1
 
 
-CALL = {"name": "f", "arguments": json.dumps({"x": "y"})}
-CALLED = [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]}]
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -191,15 +179,12 @@ CALLED = [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"fun
         {"query": "a", "answers": json.dumps([CALL]), "tools": json.dumps([{"name": "f"}])},
         {"messages": [user("a"), {"role": "assistant", "tool_calls": json.dumps([CALL])}], "tools": [{"name": "f"}]},
         {"messages": [user("a"), {"role": "assistant", "function_call": CALL}], "functions": [{"name": "f"}]},
-        {
-            "conversations": [SHAREGPT[0], {"from": "function_call", "value": json.dumps(CALL)}],
-            "tools": ['{"name": "f"}'],
-        },
+        {"conversations": [SHAREGPT[0], {**CALLING[0], "value": json.dumps(CALL)}], "tools": ['{"name": "f"}']},
     ],
 )
 def test_tools_and_calls_are_read_in_openais_form(tmp_path: Path, row: dict[str, Any]) -> None:
-    content = "message['content']"
-    tokenizer = byte_level("{{ tools | tojson }}" + CHATML.replace(content, f"{content} ~ (message.tool_calls or '')"))
+    template = families.CHATML.replace("m.content", "m.content ~ (m.tool_calls or '')")
+    tokenizer = byte_level("{{ tools | tojson }}" + template)
     (sequence,), _ = run(save(tmp_path / "x.parquet", [row]), tokenizer)
     assert tokenizer.decode(sequence.ids).startswith('[{"type": "function", "function": {"name": "f"}}]')
     assert "'arguments': {'x': 'y'}" in supervised(tokenizer, sequence)[0]

@@ -33,16 +33,10 @@ def test_spans_are_the_maximal_runs_of_ones(mask: list[int]) -> None:
 
 def test_write_and_read_give_the_same_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    sequences = [
-        TokenSequence(
-            rng.integers(0, 2**31, n, dtype=np.int32),
-            rng.integers(0, 2, n, dtype=np.uint8),
-            f"d{n % 3}",
-            n // 2,
-            rng.bytes(16),
-        )
-        for n in rng.integers(0, 40, 1500)
-    ]
+    sequences = []
+    for n in rng.integers(0, 40, 1500):
+        ids, mask = rng.integers(0, 2**31, n, dtype=np.int32), rng.integers(0, 2, n, dtype=np.uint8)
+        sequences.append(TokenSequence(ids, mask, f"d{n % 3}", n // 2, rng.bytes(16)))
     path = tmp_path / "new" / "x.parquet"
     assert corpus.write(path, iter(sequences)) == 1500
     back = corpus.read(path)
