@@ -1,7 +1,5 @@
 """The exact walk next to decoding one token at a time, and drafts next to the speculator's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,11 @@ from tests.tiny import chain, sequence, store_features
 
 V, D = 24, 8
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=30)  # three letters: drafts often match by chance
+BLOCK = list(range(100, 164))
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
-    """An answer and the drafts after each of its tokens."""
     answer = draw(tokens)
     n = draw(st.integers(1, 5))
     return answer, [draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)) for _ in answer]
@@ -107,9 +105,6 @@ def test_the_interval_covers_its_nominal_share() -> None:
     assert 93 <= held <= 96
 
 
-BLOCK = list(range(100, 164))
-
-
 @pytest.mark.parametrize(
     ("answer", "looping"),
     [
@@ -155,17 +150,19 @@ def speculator(method: Any, draft_vocab_size: int | None = None) -> Speculator:
     return made.double()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 2048])
+@pytest.mark.parametrize(("limit", "size"), [("CHUNK", 1), ("CHUNK", 5), ("CHUNK", 2048), ("CHUNK_TOKENS", 20)])
 @pytest.mark.parametrize(("method", "drafted"), [("sum_rnn", None), ("sum_rnn", V // 2), ("sum_lstm", None)])
 def test_drafts_are_the_speculators_own_at_each_position(
-    reader: FeatureReader, method: str, drafted: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+    reader: FeatureReader, method: str, drafted: int | None, limit: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acceptance, "CHUNK", chunk)
+    """However few positions or tokens, prompts included, are drafted along at one time."""
+    monkeypatch.setattr(acceptance, limit, size)
     heads = speculator(method, drafted)
     counts: list[int] = []
     answers = draft_answers(heads, reader, on_positions=counts.append)
     assert [(answer.index, answer.start) for answer in answers] == list(STARTS.items())
     assert sum(counts) == sum(answer.length for answer in answers)
+    assert (len(counts) > 1) == (size < 2048)
     for answer in answers:
         row, full = ROWS[answer.index], reader.packed([answer.index])
         np.testing.assert_array_equal(answer.ids, row.ids)
@@ -177,29 +174,12 @@ def test_drafts_are_the_speculators_own_at_each_position(
             assert answer.drafts[j] == direct[0].tolist()[: answer.matches[j] + 1]
 
 
-def test_a_choice_of_sequences(reader: FeatureReader) -> None:
-    heads = speculator("sum_rnn")
-    everything = {answer.index: answer for answer in draft_answers(heads, reader)}
-    chosen = draft_answers(heads, reader, [4, 3, 0])
-    assert [answer.index for answer in chosen] == [0, 4]  # in the order of the data, as all others
-    assert all(answer.drafts == everything[answer.index].drafts for answer in chosen)
-    assert draft_answers(heads, reader, []) == []
-
-
 def test_what_follows_an_answer_unsupervised_is_no_part_of_it(tmp_path: Path) -> None:
     rows = [TokenSequence(np.arange(1, 5, dtype=np.int32), np.array([0, 1, 1, 0], np.uint8), "a", 1)]
     (answer,) = draft_answers(
         speculator("sum_rnn"), FeatureReader(store_features(tmp_path, rows, vocab_size=V, hidden_size=D), tmp_path)
     )
     assert (answer.ids.tolist(), answer.start, len(answer.drafts)) == ([1, 2, 3], 1, 2)
-
-
-def test_few_tokens_are_drafted_along_at_one_time(reader: FeatureReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts count, too: heads that read all positions hold them."""
-    monkeypatch.setattr(acceptance, "CHUNK_TOKENS", 20)
-    counts: list[int] = []
-    found = draft_answers(speculator("sum_rnn"), reader, on_positions=counts.append)
-    assert len(found) > len(counts) > 1
 
 
 def test_walks_know_domain_loops_and_who_wrote_the_answer(tmp_path: Path) -> None:

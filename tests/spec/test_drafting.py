@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +19,7 @@ from tests.spec.heads.reference import config, eagle3
 ids = st.lists(st.integers(0, 3), max_size=40)
 NOTHING = (0.0,) * mixer.FEATURES
 CERTAIN = (20.0, *NOTHING[1:])  # whatever is proposed is accepted
+LOOKUP: Any = None
 
 
 def weights(**features: float) -> mixer.Weights:
@@ -30,9 +29,8 @@ def weights(**features: float) -> mixer.Weights:
 
 
 def sources(source: Source, fitted: mixer.Weights = CERTAIN, index: Any = None, n: int = 3, **decode: Any) -> Sources:
-    shape = config("sum_rnn", n_predict=n).model_copy(
-        update={"mixer": dict.fromkeys(("ngram", "lookup", "hybrid"), fitted)}
-    )
+    mixers = dict.fromkeys(("ngram", "lookup", "hybrid"), fitted)
+    shape = config("sum_rnn", n_predict=n).model_copy(update={"mixer": mixers})
     return Sources(Decode(**{"ngram_min": 1, "ngram_max": 4, "token_cost": 0.01, **decode}), source, shape, index)
 
 
@@ -106,11 +104,8 @@ def test_the_heads_read_what_is_drafted_from_any_source() -> None:
     """After 5 came 6 before, which these weights believe rather than the heads; they are asked all the same."""
     read: list[int] = []
     better = weights(one=-1.0, ngram=2.0, no_ngram=-4.0)
-    assert drafted(sources("hybrid", better, token_cost=0.001), [5, 6, 9, 5], 3, heads([100, 101, 102], read=read)) == [
-        6,
-        9,
-        5,
-    ]
+    hybrid = sources("hybrid", better, token_cost=0.001)
+    assert drafted(hybrid, [5, 6, 9, 5], 3, heads([100, 101, 102], read=read)) == [6, 9, 5]
     assert read == [6, 9]  # the third draft ends it: nothing is read after it
 
 
@@ -135,9 +130,7 @@ def test_a_shorter_draft_is_the_beginning_of_a_longer_one(seen: list[int], lengt
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=20), st.data(), st.sampled_from(["ngram", "lookup"]))
-def test_drafts_along_an_answer_are_those_of_a_drafter_that_reads_it(
-    tokens: list[int], data: st.DataObject, source: Source
-) -> None:
+def test_drafts_along_an_answer_are_those_of_its_reader(tokens: list[int], data: st.DataObject, source: Source) -> None:
     start = data.draw(st.integers(1, len(tokens) - 1))
     what = sources(source, weights(one=0.5, ngram_length=1.0, no_ngram=-1.0), index=LOOKUP)
     along = Drafter(what)
@@ -154,9 +147,6 @@ def _index(tmp_path_factory: pytest.TempPathFactory) -> None:
     LOOKUP = lookup.Lookup.open(path, lookup.write(path, [[0, 1, 2, 0, 1, 1], [2, 2, 1]], 1.0))
 
 
-LOOKUP: Any = None
-
-
 def test_earlier_answers_are_gone_through_after_the_sequence_itself() -> None:
     what = partial(sources, "lookup", weights(one=1.0, ngram=1.0, no_ngram=-1.0), index=LOOKUP)
     assert drafted(what(), [9, 0], 3) == [1, 1][:1] + drafted(what(), [9, 0, 1], 2)
@@ -166,11 +156,9 @@ def test_earlier_answers_are_gone_through_after_the_sequence_itself() -> None:
 
 def test_a_source_that_is_never_right_drafts_next_to_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = [
-        mixer.features(0, [(0, (math.log(n), 0.0)), None, (int(torch.randint(2, (1,), generator=generator)), (0.1,))])
-        for n in range(1, 9)
-        for _ in range(50)
-    ]
+    heads_say = torch.randint(2, (400,), generator=generator).tolist()
+    ngrams = [(0, (math.log(1 + i % 8), 0.0)) for i in range(400)]
+    rows = [mixer.features(0, [ngram, None, (said, (0.1,))]) for ngram, said in zip(ngrams, heads_say, strict=True)]
     right = torch.rand(len(rows), generator=generator).numpy() < 0.01
     fitted = mixer.fit(np.array(rows), right, NOTHING)
     for source in ("ngram", "hybrid"):

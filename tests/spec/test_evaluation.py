@@ -1,7 +1,5 @@
 """Domains of any number and name, as tables and pictures show them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

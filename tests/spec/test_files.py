@@ -13,6 +13,9 @@ import pytest
 
 from spec import files
 from spec.errors import SpecError
+from tests.forked import run_killing
+
+WHOLE = [False, True]
 
 
 @pytest.fixture
@@ -37,9 +40,6 @@ def touch(path: Path, content: bytes, time: int) -> None:
     """Other content, at a given modification time."""
     path.write_bytes(content)
     os.utime(path, ns=(time, time))
-
-
-WHOLE = [False, True]
 
 
 def fill(path: Path, folder: bool, content: str) -> None:
@@ -129,13 +129,7 @@ def test_a_fault_at_any_step_leaves_the_old_or_the_new(
 
 def killed(body: Callable[[], object]) -> None:
     """Run what kills its own process in a child."""
-    child = os.fork()
-    if not child:
-        try:
-            body()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert run_killing(body)["status"] == -signal.SIGKILL
 
 
 def die() -> None:
@@ -161,9 +155,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_what_is_left_goes(
 
 
 @pytest.mark.parametrize("folder", WHOLE)
-def test_everything_is_on_the_disk_before_the_rename(
-    tmp_path: Path, folder: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_on_the_disk_before_the_rename(tmp_path: Path, folder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: set[int] = set()
     monkeypatch.setattr(os, "fsync", lambda handle: flushed.add(os.fstat(handle).st_ino))
     replace = Path.replace

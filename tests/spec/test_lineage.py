@@ -10,19 +10,12 @@ import torch
 from spec import lineage
 from tests.tiny import with_instructions
 
-SOURCES = {
-    "base": {"name": "models/base", "revision": None, "weights": "w" * 64, "tokenizer": "t" * 64},
-    "files": {
-        "train": {"a.parquet": "1" * 64, "b.parquet": "2" * 64},
-        "val": {"b.parquet": "2" * 64},
-        "eval": {"c.parquet": "3" * 64},
-    },
-}
+BASE = {"name": "models/base", "revision": None, "weights": "w" * 64, "tokenizer": "t" * 64}
+FILES = {"train": {"a.parquet": "1" * 64, "b.parquet": "2" * 64}, "val": {"b.parquet": "2" * 64}}
+SOURCES = {"base": BASE, "files": {**FILES, "eval": {"c.parquet": "3" * 64}}}
 
 
-def test_the_commit_and_whether_files_differ_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert (lineage.git_state(), caplog.text) == (("none", False), "")
@@ -68,17 +61,12 @@ def test_everything_that_a_run_follows_from(tmp_path: Path, monkeypatch: pytest.
     assert found["version.python"].startswith("3.")
     Path("dvc.lock").write_text("schema: '2.0'\n")
     monkeypatch.setenv("DVC_EXP_NAME", "brisk-heads")
-    found = lineage.tags(SOURCES, torch.device("cpu"))
+    for instruction, told in (("avx512_bf16", "true"), ("avx2", "false")):
+        with_instructions(monkeypatch, instruction)
+        found = lineage.tags(SOURCES, torch.device("cpu"))
+        assert found["hardware.bfloat16"] == told
     assert found["dvc.lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()
     assert found["dvc.experiment"] == "brisk-heads"
-
-
-@pytest.mark.parametrize(("instructions", "told"), [(["avx2"], "false"), (["avx512_bf16"], "true")])
-def test_hardware_says_whether_it_has_bfloat16(
-    instructions: list[str], told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_instructions(monkeypatch, *instructions)
-    assert lineage.tags(SOURCES, torch.device("cpu"))["hardware.bfloat16"] == told
 
 
 def test_a_file_of_two_splits_comes_once() -> None:

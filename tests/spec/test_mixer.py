@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 import operator
 
@@ -31,10 +29,8 @@ def test_a_source_speaks_for_its_token_or_for_another(signals: tuple[Signal | No
 @given(st.tuples(*map(signal, mixer.SIGNALS)), st.lists(st.floats(-2, 2), min_size=FEATURES, max_size=FEATURES))
 def test_chances_follow_from_the_features(signals: tuple[Signal | None, ...], weights: list[float]) -> None:
     proposed = {said[0] for said in signals if said is not None}
-    expected = {
-        token: 1 / (1 + math.exp(-sum(map(operator.mul, weights, mixer.features(token, signals)))))
-        for token in proposed
-    }
+    odds = {token: sum(map(operator.mul, weights, mixer.features(token, signals))) for token in proposed}
+    expected = {token: 1 / (1 + math.exp(-each)) for token, each in odds.items()}
     assert mixer.chances(tuple(weights), signals) == pytest.approx(expected)
 
 

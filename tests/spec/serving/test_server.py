@@ -53,9 +53,7 @@ def test_a_base_that_is_gone_is_named_with_the_option_that_says_where_it_is(monk
         server.plain_command("./gone")
 
 
-def test_it_listens_to_this_machine_alone_unless_told_otherwise(
-    base_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_listens_to_this_machine_alone(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "require_vllm", lambda: None)
     command = server.plain_command(str(base_folder))
     assert command[command.index("--host") + 1] == "127.0.0.1"
@@ -77,11 +75,10 @@ def test_without_vllm_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
 
 
 def speculative(command: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(command[command.index("--speculative-config") + 1])
-    return found
+    return json.loads(command[command.index("--speculative-config") + 1])
 
 
-def test_eagle3_goes_to_vllms_own_method(
+def test_eagle3_is_vllms_own(
     tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(server, "require_vllm", lambda: None)
