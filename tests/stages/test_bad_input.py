@@ -25,7 +25,6 @@ def folder(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr=fast", "optim.lr"),
         ("data.train_files=absent.parquet", "absent.parquet"),
         ("model.partial_pretrain=./nowhere", "no folder"),
         ("model.partial_pretrain=empty", "no weights"),

@@ -29,10 +29,7 @@ from stages import common
     ("error", "message"),
     [
         *((kind("what to do"), "what to do") for kind in SpecError.__subclasses__()),
-        (
-            DamagedError(Path("store"), "s", "gone"),
-            r"is missing or damaged \(gone\)\. `spec store verify` .*`spec cache`",
-        ),
+        (DamagedError(Path("store"), "s", "gone"), r"or damaged \(gone\)\. `spec store verify` .*`spec cache`"),
         (OutdatedError("x"), "x. `dvc repro` .*`spec respond` and `spec cache` .*`spec store gc`"),
         (ChangedError("x"), "x. `dvc checkout` or `dvc exp apply`"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "no space left on /data/x; free some"),
@@ -87,9 +84,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--params", "nowhere.yaml"], 1, "Error: nowhere.yaml: no such parameter file"),
     ],
 )
-def test_a_stage_reads_the_folders_parameters(
-    command: click.Command, params: Path, arguments: list[str], status: int, said: str
-) -> None:
+def test_stages_read_params(command: click.Command, params: Path, arguments: list[str], status: int, said: str) -> None:
     (params.parent / "other.yaml").write_text("optim: {lr: 5}\n")
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == status
@@ -97,9 +92,7 @@ def test_a_stage_reads_the_folders_parameters(
     assert result.exception is None or isinstance(result.exception, SystemExit)  # no traceback
 
 
-def test_keys_that_dvc_would_miss_later_are_shown_at_once(
-    command: click.Command, params: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_that_dvc_misses_are_shown(command: click.Command, params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("dvc.yaml").write_text("stages: {fetch: {cmd: x}, a: {params: [data.date, decode]}, b: {params: [optim.lr]}}")
     assert CliRunner().invoke(command).exit_code == 0
     monkeypatch.setenv("DVC_STAGE", "fetch")

@@ -9,21 +9,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from spec import files
-from stages import cli, common
+from stages import common
 from stages import run as run_module
-from tests.stages.workspace import inline_workers, ok, prepare, refused
+from tests.stages.workspace import command, inline_workers, ok, prepare, refused
 from tests.workspace import STAGES
 
 FOREIGN = (
     *("notes.txt", ".hidden", "data/notes.txt", "data/tokens/mine.parquet", "data/responses/notes.txt"),
     *("data/features/notes.txt", "data/prompts/mine.parquet", "models/mine/model.safetensors"),
     *("models/speculator/notes", "models/speculator/last/notes", "results/notes.txt", "results/train/notes.txt"),
-    *(
-        "results/train/mine.csv",
-        "results/cache/notes.txt",
-        "results/evaluate/notes.txt",
-        "checkpoints/mine/global_step_7/model.bin",
-    ),
+    *("results/train/mine.csv", "results/evaluate/notes.txt", "checkpoints/mine/global_step_7/model.bin"),
     *("checkpoints/global_step_5/model.bin", "global_step_100/model.pt", ".mine.partial-not", "store/notes.txt"),
     *("store/roots/notes.txt", "store/features-mine/notes.txt"),
 )
@@ -55,9 +50,9 @@ def test_every_stage_leaves_them_alone(ready: Path, monkeypatch: pytest.MonkeyPa
             ok(stage)
             assert texts(ready) == before, stage
     ok("train", "trainer.total_epochs=1")
-    for command in (["info"], ["verify"], ["gc", "--older-than", "0"]):
-        assert CliRunner().invoke(cli.main, ["store", *command]).exit_code == 0
-        assert texts(ready) == before, command
+    for arguments in (["info"], ["verify"], ["gc", "--older-than", "0"]):
+        command("store", *arguments)
+        assert texts(ready) == before, arguments
     files.remove(common.TRAINED_BASE)
     before = plant(common.TRAINED_BASE, "model.safetensors")
     assert "models/trained_base holds something that this stage has not written" in refused("train")
@@ -98,9 +93,7 @@ def call(folder: Path) -> Result:
         *("checkpoints/mine/model.bin", "global_step_100/model.pt", "params.yaml", "config.json", "pytorch_model.bin"),
     ],
 )
-def test_the_script_refuses_a_folder_in_which_something_is_in_the_way(
-    name: str, tmp_path: Path, stubbed: list[str]
-) -> None:
+def test_the_script_refuses_a_folder_with_something_in_the_way(name: str, tmp_path: Path, stubbed: list[str]) -> None:
     before = plant(tmp_path, name)
     result = call(tmp_path)
     assert result.exit_code == 1

@@ -6,11 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 
 from spec import corpus, lookup
-from stages import cli
-from tests.stages.workspace import ok, prepare, run_through
+from tests.stages.workspace import command, ok, prepare, run_through
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +26,7 @@ def table(ready: Path, monkeypatch: pytest.MonkeyPatch) -> pa.Table:
 
 def forget(rows: pa.Table, path: Path, status: int = 0) -> str:
     pq.write_table(rows, path / "rows.parquet")
-    done = CliRunner().invoke(cli.main, ["store", "forget", "--yes", str(path / "rows.parquet")])
-    assert done.exit_code == status, done.output
-    return done.output
+    return command("store", "forget", "--yes", str(path / "rows.parquet"), status=status)
 
 
 def test_rows_that_are_not_found_are_an_error(table: pa.Table, tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from spec import files
 from spec.store.manifest import Manifest
-from stages import cli, common
-from tests.stages.workspace import ok, refused
+from stages import common
+from tests.stages.workspace import command, ok, refused
+
+PATHS = {"train": "features/train.json", "evaluate": "features/eval.json", "cache": "responses/train.parquet"}
 
 
 def change_source(name: str, value: str) -> None:
@@ -26,19 +27,12 @@ def test_a_manifest_is_believed(folder: Path) -> None:
         ok(stage, "features.codec=fp8", "features.segment_tokens=1", "trainer.total_epochs=1")
 
 
-@pytest.mark.parametrize(
-    ("stage", "path"),
-    [
-        ("train", "data/features/train.json"),
-        ("evaluate", "data/features/eval.json"),
-        ("cache", "data/responses/train.parquet"),
-    ],
-)
+@pytest.mark.parametrize("stage", PATHS)
 @pytest.mark.parametrize(("part", "field"), [("weights", "base"), ("tokenizer", "tokenizer")])
-def test_another_base(folder: Path, stage: str, path: str, part: str, field: str) -> None:
+def test_another_base(folder: Path, stage: str, part: str, field: str) -> None:
     digest = common.read_sources()["base"][part]
     change_source(part, "another")
-    assert f"{path}: its {field} is '{digest}', and 'another' is expected" in refused(stage)
+    assert f"data/{PATHS[stage]}: its {field} is '{digest}', and 'another' is expected" in refused(stage)
 
 
 def test_another_generation_config_changes_no_feature(folder: Path) -> None:
@@ -75,9 +69,8 @@ def test_responses_of_other_parameters(folder: Path, override: str, words: str) 
 def test_a_store_that_lacks_the_features_and_heads_of_another_base_are_named(folder: Path) -> None:
     ok("train", "trainer.total_epochs=1")
     for stage in ("train", "evaluate"):
-        assert re.search(
-            r"segment .* in empty/.* is missing .*`spec cache` compute", refused(stage, "features.store=empty")
-        )
+        said = refused(stage, "features.store=empty")
+        assert re.search(r"segment .* in empty/.* is missing .*`spec cache` compute", said)
     path = Path("models/speculator/config.json")
     values = json.loads(path.read_text())
     for name, value, words in (
@@ -89,9 +82,7 @@ def test_a_store_that_lacks_the_features_and_heads_of_another_base_are_named(fol
         assert words in refused("evaluate")
 
 
-def test_what_another_arithmetic_computed_is_said_before_it_is_computed_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_computed_again_in_another_arithmetic_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a GPU are not mixed with those of a CPU that computes in float32; the manifest stays what it is."""
     store = "features.store=own"
     for arithmetic in ("bfloat16", "float32"):
@@ -109,5 +100,5 @@ def test_what_another_arithmetic_computed_is_said_before_it_is_computed_again(
 def test_a_worker_that_computes_otherwise_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files.write_json(Path("plan.json"), {"arithmetic": "bfloat16", "groups": []})
     for stage in ("respond", "cache"):
-        result = CliRunner().invoke(cli.main, [stage, "--worker", "plan.json"])
-        assert "this worker computes in float32, and the stage that started it in bfloat16" in result.output
+        said = command(stage, "--worker", "plan.json", status=1)
+        assert "this worker computes in float32, and the stage that started it in bfloat16" in said

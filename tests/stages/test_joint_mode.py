@@ -18,7 +18,7 @@ from spec.decoding import LanguageModelWithSpeculator
 from spec.store import index
 from spec.store.manifest import Manifest
 from stages import common
-from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused
+from tests.stages.workspace import content, copy_of, inline_workers, ok, prepare, refused, run_through
 
 JOINT = {
     "model": {"freeze_base_model": False, "speculator_loss_coeff": 0.5},
@@ -33,10 +33,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which everything up to cache has run."""
     root = prepare(tmp_path_factory.mktemp("joint"), JOINT)
     before = content(root / "base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for name in ("fetch", "tokenize", "respond", "cache"):
-            ok(name)
+    run_through(root, "cache")
     yield root
     assert content(root / "base") == before
 
@@ -156,9 +153,7 @@ def test_the_trained_base_has_the_dtype_of_the_run(folder: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto").dtype == torch.bfloat16
 
 
-def test_other_heads_can_be_trained_with_it_where_there_is_space(
-    cached: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_heads_train_where_there_is_space(cached: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = AutoModelForCausalLM.from_pretrained(cached / "base").num_parameters()
     with monkeypatch.context() as patch:
         patch.setattr(files, "free_bytes", lambda path: 32 * parameters)

@@ -12,16 +12,10 @@ from tests.stages.workspace import ok, prepare, run_through
 from tests.workspace import REPOSITORY
 
 
-@pytest.mark.parametrize(
-    ("overrides", "teachers"),
-    [
-        (["optim.loss=ce"], 0),
-        (["optim.loss=kl"], 1),
-        (["optim.loss=kl", "model.speculator.tie_weights=false"], 4),
-    ],
-)
-def test_heads_that_share_their_matrix_share_a_teacher(overrides: list[str], teachers: int) -> None:
-    config = from_mapping({}, overrides=["model.speculator.n_predict=4", *overrides])
+@pytest.mark.parametrize(("loss", "tied", "teachers"), [("ce", True, 0), ("kl", True, 1), ("kl", False, 4)])
+def test_heads_that_share_their_matrix_share_a_teacher(loss: str, tied: bool, teachers: int) -> None:
+    speculator = {"n_predict": 4, "tie_weights": tied}
+    config = from_mapping({"optim": {"loss": loss}, "model": {"speculator": speculator}})
     assert make_job(config, 1e8, 576, 49152, 1e6, 1e6, 0).teacher_operations == teachers * 49152 * 576
 
 

@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 pytest.importorskip("s3fs", reason="needs what `pip install '.[dev]'` installs")
 pytest.importorskip("moto.server", reason="needs what `pip install '.[dev]'` installs")
 
 from spec.store.manifest import Manifest
 from spec.store.transfer import Place, Transfer
-from stages import cli, common
+from stages import common
 from tests import s3
-from tests.stages.workspace import copy_of, inline_workers, ok
+from tests.stages.workspace import command, copy_of, inline_workers, ok
 from tests.tiny import chain, store_features
 
 URL = "s3://bucket/project"
@@ -31,28 +30,22 @@ def _server() -> Iterator[None]:
         yield
 
 
-def store(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.main, ["store", *arguments])
-
-
 def test_a_second_machine_computes_nothing(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ready)
-    said = store("push", URL, "--dry-run").output
+    said = command("store", "push", URL, "--dry-run")
     assert "would be copied to s3://bucket/project, 0 are there" in said
     assert Place(URL).collections() == []
-    pushed = store("push", URL)
-    assert pushed.exit_code == 0, pushed.output
-    assert pushed.output.rstrip().endswith("segments are copied -> s3://bucket/project")
-    assert "push: 0 segments (0 B) are to be copied" in store("push", URL).output
+    assert command("store", "push", URL).rstrip().endswith("segments are copied -> s3://bucket/project")
+    assert "push: 0 segments (0 B) are to be copied" in command("store", "push", URL)
 
     monkeypatch.chdir(copy_of(ready, tmp_path / "second"))
     other = f"features.store={tmp_path / 'store'}"
     manifests = [part for split in ("train", "val") for part in ("--manifest", str(common.features_path(split)))]
-    assert store("pull", URL, *manifests, "-S", other).exit_code == 0
+    command("store", "pull", URL, *manifests, "-S", other)
     inline_workers(monkeypatch)
     ok("train", other, "trainer.total_epochs=1")
     assert list((tmp_path / "store").glob("answers-*")) == []
-    assert store("pull", URL, "-S", other).exit_code == 0
+    command("store", "pull", URL, "-S", other)
     monkeypatch.setattr(common, "run_workers", lambda *_: pytest.fail("computed again"))
     assert "respond: 0 of" in ok("respond", other)
     assert "cache: 0 of" in ok("cache", other)
@@ -61,7 +54,7 @@ def test_a_second_machine_computes_nothing(ready: Path, tmp_path: Path, monkeypa
 def test_what_a_manifest_needs(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its states, the tables, and the answers that it came from."""
     monkeypatch.chdir(ready)
-    assert store("push", str(tmp_path / "copy"), "--manifest", "data/features/val.json").exit_code == 0
+    command("store", "push", str(tmp_path / "copy"), "--manifest", "data/features/val.json")
     manifest = Manifest.load(common.features_path("val"))
     place = Place(tmp_path / "copy")
     answers, states, tables = place.collections()
@@ -73,26 +66,25 @@ def test_what_a_manifest_needs(ready: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_errors(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ready)
-    assert "holds no store" in store("pull", "s3://bucket/nothing").output
-    assert "leave out --manifest" in store("push", URL, "--follow", "--manifest", "data/features/val.json").output
+    assert "holds no store" in command("store", "pull", "s3://bucket/nothing", status=1)
+    following = ("--follow", "--manifest", "data/features/val.json")
+    assert "leave out --manifest" in command("store", "push", URL, *following, status=2)
     shutil.copytree("store", tmp_path / "store")
     manifest = Manifest.load(common.features_path("val"))
     name = manifest.last.segments[0]
     (manifest.last.collection(tmp_path / "store").folder / name / "ids/c/0").write_bytes(b"")
-    result = store("push", str(tmp_path / "copy"), "-S", f"features.store={tmp_path / 'store'}")
-    assert result.exit_code == 1
-    assert f"segment {name} in {tmp_path}/store" in result.output
-    assert "push: 1 problems are named above; everything else is copied. `spec store verify` sets" in result.output
+    said = command("store", "push", str(tmp_path / "copy"), "-S", f"features.store={tmp_path / 'store'}", status=1)
+    assert f"segment {name} in {tmp_path}/store" in said
+    assert "push: 1 problems are named above; everything else is copied. `spec store verify` sets" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_follow_ends_when_it_is_told_to(ready: Path, tmp_path: Path, number: signal.Signals) -> None:
     """It has copied what was there when the signal came."""
     url, root = f"s3://bucket/{number.name}", tmp_path / "store"
-    command = [sys.executable, "-m", "stages.cli", "store", "push", url, "--follow", "-S", f"features.store={root}"]
+    following = [sys.executable, "-m", "stages.cli", "store", "push", url, "--follow", "-S", f"features.store={root}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ready, env=common.child_environment(), text=True, **pipes) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(following, cwd=ready, env=common.child_environment(), text=True, **pipes) as process:
         assert "0 segments (0 B) are to be copied" in process.stdout.readline()
         while not (root / ".in-use").exists():
             assert process.poll() is None

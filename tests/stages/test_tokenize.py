@@ -7,11 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 
 from spec.store.manifest import Manifest
-from stages import cli, common
-from tests.stages.workspace import ok, prepare, refused, run_through
+from stages import common
+from tests.stages.workspace import command, ok, prepare, refused, run_through
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
 
@@ -90,17 +89,14 @@ def test_limits_are_those_of_the_base(folder: Path) -> None:
     assert "1 rows dropped: longer than the base has positions" in ok("tokenize", named, "data.max_length=4096")
 
 
-def inspect(path: str | Path) -> str:
-    return CliRunner().invoke(cli.main, ["inspect", str(path)]).output
-
-
 def test_inspect_shows_how_data_is_read(ready: Path, folder: Path) -> None:
-    output = inspect(ready / "train")
+    output = command("inspect", str(ready / "train"))
     assert "10 files with 20 rows; looked at 20" in output
     assert "alpaca.parquet: prompts in instruction and input, answers in output" in output
     assert "turns by role: user 18, assistant 18, system 2; 2 to 3 turns a conversation" in output
     assert "user\ntrain 0\n\nmore<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]" in output
-    assert "bad row: " in inspect(write(folder / "x.parquet", "a", None))
+    assert "bad row: " in command("inspect", write(folder / "x.parquet", "a", None))
     pq.write_table(pa.table({"question": ["a"], "history": ["b"]}), folder / "y.parquet")
-    assert "Error: y.parquet, row 0: column history looks like a part of the prompt" in inspect("y.parquet")
+    said = command("inspect", "y.parquet", status=1)
+    assert "Error: y.parquet, row 0: column history looks like a part of the prompt" in said
     assert not (folder / "data").exists()

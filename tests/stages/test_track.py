@@ -17,7 +17,7 @@ from spec.training import loop
 from spec.training.loop import Progress
 from stages import cli, common
 from tests.mlflow_server import Server, check_run
-from tests.stages.workspace import copy_of, inline_workers, ok, prepare, refused, run_through
+from tests.stages.workspace import command, copy_of, inline_workers, ok, prepare, refused, run_through
 
 EVALUATED = Path("results/evaluate")
 
@@ -47,13 +47,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def sync(*options: str, status: int = 0) -> str:
-    result = CliRunner().invoke(cli.main, ["track", "sync", *options])
-    assert result.exit_code == status, (result.output, result.exc_info)
-    return result.output
+    return command("track", "sync", *options, status=status)
 
 
 def at_step(step: int, happens: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
-    """Let something happen before the stage hears of that step."""
     run = loop.run
 
     def with_event(task: Any, checkpoints: Any, listen: Any, *others: Any) -> loop.Result:

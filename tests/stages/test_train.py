@@ -25,8 +25,7 @@ MODEL, LAST = Path("models/speculator"), Path("models/speculator/last")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = heads.load(folder).state_dict()
-    return found
+    return heads.load(folder).state_dict()
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -68,17 +67,7 @@ def test_a_frozen_base_is_not_written_to(folder: Path, ready: Path) -> None:
     assert trained["features"] == Manifest.load(Path("data/features/train.json")).digest
 
 
-@pytest.mark.parametrize("overrides", [(), ("model.speculator.draft_vocab_size=60", "model.speculator.init=base")])
-def test_heads_can_learn_the_bases_own_distribution(folder: Path, overrides: tuple[str, ...]) -> None:
-    ok("train", "optim.loss=kl", "optim.head_weights=[1, 0.5, 0.25]", "trainer.total_epochs=6", *overrides)
-    losses = [row["speculator_loss"] for row in curve("train")]
-    assert losses[-1] < losses[0]
-    assert files.read_json(Path("results/train/details.json"))["val"]["speculator_loss"] > 0
-
-
-def test_a_base_whose_logits_are_more_than_lm_head_times_state_has_no_distribution_here(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_with_other_logits_has_no_distribution_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "logits", lambda kept: None)
     assert "from lm_head and state is not known here" in refused("train", "optim.loss=kl")
     ok("train")
@@ -93,11 +82,6 @@ def test_manifests_that_came_with_dvc_keep_their_segments_once_they_are_read(fol
     for path in paths.values():
         manifest = Manifest.load(path)
         assert upkeep.root_segments(root, path) == manifest.needed(root)
-
-
-def test_a_diverged_run_keeps_no_heads(folder: Path) -> None:
-    assert "training has diverged. Lower optim.lr" in refused("train", "optim.lr=1e30")
-    assert not MODEL.exists()
 
 
 def curve(split: str) -> list[dict[str, float]]:
@@ -143,9 +127,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder: Path, monkeypatch: 
     assert (content(Path("models")), curve("val")) == expected
 
 
-def test_a_disk_that_is_full_at_the_end_leaves_what_to_go_on_from(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_full_at_the_end_leaves_what_to_go_on_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "models/speculator/mlflow_run.json")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from spec import config as config_module
 from spec.config import Config
@@ -18,10 +18,7 @@ from tests.workspace import STAGES
 
 SMALL: dict[str, Any] = {
     "data": {"max_length": 96, "train_batch_size": 4, "micro_batch_size_per_gpu": 2},
-    "model": {
-        "dtype": "float32",
-        "speculator": {"n_predict": 3, "inner_dim": 24, "emb_dim": 24, "proj_dim": 24},
-    },
+    "model": {"dtype": "float32", "speculator": {"n_predict": 3, "inner_dim": 24, "emb_dim": 24, "proj_dim": 24}},
     "respond": {"max_new_tokens": 12, "batch_size": 8},
     "features": {"segment_tokens": 256},
     "optim": {"lr": 0.01},
@@ -51,16 +48,18 @@ def copy_of(ready: Path, folder: Path) -> Path:
     return folder
 
 
-def call(name: str, *overrides: str) -> Result:
-    """Run a stage in this process and in this folder."""
-    return CliRunner().invoke(cli.main, [name, *(part for override in overrides for part in ("-S", override))])
-
-
-def ok(name: str, *overrides: str) -> str:
-    """Run a stage that must do its work; what it said."""
-    result = call(name, *overrides)
-    assert result.exit_code == 0, (result.output, result.exc_info)
+def command(*arguments: str, status: int = 0) -> str:
+    """Run `spec ARGUMENTS` in this process and in this folder, which must end with this status; what it said."""
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == status, (result.output, result.exc_info)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
     return result.output
+
+
+def ok(name: str, *overrides: str, status: int = 0) -> str:
+    """Run a stage that must do its work; what it said."""
+    return command(name, *(part for override in overrides for part in ("-S", override)), status=status)
 
 
 def run_through(root: Path, last: str, *overrides: str) -> str:
@@ -73,11 +72,7 @@ def run_through(root: Path, last: str, *overrides: str) -> str:
 
 def refused(name: str, *overrides: str) -> str:
     """Run a stage that must fail; its message."""
-    result = call(name, *overrides)
-    assert result.exit_code == 1, (result.output, result.exc_info)
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return result.output
+    return ok(name, *overrides, status=1)
 
 
 def inline_workers(patch: pytest.MonkeyPatch) -> None:
