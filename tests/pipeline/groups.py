@@ -1,9 +1,10 @@
 """Two groups of workers on one host, as two nodes have them: what srun does in a cluster, a script does here."""
 
 import csv
-import socket
 import sys
 from pathlib import Path
+
+from tests.forked import free_port
 
 CURVES = {
     "train": ("step", "speculator_loss", "accuracy.1", "accuracy.3", "lr", "grad_norm", "positions_seen"),
@@ -25,10 +26,7 @@ def two_groups(folder: Path, *options: str) -> str:
     """A trainer.launcher that starts two torchruns of one worker each, which meet at a port of this host."""
     script = folder / "two_groups.py"
     script.write_text(_SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return " ".join([sys.executable, str(script), str(port), *options])
+    return " ".join([sys.executable, str(script), str(free_port()), *options])
 
 
 def curve(folder: Path, split: str) -> list[list[float]]:

@@ -1,7 +1,4 @@
-"""A process that runs stages in children of its own, and kills them; it reads its tasks from stdin.
-
-It has loaded everything when it forks, and has started no thread, so that a child begins at once.
-"""
+"""A process that runs stages in children of its own, and kills them; it serves as producer does."""
 
 import os
 from pathlib import Path
@@ -11,7 +8,8 @@ import pytest
 
 import stages.train
 from stages import cli
-from tests.spec.store.producer import run_killing, serve
+from tests.forked import run_killing
+from tests.spec.store.producer import serve
 from tests.stages.workspace import inline_workers
 
 assert stages.train  # loaded before the fork

@@ -24,6 +24,7 @@ NO_DEPENDENCY = (
     "stages/common.py",  # options, progress, launching workers
 )
 """What decides nothing that a stage writes."""
+HELPERS = ("stages/__init__.py", "stages/common.py", "stages/embedded.py")
 
 
 def imported(path: Path) -> Iterator[Path]:
@@ -63,9 +64,6 @@ def test_imports_are_followed() -> None:
     assert "spec/training/loss.py" in needed("train")
     assert "spec/kv_cache.py" in needed("respond")
     assert "spec/tracking.py" not in needed("train")
-
-
-HELPERS = ("stages/__init__.py", "stages/common.py", "stages/embedded.py")
 
 
 @pytest.mark.parametrize("path", [*(REPOSITORY / "stages").glob("*.py")], ids=lambda path: path.stem)

@@ -53,20 +53,16 @@ class Command:
         workers[-1].kill()
 
     def end(self) -> tuple[int, str]:
-        """Exit status, and what was said."""
         said, _ = self._process.communicate(timeout=PATIENCE)
         return self._process.returncode, said
 
 
 def segments(store: Path) -> set[str]:
-    """Names of the committed segments."""
     return {path.parent.name for path in store.glob("states-*/*/record.json")}
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_next_run_takes_over_what_a_killed_worker_left(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int
-) -> None:
+def test_the_next_run_takes_over(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     copy_of(single, tmp_path)
     for path in (tmp_path / "data/features").iterdir():
         path.unlink()
@@ -101,9 +97,7 @@ def uninterrupted(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_torchrun_starts_killed_workers_again_and_nothing_differs(
-    single: Path, uninterrupted: Path, tmp_path: Path, groups: int
-) -> None:
+def test_workers_started_again_change_nothing(single: Path, uninterrupted: Path, tmp_path: Path, groups: int) -> None:
     """Bit for bit: the workers that come after take the newest checkpoint and go on from there."""
     folder = copy_of(single, tmp_path)
     restarts = "--max-restarts=2"

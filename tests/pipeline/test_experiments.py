@@ -15,9 +15,8 @@ pytestmark = pytest.mark.slow
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A git repository in which the pipeline has run once and its lock file is committed."""
     space = make_workspace(tmp_path_factory.mktemp("repository"))
-    (space.root / ".gitignore").write_text(
-        "/base\n/cache\n/prompts\n__pycache__/\nmlflow.db\nmlartifacts/\ncheckpoints/\n"
-    )
+    ignored = "/base\n/cache\n/prompts\n__pycache__/\nmlflow.db\nmlartifacts/\ncheckpoints/\n"
+    (space.root / ".gitignore").write_text(ignored)
     space.run("git", "init", "--quiet")
     space.run("git", "config", "user.email", "tests@example.org")
     space.run("git", "config", "user.name", "tests")

@@ -38,10 +38,9 @@ def test_a_hundred_held_out_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """64 prompts of eval, 32 of val, and the last 4 of train, which no default run reads."""
     monkeypatch.chdir(tmp_path)
     embedded.ensure(embedded.BASE, embedded.PROMPTS["eval"])
-    rows = [
-        row for split in ("eval", "val", "train") for row in pq.read_table(embedded.PROMPTS[split]).to_pylist()[-64:]
-    ]
-    questions = [row["question"] for row in [*rows[:96], *rows[-4:]]]
+    tables = (pq.read_table(embedded.PROMPTS[split]) for split in ("eval", "val", "train"))
+    rows = [question for table in tables for question in table["question"].to_pylist()[-64:]]
+    questions = [*rows[:96], *rows[-4:]]
     assert len(set(questions)) == 100
 
     folder = Path(embedded.BASE)

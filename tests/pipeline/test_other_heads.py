@@ -57,8 +57,7 @@ class Project:
         return said
 
     def weights(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = torch.load(self.root / common.MODEL / "pytorch_model.bin", weights_only=True)
-        return found
+        return torch.load(self.root / common.MODEL / "pytorch_model.bin", weights_only=True)
 
 
 @pytest.fixture(scope="module", params=[TOY, EAGLE], ids=["toy", "eagle3"])

@@ -1,9 +1,8 @@
 """The guide's script, called as the guide calls it."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,19 +11,12 @@ import torch
 
 from spec import heads
 from tests.tiny import make_base
+from tests.workspace import REPOSITORY, environment
 
-SCRIPT = Path(__file__).resolve().parents[2] / "run_speculator_training.sh"
-SMALL = [
-    "data.max_length=96",
-    "respond.max_new_tokens=12",
-    "features.segment_tokens=256",
-    "data.train_batch_size=4",
-    "trainer.save_freq=2",
-    "trainer.logger=console",
-    "evaluate.max_prompts=2",
-    "evaluate.max_new_tokens=8",
-    "model.dtype=float32",
-]
+SCRIPT = REPOSITORY / "run_speculator_training.sh"
+SMALL = ["data.max_length=96", "data.train_batch_size=4", "respond.max_new_tokens=12", "features.segment_tokens=256"]
+SMALL += ["trainer.save_freq=2", "trainer.logger=console", "model.dtype=float32"]
+SMALL += ["evaluate.max_prompts=2", "evaluate.max_new_tokens=8"]
 
 
 def verl_gsm8k(folder: Path, split: str, rows: int) -> None:
@@ -52,14 +44,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "HOME": str(home),
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    return subprocess.run([SCRIPT, *arguments], cwd=home, env=environment, capture_output=True, text=True)
+    options: dict[str, Any] = {"env": environment(home) | {"HOME": str(home)}, "capture_output": True, "text": True}
+    return subprocess.run([SCRIPT, *arguments], cwd=home, **options)
 
 
 def test_the_guides_first_example(home: Path) -> None:

@@ -55,13 +55,9 @@ class Cluster:
         }
 
     def submit(self, *command: str, preempted: str = "None") -> subprocess.Popen[str]:
-        script, environment = (
-            str(common.PROJECT / "deploy/slurm.sbatch"),
-            self._environment | {"FAKE_PREEMPT": preempted},
-        )
-        return subprocess.Popen(
-            ["bash", script, *command], cwd=self.folder, env=environment, stdout=-1, stderr=-2, text=True
-        )
+        command = ("bash", str(common.PROJECT / "deploy/slurm.sbatch"), *command)
+        environment = self._environment | {"FAKE_PREEMPT": preempted}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=-1, stderr=-2, text=True)
 
 
 def test_a_stopped_job_saves_is_queued_again_and_goes_on(tmp_path: Path) -> None:
@@ -96,9 +92,7 @@ def test_a_stopped_job_saves_is_queued_again_and_goes_on(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("preempted", "asked"), [("2026-01-31T12:00:00", True), ("None", False)])
-def test_only_a_preempted_job_is_queued_again_when_its_command_fails(
-    tmp_path: Path, preempted: str, asked: bool
-) -> None:
+def test_of_jobs_that_fail_only_a_preempted_one_is_queued_again(tmp_path: Path, preempted: str, asked: bool) -> None:
     cluster = Cluster(tmp_path, tmp_path / "bin")
     job = cluster.submit("sh", "-c", "exit 3", preempted=preempted)
     job.communicate(timeout=60)

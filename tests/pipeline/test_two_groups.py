@@ -34,9 +34,7 @@ def segments(store: Path) -> dict[str, str]:
     }
 
 
-def test_two_groups_make_the_same_answers_states_and_curves(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_groups_make_what_one_worker_makes(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_of(single, tmp_path)
     for name in ("responses", "features"):
         for path in (tmp_path / "data" / name).iterdir():

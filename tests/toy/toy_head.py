@@ -5,8 +5,6 @@ reads v = GELU(m_t + c @ h_t); each depth k after it moves the memory on by the 
 E[x_{t+1+k}], and reads v = GELU(m). E is the base's embedding. So drafts leave traces, which crop must undo.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
