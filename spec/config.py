@@ -96,9 +96,9 @@ def _of_method(value: object) -> object:
         return value
     name = values.get("method", "sum_rnn")
     others = unused_keys(name)
-    for key in sorted(others.keys() & values.keys()):
-        if values[key] != others[key]:
-            _say_once(f"model.speculator.{key}={values[key]} is ignored: method {name} does not use it")
+    ignored = [f"{key}={values[key]}" for key in sorted(others.keys() & values.keys()) if values[key] != others[key]]
+    if ignored:
+        _say_once(f"model.speculator: method {name} does not use {', '.join(ignored)}")
     own = {key: each for key, each in values.items() if key not in others}
     return method(name).Params.model_validate({"method": name, **own})
 

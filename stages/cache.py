@@ -8,6 +8,7 @@ from typing import Any
 
 from spec import base, files
 from spec.config import Config
+from spec.heads import LAST
 from spec.store import features, index, locks, tables, upkeep
 from spec.store.features import FeatureRow, Group, TapStore
 from spec.store.manifest import Manifest, Places, make_manifest
@@ -69,7 +70,10 @@ def _say_missing(stores: list[TapStore], rows: list[FeatureRow], groups: list[Gr
     """How many sequences are to be computed, and for each tap how many the store has in another arithmetic."""
     missing = [rows[number] for numbers, _ in groups for number in numbers]
     tokens, unique = sum(len(row.ids) for row in missing), len({row.key for row in rows})
-    common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet")
+    taps = [stores[number].tap for number in sorted({number for _, taps in groups for number in taps})]
+    lacking = ", ".join("last states" if tap == LAST else f"layer {tap.layer}" for tap in taps)
+    which = f"; to compute: {lacking}" if lacking else ""
+    common.say(f"cache: {len(missing)} of {unique} sequences ({tokens:,} tokens) are not in the store yet{which}")
     for number, store in enumerate(stores):
         keys = {rows[index].key for numbers, taps in groups if number in taps for index in numbers}
         if keys:

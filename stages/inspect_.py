@@ -38,6 +38,7 @@ def inspect_(config: Config, data: tuple[str, ...], split: str | None, rows: int
             problems.append(str(error))
     total = corpus.count_rows(sources, None)
     common.say(f"inspect: {len(sources)} files with {total:,} rows; looked at {report.rows:,}")
+    common.say(f"inspect: base {model.partial_pretrain}")
     *notes, kept = report.lines()
     if report.roles:
         roles = ", ".join(f"{role} {count:,}" for role, count in report.roles.most_common())

@@ -147,13 +147,13 @@ def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
 
 
 def _print_times(config: Config, whole: Job, missing: Job, machine: Machine) -> None:
-    """What the stages take, by formula at the device's full rate."""
+    """What the stages take at the device's full rate, which small models do not reach."""
     epochs = config.trainer.total_epochs
     epoch, looped = costs.epoch_seconds(whole, machine), costs.loop_epoch_seconds(whole, machine)
     if config.base_answers:
-        _print_time("respond", costs.answer_seconds(missing, machine), f"{missing.rows} answers at a time, by formula")
-    _print_time("cache", costs.prefill_seconds(missing, machine), "by formula, at full rate")
-    _print_time("train", epochs * epoch, f"{epochs} epochs, by formula, at full rate")
+        _print_time("respond", costs.answer_seconds(missing, machine), f"{missing.rows} at a time, at full rate")
+    _print_time("cache", costs.prefill_seconds(missing, machine), "at full rate")
+    _print_time("train", epochs * epoch, f"{epochs} epochs, at full rate")
     common.say(
         f"plan: an epoch with the base in the loop takes {looped / epoch:.1f} x one from the cache; the first "
         "costs the same either way, and every further epoch, head and run saves the difference"
@@ -163,4 +163,4 @@ def _print_times(config: Config, whole: Job, missing: Job, machine: Machine) -> 
 def _print_time(stage: str, seconds: float, how: str) -> None:
     units = (("days", 86400), ("h", 3600), ("min", 60))
     about = next((f"{seconds / length:.1f} {unit}" for unit, length in units if seconds >= length), f"{seconds:.0f} s")
-    common.say(f"plan: {stage}: about {about} ({how})")
+    common.say(f"plan: {stage}: at least {about} ({how})")

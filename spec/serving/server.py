@@ -89,7 +89,7 @@ def _own_method(checkpoint: Path, config: SpeculatorConfig, decode: Decode) -> l
 
 def _by_proposer(checkpoint: Path, config: SpeculatorConfig, decode: Decode) -> list[str]:
     """vLLM's options for a recurrent head."""
-    log.warning("%s is served by a proposer of our own, which needs vLLM's deprecated model runner V1", config.method)
+    log.warning("%s drafts through our proposer, on vLLM's deprecated model runner V1", config.method)
     length = config.n_predict if decode.draft == "head" else max(config.n_predict, NGRAM_DRAFT)
     sources_of(checkpoint, config, decode)  # says what does not fit before vLLM spends a minute on starting
     method = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": decode.draft_len or length}

@@ -274,4 +274,4 @@ def test_what_the_method_does_not_use_is_said_once(caplog: pytest.LogCaptureFixt
     for value in (False, True, True):
         section = {"method": "sum_rnn", "tie_lstm_embs": value}
         assert from_mapping({"model": {"speculator": section}}) == Config()
-    assert caplog.messages == ["model.speculator.tie_lstm_embs=True is ignored: method sum_rnn does not use it"]
+    assert caplog.messages == ["model.speculator: method sum_rnn does not use tie_lstm_embs=True"]

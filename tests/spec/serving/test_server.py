@@ -109,4 +109,4 @@ def test_recurrent_heads_go_to_the_proposer(
     engines.checkpoint(tmp_path, recurrent("sum_lstm"))
     command = server.command(tmp_path, Decode(), base=str(base_folder))
     assert speculative(command) == {"method": "custom_class", "model": server.PROPOSER, "num_speculative_tokens": 8}
-    assert "sum_lstm is served by a proposer of our own, which needs vLLM's deprecated model runner V1" in caplog.text
+    assert "sum_lstm drafts through our proposer, on vLLM's deprecated model runner V1" in caplog.text
