@@ -60,7 +60,7 @@ def main() -> None:
         sources: list[DraftSource] = ["head"] if method == "eagle3" else ["lookup", "head", "hybrid"]
         for source in sources:
             decode = Decode(draft=source, token_cost=config.decode.token_cost)
-            name = f"{checkpoint.name}, {method}: {source}"
+            name = f"{checkpoint}, {method}: {source}"
             commands[name] = servers.command(checkpoint, decode, base=base, dtype=config.model.dtype)
     rates: dict[str, list[float]] = {}
     rows = []

@@ -98,7 +98,7 @@ def _of_method(value: object) -> object:
     others = unused_keys(name)
     ignored = [f"{key}={values[key]}" for key in sorted(others.keys() & values.keys()) if values[key] != others[key]]
     if ignored:
-        _say_once(f"model.speculator: method {name} does not use {', '.join(ignored)}")
+        _say_once(f"model.speculator: method {name} ignores {', '.join(ignored)}")
     own = {key: each for key, each in values.items() if key not in others}
     return method(name).Params.model_validate({"method": name, **own})
 

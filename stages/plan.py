@@ -147,7 +147,7 @@ def _print_bytes(whole: Job, missing: Job, config: Config) -> None:
 
 
 def _print_times(config: Config, whole: Job, missing: Job, machine: Machine) -> None:
-    """What the stages take at the device's full rate, which small models do not reach."""
+    """What the stages take at the device's full rate, which small models may not reach."""
     epochs = config.trainer.total_epochs
     epoch, looped = costs.epoch_seconds(whole, machine), costs.loop_epoch_seconds(whole, machine)
     if config.base_answers:
@@ -163,4 +163,4 @@ def _print_times(config: Config, whole: Job, missing: Job, machine: Machine) -> 
 def _print_time(stage: str, seconds: float, how: str) -> None:
     units = (("days", 86400), ("h", 3600), ("min", 60))
     about = next((f"{seconds / length:.1f} {unit}" for unit, length in units if seconds >= length), f"{seconds:.0f} s")
-    common.say(f"plan: {stage}: at least {about} ({how})")
+    common.say(f"plan: {stage}: about {about} ({how})")

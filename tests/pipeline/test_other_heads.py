@@ -121,7 +121,7 @@ def test_changing_the_method_computes_only_the_taps_that_are_missing(project: Pr
 
 
 def test_its_cost_is_counted_and_exports_refuse_it(project: Project) -> None:
-    assert "plan: train: at least" in project.run("plan")
+    assert "plan: train: about" in project.run("plan")
     said = project.run("export", "--format", "arctic", "--out", "exported", fails=True)
     assert "format arctic holds sum_rnn and sum_lstm" in said
     assert not (project.root / "exported").exists()

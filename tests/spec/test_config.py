@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from spec import config as config_module
@@ -95,6 +96,7 @@ def test_the_last_override_wins_over_the_file_and_the_ones_before(tmp_path: Path
         ({"optim": {"head_weights": 0.5}}, ["optim.head_weights", "found 0.5"]),
         ({"features": {"codec": "lzma"}}, ["features.codec", "'fp8'", "found 'lzma'"]),
         ({"features": {"store": "s3://b/x"}}, ["features.store", "'s3://b/x' is not a folder", "pull s3://b/x"]),
+        ({"optim": {"lr": float("inf")}}, ["optim.lr", "finite", "found inf"]),
         ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "found 1.5"]),
         ({"data": {"train_files": 3}}, ["data.train_files", "tuple, found 3"]),
         ({"data": {"train_files": ["a", ""]}}, ["data.train_files.1", "at least 1 character, found ''"]),
@@ -237,6 +239,13 @@ printable = st.characters(exclude_categories=["C", "Zl", "Zp"], exclude_characte
 words = nasty | st.text(printable, min_size=1, max_size=8)
 dims = st.lists(st.integers(1, 4096), min_size=1, max_size=3).map(lambda dims: ".".join(map(str, dims)))
 group = st.fixed_dictionaries
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(ValidationError):
+        Config().optim.lr = 1.0  # type: ignore[misc]
+
+
 some = st.lists(words | st.just(""), max_size=3)
 data = group({"train_files": words | st.lists(words, max_size=3) | st.none(), "prompt_key": st.none() | words})
 model = group({"partial_pretrain": words, "speculator": group({"inner_dim": dims, "init": words})})
@@ -274,4 +283,4 @@ def test_what_the_method_does_not_use_is_said_once(caplog: pytest.LogCaptureFixt
     for value in (False, True, True):
         section = {"method": "sum_rnn", "tie_lstm_embs": value}
         assert from_mapping({"model": {"speculator": section}}) == Config()
-    assert caplog.messages == ["model.speculator: method sum_rnn does not use tie_lstm_embs=True"]
+    assert caplog.messages == ["model.speculator: method sum_rnn ignores tie_lstm_embs=True"]

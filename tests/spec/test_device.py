@@ -58,7 +58,7 @@ def test_a_thread_works_on_the_device_of_the_thread_that_started_it(monkeypatch:
     ("given", "found"),
     [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
-@pytest.mark.parametrize("package", ["spec", "stages"])
+@pytest.mark.parametrize("package", ["spec", "stages", "bench"])
 def test_how_threads_wait_is_said_before_torch_is_imported(package: str, given: dict[str, str], found: str) -> None:
     bare = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     code = f"import os, sys, {package}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"

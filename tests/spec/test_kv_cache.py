@@ -66,6 +66,20 @@ def compare(family: str, rows: int, prefill: int, steps: list[tuple[str, int]]) 
             torch.testing.assert_close(mine.values, other.values, rtol=1e-5, atol=1e-5)
 
 
+def test_cropping_and_writing_again() -> None:
+    layer = GrowingLayer()
+    layer.crop(-1)  # untouched layers take every call
+    layer.batch_select_indices(torch.tensor([0]))
+    first, second = torch.randn(1, 1, 6, 2), torch.randn(1, 1, 2, 2)
+    layer.update(first, first)
+    layer.crop(-4)
+    keys, _ = layer.update(second, second)
+    assert torch.equal(keys, torch.cat([first[:, :, :2], second], 2))
+    layer.crop(-100)
+    assert layer.get_seq_length() == 0
+    assert torch.equal(layer.update(first, first)[0], first)
+
+
 def test_a_step_writes_its_own_positions_only_and_a_full_buffer_doubles() -> None:
     layer, states = GrowingLayer(), torch.randn(1, 3, 2000, 2)
     places = {layer.update(s, -s)[0].data_ptr() for s in states.split(1, 2)}

@@ -22,6 +22,7 @@ def test_alone_without_a_launcher() -> None:
     [
         ("bfloat16", ["avx512_bf16"], "cpu", True),
         ("float32", ["avx512_bf16"], "cpu", False),
+        ("float16", ["avx512_bf16"], "cpu", True),
         ("bfloat16", ["avx2"], "cpu", False),
         ("bfloat16", [], "cuda", True),
     ],

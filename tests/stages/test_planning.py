@@ -37,4 +37,4 @@ def test_the_embedded_default_is_planned_before_it_is_here(tmp_path: Path, monke
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     said = ok("plan", f"features.store={tmp_path}/store")
     assert "plan: 125 MB from PyPI" in said
-    assert re.findall(r"plan: (\w+): at least [\d.]+ (?:s|min)", said) == ["respond", "cache", "train"]
+    assert re.findall(r"plan: (\w+): about [\d.]+ (?:s|min)", said) == ["respond", "cache", "train"]

@@ -75,6 +75,21 @@ def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     assert {path.stat().st_mode for path in (tmp_path / "e").iterdir()} == {mode}
 
 
+def test_a_failure_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines.checkpoint(tmp_path / "c", config())
+    write(tmp_path / "c", tmp_path / "e", torch.float32)
+    before = content(tmp_path / "e")
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("spec.export.writing.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        write(tmp_path / "c", tmp_path / "e", torch.bfloat16)
+    assert content(tmp_path / "e") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "e"]
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [
@@ -110,6 +125,7 @@ def test_the_card_of_measured_weights(tmp_path: Path) -> None:
     for words in (
         "base_model: some/base",
         "| base | `some/base`, revision `abc` |",
+        "| weights of the base | `d1` |",
         "| method | sum_rnn, 3 heads, width 8, tied weights |",
         "| trained on | features `f00d` |",
         f"| exported from | pytorch_model.bin `{digest}` |",
@@ -117,6 +133,7 @@ def test_the_card_of_measured_weights(tmp_path: Path) -> None:
         "| maths | 1.91 | 1.58 |",
         "| all | 1.75 | 1.54 |",
         "95 % interval 1.61 to 1.89 over 64 answers; acceptance by position 0.50 0.25 0.12",
+        "50% of the answers were not written greedily by the base",
         "1.37 times as fast as plain decoding, drafting by `hybrid`",
         "identical to plain greedy decoding in float32: yes",
     ):
