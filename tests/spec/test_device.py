@@ -56,7 +56,7 @@ def test_a_thread_works_on_the_device_of_the_thread_that_started_it(monkeypatch:
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 @pytest.mark.parametrize("package", ["spec", "stages", "bench"])
 def test_how_threads_wait_is_said_before_torch_is_imported(package: str, given: dict[str, str], found: str) -> None:
