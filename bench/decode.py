@@ -29,7 +29,7 @@ from spec.config import Decode
 from spec.decoding import LanguageModelWithSpeculator
 from spec.device import arithmetic, choose_device, synchronize
 from spec.drafting import Source, open_lookup
-from spec.evaluation import choose_prompts
+from spec.evaluation import choose_prompts, prompt_of
 from spec.kv_cache import make_cache
 from stages import common
 
@@ -70,7 +70,7 @@ def prompts(count: int) -> list[Prompt]:
     found = reader(default_config(), "eval")
     manifest = found.manifest
     return [
-        (manifest.domains[manifest.domain[i]], found.packed([i]).ids[: manifest.prompt_length[i]].tolist())
+        (manifest.domains[manifest.domain[i]], prompt_of(found, i))
         for i in choose_prompts(found, count * len(set(manifest.domain)))
     ]
 

@@ -62,6 +62,14 @@ def recipe(
     return Recipe(optimizer, step)
 
 
+def at_all_tokens(speculator: Eagle3, packed: Packed) -> tuple[Tensor, Tensor]:
+    """The layers' vectors [T, taps * d], and the last states [T, d], zero where none is cached."""
+    read = torch.cat([packed.states[tap] for tap in speculator.taps[:-1]], -1)
+    last = read.new_zeros(len(packed.ids), packed.states[LAST].shape[1])
+    last[packed.starts] = packed.states[LAST]
+    return read, last
+
+
 def padded(speculator: Eagle3, packed: Packed, pin: bool) -> Batch:
     """Sequences side by side, each as long as the longest."""
     n, lengths = speculator.config.n_predict, [end - start for start, end in pairwise(packed.offsets)]
@@ -69,9 +77,7 @@ def padded(speculator: Eagle3, packed: Packed, pin: bool) -> Batch:
     rows = lined_up.depths < n
     supervised = torch.zeros(len(packed.ids), n, dtype=torch.bool)
     supervised[packed.starts[lined_up.rows[rows]], lined_up.depths[rows]] = True
-    last = packed.states[LAST].new_zeros(len(packed.ids), packed.states[LAST].shape[1])
-    last[packed.starts] = packed.states[LAST]
-    read = torch.cat([packed.states[tap] for tap in speculator.taps[:-1]], -1)
+    read, last = at_all_tokens(speculator, packed)
     ids, read, last, supervised = (
         pad_sequence(list(torch.split(tensor, lengths)), batch_first=True)
         for tensor in (packed.ids, read, last, supervised)

@@ -26,9 +26,10 @@ from speculators.train.trainer import TrainerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.public_eagle3 import at_all_tokens
 from bench.recipes import Recipe
 from spec.config import Config
-from spec.heads import LAST, Packed
+from spec.heads import Packed
 from spec.heads.eagle3 import Eagle3
 from spec.store.reader import FeatureReader
 from spec.workers import Worker
@@ -98,9 +99,7 @@ def same_head(speculator: Eagle3, base: Path) -> Any:
 
 def collated(speculator: Eagle3, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
     """Sequences as packed there, without padding. A token counts where the next one, which it foretells, does."""
-    read = torch.cat([packed.states[tap] for tap in speculator.taps[:-1]], -1)
-    last = read.new_zeros(len(packed.ids), packed.states[LAST].shape[1])
-    last[packed.starts] = packed.states[LAST]
+    read, last = at_all_tokens(speculator, packed)
     foretells = packed.mask & F.pad(packed.mask, (0, 1))[1:]
     foretells[[end - 1 for end in packed.offsets[1:]]] = False
     samples = [

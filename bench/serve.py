@@ -22,9 +22,9 @@ from typing import Any
 from bench.common import default_config, machine, reader, table
 from spec import heads
 from spec.config import Decode, DraftSource
+from spec.evaluation import prompt_of
 from spec.serving import server as servers
 from spec.serving.server import NGRAM_DRAFT, Server
-from spec.store.reader import FeatureReader
 from stages import common
 
 PROMPTS = 8  # for each number of clients, others each time
@@ -39,8 +39,9 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobi
 def main() -> None:
     print(machine())
     config = default_config()
-    prompts = prompts_of(reader(config, "eval"))[: PROMPTS * len(CLIENTS)]
-    warm = [(prompt, NEW_TOKENS) for prompt, _ in prompts_of(reader(config, "val"))[:WARM]]
+    splits = {split: reader(config, split) for split in ("train", "val", "eval")}
+    prompts = [prompt_of(splits["eval"], i) for i in range(PROMPTS * len(CLIENTS))]
+    warm = [prompt_of(splits["val"], i) for i in range(WARM)]
     checkpoints = list(map(Path, sys.argv[1:])) or [common.MODEL]
     shape = heads.read_config(checkpoints[0])
     base = shape.base_model_name_or_path
@@ -68,9 +69,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             more = ("--enforce-eager", "--max-model-len", "1024")
             with Server([*command, *more], Path(folder) / "log", ENVIRONMENT) as server:
-                first = prompts_of(reader(config, "train")) if name == SUFFIX else []
-                list(ThreadPoolExecutor(8).map(lambda item: ask(server, base, *item), [*first, *warm]))
-                rates[name], accepted, ratio = measure(server, base, [prompt for prompt, _ in prompts])
+                if name == SUFFIX:
+                    earlier = [prompt_of(splits["train"], i) for i in range(len(splits["train"]))]
+                    ask_all(server, base, earlier, max(CLIENTS), config.respond.max_new_tokens)
+                ask_all(server, base, warm, 1)
+                rates[name], accepted, ratio = measure(server, base, prompts)
         pairs = zip(rates[name], rates["base alone"], strict=True)
         shown = [f"{rate:.1f} ({rate / plain:.2f})" for rate, plain in pairs]
         rows.append([name, *shown, f"{accepted:.2f}" if name != "base alone" else "-", f"{ratio:.2f}"])
@@ -81,20 +84,13 @@ def main() -> None:
     print(f"{len(prompts)} prompts of at most {NEW_TOKENS} new tokens, {config.model.dtype}, OMP_NUM_THREADS {threads}")
 
 
-def prompts_of(split: FeatureReader) -> list[tuple[list[int], int]]:
-    """Each sequence's prompt, and how many tokens its answer has."""
-    found = [(split.manifest.prompt_length[i], part.ids.tolist()) for i, part in split.sequences(range(len(split)))]
-    return [(ids[:length], len(ids) - length) for length, ids in found]
-
-
 def measure(server: Server, name: str, prompts: Sequence[Sequence[int]]) -> tuple[list[float], float, float]:
     """tokens/s for each number of clients; vLLM's mean acceptance length; tokens written for each step of a request."""
     before, rates = server.counters(), []
     for place, count in enumerate(CLIENTS):
         part = prompts[place * PROMPTS : (place + 1) * PROMPTS]
         began = time.perf_counter()
-        with ThreadPoolExecutor(count) as pool:
-            written = sum(pool.map(lambda prompt: ask(server, name, prompt), part))
+        written = ask_all(server, name, part, count)
         rates.append(written / (time.perf_counter() - began))
     after = server.counters()
     counters = ("vllm:generation_tokens_total", "vllm:spec_decode_num_accepted_tokens_total")
@@ -104,7 +100,13 @@ def measure(server: Server, name: str, prompts: Sequence[Sequence[int]]) -> tupl
     return rates, servers.mean_acceptance_length(before, after), decoded / steps
 
 
-def ask(server: Server, name: str, prompt: Sequence[int], length: int = NEW_TOKENS) -> int:
+def ask_all(server: Server, name: str, prompts: Sequence[Sequence[int]], clients: int, length: int = NEW_TOKENS) -> int:
+    """Let so many clients at a time ask for the answers; how many tokens these have together."""
+    with ThreadPoolExecutor(clients) as pool:
+        return sum(pool.map(lambda prompt: ask(server, name, prompt, length), prompts))
+
+
+def ask(server: Server, name: str, prompt: Sequence[int], length: int) -> int:
     """Write an answer; how many tokens it has."""
     body: dict[str, Any] = {"model": name, "prompt": list(prompt), "max_tokens": length, "temperature": 0}
     header = {"Content-Type": "application/json"}

@@ -124,7 +124,7 @@ def decoding(
     if model.base.limits.takes_back:
         results |= {source: [] for source in model.sources}
     for turn, index in enumerate(indices):
-        prompt, domain = _prompt(reader, index), manifest.domains[manifest.domain[index]]
+        prompt, domain = prompt_of(reader, index), manifest.domains[manifest.domain[index]]
         if turn == 0:
             for source in results:  # first calls pay for allocations and code paths
                 model.generate(prompt, min(8, max_new_tokens), draft=source)
@@ -141,14 +141,15 @@ def lossless(
 ) -> bool:
     """Whether every source writes exactly what plain decoding writes; a claim for float32."""
     for index in indices:
-        prompt = _prompt(reader, index)
+        prompt = prompt_of(reader, index)
         plain = model.generate(prompt, max_new_tokens, draft="none").tokens
         if any(model.generate(prompt, max_new_tokens, draft=source).tokens != plain for source in model.sources):
             return False
     return True
 
 
-def _prompt(reader: FeatureReader, index: int) -> list[int]:
+def prompt_of(reader: FeatureReader, index: int) -> list[int]:
+    """The ids of a sequence before its answer."""
     ids: list[int] = reader.packed([index]).ids[: reader.manifest.prompt_length[index]].tolist()
     return ids
 

@@ -1,4 +1,4 @@
-"""MLflow, which only this module knows: it shows runs while they go on, and replays them from the files they wrote."""
+"""MLflow, which only this module calls: it shows runs while they go on, and replays them from the files they wrote."""
 
 from __future__ import annotations
 
